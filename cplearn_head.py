@@ -1,0 +1,392 @@
+"""CPLearn: the frozen dictionary, the projector, the loss, and the method that ties them together.
+
+Sansone, Lebailly, Tuytelaars, "Collapse-Proof Non-Contrastive Self-Supervised Learning", ICML 2025.
+
+    z = g(view)                        backbone                                         (n, f)
+    h = phi(BN(A z + b))               embedding, phi = tanh or L2 normalisation        (n, f_h)
+    logits = s * kappa * h W           W in {-1, +1}^(f_h x c), frozen                  (n, c)
+    p = softmax(logits)                soft assignment to the c codes
+    loss = beta * CE(p, p') + KL(mean p || uniform), symmetric in the views
+
+Letters: n images a rank, f backbone width, f_h `embed_dim`, c `out_dim` (the number of codes). Everything
+is in log space and float32. There is no teacher, no stop-gradient, no centring and no predictor.
+
+This is the plain form: it stores the (n, c) logits.
+"""
+
+import hashlib
+import math
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import distributed
+from utils import UserError, random_bits
+
+
+class Dictionary(nn.Module):
+    """c frozen codes w_j in {-1, +1}^f_h, i.i.d. fair signs, drawn once from a seed (paper, section 3).
+
+    Stored as one bit an entry. The bits are a pure function of (generator, seed, j, i), so they are never
+    saved, sent or trained: a checkpoint holds seed and checksum, and loading one that was trained with
+    another dictionary raises `UserError`. Code j does not depend on out_dim, so dictionaries of several sizes
+    are nested.
+    """
+
+    GENERATOR = "rademacher-splitmix64-v1"
+
+    packed: Tensor  # uint8 (c, ceil(f_h / 8)); bit i % 8 of byte i // 8 is entry i, 1 for +1
+
+    def __init__(self, out_dim: int, embed_dim: int, seed: int = 0):
+        super().__init__()
+        if out_dim < 2:
+            raise UserError(f"out_dim {out_dim} is too small: a dictionary needs at least 2 codes")
+        if embed_dim < 1 or (embed_dim < 63 and out_dim > 2**embed_dim):
+            raise UserError(
+                f"out_dim {out_dim} exceeds the {2 ** max(embed_dim, 0)} sign patterns of embed_dim {embed_dim}: "
+                "use a larger embed_dim"
+            )
+        self.out_dim, self.embed_dim, self.seed = out_dim, embed_dim, seed
+        self.register_buffer("packed", self._draw(), persistent=False)
+        self._matrix: Tensor | None = None
+
+    def _draw(self) -> Tensor:
+        words = -(-self.embed_dim // 64)
+        n_bytes = -(-self.embed_dim // 8)
+        shifts = torch.arange(0, 64, 8)
+        rows = []
+        for start in range(0, self.out_dim, 65536):  # bounded memory: 64 bits are eight times a byte's worth
+            j = torch.arange(start, min(start + 65536, self.out_dim))
+            bits = random_bits(self.seed, j[:, None] * words + torch.arange(words))
+            row = ((bits[..., None] >> shifts) & 0xFF).to(torch.uint8).flatten(1)[:, :n_bytes]
+            if self.embed_dim % 8:
+                row[:, -1] &= (1 << self.embed_dim % 8) - 1
+            rows.append(row)
+        return torch.cat(rows)
+
+    def codes(self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes start..stop-1 as numbers. Shape: -> (stop - start, f_h), entries -1 and +1."""
+        bits = self.packed[start:stop]
+        entries = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+        return entries.flatten(1)[:, : self.embed_dim].to(dtype).mul_(2).sub_(1)
+
+    def matrix(self) -> Tensor:
+        """All codes in float32, kept after the first call: what the plain form multiplies with. (c, f_h)"""
+        if self._matrix is None or self._matrix.device != self.packed.device:
+            self._matrix = self.codes()
+        return self._matrix
+
+    def checksum(self) -> str:
+        """SHA-256 over the packed bits."""
+        return hashlib.sha256(self.packed.cpu().numpy().tobytes()).hexdigest()
+
+    def description(self) -> dict[str, str | int]:
+        """Everything needed to rebuild the codes, and to notice that they differ."""
+        return {
+            "generator": self.GENERATOR,
+            "seed": self.seed,
+            "out_dim": self.out_dim,
+            "embed_dim": self.embed_dim,
+            "checksum": self.checksum(),
+        }
+
+    def get_extra_state(self) -> dict[str, str | int]:
+        return self.description()
+
+    def set_extra_state(self, state: dict[str, str | int]) -> None:
+        mine = self.description()
+        if state != mine:
+            differ = sorted(k for k in mine | state if mine.get(k) != state.get(k))
+            raise UserError(
+                "the checkpoint was trained with another dictionary: "
+                + ", ".join(f"{k} {state.get(k)} instead of {mine.get(k)}" for k in differ)
+            )
+
+
+class CPLearnHead(nn.Module):
+    """Projector and frozen dictionary (paper, section 3 and Algorithm 1).
+
+    `n_ref` sets the logit scale s = sqrt(n_ref) * log((1 - eps (c-1)) / eps). 1 is the theory, in which the
+    batch size cancels and logits are s times a cosine; 64 is what the published CIFAR code does at its batch
+    of 64. It is a constant: train, evaluation and any number of GPUs see the same function.
+
+    Raises `UserError` for out_dim < 2, eps outside (0, 1/out_dim), or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        embed_dim: int | None = None,
+        activation: str = "l2",
+        eps: float = 1e-8,
+        n_ref: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if activation not in ("tanh", "l2"):
+            raise UserError(f"activation {activation!r} is unknown: tanh or l2")
+        if n_ref <= 0:
+            raise UserError(f"n_ref {n_ref:g} must be positive: 1 (theory) or 64 (as published)")
+        if out_dim >= 2 and not 0 < eps < 1 / out_dim:
+            raise UserError(
+                f"eps {eps:g} must lie between 0 and 1/out_dim = {1 / out_dim:.3g}: use a smaller --eps or --out_dim"
+            )
+        embed_dim = in_dim if embed_dim is None else embed_dim
+        self.dictionary = Dictionary(out_dim, embed_dim, seed)
+        self.linear = nn.Linear(in_dim, embed_dim)
+        self.norm = distributed.BatchNorm(embed_dim)
+        self.activation = activation
+        self.n_ref = n_ref
+        self.scale = math.sqrt(n_ref) * math.log((1 - eps * (out_dim - 1)) / eps)
+        # kappa: |logit| <= scale, with equality at h = a code (tanh) or h along a code (l2).
+        self.kappa = 1 / embed_dim if activation == "tanh" else 1 / math.sqrt(embed_dim)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Embedding of backbone features. Shape: z (n, f) -> h (n, f_h), in (-1, 1) or of unit length."""
+        a = self.norm(self.linear(z))
+        return torch.tanh(a) if self.activation == "tanh" else F.normalize(a, dim=1)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Scaled similarities to all codes. Shape: h (n, f_h) -> (n, c) float32."""
+        h = _float32(h)
+        return F.linear(h * (self.scale * self.kappa), self.dictionary.matrix().to(h.dtype))
+
+    @torch.no_grad()
+    def assign(self, h: Tensor, block: int = 8192) -> Tensor:
+        """Index of each row's code, argmax_j <h_i, w_j>, a block of codes at a time: no (n, c) matrix.
+
+        Ties go to the lowest index. Shape: h (n, f_h) -> (n,) int64.
+        """
+        h = h.float()
+        best = h.new_full((len(h),), -math.inf)
+        index = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+        for start in range(0, self.dictionary.out_dim, block):
+            value, j = (h @ self.dictionary.codes(start, start + block).T).max(dim=1)
+            better = value > best
+            best = torch.where(better, value, best)
+            index = torch.where(better, j + start, index)
+        return index
+
+    def initial_logit_std(self) -> float:
+        """Standard deviation of the logits over codes at initialisation, s * kappa * |h|.
+
+        |h| = 1 for l2; for tanh of unit-normal features E|h|^2 = 0.394 f_h.
+        """
+        norm = 1.0 if self.activation == "l2" else math.sqrt(0.39429 * self.dictionary.embed_dim)
+        return self.scale * self.kappa * norm
+
+
+def _float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays, for gradient checks."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# --- loss terms ------------------------------------------------------------------------------------
+
+
+def invariance(log_probs: list[Tensor], n_global: int = 2) -> Tensor:
+    """Mean cross-entropy between views, gradient through both arguments (methods: L_inv).
+
+        1/|P| * sum over (a, b) in P of 1/n sum_i -sum_j p^a_ij log p^b_ij
+
+    P: ordered pairs of different views whose first is a global crop, |P| = G (V - 1). The sum over b is
+    taken before the product with p^a, so the work grows with V + G and not with G * V.
+
+    Shape: list of V tensors (n, c), global crops first -> scalar.
+    """
+    n, views = len(log_probs[0]), len(log_probs)
+    total = reduce(torch.add, log_probs)
+    ce = sum(-(lp.exp() * (total - lp)).sum() for lp in log_probs[:n_global])
+    return ce / (n_global * (views - 1) * n)
+
+
+def log_mean_probs(log_probs: Tensor, prior_group: str = "global") -> Tensor:
+    """log p-bar, the log of the mean assignment of one view over its reference population.
+
+    The population is the images of all ranks (`global`, exact gradient under DDP) or this rank's (`local`).
+    Shape: (n, c) -> (c,).
+    """
+    local = log_probs.logsumexp(0) - math.log(len(log_probs))
+    return distributed.log_mean_over_ranks(local) if prior_group == "global" else local
+
+
+def prior_reverse(log_mean: Tensor) -> Tensor:
+    """KL(p-bar || uniform) = sum_j p-bar_j (log p-bar_j + log c); 0 .. log c. Shape: (c,) -> scalar."""
+    return (log_mean.exp() * (log_mean + math.log(len(log_mean)))).sum()
+
+
+def prior_forward(log_mean: Tensor) -> Tensor:
+    """CE(uniform, p-bar) = -mean_j log p-bar_j = log c + KL(uniform || p-bar). Shape: (c,) -> scalar."""
+    return -log_mean.mean()
+
+
+PRIORS = {"reverse": prior_reverse, "forward": prior_forward}
+
+
+def cplearn_loss(
+    logits: list[Tensor],
+    beta: float,
+    *,
+    prior: str = "reverse",
+    prior_group: str = "global",
+    n_global: int = 2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """beta * invariance + prior, the prior averaged over the global crops (paper, Algorithm 1, symmetrised).
+
+    Shape: one (n, c) tensor of logits a view, the `n_global` global crops first -> scalar loss, and detached
+    scalars: loss, invariance, prior, entropy (mean entropy of the assignments of the global crops, nats).
+    """
+    if len(logits) < 2 or not 1 <= n_global <= len(logits):
+        raise ValueError(f"cplearn_loss needs two or more views, got {len(logits)} with {n_global} global")
+    if prior not in PRIORS or prior_group not in ("global", "local"):
+        raise ValueError(f"prior {prior!r} / prior_group {prior_group!r} is unknown")
+    log_probs = [F.log_softmax(_float32(x), dim=1) for x in logits]
+    inv = invariance(log_probs, n_global)
+    pri = sum(PRIORS[prior](log_mean_probs(lp, prior_group)) for lp in log_probs[:n_global]) / n_global
+    loss = beta * inv + pri
+    with torch.no_grad():
+        entropy = sum(-(lp.exp() * lp).sum(1).mean() for lp in log_probs[:n_global]) / n_global
+    terms = {"loss": loss, "invariance": inv, "prior": pri, "entropy": entropy}
+    return loss, {name: value.detach() for name, value in terms.items()}
+
+
+class ReferenceLosses(NamedTuple):
+    """What the loss is worth in known states, for one batch (nats)."""
+
+    uniform: float  # every assignment uniform: nothing learnt yet, or representation collapse
+    one_code: float  # every image on one and the same code: cluster collapse
+    floor: float  # lower bound for a batch of n images
+
+
+def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") -> ReferenceLosses:
+    """Reference values of `cplearn_loss` for a batch mean over n images and c = out_dim codes.
+
+    Reverse KL: with h the mean entropy of the assignments, CE >= h and the entropy of p-bar is at most
+    min(log c, h + log n); minimising over h gives the floor min(1, beta) * max(0, log(c / n)), which is
+    attained when n divides c. Forward: the prior alone is at least log c; one code costs infinity in the
+    limit of hard assignments.
+    """
+    log_c = math.log(out_dim)
+    if prior == "forward":
+        return ReferenceLosses(uniform=(beta + 1) * log_c, one_code=math.inf, floor=log_c)
+    return ReferenceLosses(beta * log_c, log_c, min(1.0, beta) * max(0.0, math.log(out_dim / n)))
+
+
+# --- the method --------------------------------------------------------------------------------------
+
+
+class CPLearn(nn.Module):
+    """Algorithm 1 as a method: views in, loss out.
+
+    A method is a module with `backbone`; `forward(views) -> (loss, terms)`; `predict(features) -> codes`;
+    `after_step()`, called after each optimiser step; and `describe(n) -> dict`, which is printed before
+    training. Whatever implements these can be trained by `main_cplearn.py` and read by the evaluations.
+    """
+
+    N_GLOBAL = 2
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        out_dim: int,
+        embed_dim: int | None,
+        activation: str,
+        eps: float,
+        n_ref: float,
+        beta: float,
+        prior: str,
+        prior_group: str,
+        dictionary_seed: int,
+    ):
+        super().__init__()
+        if beta <= 0:
+            raise UserError(f"beta {beta:g} must be positive: 0.25 is the paper's value for ImageNet-100")
+        self.backbone = backbone
+        self.head = CPLearnHead(
+            backbone.num_features, out_dim, embed_dim, activation, eps=eps, n_ref=n_ref, seed=dictionary_seed
+        )
+        self.beta, self.prior, self.prior_group = beta, prior, prior_group
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        """The flags that belong to this method alone."""
+        group = parser.add_argument_group("CPLearn")
+        group.add_argument("--beta", type=float, default=0.25, help="Weight of the invariance term. Above 1 all images drift to one code; smaller for more codes or weaker augmentation")
+        group.add_argument("--activation", default="l2", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see RESULTS.md for a comparison")
+        group.add_argument("--embed_dim", type=int, default=None, help="Width f_h of the embedding and the codes (default: the backbone's width, as in the paper's equations; the published code uses 2048)")
+        group.add_argument("--n_ref", type=float, default=1.0, help="Logit scale: sqrt(n_ref) * log((1 - eps (c-1)) / eps). 1 is the theory, 64 the published code. Change it if the start-up warns about the logits")
+        group.add_argument("--eps", type=float, default=1e-8, help="Probability left for every wrong code at perfect alignment; must be below 1 / out_dim")
+        group.add_argument("--prior", default="reverse", choices=tuple(PRIORS), help="Direction of the prior term: reverse KL(mean p || uniform), or forward CE(uniform, mean p) as in the equations")
+        group.add_argument("--prior_group", default="global", choices=("global", "local"), help="Images that the batch mean runs over: those of all processes, or (published code) of each one")
+        group.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes, apart from --seed")
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "CPLearn":
+        names = ("out_dim", "embed_dim", "activation", "eps", "n_ref", "beta", "prior", "prior_group", "dictionary_seed")
+        return cls(backbone, **{name: getattr(args, name) for name in names})
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shape: V tensors (n, 3, H_v, W_v), the two global crops first -> scalar loss, named terms."""
+        features = forward_by_size(self.backbone, views)
+        with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
+            h = [self.head(z.float()) for z in features]  # batch norm sees one view at a time
+            logits = [self.head.logits(x) for x in h]
+            return cplearn_loss(
+                logits, self.beta, prior=self.prior, prior_group=self.prior_group, n_global=self.N_GLOBAL
+            )
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Code of each image from its backbone features. Shape: (n, f) -> (n,) int64."""
+        return self.head.assign(self.head(features))
+
+    def after_step(self) -> None:
+        """Nothing: no teacher to move, no prototypes to normalise."""
+
+    def references(self, n: int) -> ReferenceLosses:
+        """Reference losses for n images a rank."""
+        population = n * distributed.world_size() if self.prior_group == "global" else n
+        return reference_losses(self.beta, self.head.dictionary.out_dim, population, self.prior)
+
+    def describe(self, n: int) -> dict[str, float | str]:
+        """Derived values that decide a run, for n images a rank."""
+        std = self.head.initial_logit_std()
+        refs = self.references(n)
+        return {
+            "embed_dim": self.head.dictionary.embed_dim,
+            "logit_scale": self.head.scale,
+            "initial_logit_std": std,
+            "loss_uniform": refs.uniform,
+            "loss_one_code": refs.one_code if math.isfinite(refs.one_code) else "unbounded",
+            "loss_floor": refs.floor,
+            "dictionary": f"{Dictionary.GENERATOR} seed {self.head.dictionary.seed} sha256 {self.head.dictionary.checksum()[:12]}",
+        }
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed but known to train badly."""
+        found = []
+        std = self.head.initial_logit_std()
+        if not 0.5 <= std <= 3:
+            found.append(
+                f"the logits start with a standard deviation of {std:.2f}, outside 0.5 to 3: assignments start "
+                f"{'almost one-hot' if std > 3 else 'almost uniform'}; --n_ref {(1.6 / std) ** 2 * self.head.n_ref:.3g} would start at 1.6"
+            )
+        if self.beta > 1:
+            found.append(f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction")
+        return found
+
+
+def forward_by_size(backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    """One backbone pass for each run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f)."""
+    features: list[Tensor] = []
+    while len(features) < len(views):
+        first = len(features)
+        last = first
+        while last < len(views) and views[last].shape == views[first].shape:
+            last += 1
+        features += backbone(torch.cat(views[first:last])).chunk(last - first)
+    return features

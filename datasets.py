@@ -1,0 +1,282 @@
+"""Where images come from: folders, CIFAR, SVHN, and the digits that ship with scikit-learn.
+
+A data set here has `len`, `ds[i] -> (PIL image in RGB, label)`, `classes` (a list of names, or None when there
+are no labels; the label is then -1), `names` (one string an image) and `where` (for the start-up line).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import distributed
+from augmentations import View, crop, draw, eval_pixels, rng_for
+from utils import UserError
+
+DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
+SPLITS = ("train", "val")
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
+
+# What differs by data set: its own image size, and which augmentation recipe suits it.
+NATIVE_SIZE = {"folder": 224, "cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 32}
+RECIPE = {"folder": "dino", "cifar10": "cifar", "cifar100": "cifar", "svhn": "svhn", "digits": "digits"}
+
+
+def build_dataset(name: str, data_path: str | None, split: str, class_list: str | None = None) -> Dataset:
+    """Raises `UserError` for an unknown name, and for a folder that is missing, empty or lacks listed classes."""
+    if name not in DATASETS:
+        raise UserError(f"--dataset {name} is unknown: {', '.join(DATASETS)}")
+    if class_list and name != "folder":
+        raise UserError(f"--class_list {class_list} only goes with --dataset folder, not with {name}")
+    if name == "digits":
+        return Digits(split)
+    if data_path is None:
+        raise UserError(f"--dataset {name} needs --data_path: the folder it lies in")
+    if not Path(data_path).is_dir():
+        raise UserError(f"--data_path {data_path} is not a folder: check the path")
+    if name == "folder":
+        return Folder(find_split(Path(data_path), split), read_class_list(class_list) if class_list else None)
+    return _torchvision_dataset(name, data_path, split)
+
+
+class Digits(Dataset):
+    """The 1,797 handwritten digits (8 x 8 pixels) of scikit-learn; every fifth one is held out for evaluation."""
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        held_out = np.arange(len(data.target)) % 5 == 0
+        self.keep = np.flatnonzero(held_out if split == "val" else ~held_out)
+        self.images = (data.images[self.keep] * (255 / 16)).round().astype(np.uint8)
+        self.labels = data.target[self.keep]
+        self.classes = [str(digit) for digit in range(10)]
+        self.names = [f"digit_{i}" for i in self.keep]
+        self.where = f"scikit-learn's bundled digits, {split} split"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        image = Image.fromarray(self.images[i]).resize((32, 32), Image.Resampling.BICUBIC)
+        return image.convert("RGB"), int(self.labels[i])
+
+
+class Folder(Dataset):
+    """Images below a folder. If all of them lie in sub-folders, the first level of these names the classes.
+
+    With a class list, only its folders count, in its order.
+    """
+
+    def __init__(self, root: Path, class_list: list[str] | None = None):
+        if class_list is not None:
+            absent = [name for name in class_list if not (root / name).is_dir()]
+            if absent:
+                shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+                raise UserError(f"{root} lacks {len(absent)} of the {len(class_list)} listed classes: {shown}")
+        self.root = root
+        names = self._scan(root, class_list)
+        if not names:
+            raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))}): check --data_path")
+        in_folders = all("/" in name for name in names)
+        found = sorted({name.split("/")[0] for name in names}) if in_folders else []
+        self.classes = class_list if class_list else (found if len(found) > 1 else None)
+        position = {name: i for i, name in enumerate(self.classes or [])}
+        # NumPy arrays, not lists: a list of a million strings is copied into every worker as it is touched.
+        self.names = np.array(names)
+        self.labels = np.array([position.get(name.split("/")[0], -1) for name in names])
+        if class_list and len(set(self.labels.tolist())) < len(class_list):
+            empty = [c for i, c in enumerate(class_list) if i not in set(self.labels.tolist())]
+            raise UserError(f"{root} has no images for {len(empty)} of the listed classes: {', '.join(empty[:5])}")
+        self.where = str(root)
+
+    @staticmethod
+    def _scan(root: Path, class_list: list[str] | None) -> list[str]:
+        tops = [root / name for name in class_list] if class_list else [root]
+        paths = [
+            Path(folder) / file
+            for top in tops
+            for folder, _, files in os.walk(top, followlinks=True)
+            for file in files
+            if Path(file).suffix.lower() in EXTENSIONS
+        ]
+        return sorted(path.relative_to(root).as_posix() for path in paths)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        path = self.root / str(self.names[i])
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), int(self.labels[i])
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"cannot read the image {path}: {error}; repair it or remove it") from None
+
+
+class _TorchvisionDataset(Dataset):
+    def __init__(self, inner: Dataset, classes: list[str], where: str):
+        self.inner, self.classes, self.where = inner, classes, where
+        self.labels = np.asarray(getattr(inner, "targets", getattr(inner, "labels", None)))
+        self.names = [f"{where}#{i}" for i in range(len(inner))]
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        image, label = self.inner[i]
+        return image, int(label)
+
+
+def _torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
+    train = split == "train"
+    try:
+        if name == "svhn":
+            inner = torchvision.datasets.SVHN(data_path, split="train" if train else "test")
+            classes = [str(digit) for digit in range(10)]
+        else:
+            kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+            inner = kind(data_path, train=train)
+            classes = inner.classes
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--data_path {data_path} does not hold {name} as torchvision stores it ({str(error).splitlines()[0]}); "
+            "nothing is downloaded here: get it once with torchvision's download=True"
+        ) from None
+    return _TorchvisionDataset(inner, classes, f"{name} in {data_path}, {'train' if train else 'test'} split")
+
+
+def find_split(root: Path, split: str) -> Path:
+    """`root/train`, `root/val` (or `root/test`) where they exist; `root` itself for pre-training otherwise.
+
+    Raises `UserError` if an evaluation asks for a split that is not there.
+    """
+    for name in ("train",) if split == "train" else ("val", "test"):
+        if (root / name).is_dir():
+            return root / name
+    if split == "train":
+        return root
+    raise UserError(f"--data_path {root} has no val or test folder: an evaluation needs train/ and val/ below it")
+
+
+def read_class_list(path: str) -> list[str]:
+    """Folder names, one a line. The bundled ImageNet-100 list is checked by hash."""
+    file = Path(path)
+    if not file.is_file() and file.name == path:  # a bare name may mean the bundled list
+        file = Path(__file__).resolve().parent / path
+    if not file.is_file():
+        raise UserError(f"--class_list {path} does not exist: imagenet100.txt is the bundled one")
+    content = file.read_bytes()
+    if file.name == "imagenet100.txt" and hashlib.sha256(content).hexdigest() != IMAGENET100_SHA256:
+        raise UserError(f"--class_list {path} is not the ImageNet-100 list of the literature: restore the file")
+    names = content.decode().split()
+    if not names:
+        raise UserError(f"--class_list {path} is empty")
+    return names
+
+
+def summary(dataset: Dataset) -> str:
+    classes = f"{len(dataset.classes)} classes" if dataset.classes else "no classes"
+    return f"{len(dataset):,} images, {classes}, {dataset.where}"
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Which samples each rank sees at each step: a pure function of (seed, epoch).
+
+    The global batch at a step is one run of a seeded permutation, and rank r takes its r-th slice, so two
+    processes of 32 see the images of one process of 64. The last incomplete batch is dropped. Yields lists
+    of (epoch, sample): workers learn the epoch with each sample and never go stale.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.epoch)))).permutation(self.size)
+        for step in range(len(self)):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+
+
+class ViewDataset(Dataset):
+    """Geometry half of the views. Item (epoch, i) -> (list of (uint8 pixels, parameters), label, i)."""
+
+    def __init__(self, dataset: Dataset, views: list[View], seed: int):
+        self.dataset, self.views, self.seed = dataset, views, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[tuple[Tensor, dict]], int, int]:
+        epoch, i = item
+        image, label = self.dataset[i]
+        views = []
+        for v, view in enumerate(self.views):
+            params = draw(view, *image.size, rng_for(self.seed, epoch, i, v))
+            views.append((crop(image, view, params), params))
+        return views, label, i
+
+
+class EvalDataset(Dataset):
+    """The fixed evaluation view: uint8 pixels, label, index."""
+
+    def __init__(self, dataset: Dataset, image_size: int):
+        self.dataset, self.image_size = dataset, image_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
+        image, label = self.dataset[i]
+        return eval_pixels(image, self.image_size), label, i
+
+
+def train_loader(
+    dataset: Dataset, views: list[View], *, batch_size: int, seed: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """Loader of views for this rank. `loader.batch_sampler.epoch = e` chooses the epoch."""
+    batches = Batches(len(dataset), batch_size, seed, distributed.rank(), distributed.world_size())
+    if len(batches) == 0:
+        raise UserError(
+            f"a batch of {batch_size * distributed.world_size()} images ({distributed.world_size()} processes x "
+            f"--batch_size_per_gpu {batch_size}) is larger than the data set of {len(dataset)}: use a smaller batch"
+        )
+    return DataLoader(
+        ViewDataset(dataset, views, seed),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def eval_loader(dataset: Dataset, image_size: int, *, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
+    """Every world_size-th image for this rank, in order; `distributed.gather_rows` puts them together again."""
+    mine = range(distributed.rank(), len(dataset), distributed.world_size())
+    return DataLoader(
+        EvalDataset(dataset, image_size),
+        batch_size=batch_size,
+        sampler=mine,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def default_workers(requested: int | None) -> int:
+    """`--num_workers`: DINO's 10, or fewer where processes share fewer cores."""
+    if requested is not None:
+        return requested
+    return min(10, max(1, (os.cpu_count() or 1) // distributed.local_world_size() - 1))

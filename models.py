@@ -1,0 +1,69 @@
+"""Names on the command line -> modules: `--arch` and `--method`."""
+
+import re
+
+import timm
+import torch
+from torch import nn
+
+from cplearn_head import CPLearn
+from resnet import ResNet8, resnet18_cifar
+from utils import UserError
+from vision_transformer import SIZES, ViT
+
+METHODS = {"cplearn": CPLearn}
+
+ARCHS = (*SIZES, "resnet8", "resnet8_wWIDTH", "resnet18", "timm:NAME")
+
+
+def method_class(name: str) -> type:
+    """Raises `UserError` with the list of known methods."""
+    if name not in METHODS:
+        raise UserError(f"--method {name} is unknown: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def is_vit(arch: str) -> bool:
+    return arch in SIZES
+
+
+def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rate: float = 0.0) -> nn.Module:
+    """A backbone: images (n, 3, H, W) -> features (n, num_features), randomly initialised.
+
+    Raises `UserError` for an unknown name, or an image size that is no multiple of the ViT's patch.
+    """
+    if is_vit(arch):
+        if patch_size < 1 or image_size % patch_size:
+            raise UserError(
+                f"--image_size {image_size} is not a multiple of --patch_size {patch_size}: "
+                f"use {max(1, image_size // max(1, patch_size)) * max(1, patch_size)}, or another patch size"
+            )
+        return ViT(arch, patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)
+    if arch == "resnet18":
+        return resnet18_cifar()
+    if match := re.fullmatch(r"resnet8(?:_w(\d+))?", arch):
+        return ResNet8(int(match[1] or 128))
+    if arch.startswith("timm:"):
+        return _timm_backbone(arch.removeprefix("timm:"), image_size, drop_path_rate)
+    raise UserError(f"--arch {arch} is unknown: {', '.join(ARCHS)}")
+
+
+def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Module:
+    """Any timm model, pooled features, random weights. `img_size` and drop path go to models that take them."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5] or timm.list_models(f"{name[:6]}*")[:5]
+        raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}; near: {', '.join(near) or '-'}")
+    options = {"drop_path_rate": drop_path_rate, "img_size": image_size}
+    while True:
+        try:
+            model = timm.create_model(name, pretrained=False, num_classes=0, **options)
+            break
+        except TypeError as error:
+            refused = [k for k in options if k in str(error)]
+            if not refused:
+                raise
+            del options[refused[0]]
+    with torch.no_grad():  # a few models report the width before their last layer
+        model.eval()
+        model.num_features = model(torch.zeros(1, 3, image_size, image_size)).shape[1]
+    return model.train()

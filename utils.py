@@ -1,0 +1,196 @@
+"""Small things every script needs: user-facing errors, counter-based random bits, schedules, seeding, logging."""
+
+import argparse
+import json
+import math
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+USAGE_EXIT_CODE = 2  # what argparse itself uses for a wrong flag
+
+
+class UserError(ValueError):
+    """Wrong input that the user can mend: shown as one line, without a traceback, exit code 2."""
+
+
+def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
+    """Run an entry point; a `UserError` becomes one line on stderr (rank 0 only) and exit code 2."""
+    try:
+        main(None)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(USAGE_EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+# --- random numbers with an owner ----------------------------------------------------------------
+
+
+def hash64(x: Tensor) -> Tensor:
+    """SplitMix64 finaliser (Steele et al. 2014) of 64-bit counters: the same bits on every device.
+
+    Shape: x int64 (any shape) -> int64 of the same shape, read as 64 random bits. Integer products wrap
+    modulo 2^64 in torch, which is what the function is defined with.
+    """
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's >> on int64 copies the sign bit, so those copies are masked away."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def random_bits(seed: Tensor | int, counter: Tensor) -> Tensor:
+    """64 random bits for each counter of the stream `seed`: a pure function, so any block can be redrawn.
+
+    Shape: counter int64, seed an int or an int64 tensor that broadcasts against it -> int64.
+    """
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=counter.device)
+    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, SplitMix64's increment
+    return hash64(hash64(seed * golden + golden) + (counter + 1) * golden)
+
+
+def random_normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, one independent stream a row, from `random_bits` (Box-Muller).
+
+    Shape: seed int64 (n,) -> float32 (n, *shape), on the seeds' device.
+    """
+    size = math.prod(shape)
+    counter = torch.arange(size, device=seed.device)
+    bits = random_bits(seed[:, None], counter[None])
+    u1 = ((bits & 0xFFFFFF) + 1).to(torch.float32) / 2**24  # (0, 1]: 24 bits, exact in float32
+    u2 = (_shift_right(bits, 24) & 0xFFFFFF).to(torch.float32) / 2**24
+    return ((-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()).reshape(len(seed), *shape)
+
+
+def seed_everything(seed: int, *stream: int) -> None:
+    """Seed torch, NumPy and Python from (seed, *stream), for instance (seed, epoch, rank)."""
+    value = int(np.random.SeedSequence((seed, *stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
+
+
+# --- schedules -----------------------------------------------------------------------------------
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine from `start` (progress 0) to `end` (progress 1, and beyond)."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def lr_at(step: int, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """DINO's learning-rate schedule: linear from 0 during the warm-up, then a cosine from `lr` to `min_lr`."""
+    if step < warmup_steps:
+        return lr * step / max(1, warmup_steps - 1)
+    return cosine(lr, min_lr, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with printed defaults, no abbreviations, and `@file` arguments (one or more a line, # comments)."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints a default only where there is one to print."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+def bool_flag(text: str) -> bool:
+    """DINO's boolean values: `--use_fp16 true`, `1`, `on`, or `false`, `0`, `off`."""
+    if text.lower() in ("1", "true", "on", "yes"):
+        return True
+    if text.lower() in ("0", "false", "off", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def check_output_dir(path: str) -> None:
+    """Create the folder and write to it, so that a run does not find out after its first epoch.
+
+    Raises `UserError` with the reason.
+    """
+    try:
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {path} cannot be written: {error.strerror}; choose another folder"
+        ) from None
+
+
+def append_json_line(path: str | Path, record: dict) -> None:
+    """Append one record; infinite and missing values stay readable because NaN is refused."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def git_commit() -> str:
+    """Commit of this checkout, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """Plain-text table, which is also a Markdown one; floats get four digits after the point."""
+    text = [[f"{x:.4f}" if isinstance(x, float) else "" if x is None else str(x) for x in row] for row in rows]
+    widths = [max(len(r[i]) for r in [list(header), *text]) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, widths, strict=True))) + " |"
+        for r in [list(header), *text]
+    ]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+class Stopwatch:
+    """Wall-clock seconds spent in a `with` block, added up."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self._start

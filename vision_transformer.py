@@ -1,0 +1,52 @@
+"""ViT-Ti/S/B with DINO's state-dict names, on timm's VisionTransformer."""
+
+from functools import partial
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+SIZES = {  # name: (embed_dim, heads); depth 12 and MLP ratio 4 throughout
+    "vit_tiny": (192, 3),
+    "vit_small": (384, 6),
+    "vit_base": (768, 12),
+}
+
+
+class ViT(VisionTransformer):
+    """The CLS token after the last LayerNorm is the feature; any image size that the patch size divides.
+
+    Position embeddings are learned for `image_size` and interpolated (bicubic) for other sizes, such as
+    local crops.
+    """
+
+    def __init__(self, arch: str, *, patch_size: int, image_size: int, drop_path_rate: float = 0.0):
+        embed_dim, heads = SIZES[arch]
+        super().__init__(
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=12,
+            num_heads=heads,
+            num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            drop_path_rate=drop_path_rate,
+            dynamic_img_size=True,
+        )
+
+    def last_cls_tokens(self, x: Tensor, n: int) -> Tensor:
+        """CLS tokens of the last n blocks, each after the final LayerNorm, side by side (DINO's linear probe).
+
+        Shape: x (images, 3, H, W) -> (images, n * embed_dim), last block last.
+        """
+        layers = self.get_intermediate_layers(x, n, return_prefix_tokens=True, norm=True)
+        return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resample the position embeddings of weights that were trained at another image size."""
+        state = dict(state)
+        old, new = state.get("pos_embed"), self.pos_embed
+        if old is not None and old.shape != new.shape and old.shape[-1] == new.shape[-1]:
+            state["pos_embed"] = resample_abs_pos_embed(old, list(self.patch_embed.grid_size))
+        return state
