@@ -310,6 +310,7 @@ class CPLearn(nn.Module):
         self.head = CPLearnHead(
             backbone.num_features, out_dim, embed_dim, activation, eps=eps, n_ref=n_ref, seed=dictionary_seed
         )
+        self.out_dim = out_dim
         self.beta, self.prior, self.prior_group = beta, prior, prior_group
 
     @staticmethod

@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         num_workers=datasets.default_workers(args.num_workers),
         pin_memory=device.type == "cuda",
     )
-    method = build_method(args)
+    method = models.build_method(args)
     if args.init_from:
         weights = checkpoints.backbone_weights(checkpoints.load_file(args.init_from))
         adapt = getattr(method.backbone, "adapt_state_dict", dict)
@@ -269,15 +269,6 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
 
 
 # --- the step's parts --------------------------------------------------------------------------------
-
-
-def build_method(args: argparse.Namespace) -> nn.Module:
-    """Backbone and method with random weights from --seed; the same on every rank."""
-    cls = models.method_class(args.method)
-    backbone = models.build_backbone(
-        args.arch, patch_size=args.patch_size, image_size=args.image_size, drop_path_rate=args.drop_path_rate
-    )
-    return cls.from_args(backbone, args)
 
 
 def build_optimizer(method: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

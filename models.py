@@ -1,5 +1,6 @@
 """Names on the command line -> modules: `--arch` and `--method`."""
 
+import argparse
 import re
 
 import timm
@@ -67,3 +68,11 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
         model.eval()
         model.num_features = model(torch.zeros(1, 3, image_size, image_size)).shape[1]
     return model.train()
+
+
+def build_method(args: argparse.Namespace) -> nn.Module:
+    """Backbone and method with random weights, from a run's arguments; seed first for the same on every rank."""
+    backbone = build_backbone(
+        args.arch, patch_size=args.patch_size, image_size=args.image_size, drop_path_rate=args.drop_path_rate
+    )
+    return method_class(args.method).from_args(backbone, args)

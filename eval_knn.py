@@ -1,0 +1,83 @@
+"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, as in DINO).
+
+    python eval_knn.py --pretrained_weights output/digits/checkpoint.pth
+    torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import distributed
+import evaluation
+import utils
+from utils import UserError
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = utils.ArgumentParser(prog="eval_knn.py", description=__doc__)
+    parser.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="Numbers of neighbours")
+    parser.add_argument("--temperature", type=float, default=0.07, help="Of the votes, exp(cosine / T)")
+    evaluation.add_flags(parser)
+    return parser
+
+
+def knn(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, ks: Sequence[int], temperature: float
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy for each k; k is capped at the number of training images.
+
+    Each test image takes its k neighbours of largest cosine (exact search); each votes for its class with
+    weight exp(cosine / temperature). Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
+    """
+    import faiss
+
+    train = F.normalize(train, dim=1).numpy()
+    test = F.normalize(test, dim=1).numpy()
+    n_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    index = faiss.IndexFlatIP(train.shape[1])
+    index.add(train)
+    results: dict[str, float] = {}
+    ks = sorted({min(k, len(train)) for k in ks})
+    hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
+    for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
+        similarity, neighbour = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1]))
+        label = train_labels[neighbour]
+        truth = test_labels[start : start + 4096, None]
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the best at 1: no overflow at small T
+        for k in ks:
+            votes = torch.zeros(len(label), n_classes).scatter_add_(1, label[:, :k], weight[:, :k])
+            ranked = votes.topk(min(5, n_classes), dim=1).indices
+            correct = ranked == truth
+            hits[k] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
+    for k in ks:
+        top1, top5 = (hits[k] / len(test)).tolist()
+        results |= {f"knn{k}_top1": top1, f"knn{k}_top5": top5}
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Evaluate; returns the metrics on rank 0, {} elsewhere."""
+    args = get_args_parser().parse_args(argv)
+    if min(args.nb_knn) < 1 or args.temperature <= 0:
+        raise UserError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
+    device = evaluation.start(args)
+    (train, val), model = evaluation.features(args, device, ("train", "val"))
+    val.require_labels("eval_knn.py")
+    train.require_labels("eval_knn.py")
+    if not distributed.is_main():
+        return {}
+    metrics = knn(
+        train.features, train.labels, val.features, val.labels, ks=args.nb_knn, temperature=args.temperature
+    )
+    rows = [(k.removeprefix("knn").removesuffix("_top1"), metrics[k], metrics[k.replace("top1", "top5")]) for k in metrics if k.endswith("top1")]
+    print(utils.format_table(rows, ("k", "top-1", "top-5")))
+    evaluation.write_result(args, "eval_knn", metrics, model)
+    return metrics
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

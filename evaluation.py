@@ -1,0 +1,227 @@
+"""What the evaluations share: flags, a frozen model from a file, features extracted once, one JSON line a result."""
+
+import argparse
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import augmentations
+import checkpoints
+import datasets
+import distributed
+import models
+import utils
+from utils import UserError
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every evaluation, with DINO's names."""
+    g = parser.add_argument_group("weights")
+    g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
+    g.add_argument("--checkpoint_key", default="teacher", help="Network to take from a DINO checkpoint: teacher or student")
+    g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialisation: the baseline every result needs")
+    g.add_argument("--arch", default=None, help="For weights that do not say (default: the checkpoint's)")
+    g.add_argument("--patch_size", type=int, default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
+    g.add_argument("--image_size", type=int, default=None, help="Pixels (default: the checkpoint's, or by data set)")
+    g = parser.add_argument_group("data")
+    g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: the checkpoint's)")
+    g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/) (default: the checkpoint's)")
+    g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's)")
+    g.add_argument("--batch_size_per_gpu", type=int, default=128, help="Images a process and step")
+    g.add_argument("--num_workers", type=int, default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
+    g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
+    g.add_argument("--load_features", default=None, metavar="DIR", help="Use the features kept there; no images and no weights are read")
+    g = parser.add_argument_group("run")
+    g.add_argument("--output_dir", default=None, help="Where results.jsonl goes (default: beside the weights)")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Check the flags, join the process group, seed. Every evaluation's first line."""
+    if args.batch_size_per_gpu < 1:
+        raise UserError(f"--batch_size_per_gpu {args.batch_size_per_gpu} must be positive")
+    if not args.pretrained_weights and not args.load_features:
+        raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
+    if args.output_dir is None:
+        args.output_dir = args.load_features or str(Path(args.pretrained_weights).parent)
+    device = distributed.init(args.dist_url, args.device)
+    utils.check_output_dir(args.output_dir)
+    utils.seed_everything(args.seed)
+    return device
+
+
+# --- the model -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A frozen backbone in eval mode, and the method around it if the file had one."""
+
+    backbone: nn.Module
+    method: nn.Module | None
+    image_size: int
+    epoch: int | None
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> Model:
+    """Build what the weights belong to, load every key, and fill in the data flags that were not given.
+
+    Raises `UserError` if the file is no safe checkpoint or does not fit.
+    """
+    state = checkpoints.load_file(args.pretrained_weights)
+    if checkpoints.is_ours(state):
+        theirs = argparse.Namespace(**state["args"])
+        for name in ("arch", "patch_size"):
+            given = getattr(args, name)
+            if given is not None and given != getattr(theirs, name):
+                raise UserError(
+                    f"--{name} {given}, but {args.pretrained_weights} was trained with {getattr(theirs, name)}: "
+                    "leave the flag out"
+                )
+        if args.data_path is None and args.dataset is None:
+            args.data_path, args.dataset = theirs.data_path, theirs.dataset
+            args.class_list = args.class_list or theirs.class_list
+        args.arch, args.patch_size = theirs.arch, theirs.patch_size
+        image_size = args.image_size or theirs.image_size
+        utils.seed_everything(theirs.seed)
+        method = models.build_method(theirs)
+        if not args.random_init:
+            checkpoints.load_into(method, state["model"], args.pretrained_weights)
+        backbone, epoch = method.backbone, state["epoch"]
+        args.method = theirs.method
+    else:
+        if args.arch is None:
+            raise UserError(f"{args.pretrained_weights} does not say its architecture: add --arch (and --patch_size)")
+        args.patch_size = args.patch_size or 16
+        args.dataset = args.dataset or ("folder" if args.data_path else "digits")
+        image_size = args.image_size or datasets.NATIVE_SIZE.get(args.dataset, 224)
+        backbone = models.build_backbone(args.arch, patch_size=args.patch_size, image_size=image_size)
+        if not args.random_init:
+            weights = checkpoints.backbone_weights(state, args.checkpoint_key)
+            adapt = getattr(backbone, "adapt_state_dict", dict)
+            checkpoints.load_into(backbone, adapt(weights), args.pretrained_weights)
+        method, epoch, args.method = None, None, None
+    args.dataset = args.dataset or ("folder" if args.data_path else "digits")
+    args.image_size = image_size
+    if models.is_vit(args.arch) and image_size % args.patch_size:
+        raise UserError(f"--image_size {image_size} is not a multiple of the patch size {args.patch_size}")
+    (method or backbone).to(device).eval().requires_grad_(False)
+    return Model(backbone, method, image_size, epoch)
+
+
+# --- features -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Features:
+    """One split, in the data set's order, on the CPU."""
+
+    features: Tensor  # float32 (n, f)
+    labels: Tensor  # int64 (n,), -1 where there are none
+    codes: Tensor | None  # int64 (n,), the method's own assignment
+    names: list[str]
+    classes: list[str] | None
+    out_dim: int | None  # number of codes of the method
+    arch: str | None = None  # of the backbone
+
+    def require_labels(self, script: str) -> None:
+        if not self.classes:
+            raise UserError(f"{script} needs labels, but these images do not lie in class folders")
+
+
+def features(args: argparse.Namespace, device: torch.device, splits: tuple[str, ...], n_last_blocks: int = 1) -> tuple[list[Features], Model | None]:
+    """Features of the asked splits, from `--load_features`, or extracted (and kept by `--dump_features`)."""
+    if args.load_features:
+        return [_load_features(args.load_features, split, n_last_blocks) for split in splits], None
+    model = load_model(args, device)
+    found = []
+    for split in splits:
+        dataset = datasets.build_dataset(args.dataset, args.data_path, split, args.class_list)
+        if distributed.is_main():
+            print(f"Extracting features of {split}: {datasets.summary(dataset)}", flush=True)
+        found.append(extract_features(model, dataset, args, device, n_last_blocks))
+        if args.dump_features and distributed.is_main():
+            utils.check_output_dir(args.dump_features)
+            checkpoints.save(_feature_file(args.dump_features, split, n_last_blocks), vars(found[-1]))
+    if len(found) > 1 and found[0].classes != found[1].classes:
+        raise UserError(f"{args.data_path}: the class folders of {splits[0]} and {splits[1]} differ")
+    return found, model
+
+
+def _feature_file(folder: str, split: str, n_last_blocks: int) -> Path:
+    return Path(folder, f"features_{split}_last{n_last_blocks}.pth")
+
+
+def _load_features(folder: str, split: str, n_last_blocks: int) -> Features:
+    path = _feature_file(folder, split, n_last_blocks)
+    if not path.is_file():
+        raise UserError(f"--load_features {folder} has no {path.name}: extract it first with --dump_features")
+    state = checkpoints.load(path)
+    return Features(**{name: state[name] for name in Features.__dataclass_fields__})
+
+
+@torch.inference_mode()
+def extract_features(model: Model, dataset, args, device: torch.device, n_last_blocks: int = 1) -> Features:
+    """Run every image through the frozen backbone once, in eval mode, float32; each rank takes its share."""
+    loader = datasets.eval_loader(
+        dataset,
+        model.image_size,
+        batch_size=args.batch_size_per_gpu,
+        num_workers=datasets.default_workers(args.num_workers),
+        device=device,
+    )
+    rows, codes = [], []
+    for pixels, _, _ in loader:
+        x = augmentations.normalise(augmentations.to_float(pixels.to(device, non_blocking=True)))
+        rows.append(backbone_features(model.backbone, x, n_last_blocks))
+        if model.method is not None and n_last_blocks == 1:
+            codes.append(model.method.predict(rows[-1]))
+    if not rows:
+        raise UserError(f"{len(dataset)} images are too few for {distributed.world_size()} processes")
+    classes = list(dataset.classes) if dataset.classes else None
+    return Features(
+        features=distributed.gather_rows(torch.cat(rows)).float().cpu(),
+        labels=torch.as_tensor(dataset.labels).long(),
+        codes=distributed.gather_rows(torch.cat(codes)).cpu() if codes else None,
+        names=[str(name) for name in dataset.names],
+        classes=classes,
+        out_dim=model.method.out_dim if codes else None,
+        arch=args.arch,
+    )
+
+
+def backbone_features(backbone: nn.Module, x: Tensor, n_last_blocks: int = 1) -> Tensor:
+    """Shape: (n, 3, H, W) -> (n, f * n_last_blocks)."""
+    return backbone(x) if n_last_blocks == 1 else backbone.last_cls_tokens(x, n_last_blocks)
+
+
+# --- results ---------------------------------------------------------------------------------------------
+
+
+def write_result(args: argparse.Namespace, script: str, metrics: dict, model: Model | None, split: str = "val") -> None:
+    """Append one JSON line to output_dir/results.jsonl: metrics with everything needed to trace them."""
+    if not distributed.is_main():
+        return
+    record = {
+        "script": script,
+        "weights": args.pretrained_weights or args.load_features,
+        "epoch": model.epoch if model else None,
+        "random_init": args.random_init,
+        "split": split,
+        "seed": args.seed,
+        "commit": utils.git_commit(),
+        "metrics": metrics,
+        "flags": copy.copy(vars(args)),
+    }
+    utils.append_json_line(Path(args.output_dir, "results.jsonl"), record)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
