@@ -335,7 +335,7 @@ class CPLearn(nn.Module):
         """Shape: V tensors (n, 3, H_v, W_v), the two global crops first -> scalar loss, named terms."""
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            h = [self.head(z.float()) for z in features]  # batch norm sees one view at a time
+            h = [self.head(_float32(z)) for z in features]  # batch norm sees one view at a time
             logits = [self.head.logits(x) for x in h]
             return cplearn_loss(
                 logits, self.beta, prior=self.prior, prior_group=self.prior_group, n_global=self.N_GLOBAL

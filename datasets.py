@@ -48,13 +48,15 @@ def build_dataset(name: str, data_path: str | None, split: str, class_list: str 
 
 
 class Digits(Dataset):
-    """The 1,797 handwritten digits (8 x 8 pixels) of scikit-learn; every fifth one is held out for evaluation."""
+    """The 1,797 handwritten digits (8 x 8 pixels) of scikit-learn; every fifth one of a class is held out."""
 
     def __init__(self, split: str):
         from sklearn.datasets import load_digits
 
         data = load_digits()
-        held_out = np.arange(len(data.target)) % 5 == 0
+        held_out = np.zeros(len(data.target), dtype=bool)
+        for digit in range(10):
+            held_out[np.flatnonzero(data.target == digit)[::5]] = True
         self.keep = np.flatnonzero(held_out if split == "val" else ~held_out)
         self.images = (data.images[self.keep] * (255 / 16)).round().astype(np.uint8)
         self.labels = data.target[self.keep]

@@ -4,6 +4,8 @@ The only file that reads launcher variables. One process without a process group
 function here then works on the local values alone.
 """
 
+import inspect
+import math
 import os
 from datetime import timedelta
 
@@ -87,7 +89,10 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     ]
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(module, rebuilt)
-    return ddp(module, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    # torch 2.15 renamed the switch and warns about the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    never = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return ddp(module, device_ids=[device] if device.type == "cuda" else None, **never)
 
 
 # --- gather --------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ def log_mean_over_ranks(local: Tensor) -> Tensor:
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
         total = (local - top).exp()
         dist.all_reduce(total)
-        value = top + total.log() - torch.tensor(float(world_size())).log()
+        value = top + total.log() - math.log(world_size())
         weight = (local - value).exp()
     return value + weight * (local - local.detach())
 

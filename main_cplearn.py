@@ -409,7 +409,7 @@ def announce(args, method, dataset, loader, device) -> None:
     print(f"Data: {datasets.summary(dataset)}")
     if args.data_path is None:
         print(
-            "WARNING: no --data_path, so this trains on the 1,797 digits bundled with scikit-learn. "
+            "WARNING: no --data_path, so this trains on the handwritten digits bundled with scikit-learn. "
             "For your own images: --data_path FOLDER"
         )
     print("Arguments: " + " ".join(f"--{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))

@@ -14,7 +14,7 @@ from vision_transformer import SIZES, ViT
 
 METHODS = {"cplearn": CPLearn}
 
-ARCHS = (*SIZES, "resnet8", "resnet8_wWIDTH", "resnet18", "timm:NAME")
+ARCHS = (*SIZES, "resnet8", "resnet8bn", "resnet8_wWIDTH", "resnet8bn_wWIDTH", "resnet18", "timm:NAME")
 
 
 def method_class(name: str) -> type:
@@ -42,8 +42,8 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
         return ViT(arch, patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)
     if arch == "resnet18":
         return resnet18_cifar()
-    if match := re.fullmatch(r"resnet8(?:_w(\d+))?", arch):
-        return ResNet8(int(match[1] or 128))
+    if match := re.fullmatch(r"resnet8(bn)?(?:_w(\d+))?", arch):
+        return ResNet8(int(match[2] or 128), norm=match[1] is not None)
     if arch.startswith("timm:"):
         return _timm_backbone(arch.removeprefix("timm:"), image_size, drop_path_rate)
     raise UserError(f"--arch {arch} is unknown: {', '.join(ARCHS)}")

@@ -16,16 +16,17 @@ class _Block(nn.Module):
     The shortcuts of blocks 2 to 4 are not printed in the paper: the pooled identity, or the identity.
     """
 
-    def __init__(self, in_channels: int, channels: int, *, pool: bool, first: bool = False):
+    def __init__(self, in_channels: int, channels: int, *, pool: bool, first: bool = False, norm: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+        self.norm1, self.norm2 = (BatchNorm(channels) if norm else nn.Identity() for _ in range(2))
         self.pool, self.first = pool, first
 
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.first else F.leaky_relu(x, SLOPE)
-        y = self.conv2(F.leaky_relu(self.conv1(y), SLOPE))
+        y = self.norm2(self.conv2(F.leaky_relu(self.norm1(self.conv1(y)), SLOPE)))
         if self.pool:
             x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
         return self.shortcut(x) + y
@@ -34,16 +35,19 @@ class _Block(nn.Module):
 class ResNet8(nn.Module):
     """ResNet-8 of the paper's Table 5: width F = 128 (256 for CIFAR-100), no normalisation layers.
 
+    `norm=True` puts batch norm behind every 3x3 convolution: not the paper's network, but one that learns in
+    minutes on a CPU (see RESULTS.md).
+
     Shape: (n, 3, H, W), H and W at least 4 -> (n, F).
     """
 
-    def __init__(self, width: int = 128):
+    def __init__(self, width: int = 128, norm: bool = False):
         super().__init__()
         self.blocks = nn.Sequential(
-            _Block(3, width, pool=True, first=True),
-            _Block(width, width, pool=True),
-            _Block(width, width, pool=False),
-            _Block(width, width, pool=False),
+            _Block(3, width, pool=True, first=True, norm=norm),
+            _Block(width, width, pool=True, norm=norm),
+            _Block(width, width, pool=False, norm=norm),
+            _Block(width, width, pool=False, norm=norm),
         )
         self.num_features = width
         self.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU

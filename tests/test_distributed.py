@@ -1,0 +1,160 @@
+"""Two real gloo processes against one process with the concatenated batch."""
+
+import pytest
+import torch
+from torch import nn
+
+import distributed
+from conftest import run_in_processes
+from cplearn_head import CPLearn
+from resnet import ResNet8, resnet18_cifar
+from utils import UserError
+
+pytestmark = pytest.mark.dist
+
+
+def make_method(prior, prior_group="global"):
+    torch.manual_seed(0)
+    return CPLearn(
+        ResNet8(16), out_dim=300, embed_dim=32, activation="tanh", eps=1e-8, n_ref=4.0, beta=0.5,
+        prior=prior, prior_group=prior_group, dictionary_seed=0,
+    ).double()  # fmt: skip
+
+
+def make_views(n, views=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, 12, 12, generator=generator, dtype=torch.float64) for _ in range(views)]
+
+
+def loss_and_gradients(method, model, views):
+    loss, terms = model(views)
+    loss.backward()
+    grads = torch.cat([p.grad.flatten() for p in method.parameters()])
+    return {
+        "loss": distributed.mean_over_ranks(loss.detach()),
+        "prior": distributed.mean_over_ranks(terms["prior"]),
+        "grads": grads,
+        "running": torch.cat([method.head.norm.running_mean, method.head.norm.running_var]),
+    }
+
+
+def half_batch(rank):
+    """Every check that needs two processes, in one start-up."""
+    out = {}
+    for prior in ("reverse", "forward"):
+        method = make_method(prior)
+        model = distributed.wrap(method, torch.device("cpu"))
+        views = [v[rank * 4 : rank * 4 + 4] for v in make_views(8)]
+        out[prior] = loss_and_gradients(method, model, views)
+        seen = [name for name, _ in method.named_buffers()]
+        synchronised = [id(b) for b in model.modules_buffers]
+        out[f"{prior}_dictionary_in_ddp"] = any(
+            id(b) in synchronised for name, b in method.named_buffers() if name.endswith("packed")
+        )
+        out[f"{prior}_has_dictionary"] = any(name.endswith("packed") for name in seen)
+    local = make_method("reverse", "local")
+    _, terms = local([v[rank * 4 : rank * 4 + 4] for v in make_views(8)])
+    out["local_prior"] = terms["prior"]
+    out["checksum_equal"] = len(set(distributed.gather_objects(method.head.dictionary.checksum()))) == 1
+
+    torch.manual_seed(0)
+    norm = distributed.BatchNorm(3).double()
+    x = (torch.randn(6, 3, 4, 5, dtype=torch.float64) * 2 + 100)[rank * 3 : rank * 3 + 3].requires_grad_()
+    y = norm(x)
+    (y * torch.arange(y.numel(), dtype=torch.float64).view_as(y) * (rank + 1)).sum().backward()
+    out["norm"] = {"y": y.detach(), "x_grad": x.grad, "mean": norm.running_mean, "var": norm.running_var}
+
+    rows = torch.arange(rank, 7, 2)[:, None] * torch.tensor([1.0, 10.0])
+    out["rows"] = distributed.gather_rows(rows)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_in_processes(tmp_path_factory.mktemp("dist"), half_batch)
+
+
+@pytest.mark.parametrize("prior", ["reverse", "forward"])
+def test_two_processes_equal_one(two, prior):
+    """Loss, all-reduced prior, gradient of every parameter, running statistics."""
+    method = make_method(prior)
+    expected = loss_and_gradients(method, method, make_views(8))
+    for rank in range(2):
+        for name in ("loss", "prior", "grads", "running"):
+            torch.testing.assert_close(two[rank][prior][name], expected[name], rtol=1e-10, atol=1e-13)
+
+
+def test_the_prior_is_not_just_the_mean_of_local_ones(two):
+    global_prior = two[0]["reverse"]["prior"]
+    assert (two[0]["local_prior"] + two[1]["local_prior"]) / 2 - global_prior > 1e-3
+
+
+def test_local_prior_sees_this_rank_only(two):
+    """Batch statistics are global either way, so compare with the loss on the half batches of global features."""
+    from cplearn_head import cplearn_loss
+
+    method = make_method("reverse")
+    h = [method.head(z) for z in [method.backbone(v) for v in make_views(8)]]
+    for rank in range(2):
+        logits = [method.head.logits(x)[rank * 4 : rank * 4 + 4] for x in h]
+        torch.testing.assert_close(two[rank]["local_prior"], cplearn_loss(logits, 0.5)[1]["prior"])
+
+
+def test_the_dictionary_is_the_same_everywhere_and_ddp_never_sees_it(two):
+    for rank in range(2):
+        assert two[rank]["checksum_equal"]
+        assert two[rank]["reverse_has_dictionary"] and not two[rank]["reverse_dictionary_in_ddp"]
+
+
+def test_batch_norm_equals_torch_on_the_whole_batch(two):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3).double()
+    x = (torch.randn(6, 3, 4, 5, dtype=torch.float64) * 2 + 100).requires_grad_()
+    y = norm(x)
+    weight = torch.cat([torch.arange(180, dtype=torch.float64).view(3, 3, 4, 5) * (r + 1) for r in range(2)])
+    (y * weight).sum().backward()
+    close = torch.testing.assert_close
+    close(torch.cat([two[r]["norm"]["y"] for r in range(2)]), y.detach(), rtol=1e-9, atol=1e-10)
+    close(torch.cat([two[r]["norm"]["x_grad"] for r in range(2)]), x.grad, rtol=1e-8, atol=1e-8)
+    for rank in range(2):
+        close(two[rank]["norm"]["mean"], norm.running_mean)
+        close(two[rank]["norm"]["var"], norm.running_var)
+
+
+def test_gather_rows_restores_the_order(two):
+    expected = torch.arange(7)[:, None] * torch.tensor([1.0, 10.0])
+    for rank in range(2):
+        assert torch.equal(two[rank]["rows"], expected)
+
+
+def test_one_process_is_a_normal_case():
+    x = torch.randn(5)
+    assert distributed.world_size() == 1 and distributed.is_main()
+    assert torch.equal(distributed.log_mean_over_ranks(x), x)
+    assert torch.equal(distributed.gather_rows(x), x)
+    module = nn.Linear(2, 2)
+    assert distributed.wrap(module, torch.device("cpu")) is module
+
+
+def test_batch_norm_of_resnet18_has_torchs_names_and_values():
+    import torchvision
+
+    ours, peer = resnet18_cifar(), torchvision.models.resnet18()
+    peer.conv1, peer.maxpool, peer.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    peer.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), peer(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.bn1.running_var, peer.bn1.running_var)
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    with pytest.raises(UserError, match="--device tpu is unknown"):
+        distributed.init(device="tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        distributed.init(device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes but 1 GPUs"):
+        distributed.init()
