@@ -52,11 +52,16 @@ def dino_views(size, local_size, n_local, global_scale, local_scale) -> list[Vie
 
 def cifar_views(size, local_size, n_local, global_scale, local_scale, flip_p=0.5) -> list[View]:
     """The paper's recipe for CIFAR and SVHN (Table 6): pad 4 and crop, rare jitter and grey, noise 0.03."""
-    view = View(
-        size, pad=4, flip_p=flip_p, jitter_p=0.1, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.1, noise_std=0.03
-    )
+    view = View(size, pad=4, flip_p=flip_p, jitter_p=0.1, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.1, noise_std=0.03)
     local = replace(view, size=local_size, pad=0, scale=local_scale)
     return [view, view, *[local] * n_local]
+
+
+def cifar_strong_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
+    """Stronger views for 32 x 32: random resized crops and DINO's colours, no blur; solarise on view 2."""
+    view = View(size, scale=global_scale, jitter_p=0.8, grey_p=0.2)
+    local = replace(view, size=local_size, scale=local_scale)
+    return [view, replace(view, solarise_p=0.2), *[local] * n_local]
 
 
 def svhn_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
@@ -70,7 +75,13 @@ def digits_views(size, local_size, n_local, global_scale, local_scale) -> list[V
     return [view, view, *[replace(view, size=local_size, scale=local_scale)] * n_local]
 
 
-RECIPES = {"dino": dino_views, "cifar": cifar_views, "svhn": svhn_views, "digits": digits_views}
+RECIPES = {
+    "dino": dino_views,
+    "cifar": cifar_views,
+    "cifar_strong": cifar_strong_views,
+    "svhn": svhn_views,
+    "digits": digits_views,
+}
 
 
 def build_views(recipe: str, **sizes) -> list[View]:

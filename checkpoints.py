@@ -83,7 +83,11 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
     ]
     problems = [
         f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for label, names in (("keys missing", missing), ("unknown keys", unexpected), ("other shapes", shapes))
+        for label, names in (
+            ("keys missing", missing),
+            ("unknown keys", unexpected),
+            ("other shapes", shapes),
+        )
         if names
     ]
     if problems:

@@ -316,6 +316,7 @@ class CPLearn(nn.Module):
     @staticmethod
     def add_flags(parser) -> None:
         """The flags that belong to this method alone."""
+        # fmt: off
         group = parser.add_argument_group("CPLearn")
         group.add_argument("--beta", type=float, default=0.25, help="Weight of the invariance term. Above 1 all images drift to one code; smaller for more codes or weaker augmentation")
         group.add_argument("--activation", default="l2", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see RESULTS.md for a comparison")
@@ -325,10 +326,21 @@ class CPLearn(nn.Module):
         group.add_argument("--prior", default="reverse", choices=tuple(PRIORS), help="Direction of the prior term: reverse KL(mean p || uniform), or forward CE(uniform, mean p) as in the equations")
         group.add_argument("--prior_group", default="global", choices=("global", "local"), help="Images that the batch mean runs over: those of all processes, or (published code) of each one")
         group.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes, apart from --seed")
+        # fmt: on
 
     @classmethod
     def from_args(cls, backbone: nn.Module, args) -> "CPLearn":
-        names = ("out_dim", "embed_dim", "activation", "eps", "n_ref", "beta", "prior", "prior_group", "dictionary_seed")
+        names = (
+            "out_dim",
+            "embed_dim",
+            "activation",
+            "eps",
+            "n_ref",
+            "beta",
+            "prior",
+            "prior_group",
+            "dictionary_seed",
+        )
         return cls(backbone, **{name: getattr(args, name) for name in names})
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

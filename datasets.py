@@ -210,7 +210,9 @@ class Batches:
         return self.size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.epoch)))).permutation(self.size)
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.epoch)))).permutation(
+            self.size
+        )
         for step in range(len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
@@ -265,7 +267,9 @@ def train_loader(
     )
 
 
-def eval_loader(dataset: Dataset, image_size: int, *, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
+def eval_loader(
+    dataset: Dataset, image_size: int, *, batch_size: int, num_workers: int, device: torch.device
+) -> DataLoader:
     """Every world_size-th image for this rank, in order; `distributed.gather_rows` puts them together again."""
     mine = range(distributed.rank(), len(dataset), distributed.world_size())
     return DataLoader(

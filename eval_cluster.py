@@ -62,14 +62,27 @@ def kmeans(features: Tensor, k: int, *, seed: int, redo: int) -> np.ndarray:
     x = F.normalize(features, dim=1).numpy()
     # Thresholds of faiss that only print advice about the number of points are set aside.
     algorithm = faiss.Kmeans(
-        x.shape[1], k, niter=50, nredo=redo, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x)
+        x.shape[1],
+        k,
+        niter=50,
+        nredo=redo,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(x),
     )
     algorithm.train(x)
     return algorithm.index.search(x, 1)[1][:, 0]
 
 
 def cluster_metrics(
-    features: Tensor, labels: Tensor, codes: Tensor | None, out_dim: int | None, *, seed: int, redo: int, shuffles: int
+    features: Tensor,
+    labels: Tensor,
+    codes: Tensor | None,
+    out_dim: int | None,
+    *,
+    seed: int,
+    redo: int,
+    shuffles: int,
 ) -> dict[str, dict[str, float]]:
     """Rows of the table: codes, kmeans, and the trivial clusterings of the same images.
 
@@ -110,8 +123,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         rows = {"codes": usage(data.codes.numpy())} if data.codes is not None else {}
     else:
         rows = cluster_metrics(
-            data.features, data.labels, data.codes, data.out_dim,
-            seed=args.seed, redo=args.kmeans_redo, shuffles=args.shuffles,
+            data.features,
+            data.labels,
+            data.codes,
+            data.out_dim,
+            seed=args.seed,
+            redo=args.kmeans_redo,
+            shuffles=args.shuffles,
         )
     header = ("clustering", "NMI", "AMI", "ARI", "Hungarian", "used", "perplexity")
     print(utils.format_table([(name, *(row.get(c) for c in COLUMNS)) for name, row in rows.items()], header))

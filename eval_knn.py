@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, as in DINO).
 
-    python eval_knn.py --pretrained_weights output/digits/checkpoint.pth
-    torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
+python eval_knn.py --pretrained_weights output/digits/checkpoint.pth
+torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
 """
 
 import argparse
@@ -26,7 +26,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def knn(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, ks: Sequence[int], temperature: float
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy for each k; k is capped at the number of training images.
 
@@ -70,10 +76,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     train.require_labels("eval_knn.py")
     if not distributed.is_main():
         return {}
-    metrics = knn(
-        train.features, train.labels, val.features, val.labels, ks=args.nb_knn, temperature=args.temperature
-    )
-    rows = [(k.removeprefix("knn").removesuffix("_top1"), metrics[k], metrics[k.replace("top1", "top5")]) for k in metrics if k.endswith("top1")]
+    metrics = knn(train.features, train.labels, val.features, val.labels, ks=args.nb_knn, temperature=args.temperature)
+    rows = [
+        (k.removeprefix("knn").removesuffix("_top1"), metrics[k], metrics[k.replace("top1", "top5")])
+        for k in metrics
+        if k.endswith("top1")
+    ]
     print(utils.format_table(rows, ("k", "top-1", "top-5")))
     evaluation.write_result(args, "eval_knn", metrics, model)
     return metrics

@@ -30,12 +30,14 @@ from utils import UserError
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = utils.ArgumentParser(prog="eval_linear.py", description=__doc__)
+    # fmt: off
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--lr", type=float, default=None, help="For a batch of 256 over all processes (default: 0.001 for sgd, 0.01 for adam)")
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"), help="sgd is DINO's; adam the paper's appendix, not scaled with the batch")
     parser.add_argument("--n_last_blocks", type=int, default=None, help="Blocks whose CLS tokens are concatenated (default: 4 for vit_tiny and vit_small, else 1)")
     parser.add_argument("--augment", type=utils.bool_flag, default=None, help="Random crops and flips in every epoch (default: true, false with --load_features)")
     parser.add_argument("--standardise", type=utils.bool_flag, default=None, help="Batch norm without weights before the classifier (default: true unless the backbone is a ViT, whose last LayerNorm does it)")
+    # fmt: on
     evaluation.add_flags(parser)
     return parser
 
@@ -106,7 +108,13 @@ def accuracy(classifier: nn.Module, features: Tensor, labels: Tensor, device: to
 
 
 def train_probe(
-    probe: Probe, epochs: int, batches, val: evaluation.Features, device: torch.device, checkpoint: Path | None, log_every: int = 10
+    probe: Probe,
+    epochs: int,
+    batches,
+    val: evaluation.Features,
+    device: torch.device,
+    checkpoint: Path | None,
+    log_every: int = 10,
 ) -> dict[str, float]:
     """Train to the end; `batches(epoch)` yields this rank's (features, labels). Returns last and best accuracies."""
     model = distributed.wrap(probe.classifier, device)
@@ -125,7 +133,10 @@ def train_probe(
             if checkpoint is not None:
                 checkpoints.save(checkpoint, probe.state())
             if probe.epoch % log_every == 0 or probe.epoch == epochs:
-                print(f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {probe.history[-1]['top1']:.4f}", flush=True)
+                print(
+                    f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {probe.history[-1]['top1']:.4f}",
+                    flush=True,
+                )
     best = max(range(epochs), key=lambda e: probe.history[e]["top1"])
     return {
         "linear_last_top1": probe.history[-1]["top1"],

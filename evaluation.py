@@ -20,6 +20,7 @@ from utils import UserError
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every evaluation, with DINO's names."""
+    # fmt: off
     g = parser.add_argument_group("weights")
     g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
     g.add_argument("--checkpoint_key", default="teacher", help="Network to take from a DINO checkpoint: teacher or student")
@@ -40,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
+    # fmt: on
 
 
 def start(args: argparse.Namespace) -> torch.device:
@@ -135,7 +137,9 @@ class Features:
             raise UserError(f"{script} needs labels, but these images do not lie in class folders")
 
 
-def features(args: argparse.Namespace, device: torch.device, splits: tuple[str, ...], n_last_blocks: int = 1) -> tuple[list[Features], Model | None]:
+def features(
+    args: argparse.Namespace, device: torch.device, splits: tuple[str, ...], n_last_blocks: int = 1
+) -> tuple[list[Features], Model | None]:
     """Features of the asked splits, from `--load_features`, or extracted (and kept by `--dump_features`)."""
     if args.load_features:
         return [_load_features(args.load_features, split, n_last_blocks) for split in splits], None
@@ -224,4 +228,8 @@ def write_result(args: argparse.Namespace, script: str, metrics: dict, model: Mo
 
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(f.read()).hexdigest()
+        )

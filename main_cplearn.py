@@ -29,6 +29,7 @@ import datasets
 import distributed
 import models
 import utils
+from progress import Meter, Progress
 from utils import UserError
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
@@ -44,12 +45,22 @@ DINO_ONLY = {
 }
 
 # Flags that may differ between a run and its continuation, because they do not change the result.
-FREE_ON_RESUME = {"output_dir", "num_workers", "saveckp_freq", "print_freq", "max_steps", "tensorboard", "device", "dist_url"}
+FREE_ON_RESUME = {
+    "output_dir",
+    "num_workers",
+    "saveckp_freq",
+    "print_freq",
+    "max_steps",
+    "tensorboard",
+    "device",
+    "dist_url",
+}
 
 NON_FINITE_EXIT_CODE = 3
 
 
 def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
+    # fmt: off
     p = utils.ArgumentParser(prog="main_cplearn.py", description=__doc__)
     p.add_argument("--method", default="cplearn", help=f"What to train with: {', '.join(models.METHODS)}")
     p.add_argument("--out_dim", type=int, default=65536, help="Number of codes c. Any size trains the same number of weights")
@@ -95,6 +106,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
+    # fmt: on
     return p
 
 
@@ -138,10 +150,27 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """What can be judged from the flags alone; models and data sets check the rest."""
-    for name in ("batch_size_per_gpu", "epochs", "print_freq", "lr", "image_size", "local_image_size", "patch_size"):
+    for name in (
+        "batch_size_per_gpu",
+        "epochs",
+        "print_freq",
+        "lr",
+        "image_size",
+        "local_image_size",
+        "patch_size",
+    ):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name):g} must be positive")
-    for name in ("local_crops_number", "warmup_epochs", "saveckp_freq", "clip_grad", "min_lr", "weight_decay", "weight_decay_end", "seed"):
+    for name in (
+        "local_crops_number",
+        "warmup_epochs",
+        "saveckp_freq",
+        "clip_grad",
+        "min_lr",
+        "weight_decay",
+        "weight_decay_end",
+        "seed",
+    ):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name):g} must not be negative")
     if args.num_workers is not None and args.num_workers < 0:
@@ -156,6 +185,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--local_image_size {args.local_image_size} is not a multiple of --patch_size {args.patch_size}"
         )
+    if not args.dist_url.startswith(("env://", "file://", "tcp://")):
+        raise UserError(f"--dist_url {args.dist_url} is unknown: env:// (torchrun), tcp://HOST:PORT or file:///PATH")
     if args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: shorten the warm-up")
 
@@ -164,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Train; returns the last epoch's log record."""
     args = parse_args(argv)
     device = distributed.init(args.dist_url, args.device)
+    if args.batch_size_per_gpu * distributed.world_size() < 2:
+        raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
     utils.check_output_dir(args.output_dir)
     utils.seed_everything(args.seed)
@@ -259,6 +292,8 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
         "epoch": epoch,
         "step": step + i + 1,
         **{f"train_{name}": value for name, value in values.items()},
+        "loss_uniform": references.uniform,
+        "loss_floor": references.floor,
         "uniform_to_floor": (references.uniform - values["loss"]) / (references.uniform - references.floor),
         "lr": lr,
         "weight_decay": optimizer.param_groups[0]["weight_decay"],
@@ -273,7 +308,9 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
 
 def build_optimizer(method: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Weight decay for matrices only, as in DINO: biases and one-dimensional parameters have none."""
-    decayed = [p for name, p in method.named_parameters() if p.requires_grad and p.ndim > 1 and not name.endswith(".bias")]
+    decayed = [
+        p for name, p in method.named_parameters() if p.requires_grad and p.ndim > 1 and not name.endswith(".bias")
+    ]
     exempt = [p for name, p in method.named_parameters() if p.requires_grad and (p.ndim <= 1 or name.endswith(".bias"))]
     groups = [{"params": decayed, "decay": True}, {"params": exempt, "decay": False, "weight_decay": 0.0}]
     kinds = {
@@ -294,7 +331,11 @@ def set_schedules(optimizer, step: int, steps_per_epoch: int, args) -> float:
     """Learning rate and weight decay of this step. Returns the learning rate."""
     total = args.epochs * steps_per_epoch
     lr = utils.lr_at(
-        step, lr=actual_lr(args), min_lr=args.min_lr, warmup_steps=args.warmup_epochs * steps_per_epoch, total_steps=total
+        step,
+        lr=actual_lr(args),
+        min_lr=args.min_lr,
+        warmup_steps=args.warmup_epochs * steps_per_epoch,
+        total_steps=total,
     )
     decay = utils.cosine(args.weight_decay, args.weight_decay_end, step / total)
     for group in optimizer.param_groups:
@@ -324,72 +365,6 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
 
 
 # --- what the run says and keeps ---------------------------------------------------------------------
-
-
-class Meter:
-    """Averages of named scalars, kept on the device until they are read."""
-
-    def __init__(self):
-        self.totals: dict[str, Tensor] = {}
-        self.recent: dict[str, Tensor] = {}
-        self.steps = self.recent_steps = 0
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            self.recent[name] = self.recent[name] + value if name in self.recent else value.clone()
-        self.recent_steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Averages since the last reading, over all ranks."""
-        values = self._flush()
-        return {name: (value / self._last_steps).item() for name, value in values.items()}
-
-    def average(self) -> dict[str, float]:
-        """Averages since the beginning, over all ranks."""
-        if self.recent_steps:
-            self._flush()
-        return {name: (value / self.steps).item() for name, value in self.totals.items()}
-
-    def _flush(self) -> dict[str, Tensor]:
-        names = list(self.recent)
-        stacked = distributed.mean_over_ranks(torch.stack([self.recent[n].double() for n in names]))
-        values = dict(zip(names, stacked, strict=True))
-        for name, value in values.items():
-            self.totals[name] = self.totals[name] + value if name in self.totals else value
-        self.steps += self.recent_steps
-        self._last_steps = self.recent_steps
-        self.recent, self.recent_steps = {}, 0
-        return values
-
-
-class Progress:
-    """A tqdm bar on a terminal; elsewhere (a SLURM log) one plain line every ten seconds. Rank 0 only."""
-
-    SECONDS = 10.0
-
-    def __init__(self, epoch: int, epochs: int, steps: int, every: int):
-        self.label, self.steps = f"epoch {epoch + 1}/{epochs}", steps
-        self.last = time.perf_counter()
-        self.bar = None
-        if distributed.is_main() and sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=steps, desc=self.label, leave=False, file=sys.stdout, dynamic_ncols=True)
-
-    def show(self, done: int, values: dict[str, float], lr: float, rate: float, wait: float) -> None:
-        if not distributed.is_main():
-            return
-        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{terms}  lr {lr:.2g}  {rate:.0f} img/s  wait {wait:.0%}", refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif time.perf_counter() - self.last >= self.SECONDS:
-            self.last = time.perf_counter()
-            print(f"{self.label}  step {done}/{self.steps}  {terms}  lr {lr:.2g}  {rate:.0f} img/s  wait {wait:.0%}", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def announce(args, method, dataset, loader, device) -> None:
@@ -427,10 +402,15 @@ def report_epoch(args, record: dict, writer) -> None:
     remaining = (args.epochs - record["epoch"] - 1) * record["seconds"]
     print(
         f"epoch {record['epoch'] + 1}/{args.epochs}  loss {record['train_loss']:.4f}  "
-        + "  ".join(f"{k.removeprefix('train_')} {v:.4f}" for k, v in record.items() if k.startswith("train_") and k != "train_loss")
-        + f"  {record['uniform_to_floor']:.0%} of the way from uniform to the floor  lr {record['lr']:.3g}"
+        + "  ".join(
+            f"{k.removeprefix('train_')} {v:.4f}"
+            for k, v in record.items()
+            if k.startswith("train_") and k != "train_loss"
+        )
+        + f"  (uniform {record['loss_uniform']:.4f}, floor {record['loss_floor']:.4f}, {record['uniform_to_floor']:.0%} of the way)  lr {record['lr']:.3g}"
         + f"  {record['images_per_second']:.0f} img/s  wait {record['data_wait']:.0%}"
-        + f"  ETA {remaining / 3600:.1f} h" * (remaining >= 3600) + f"  ETA {remaining / 60:.1f} min" * (remaining < 3600),
+        + f"  ETA {remaining / 3600:.1f} h" * (remaining >= 3600)
+        + f"  ETA {remaining / 60:.1f} min" * (remaining < 3600),
         flush=True,
     )
     utils.append_json_line(Path(args.output_dir, "log.txt"), record)
@@ -487,7 +467,10 @@ def resume(args, method, optimizer, scaler) -> int:
     if not path.exists():
         return 0
     state = checkpoints.load(path)
-    mine, theirs = vars(args) | {"processes": distributed.world_size()}, state["args"] | {"processes": state["processes"]}
+    mine, theirs = (
+        vars(args) | {"processes": distributed.world_size()},
+        state["args"] | {"processes": state["processes"]},
+    )
     differ = sorted(k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k))
     if differ:
         raise UserError(

@@ -149,9 +149,7 @@ def check_output_dir(path: str) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"--output_dir {path} cannot be written: {error.strerror}; choose another folder"
-        ) from None
+        raise UserError(f"--output_dir {path} cannot be written: {error.strerror}; choose another folder") from None
 
 
 def append_json_line(path: str | Path, record: dict) -> None:
@@ -175,7 +173,9 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str
     text = [[f"{x:.4f}" if isinstance(x, float) else "" if x is None else str(x) for x in row] for row in rows]
     widths = [max(len(r[i]) for r in [list(header), *text]) for i in range(len(header))]
     lines = [
-        "| " + " | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, widths, strict=True))) + " |"
+        "| "
+        + " | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, widths, strict=True)))
+        + " |"
         for r in [list(header), *text]
     ]
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"

@@ -43,7 +43,10 @@ def apply(pixels, view, *params):
 # --- frequencies --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("recipe", "index"), [("dino", 0), ("dino", 1), ("dino", 2), ("cifar", 0), ("digits", 1)])
+@pytest.mark.parametrize(
+    ("recipe", "index"),
+    [("dino", 0), ("dino", 1), ("dino", 2), ("cifar", 0), ("cifar_strong", 1), ("digits", 1)],
+)
 def test_frequency_of_each_transform_equals_its_probability(recipe, index):
     view = build_views(recipe, **SIZES)[index]
     drawn = draws(view)
@@ -80,8 +83,12 @@ def test_ranges_and_spread_of_the_strengths():
     view = View(32, jitter_p=1.0, blur_p=1.0)
     drawn = draws(view)
     for name, low, high in (
-        ("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1), ("sigma", 0.1, 2.0),
-    ):  # fmt: skip
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+        ("sigma", 0.1, 2.0),
+    ):
         values = np.array([p[name] for p in drawn])
         assert low <= values.min() and values.max() <= high
         quartiles = (np.quantile(values, [0.25, 0.5, 0.75]) - low) / (high - low)
@@ -92,7 +99,9 @@ def test_ranges_and_spread_of_the_strengths():
 
 def test_crop_boxes_follow_torchvisions_distribution():
     view = View(32, scale=(0.1, 0.9))
-    ours = np.array([[p["width"] * p["height"] / 3000, p["width"] / p["height"], p["left"], p["top"]] for p in draws(view, 4000)])
+    ours = np.array(
+        [[p["width"] * p["height"] / 3000, p["width"] / p["height"], p["left"], p["top"]] for p in draws(view, 4000)]
+    )
     torch.manual_seed(0)
     peer = v2.RandomResizedCrop(32, scale=(0.1, 0.9))
     boxes = [peer.make_params([torch.zeros(3, 50, 60)]) for _ in range(4000)]
@@ -123,7 +132,9 @@ def test_draws_depend_on_seed_epoch_sample_and_view_and_on_nothing_else():
 def test_crop_equals_torchvisions_resized_crop():
     image = smooth_image()
     box = dict(left=7, top=3, width=20, height=30)
-    expected = tvf.resized_crop(tvf.pil_to_tensor(image), 3, 7, 30, 20, [16, 16], interpolation=v2.InterpolationMode.BICUBIC)
+    expected = tvf.resized_crop(
+        tvf.pil_to_tensor(image), 3, 7, 30, 20, [16, 16], interpolation=v2.InterpolationMode.BICUBIC
+    )
     got = crop(image, View(16), box | {"flip": 0})
     assert got.dtype == torch.uint8 and got.shape == (3, 16, 16)
     assert (got.int() - expected.int()).abs().max() <= 1
@@ -195,7 +206,13 @@ def test_grey_images_keep_their_hue():
 def test_grey_blur_and_solarise_equal_torchvisions():
     view = View(24, grey_p=0.5, blur_p=0.5, solarise_p=0.5)
     got = apply(
-        PIXELS, view, params_of(), params_of(grey=1), params_of(sigma=0.7), params_of(sigma=1.9), params_of(solarise=1)
+        PIXELS,
+        view,
+        params_of(),
+        params_of(grey=1),
+        params_of(sigma=0.7),
+        params_of(sigma=1.9),
+        params_of(solarise=1),
     )
     torch.testing.assert_close(got[0], FLOAT)
     torch.testing.assert_close(got[1], tvf.rgb_to_grayscale(FLOAT, 3), atol=1e-3, rtol=0)
@@ -225,5 +242,5 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_unknown_recipe():
-    with pytest.raises(UserError, match="--augmentation simclr is unknown: dino, cifar, svhn, digits"):
+    with pytest.raises(UserError, match="--augmentation simclr is unknown: dino, cifar, cifar_strong, svhn, digits"):
         augmentations.build_views("simclr", **SIZES)

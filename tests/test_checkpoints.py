@@ -75,7 +75,10 @@ def test_missing_and_foreign_files(tmp_path):
 def test_backbone_weights_of_each_kind_of_file():
     weights = ResNet8(4).state_dict()
     zeros = {k: torch.zeros_like(v) for k, v in weights.items()}
-    ours = {"format": checkpoints.FORMAT, "model": {f"backbone.{k}": v for k, v in weights.items()} | {"head.linear.weight": 0}}
+    ours = {
+        "format": checkpoints.FORMAT,
+        "model": {f"backbone.{k}": v for k, v in weights.items()} | {"head.linear.weight": 0},
+    }
     dino = {
         "teacher": {f"backbone.{k}": v for k, v in weights.items()} | {"head.mlp.0.weight": torch.zeros(1)},
         "student": {f"module.backbone.{k}": v for k, v in zeros.items()} | {"module.head.mlp.0.weight": torch.zeros(1)},

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, write_images
 from PIL import Image
 
 import datasets
 from augmentations import build_views
-from conftest import ROOT, write_images
 from datasets import Batches, Digits, Folder, build_dataset, read_class_list, train_loader
 from utils import UserError
 
@@ -50,7 +50,10 @@ def test_class_list_chooses_and_orders(image_folder, tmp_path):
     (tmp_path / "list.txt").write_text("cat\nant\n")
     data = build_dataset("folder", str(image_folder), "train", str(tmp_path / "list.txt"))
     assert data.classes == ["cat", "ant"] and len(data) == 32
-    assert {str(n).split("/")[0]: int(x) for n, x in zip(data.names, data.labels, strict=True)} == {"ant": 1, "cat": 0}
+    assert {str(n).split("/")[0]: int(x) for n, x in zip(data.names, data.labels, strict=True)} == {
+        "ant": 1,
+        "cat": 0,
+    }
 
 
 def test_class_list_with_absent_folders(image_folder, tmp_path):
@@ -110,7 +113,14 @@ def test_cifar10_as_torchvision_stores_it(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels = np.arange(4 * 3072, dtype=np.int64).reshape(4, 3072) % 256
-    for name in ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]:
+    for name in [
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+    ]:
         content = {"data": pixels.astype(np.uint8), "labels": [3, 1, 4, 1]}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
@@ -165,7 +175,9 @@ def test_views_do_not_depend_on_the_number_of_workers(image_folder):
         found = []
         for epoch in (0, 1):
             loader.batch_sampler.epoch = epoch
-            found += [[pixels for pixels, _ in crops] + [params["hue"] for _, params in crops] for crops, _, _ in loader]
+            found += [
+                [pixels for pixels, _ in crops] + [params["hue"] for _, params in crops] for crops, _, _ in loader
+            ]
         return found
 
     one, two = epochs(0), epochs(2)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import run_in_processes
 from torch import nn
 
 import distributed
-from conftest import run_in_processes
 from cplearn_head import CPLearn
 from resnet import ResNet8, resnet18_cifar
 from utils import UserError
@@ -140,7 +140,11 @@ def test_batch_norm_of_resnet18_has_torchs_names_and_values():
     import torchvision
 
     ours, peer = resnet18_cifar(), torchvision.models.resnet18()
-    peer.conv1, peer.maxpool, peer.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    peer.conv1, peer.maxpool, peer.fc = (
+        nn.Conv2d(3, 64, 3, padding=1, bias=False),
+        nn.Identity(),
+        nn.Identity(),
+    )
     peer.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(x), peer(x), rtol=1e-4, atol=1e-5)

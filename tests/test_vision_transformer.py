@@ -71,7 +71,9 @@ def test_a_dino_vit_small_loads_with_every_key_and_gives_its_features():
         torch.testing.assert_close(model.last_cls_tokens(x, 4), torch.cat(layers[-4:], 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("arch", "parameters"), [("vit_tiny", 5_524_416), ("vit_small", 21_665_664), ("vit_base", 85_798_656)])
+@pytest.mark.parametrize(
+    ("arch", "parameters"), [("vit_tiny", 5_524_416), ("vit_small", 21_665_664), ("vit_base", 85_798_656)]
+)
 def test_parameter_counts(arch, parameters):
     model = models.build_backbone(arch, patch_size=16, image_size=224)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -124,7 +126,13 @@ def test_resnet8_equals_the_table_written_out():
 
 @pytest.mark.parametrize(
     ("arch", "width"),
-    [("resnet8_w256", 256), ("resnet8bn_w24", 24), ("resnet18", 512), ("timm:resnet10t", 512), ("timm:vit_tiny_patch16_224", 192)],
+    [
+        ("resnet8_w256", 256),
+        ("resnet8bn_w24", 24),
+        ("resnet18", 512),
+        ("timm:resnet10t", 512),
+        ("timm:vit_tiny_patch16_224", 192),
+    ],
 )
 def test_other_backbones(arch, width):
     model = models.build_backbone(arch, patch_size=16, image_size=32)

@@ -1,0 +1,363 @@
+"""The training script on real images: results, resuming, two processes, wrong input."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoints
+import main_cplearn
+import utils
+from utils import UserError
+
+SMALL = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "16",
+         "--warmup_epochs", "0", "--num_workers", "0", "--device", "cpu"]  # fmt: skip
+
+
+def train(out, *more):
+    """main() in this process, at most 12 steps."""
+    return main_cplearn.main([*SMALL, "--max_steps", "12", "--output_dir", str(out), *more])
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def model_of(out):
+    return checkpoints.load(out / "checkpoint.pth")["model"]
+
+
+def same_weights(a, b):
+    tensors = [k for k, v in a.items() if isinstance(v, torch.Tensor)]
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in tensors)
+
+
+def without_time(records):
+    return [{k: v for k, v in r.items() if k not in ("images_per_second", "data_wait", "seconds")} for r in records]
+
+
+def run_script(*command, **env):
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+# --- a run ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_log_arguments_and_checkpoints(tmp_path, image_folder, capsys):
+    record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "2", "--saveckp_freq", "1")
+    said = capsys.readouterr().out
+    assert f"48 images, 3 classes, {image_folder}/train" in said and "loss_floor" in said
+    log = log_of(tmp_path)
+    assert [r["epoch"] for r in log] == [0, 1] and log[-1] == record and log[-1]["step"] == 6
+    assert {"train_loss", "train_invariance", "train_prior", "train_entropy", "train_grad_norm", "lr"} <= set(record)
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "checkpoint.pth",
+        "checkpoint0001.pth",
+        "checkpoint0002.pth",
+    ]
+    saved = json.loads((tmp_path / "args.json").read_text())
+    assert saved["args"]["out_dim"] == 40 and saved["derived"]["effective_batch"] == 16
+    assert saved["derived"]["actual_lr"] == pytest.approx(0.0005 * 16 / 256)
+    assert saved["derived"]["dictionary"].startswith("rademacher-splitmix64-v1 seed 0")
+    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    assert not any("packed" in key for key in state["model"]) and state["epoch"] == 2
+    assert sum(len(g["params"]) for g in state["optimizer"]["param_groups"]) == len(
+        [
+            k
+            for k, v in state["model"].items()
+            if isinstance(v, torch.Tensor) and "running" not in k and "tracked" not in k
+        ]
+    )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "1")
+    for name, more in (("a", ()), ("b", ("--num_workers", "2")), ("c", ("--seed", "1"))):
+        train(tmp_path / name, *common, *more)
+    assert same_weights(model_of(tmp_path / "a"), model_of(tmp_path / "b"))  # workers do not matter
+    assert without_time(log_of(tmp_path / "a")) == without_time(log_of(tmp_path / "b"))
+    assert not same_weights(model_of(tmp_path / "a"), model_of(tmp_path / "c"))
+
+
+def test_resuming_at_an_epoch_is_bit_identical(tmp_path, image_folder):
+    common = (
+        "--data_path",
+        str(image_folder),
+        "--epochs",
+        "4",
+        "--arch",
+        "vit_tiny",
+        "--drop_path_rate",
+        "0.3",
+    )
+    train(tmp_path / "whole", *common)
+    train(tmp_path / "cut", *common, "--max_steps", "6")  # two epochs of three steps
+    assert len(log_of(tmp_path / "cut")) == 2
+    train(tmp_path / "cut", *common)
+    assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "cut"))
+    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+    assert train(tmp_path / "cut", *common) == {}  # nothing left to do
+
+
+def test_log_lines_of_an_epoch_without_checkpoint_are_written_once(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "3")
+    train(tmp_path, *common, "--max_steps", "3")
+    utils.append_json_line(tmp_path / "log.txt", {"epoch": 1, "train_loss": 0.0})  # died before its checkpoint
+    train(tmp_path, *common)
+    assert [r["epoch"] for r in log_of(tmp_path)] == [0, 1, 2] and log_of(tmp_path)[1]["train_loss"] != 0
+
+
+def test_local_crops_and_other_precisions(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "1", "--max_steps", "2", "--image_size", "32",
+              "--local_crops_number", "3", "--local_image_size", "16")  # fmt: skip
+    for precision in ("fp32", "bf16"):
+        record = train(tmp_path / precision, *common, "--precision", precision)
+        assert record["step"] == 2 and record["train_loss"] > 0
+    assert json.loads((tmp_path / "fp32" / "args.json").read_text())["args"]["global_crops_scale"] == [
+        0.4,
+        1.0,
+    ]
+
+
+def test_optimizers_and_tensorboard(tmp_path, image_folder):
+    for optimizer in ("adam", "sgd", "lars"):
+        out = tmp_path / optimizer
+        train(out, "--data_path", str(image_folder), "--epochs", "1", "--max_steps", "1", "--optimizer", optimizer,
+              "--tensorboard")  # fmt: skip
+        assert list((out / "tensorboard").glob("events.*"))
+
+
+def test_init_from_starts_from_the_backbone(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "1")
+    train(tmp_path / "a", *common)
+    train(
+        tmp_path / "b",
+        *common,
+        "--out_dim",
+        "64",
+        "--init_from",
+        str(tmp_path / "a" / "checkpoint.pth"),
+        "--lr",
+        "1e-12",
+        "--min_lr",
+        "0",
+    )
+    a, b = (checkpoints.backbone_weights(checkpoints.load(tmp_path / x / "checkpoint.pth")) for x in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
+
+
+def test_schedules_are_dinos():
+    """Written out for ten epochs of ten steps, two of warm-up."""
+    import numpy as np
+
+    warmup = np.linspace(0, 0.1, 20)
+    rest = np.array([0.001 + 0.5 * (0.1 - 0.001) * (1 + np.cos(np.pi * i / 80)) for i in range(80)])
+    got = [utils.lr_at(s, lr=0.1, min_lr=0.001, warmup_steps=20, total_steps=100) for s in range(100)]
+    np.testing.assert_allclose(got, np.concatenate([warmup, rest]))
+
+
+def test_weight_decay_spares_biases_and_norms():
+    args = main_cplearn.parse_args([*SMALL, "--arch", "vit_tiny"])
+    method = main_cplearn.models.build_method(args)
+    optimizer = main_cplearn.build_optimizer(method, args)
+    names = {id(p): name for name, p in method.named_parameters()}
+    decayed, exempt = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
+    assert decayed | exempt == set(names.values()) and not decayed & exempt
+    assert {"backbone.norm.weight", "head.linear.bias", "head.norm.weight"} <= exempt
+    assert {"head.linear.weight", "backbone.blocks.0.attn.qkv.weight", "backbone.pos_embed"} <= decayed
+    main_cplearn.set_schedules(optimizer, 1, 10, args)
+    assert optimizer.param_groups[0]["weight_decay"] > 0 and optimizer.param_groups[1]["weight_decay"] == 0
+
+
+def test_gradients_are_clipped_one_parameter_at_a_time():
+    module = torch.nn.Linear(4, 3)
+    module.weight.grad, module.bias.grad = 5 * torch.ones(3, 4), 0.1 * torch.ones(3)
+    norm = main_cplearn.clip_gradients(module, 3.0)
+    assert norm.item() == pytest.approx((12 * 25 + 0.03) ** 0.5)
+    assert module.weight.grad.norm().item() == pytest.approx(3.0) and module.bias.grad[0].item() == pytest.approx(0.1)
+    main_cplearn.clip_gradients(module, 0)
+    assert module.weight.grad.norm().item() == pytest.approx(3.0)
+
+
+def test_a_non_finite_loss_stops_the_run_with_its_own_code(tmp_path, image_folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, "--data_path", str(image_folder), "--epochs", "3", "--lr", "1e38", "--optimizer", "sgd",
+              "--clip_grad", "0", "--print_freq", "1")  # fmt: skip
+    assert stop.value.code == main_cplearn.NON_FINITE_EXIT_CODE
+    assert "the loss became nan" in capsys.readouterr().err
+
+
+# --- as typed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_torchrun_line_of_the_readme_starts_as_typed(tmp_path):
+    """`torchrun main_cplearn.py --arch vit_small --out_dim 131072`, cut short."""
+    done = run_script(
+        "-m", "torch.distributed.run", "main_cplearn.py", "--arch", "vit_small", "--out_dim", "131072",
+        "--max_steps", "1", "--batch_size_per_gpu", "4", "--output_dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "WARNING: no --data_path" in done.stdout and "--data_path FOLDER" in done.stdout
+    assert checkpoints.load(tmp_path / "checkpoint.pth")["args"]["out_dim"] == 131072
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path, image_folder):
+    """torchrun with 2 x 8 images follows one process with 16, step by step."""
+    common = ["main_cplearn.py", *SMALL, "--data_path", str(image_folder), "--epochs", "2", "--beta", "0.5",
+              "--optimizer", "sgd", "--lr", "0.5",  # Adam would blow up rounding noise in gradients that are zero
+              "--local_crops_number", "1", "--local_image_size", "16"]  # fmt: skip
+    two = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common,
+                     "--batch_size_per_gpu", "8", "--output_dir", str(tmp_path / "two"))  # fmt: skip
+    assert two.returncode == 0, two.stderr[-2000:]
+    one = run_script(*common, "--output_dir", str(tmp_path / "one"))
+    assert one.returncode == 0, one.stderr[-2000:]
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for name in (
+            "train_loss",
+            "train_invariance",
+            "train_prior",
+            "train_entropy",
+            "train_grad_norm",
+            "lr",
+        ):
+            assert a[name] == pytest.approx(b[name], rel=2e-4), name
+    a, b = model_of(tmp_path / "one"), model_of(tmp_path / "two")
+    for name in a:
+        if isinstance(a[name], torch.Tensor):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", ["main_cplearn.py", "eval_knn.py", "eval_linear.py", "eval_cluster.py"])
+def test_help(script):
+    done = run_script(script, "--help")
+    assert done.returncode == 0 and "--output_dir" in done.stdout and "python " in done.stdout
+
+
+# --- wrong input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data_path", "/nowhere"], "--data_path /nowhere is not a folder"),
+        (["--out_dim", "1"], "out_dim 1 is too small"),
+        (["--eps", "0.1"], "eps 0.1 must lie between 0 and 1/out_dim"),
+        (["--beta", "0"], "beta 0 must be positive"),
+        (["--beta", "-1"], "beta -1 must be positive"),
+        (
+            ["--arch", "vit_small", "--image_size", "30"],
+            "--image_size 30 is not a multiple of --patch_size 16: use 16",
+        ),
+        (
+            ["--arch", "vit_tiny", "--local_crops_number", "1", "--local_image_size", "20"],
+            "--local_image_size 20",
+        ),
+        (["--arch", "vgg"], "--arch vgg is unknown: vit_tiny"),
+        (["--method", "moco"], "--method moco is unknown: cplearn"),
+        (["--dataset", "mnist"], "--dataset mnist is unknown: folder"),
+        (["--augmentation", "autoaugment"], "--augmentation autoaugment is unknown: dino"),
+        (["--batch_size_per_gpu", "5000"], "larger than the data set of 1433"),
+        (["--batch_size_per_gpu", "1"], "at least 2 images"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0 must be positive"),
+        (["--warmup_epochs", "400"], "--warmup_epochs 400 exceeds --epochs 300"),
+        (["--global_crops_scale", "0.9", "0.3"], "--global_crops_scale 0.9 0.3"),
+        (["--class_list", "none.txt"], "--class_list none.txt only goes with --dataset folder"),
+        (["--output_dir", "/proc/none"], "--output_dir /proc/none cannot be written"),
+        (["--init_from", "/none.pth"], "/none.pth does not exist"),
+        (["--device", "tpu"], "--device tpu is unknown"),
+        (["--num_workers", "-1"], "--num_workers -1"),
+        (["--dist_url", "http://x"], "--dist_url"),
+    ],
+)
+def test_wrong_flags_are_one_line_errors_before_training(tmp_path, more, words):
+    with pytest.raises(UserError) as error:
+        train(tmp_path / "out", *more)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "log.txt").exists()
+
+
+@pytest.mark.parametrize("flag", sorted(main_cplearn.DINO_ONLY))
+def test_flags_of_dino_without_meaning_here(flag):
+    with pytest.raises(UserError, match=f"{flag} makes no sense with --method cplearn: .*; leave it out"):
+        main_cplearn.parse_args([flag, "0.9"])
+    with pytest.raises(UserError, match=flag):
+        main_cplearn.parse_args([f"{flag}=0.9"])
+
+
+def test_an_unknown_flag_is_argparses_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_cplearn.parse_args(["--outdim", "10"])
+    assert stop.value.code == 2 and "unrecognized arguments: --outdim 10" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_on_stderr_and_code_2():
+    done = run_script("main_cplearn.py", "--data_path", "/nowhere")
+    assert done.returncode == utils.USAGE_EXIT_CODE
+    assert done.stderr == "main_cplearn.py: error: --data_path /nowhere is not a folder: check the path\n"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_unreadable_image_ends_the_run_in_one_line(tmp_path, image_folder, workers):
+    import shutil
+
+    shutil.copytree(image_folder, tmp_path / "data")
+    (tmp_path / "data/train/ant/000.jpg").write_bytes(b"\xff\xd8 broken")
+    done = run_script("main_cplearn.py", *SMALL, "--data_path", str(tmp_path / "data"), "--epochs", "1",
+                      "--num_workers", workers, "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    assert done.returncode == utils.USAGE_EXIT_CODE
+    assert len(done.stderr.splitlines()) == 1 and "000.jpg" in done.stderr and "cannot read the image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--arch", "resnet8_w16"], "arch resnet8_w8 there, resnet8_w16 here"),
+        (["--out_dim", "41"], "out_dim 40 there, 41 here"),
+        (["--dictionary_seed", "3"], "dictionary_seed 0 there, 3 here"),
+        (["--lr", "0.1", "--beta", "0.5"], "beta 0.25 there, 0.5 here, lr 0.0005 there, 0.1 here"),
+        (["--epochs", "9"], "epochs 2 there, 9 here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, image_folder, more, words):
+    common = ("--data_path", str(image_folder), "--epochs", "2", "--max_steps", "1")
+    train(tmp_path, *common)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(UserError, match=words):
+        train(tmp_path, *common, *more)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    train(tmp_path, *common, "--num_workers", "1", "--print_freq", "3")  # what does not matter may differ
+
+
+def test_damaged_and_malicious_checkpoints_are_refused_on_resume(tmp_path, image_folder):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    common = ("--data_path", str(image_folder), "--epochs", "2")
+    for content in (b"", b"PK\x03\x04 not a checkpoint", pickle.dumps({"args": Attack()})):
+        (tmp_path / "checkpoint.pth").write_bytes(content)
+        with pytest.raises(UserError, match="checkpoint.pth is"):
+            train(tmp_path, *common)
+        assert (tmp_path / "checkpoint.pth").read_bytes() == content  # nothing is overwritten
+    assert not (tmp_path / "executed").exists()
+
+
+# --- recipes and README ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.txt")))
+def test_recipes_parse(recipe, image_folder):
+    args = main_cplearn.parse_args([f"@{ROOT}/recipes/{recipe}", "--data_path", str(image_folder)])
+    assert args.epochs > 1
