@@ -133,6 +133,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.dataset = "folder" if args.data_path else "digits"
     if args.dataset not in datasets.DATASETS:
         raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
+    if args.data_path is not None:  # an evaluation started elsewhere has to find it
+        args.data_path = os.path.abspath(args.data_path)
     if args.augmentation is None:
         args.augmentation = datasets.RECIPE[args.dataset]
     if args.image_size is None:
