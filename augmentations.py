@@ -8,6 +8,7 @@ it, or when.
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from utils import UserError, random_normal
+from utils import FOR_VIEWS, UserError, random_normal, random_stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in DINO
 
@@ -95,7 +96,7 @@ def build_views(recipe: str, **sizes) -> list[View]:
 
 
 def rng_for(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, sample, view))))
+    return random_stream(FOR_VIEWS, seed, epoch, sample, view)
 
 
 def draw(view: View, width: int, height: int, rng: np.random.Generator) -> dict[str, float | int]:
@@ -202,8 +203,14 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def normalise(x: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (x - mean) / std
+    return (x - _per_channel(MEAN, x.device)) / _per_channel(STD, x.device)
+
+
+@lru_cache
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Constants are made once a device: making one on a GPU waits for it. Shape: -> (1, 3, 1, 1)."""
+    with torch.inference_mode(False):  # kept, so it must serve training too
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def _on_rows(x: Tensor, chosen: Tensor, transform) -> Tensor:
@@ -241,7 +248,7 @@ def _blend(x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
 
 def _luma(x: Tensor) -> Tensor:
     """Grey value (ITU-R 601). Shape: (n, 3, H, W) -> (n, 1, H, W)."""
-    return (x * torch.tensor((0.2989, 0.587, 0.114), device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (x * _per_channel((0.2989, 0.587, 0.114), x.device)).sum(1, keepdim=True)
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -253,7 +260,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     sextant = torch.where(which == 0, (g - b) / safe, torch.where(which == 1, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = (sextant / 6 + shift) % 1.0
     # Each channel is `value` minus chroma times a trapezoid of the hue, shifted by a third of a turn.
-    k = (torch.tensor((5.0, 3.0, 1.0), device=x.device).view(1, 3, 1, 1) + hue * 6) % 6
+    k = (_per_channel((5.0, 3.0, 1.0), x.device) + hue * 6) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: plain containers, written atomically, loaded with `weights_only=True` and nothing else."""
 
+import argparse
 import os
 import pickle
 from pathlib import Path
@@ -31,7 +32,8 @@ def load_file(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: give the path of a checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, and in every DINO checkpoint
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds Python objects that could run code" if "Weights only" in str(error) else "it is damaged"
         raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None

@@ -76,7 +76,8 @@ class Dictionary(nn.Module):
     def matrix(self) -> Tensor:
         """All codes in float32, kept after the first call: what the plain form multiplies with. (c, f_h)"""
         if self._matrix is None or self._matrix.device != self.packed.device:
-            self._matrix = self.codes()
+            with torch.inference_mode(False):  # kept, so it must serve training too
+                self._matrix = self.codes()
         return self._matrix
 
     def checksum(self) -> str:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from augmentations import View, crop, draw, eval_pixels, rng_for
-from utils import UserError
+from utils import FOR_ORDER, UserError, random_stream
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 SPLITS = ("train", "val")
@@ -210,9 +210,7 @@ class Batches:
         return self.size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, self.epoch)))).permutation(
-            self.size
-        )
+        order = random_stream(FOR_ORDER, self.seed, self.epoch).permutation(self.size)
         for step in range(len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
@@ -264,6 +262,7 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # the loader's own, so that it leaves the global one (drop path) alone
     )
 
 
@@ -278,6 +277,7 @@ def eval_loader(
         sampler=mine,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
     )
 
 

@@ -176,6 +176,27 @@ def log_mean_over_ranks(local: Tensor) -> Tensor:
     return value + weight * (local - local.detach())
 
 
+def convert_batch_norm(module: nn.Module) -> nn.Module:
+    """Replace torch's batch norms inside `module` by `BatchNorm`; names and values stay.
+
+    Raises `UserError` in several processes for a variant that cannot be replaced (timm's norm with activation).
+    """
+    for name, child in module.named_children():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            norm = BatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, norm)
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, BatchNorm):
+            if world_size() > 1:
+                raise UserError(
+                    f"{type(child).__name__} layers cannot share their statistics over {world_size()} processes: "
+                    "use one process, or another --arch"
+                )
+        else:
+            convert_batch_norm(child)
+    return module
+
+
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with statistics over the rows of all ranks, on any device and backend.
 

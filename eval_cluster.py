@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     if args.shuffles < 1 or args.kmeans_redo < 1:
         raise UserError(f"--shuffles {args.shuffles} and --kmeans_redo {args.kmeans_redo} must be positive")
     device = evaluation.start(args)
-    (data,), model = evaluation.features(args, device, (args.split,))
+    (data,), _ = evaluation.features(args, device, (args.split,))
     if not distributed.is_main():
         return {}
     if args.out_csv:
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         )
     header = ("clustering", "NMI", "AMI", "ARI", "Hungarian", "used", "perplexity")
     print(utils.format_table([(name, *(row.get(c) for c in COLUMNS)) for name, row in rows.items()], header))
-    evaluation.write_result(args, "eval_cluster", rows, model, args.split)
+    evaluation.write_result(args, "eval_cluster", rows, data, args.split)
     return rows
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if min(args.nb_knn) < 1 or args.temperature <= 0:
         raise UserError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
     device = evaluation.start(args)
-    (train, val), model = evaluation.features(args, device, ("train", "val"))
+    (train, val), _ = evaluation.features(args, device, ("train", "val"))
     val.require_labels("eval_knn.py")
     train.require_labels("eval_knn.py")
     if not distributed.is_main():
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if k.endswith("top1")
     ]
     print(utils.format_table(rows, ("k", "top-1", "top-5")))
-    evaluation.write_result(args, "eval_knn", metrics, model)
+    evaluation.write_result(args, "eval_knn", metrics, val)
     return metrics
 
 

@@ -113,7 +113,7 @@ def train_probe(
     batches,
     val: evaluation.Features,
     device: torch.device,
-    checkpoint: Path | None,
+    checkpoint: Path,
     log_every: int = 10,
 ) -> dict[str, float]:
     """Train to the end; `batches(epoch)` yields this rank's (features, labels). Returns last and best accuracies."""
@@ -130,8 +130,7 @@ def train_probe(
         probe.epoch += 1
         probe.history.append(accuracy(probe.classifier, val.features, val.labels, device))
         if distributed.is_main():
-            if checkpoint is not None:
-                checkpoints.save(checkpoint, probe.state())
+            checkpoints.save(checkpoint, probe.state())
             if probe.epoch % log_every == 0 or probe.epoch == epochs:
                 print(
                     f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {probe.history[-1]['top1']:.4f}",
@@ -168,10 +167,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     val.require_labels("eval_linear.py")
 
     if args.standardise is None:
-        args.standardise = not models.is_vit(val.arch or "")
+        args.standardise = not models.is_vit(val.arch)
+    utils.seed_everything(utils.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)
-    checkpoint = resume_file(args)
-    if checkpoint is not None and checkpoint.exists():
+    checkpoint = resume_file(args, found)
+    if checkpoint.exists():
         probe.load(checkpoints.load(checkpoint))
         if distributed.is_main():
             print(f"Resuming {checkpoint} after epoch {probe.epoch}")
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         rows = [("last epoch", metrics["linear_last_top1"], metrics["linear_last_top5"])]
         rows += [(f"best epoch on val ({metrics['linear_best_epoch']})", metrics["linear_best_top1"], None)]
         print(utils.format_table(rows, ("linear", "top-1", "top-5")))
-    evaluation.write_result(args, "eval_linear", metrics, model)
+    evaluation.write_result(args, "eval_linear", metrics, val)
     return metrics
 
 
@@ -216,14 +216,24 @@ def default_blocks(args) -> int:
     return 4 if arch in ("vit_tiny", "vit_small") else 1
 
 
-def resume_file(args) -> Path | None:
-    """A file of its own for each set of flags and weights, so that no other probe's state is ever taken up."""
-    ignored = {"output_dir", "num_workers", "device", "dist_url", "dump_features", "data_path", "class_list"}
+def resume_file(args, found: list[evaluation.Features]) -> Path:
+    """A file of its own for each set of flags, weights and images: no other probe's state is ever taken up."""
+    ignored = {
+        "output_dir",
+        "num_workers",
+        "device",
+        "dist_url",
+        "dump_features",
+        "load_features",
+        "pretrained_weights",
+    }
     key = {k: v for k, v in vars(args).items() if k not in ignored} | {"processes": distributed.world_size()}
-    if args.pretrained_weights:
-        key["sha256"] = evaluation.file_sha256(args.pretrained_weights)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(args.output_dir, f"linear_{digest}.pth")
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
+    for data in found:
+        digest.update(json.dumps([data.source, data.names, data.classes]).encode())
+        digest.update(data.labels.numpy().tobytes())
+        digest.update(data.features.numpy().tobytes())
+    return Path(args.output_dir, f"linear_{digest.hexdigest()[:12]}.pth")
 
 
 if __name__ == "__main__":

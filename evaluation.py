@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: the checkpoint's)")
     g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/) (default: the checkpoint's)")
-    g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's)")
+    g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's; '' for all folders)")
     g.add_argument("--batch_size_per_gpu", type=int, default=128, help="Images a process and step")
     g.add_argument("--num_workers", type=int, default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
     g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
@@ -48,13 +48,14 @@ def start(args: argparse.Namespace) -> torch.device:
     """Check the flags, join the process group, seed. Every evaluation's first line."""
     if args.batch_size_per_gpu < 1:
         raise UserError(f"--batch_size_per_gpu {args.batch_size_per_gpu} must be positive")
+    if args.pretrained_weights and args.load_features:
+        raise UserError("--load_features holds features of other weights already: leave out --pretrained_weights")
     if not args.pretrained_weights and not args.load_features:
         raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
     if args.output_dir is None:
         args.output_dir = args.load_features or str(Path(args.pretrained_weights).parent)
     device = distributed.init(args.dist_url, args.device)
     utils.check_output_dir(args.output_dir)
-    utils.seed_everything(args.seed)
     return device
 
 
@@ -88,10 +89,12 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
                 )
         if args.data_path is None and args.dataset is None:
             args.data_path, args.dataset = theirs.data_path, theirs.dataset
-            args.class_list = args.class_list or theirs.class_list
+        args.dataset = args.dataset or "folder"
+        if args.class_list is None and args.dataset == theirs.dataset == "folder":
+            args.class_list = theirs.class_list
         args.arch, args.patch_size = theirs.arch, theirs.patch_size
         image_size = args.image_size or theirs.image_size
-        utils.seed_everything(theirs.seed)
+        utils.seed_everything(utils.FOR_WEIGHTS, theirs.seed)  # --random_init: where the run started from
         method = models.build_method(theirs)
         if not args.random_init:
             checkpoints.load_into(method, state["model"], args.pretrained_weights)
@@ -103,6 +106,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         args.patch_size = args.patch_size or 16
         args.dataset = args.dataset or ("folder" if args.data_path else "digits")
         image_size = args.image_size or datasets.NATIVE_SIZE.get(args.dataset, 224)
+        utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
         backbone = models.build_backbone(args.arch, patch_size=args.patch_size, image_size=image_size)
         if not args.random_init:
             weights = checkpoints.backbone_weights(state, args.checkpoint_key)
@@ -130,7 +134,8 @@ class Features:
     names: list[str]
     classes: list[str] | None
     out_dim: int | None  # number of codes of the method
-    arch: str | None = None  # of the backbone
+    arch: str  # of the backbone
+    source: dict  # weights, epoch, random_init, data: what a result has to name
 
     def require_labels(self, script: str) -> None:
         if not self.classes:
@@ -197,26 +202,35 @@ def extract_features(model: Model, dataset, args, device: torch.device, n_last_b
         classes=classes,
         out_dim=model.method.out_dim if codes else None,
         arch=args.arch,
+        source={
+            "weights": args.pretrained_weights,
+            "weights_sha256": file_sha256(args.pretrained_weights),
+            "epoch": model.epoch,
+            "random_init": args.random_init,
+            "data": dataset.where,
+        },
     )
 
 
 def backbone_features(backbone: nn.Module, x: Tensor, n_last_blocks: int = 1) -> Tensor:
     """Shape: (n, 3, H, W) -> (n, f * n_last_blocks)."""
-    return backbone(x) if n_last_blocks == 1 else backbone.last_cls_tokens(x, n_last_blocks)
+    if n_last_blocks == 1:
+        return backbone(x)
+    if not hasattr(backbone, "last_cls_tokens"):
+        raise UserError(f"--n_last_blocks {n_last_blocks} is for vit_tiny, vit_small and vit_base: leave it out")
+    return backbone.last_cls_tokens(x, n_last_blocks)
 
 
 # --- results ---------------------------------------------------------------------------------------------
 
 
-def write_result(args: argparse.Namespace, script: str, metrics: dict, model: Model | None, split: str = "val") -> None:
+def write_result(args: argparse.Namespace, script: str, metrics: dict, data: Features, split: str = "val") -> None:
     """Append one JSON line to output_dir/results.jsonl: metrics with everything needed to trace them."""
     if not distributed.is_main():
         return
     record = {
         "script": script,
-        "weights": args.pretrained_weights or args.load_features,
-        "epoch": model.epoch if model else None,
-        "random_init": args.random_init,
+        **data.source,
         "split": split,
         "seed": args.seed,
         "commit": utils.git_commit(),

@@ -135,6 +135,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
         raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
     if args.data_path is not None:  # an evaluation started elsewhere has to find it
         args.data_path = os.path.abspath(args.data_path)
+    if args.class_list and os.path.dirname(args.class_list):
+        args.class_list = os.path.abspath(args.class_list)
     if args.augmentation is None:
         args.augmentation = datasets.RECIPE[args.dataset]
     if args.image_size is None:
@@ -201,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
     utils.check_output_dir(args.output_dir)
-    utils.seed_everything(args.seed)
+    utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
 
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     views = augmentations.build_views(
@@ -226,24 +228,24 @@ def main(argv: Sequence[str] | None = None) -> dict:
         adapt = getattr(method.backbone, "adapt_state_dict", dict)
         checkpoints.load_into(method.backbone, adapt(weights), args.init_from)
     method.to(device)
-    optimizer = build_optimizer(method, args)
+    optimizer = build_optimizer(method, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    start_epoch = resume(args, method, optimizer, scaler)
+    last_step = min(args.epochs * len(loader), args.max_steps or math.inf)
+    start_epoch = resume(args, method, optimizer, scaler, len(loader), last_step)
     model = distributed.wrap(method, device)
     if distributed.is_main():
         announce(args, method, dataset, loader, device)
 
     writer = tensorboard_writer(args)
-    last_step = min(args.epochs * len(loader), args.max_steps or math.inf)
     record: dict = {}
     for epoch in range(start_epoch, args.epochs):
         if epoch * len(loader) >= last_step:
             break
-        utils.seed_everything(args.seed, epoch, distributed.rank())  # drop path; views have their own
+        utils.seed_everything(utils.FOR_EPOCH, args.seed, epoch, distributed.rank())  # drop path
         record = train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last_step, device, args)
         if distributed.is_main():
             report_epoch(args, record, writer)
-            save(args, method, optimizer, scaler, epoch + 1, record["step"])
+            save(args, method, optimizer, scaler, record["step"], len(loader))
         distributed.barrier()
     if distributed.is_main():
         print(f"Done: {args.output_dir}/checkpoint.pth" if record else f"Nothing left to do in {args.output_dir}")
@@ -261,7 +263,8 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
     start, step = time.perf_counter(), epoch * len(loader)
     batches = iter(loader)
 
-    for i in range(min(len(loader), last_step - step)):
+    steps = min(len(loader), last_step - step)
+    for i in range(steps):
         with waiting:
             crops, _, _ = next(batches)
         lr = set_schedules(optimizer, step + i, len(loader), args)
@@ -274,14 +277,18 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        terms["grad_norm"] = clip_gradients(method, args.clip_grad)
+        norm = clip_gradients(method, args.clip_grad)
+        if scaler.is_enabled():  # the scaler leaves out a step with an overflow and lowers its scale: count it
+            terms["skipped"] = 1.0 - norm.isfinite().float()
+            norm = norm.nan_to_num(0.0, 0.0, 0.0)
+        terms["grad_norm"] = norm
         scaler.step(optimizer)
         scaler.update()
         method.after_step()
         meter.add(terms)
-        if (i + 1) % args.print_freq == 0 or i + 1 == len(loader):
+        if (i + 1) % args.print_freq == 0 or i + 1 == steps:
             values = meter.read()  # the only device synchronisation
-            if not math.isfinite(values["loss"]):
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
                 stop_non_finite(args, epoch, step + i, values)
             seconds = time.perf_counter() - start
             progress.show(i + 1, values, lr, (i + 1) * batch / seconds, waiting.seconds / seconds)
@@ -296,7 +303,7 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
         **{f"train_{name}": value for name, value in values.items()},
         "loss_uniform": references.uniform,
         "loss_floor": references.floor,
-        "uniform_to_floor": (references.uniform - values["loss"]) / (references.uniform - references.floor),
+        "uniform_to_floor": (references.uniform - values["loss"]) / max(references.uniform - references.floor, 1e-9),
         "lr": lr,
         "weight_decay": optimizer.param_groups[0]["weight_decay"],
         "images_per_second": (i + 1) * batch / seconds,
@@ -308,17 +315,21 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
 # --- the step's parts --------------------------------------------------------------------------------
 
 
-def build_optimizer(method: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Weight decay for matrices only, as in DINO: biases and one-dimensional parameters have none."""
+def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
+    """Weight decay for matrices only, as in DINO: biases and one-dimensional parameters have none.
+
+    torch's own optimisers are fused on a GPU: with fp16 the others ask the device at each step for overflows.
+    """
     decayed = [
         p for name, p in method.named_parameters() if p.requires_grad and p.ndim > 1 and not name.endswith(".bias")
     ]
     exempt = [p for name, p in method.named_parameters() if p.requires_grad and (p.ndim <= 1 or name.endswith(".bias"))]
     groups = [{"params": decayed, "decay": True}, {"params": exempt, "decay": False, "weight_decay": 0.0}]
+    fused = device.type == "cuda"
     kinds = {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0),
-        "adam": lambda: torch.optim.Adam(groups, lr=0.0),
-        "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
+        "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=fused),
+        "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused),
         "lars": lambda: timm.optim.Lars(groups, lr=0.0, momentum=0.9),
     }
     return kinds[args.optimizer]()
@@ -433,22 +444,25 @@ def tensorboard_writer(args):
 
 
 def stop_non_finite(args, epoch: int, step: int, values: dict[str, float]) -> None:
-    """Every rank comes here together, because the loss that was read is the mean over ranks."""
+    """Every rank comes here together, because what was read are means over ranks. Nothing has been saved since."""
     if distributed.is_main():
+        path = Path(args.output_dir, "checkpoint.pth")
         print(
-            f"STOPPED: the loss became {values['loss']} by step {step} of epoch {epoch + 1} ({values}); "
-            f"{args.output_dir}/checkpoint.pth is the last good one. Try a lower --lr or --precision bf16.",
+            f"STOPPED: loss {values['loss']}, gradient norm {values['grad_norm']} by step {step} of epoch {epoch + 1}; "
+            + (f"{path} is the last good checkpoint. " if path.exists() else "no epoch was finished before. ")
+            + "Try a lower --lr, or --precision bf16 instead of fp16.",
             file=sys.stderr,
         )
     sys.exit(NON_FINITE_EXIT_CODE)
 
 
-def save(args, method, optimizer, scaler, epochs_done: int, step: int) -> None:
+def save(args, method, optimizer, scaler, step: int, steps_per_epoch: int) -> None:
+    epoch = step // steps_per_epoch  # whole ones; `step` tells of a part that --max_steps cut
     state = {
         "args": vars(args),
         "processes": distributed.world_size(),
         "commit": utils.git_commit(),
-        "epoch": epochs_done,
+        "epoch": epoch,
         "step": step,
         "model": method.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -456,23 +470,21 @@ def save(args, method, optimizer, scaler, epochs_done: int, step: int) -> None:
     }
     folder = Path(args.output_dir)
     checkpoints.save(folder / "checkpoint.pth", state)
-    if args.saveckp_freq and epochs_done % args.saveckp_freq == 0:
-        checkpoints.save(folder / f"checkpoint{epochs_done:04}.pth", state)
+    if args.saveckp_freq and epoch % args.saveckp_freq == 0 and step % steps_per_epoch == 0:
+        checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
 
 
-def resume(args, method, optimizer, scaler) -> int:
+def resume(args, method, optimizer, scaler, steps_per_epoch: int, last_step: int) -> int:
     """Go on after the last whole epoch of output_dir/checkpoint.pth, if there is one. Returns the epoch to start with.
 
-    Raises `UserError` if it belongs to a run with other settings.
+    Raises `UserError` if it belongs to a run with other settings, or was cut inside an epoch by --max_steps.
     """
     path = Path(args.output_dir, "checkpoint.pth")
     if not path.exists():
         return 0
     state = checkpoints.load(path)
-    mine, theirs = (
-        vars(args) | {"processes": distributed.world_size()},
-        state["args"] | {"processes": state["processes"]},
-    )
+    mine = vars(args) | {"processes": distributed.world_size()}
+    theirs = state["args"] | {"processes": state["processes"]}
     differ = sorted(k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k))
     if differ:
         raise UserError(
@@ -483,6 +495,13 @@ def resume(args, method, optimizer, scaler) -> int:
     checkpoints.load_into(method, state["model"], str(path))
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
+    if state["step"] >= last_step:
+        return args.epochs
+    if state["step"] % steps_per_epoch:
+        raise UserError(
+            f"{path} was cut by --max_steps at step {state['step']}, inside an epoch of {steps_per_epoch} steps, and only "
+            "whole epochs are resumed: use another --output_dir"
+        )
     log = Path(args.output_dir, "log.txt")
     if distributed.is_main():
         print(f"Resuming {path} after epoch {state['epoch']}")

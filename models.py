@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+import distributed
 from cplearn_head import CPLearn
 from resnet import ResNet8, resnet18_cifar
 from utils import UserError
@@ -54,7 +55,7 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:5] or timm.list_models(f"{name[:6]}*")[:5]
         raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}; near: {', '.join(near) or '-'}")
-    options = {"drop_path_rate": drop_path_rate, "img_size": image_size}
+    options = {"drop_path_rate": drop_path_rate, "img_size": image_size, "dynamic_img_size": True}
     while True:
         try:
             model = timm.create_model(name, pretrained=False, num_classes=0, **options)
@@ -67,7 +68,7 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     with torch.no_grad():  # a few models report the width before their last layer
         model.eval()
         model.num_features = model(torch.zeros(1, 3, image_size, image_size)).shape[1]
-    return model.train()
+    return distributed.convert_batch_norm(model.train())
 
 
 def build_method(args: argparse.Namespace) -> nn.Module:

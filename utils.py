@@ -27,6 +27,8 @@ def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
     """Run an entry point; a `UserError` becomes one line on stderr (rank 0 only) and exit code 2."""
     try:
         main(None)
+        if torch.distributed.is_initialized():  # not after an error: the other ranks may be inside a collective
+            torch.distributed.destroy_process_group()
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
@@ -34,9 +36,6 @@ def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
         sys.exit(USAGE_EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 # --- random numbers with an owner ----------------------------------------------------------------
@@ -81,9 +80,19 @@ def random_normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ((-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()).reshape(len(seed), *shape)
 
 
-def seed_everything(seed: int, *stream: int) -> None:
-    """Seed torch, NumPy and Python from (seed, *stream), for instance (seed, epoch, rank)."""
-    value = int(np.random.SeedSequence((seed, *stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+# What a stream of random numbers is for. NumPy pads short seeds with zeros, so (seed, epoch) alone would be the
+# same stream as (seed, epoch, sample 0, view 0).
+FOR_VIEWS, FOR_ORDER, FOR_WEIGHTS, FOR_EPOCH, FOR_PROBE = range(1, 6)
+
+
+def random_stream(purpose: int, *key: int) -> np.random.Generator:
+    """A generator of its own for (purpose, *key), with Philox, whose stream NumPy guarantees."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((purpose, *key))))
+
+
+def seed_everything(purpose: int, *key: int) -> None:
+    """Seed torch, NumPy and Python from (purpose, *key), for instance (FOR_EPOCH, seed, epoch, rank)."""
+    value = int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
@@ -153,9 +162,15 @@ def check_output_dir(path: str) -> None:
 
 
 def append_json_line(path: str | Path, record: dict) -> None:
-    """Append one record; infinite and missing values stay readable because NaN is refused."""
+    """Append one record. JSON has no NaN and no infinity: they become null."""
     with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(record, allow_nan=False) + "\n")
+        f.write(json.dumps(_json_ready(record), allow_nan=False) + "\n")
+
+
+def _json_ready(value):
+    if isinstance(value, dict):
+        return {k: _json_ready(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def git_commit() -> str:

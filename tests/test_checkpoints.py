@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from argparse import Namespace
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_backbone_weights_of_each_kind_of_file():
         found = checkpoints.backbone_weights(state)
         assert found.keys() == weights.keys() and all(torch.equal(found[k], weights[k]) for k in weights)
     assert checkpoints.backbone_weights(dino, "student")["blocks.0.conv1.weight"].abs().sum() == 0
+
+
+def test_a_dino_checkpoint_with_its_namespace_loads_safely(tmp_path):
+    """DINO saves its argparse.Namespace: data, and the only class that is let through."""
+    weights = ResNet8(4).state_dict()
+    state = {
+        "teacher": {f"backbone.{k}": v for k, v in weights.items()},
+        "args": Namespace(arch="x", lr=0.1),
+        "epoch": 3,
+    }
+    torch.save(state, tmp_path / "dino.pth")
+    found = checkpoints.backbone_weights(checkpoints.load_file(tmp_path / "dino.pth"))
+    assert all(torch.equal(found[k], weights[k]) for k in weights)
 
 
 def test_keys_that_do_not_fit_are_named():

@@ -6,6 +6,7 @@ from conftest import run_in_processes
 from torch import nn
 
 import distributed
+import models
 from cplearn_head import CPLearn
 from resnet import ResNet8, resnet18_cifar
 from utils import UserError
@@ -38,6 +39,10 @@ def loss_and_gradients(method, model, views):
     }
 
 
+def timm_images():
+    return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
 def half_batch(rank):
     """Every check that needs two processes, in one start-up."""
     out = {}
@@ -63,6 +68,11 @@ def half_batch(rank):
     y = norm(x)
     (y * torch.arange(y.numel(), dtype=torch.float64).view_as(y) * (rank + 1)).sum().backward()
     out["norm"] = {"y": y.detach(), "x_grad": x.grad, "mean": norm.running_mean, "var": norm.running_var}
+
+    torch.manual_seed(0)
+    timm_model = models.build_backbone("timm:resnet10t", patch_size=16, image_size=32)
+    out["timm"] = timm_model(timm_images()[rank * 4 : rank * 4 + 4]).detach()
+    out["timm_running"] = torch.cat([b for name, b in timm_model.named_buffers() if "running" in name])
 
     rows = torch.arange(rank, 7, 2)[:, None] * torch.tensor([1.0, 10.0])
     out["rows"] = distributed.gather_rows(rows)
@@ -119,6 +129,16 @@ def test_batch_norm_equals_torch_on_the_whole_batch(two):
     for rank in range(2):
         close(two[rank]["norm"]["mean"], norm.running_mean)
         close(two[rank]["norm"]["var"], norm.running_var)
+
+
+def test_batch_norms_of_timm_models_share_their_statistics(two):
+    torch.manual_seed(0)
+    model = models.build_backbone("timm:resnet10t", patch_size=16, image_size=32)
+    y = model(timm_images()).detach()
+    running = torch.cat([b for name, b in model.named_buffers() if "running" in name])
+    torch.testing.assert_close(torch.cat([two[r]["timm"] for r in range(2)]), y, rtol=1e-3, atol=1e-4)
+    for rank in range(2):
+        torch.testing.assert_close(two[rank]["timm_running"], running, rtol=1e-3, atol=1e-5)
 
 
 def test_gather_rows_restores_the_order(two):

@@ -167,7 +167,7 @@ def test_linear_probe_separates_what_is_separable(optimizer, tmp_path):
     labels = torch.arange(3).repeat(30)
     centres = torch.tensor([[0.0, 1.0], [0.9, -0.5], [-0.9, -0.5]])
     state = dict(features=centres[labels] + 0.05 * torch.randn(90, 2), labels=labels, codes=None, names=[""] * 90,
-                 classes=["a", "b", "c"], out_dim=None, arch="resnet8")  # fmt: skip
+                 classes=["a", "b", "c"], out_dim=None, arch="resnet8", source={"weights": "none"})  # fmt: skip
     for split in ("train", "val"):
         checkpoints.save(tmp_path / f"features_{split}_last1.pth", state)
     lr = "1" if optimizer == "sgd" else "0.01"
@@ -197,6 +197,29 @@ def test_linear_probe_resumes_to_the_same_result(run, tmp_path, augment, monkeyp
     a, b = checkpoints.load(a), checkpoints.load(b)
     assert a["history"] == b["history"] and len(a["history"]) == 4
     assert all(torch.equal(v, b["classifier"][k]) for k, v in a["classifier"].items())
+
+
+def test_a_finished_probe_is_not_taken_for_another_data_set(run, tmp_path, image_folder):
+    for split in ("train", "val"):
+        for name in ("ant", "bee", "cat"):
+            write_images(tmp_path / "noise" / split / name, 4, seed=7)  # the same images in every class
+    common = flags(run, tmp_path, "--epochs", "2", "--augment", "false")
+    eval_linear.main(common)
+    eval_linear.main([*common, "--data_path", str(tmp_path / "noise")])
+    eval_linear.main([*common, "--seed", "1"])
+    files = [checkpoints.load(p)["classifier"]["1.weight"] for p in tmp_path.glob("linear_*.pth")]
+    assert len(files) == 3 and not any(torch.equal(files[i], files[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_class_list_comes_from_the_checkpoint(tmp_path, image_folder):
+    (tmp_path / "list.txt").write_text("ant\ncat\n")
+    main_cplearn.main([*TRAIN, "--data_path", str(image_folder), "--class_list", str(tmp_path / "list.txt"),
+                       "--epochs", "1", "--output_dir", str(tmp_path)])  # fmt: skip
+    common = ["--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--num_workers", "0", "--device", "cpu"]
+    for more, images in (([], 8), (["--data_path", str(image_folder)], 8), (["--class_list", ""], 12)):
+        out = tmp_path / f"f{images}{len(more)}"
+        eval_cluster.main([*common, *more, "--dump_features", str(out)])
+        assert len(checkpoints.load(out / "features_val_last1.pth")["labels"]) == images
 
 
 def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
@@ -243,6 +266,7 @@ def test_images_without_classes(run, tmp_path, capsys):
         (["--arch", "vit_small"], "was trained with resnet8_w8"),
         (["--dataset", "mnist"], "--dataset mnist is unknown"),
         (["--nb_knn", "0"], "must be positive"),
+        (["--load_features", "/tmp"], "leave out --pretrained_weights"),
         (["--data_path", "/nowhere"], "/nowhere is not a folder"),
         (["--output_dir", "/proc/x"], "--output_dir /proc/x cannot be written"),
     ],
@@ -250,6 +274,11 @@ def test_images_without_classes(run, tmp_path, capsys):
 def test_wrong_flags(run, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         eval_knn.main(flags(run, tmp_path, *more))
+
+
+def test_blocks_of_a_resnet(run, tmp_path):
+    with pytest.raises(UserError, match="--n_last_blocks 4 is for vit_tiny"):
+        eval_linear.main(flags(run, tmp_path, "--n_last_blocks", "4", "--augment", "false"))
 
 
 @pytest.mark.parametrize("script", ["eval_knn", "eval_linear", "eval_cluster"])

@@ -79,7 +79,7 @@ def test_a_run_leaves_log_arguments_and_checkpoints(tmp_path, image_folder, caps
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tmp_path, image_folder):
-    common = ("--data_path", str(image_folder), "--epochs", "1")
+    common = ("--data_path", str(image_folder), "--epochs", "2", "--arch", "vit_tiny", "--drop_path_rate", "0.5")
     for name, more in (("a", ()), ("b", ("--num_workers", "2")), ("c", ("--seed", "1"))):
         train(tmp_path / name, *common, *more)
     assert same_weights(model_of(tmp_path / "a"), model_of(tmp_path / "b"))  # workers do not matter
@@ -107,12 +107,48 @@ def test_resuming_at_an_epoch_is_bit_identical(tmp_path, image_folder):
     assert train(tmp_path / "cut", *common) == {}  # nothing left to do
 
 
+def test_resuming_with_workers_is_bit_identical(tmp_path, image_folder):
+    """A loader's workers take their seed from its own generator, not from the one drop path draws from."""
+    common = ("--data_path", str(image_folder), "--epochs", "2", "--arch", "vit_tiny", "--drop_path_rate", "0.5")
+    train(tmp_path / "whole", *common, "--num_workers", "1")
+    train(tmp_path / "cut", *common, "--max_steps", "3", "--num_workers", "1")
+    train(tmp_path / "cut", *common, "--num_workers", "1")
+    assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "cut"))
+
+
+def test_a_run_cut_inside_an_epoch_is_not_taken_for_a_whole_one(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "2")
+    train(tmp_path, *common, "--max_steps", "4")  # an epoch has three steps
+    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    assert (state["epoch"], state["step"]) == (1, 4)
+    assert train(tmp_path, *common, "--max_steps", "4") == {}  # as far as asked for
+    with pytest.raises(UserError, match="cut by --max_steps at step 4, inside an epoch of 3 steps"):
+        train(tmp_path, *common)
+
+
+def test_an_overflow_in_half_precision_skips_a_step_and_is_counted(tmp_path, image_folder, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**60))
+    record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "1", "--precision", "fp16")
+    assert record["train_skipped"] == pytest.approx(1.0) and record["train_grad_norm"] == 0.0
+    assert log_of(tmp_path)[0]["train_loss"] > 0
+    assert all(v.isfinite().all() for v in model_of(tmp_path).values() if isinstance(v, torch.Tensor))
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, image_folder, monkeypatch):
+    clip = main_cplearn.clip_gradients
+    monkeypatch.setattr(main_cplearn, "clip_gradients", lambda module, c: clip(module, c) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, "--data_path", str(image_folder), "--epochs", "1", "--max_steps", "1", "--print_freq", "10")
+    assert stop.value.code == main_cplearn.NON_FINITE_EXIT_CODE and not (tmp_path / "checkpoint.pth").exists()
+
+
 def test_log_lines_of_an_epoch_without_checkpoint_are_written_once(tmp_path, image_folder):
     common = ("--data_path", str(image_folder), "--epochs", "3")
     train(tmp_path, *common, "--max_steps", "3")
-    utils.append_json_line(tmp_path / "log.txt", {"epoch": 1, "train_loss": 0.0})  # died before its checkpoint
+    utils.append_json_line(tmp_path / "log.txt", {"epoch": 1, "train_loss": float("nan")})  # died before its checkpoint
     train(tmp_path, *common)
-    assert [r["epoch"] for r in log_of(tmp_path)] == [0, 1, 2] and log_of(tmp_path)[1]["train_loss"] != 0
+    assert [r["epoch"] for r in log_of(tmp_path)] == [0, 1, 2] and log_of(tmp_path)[1]["train_loss"] > 0
 
 
 def test_local_crops_and_other_precisions(tmp_path, image_folder):
@@ -168,7 +204,7 @@ def test_schedules_are_dinos():
 def test_weight_decay_spares_biases_and_norms():
     args = main_cplearn.parse_args([*SMALL, "--arch", "vit_tiny"])
     method = main_cplearn.models.build_method(args)
-    optimizer = main_cplearn.build_optimizer(method, args)
+    optimizer = main_cplearn.build_optimizer(method, args, torch.device("cpu"))
     names = {id(p): name for name, p in method.named_parameters()}
     decayed, exempt = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
     assert decayed | exempt == set(names.values()) and not decayed & exempt
@@ -193,7 +229,7 @@ def test_a_non_finite_loss_stops_the_run_with_its_own_code(tmp_path, image_folde
         train(tmp_path, "--data_path", str(image_folder), "--epochs", "3", "--lr", "1e38", "--optimizer", "sgd",
               "--clip_grad", "0", "--print_freq", "1")  # fmt: skip
     assert stop.value.code == main_cplearn.NON_FINITE_EXIT_CODE
-    assert "the loss became nan" in capsys.readouterr().err
+    assert "STOPPED: loss" in capsys.readouterr().err
 
 
 # --- as typed --------------------------------------------------------------------------------------------
