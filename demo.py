@@ -123,7 +123,7 @@ def plot_code_usage(out: Path) -> None:
 
 
 def plot_confusion(out: Path, most: int = 80) -> None:
-    """Share of each class in the most used codes, codes ordered by their main class (training images)."""
+    """Share of each class in the most used codes, ordered by their main class (training images)."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for axis, name in zip(axes, ("trained", "random"), strict=True):
         data = checkpoints.load(out / f"features_{name}" / "features_train_last1.pth")
@@ -132,9 +132,9 @@ def plot_confusion(out: Path, most: int = 80) -> None:
         kept = kept[:, np.lexsort((-kept.sum(0), kept.argmax(0)))]
         image = axis.imshow(kept / kept.sum(0), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
         covered = kept.sum() / table.sum()
-        title = {"trained": "Trained", "random": "Random initialisation"}[name]
+        title = {"trained": "Trained", "random": "Random"}[name]
         axis.set(
-            title=f"{title}: {kept.shape[1]} most used codes ({covered:.0%} of images)",
+            title=f"{title}: {kept.shape[1]} top codes, {covered:.0%} of images",
             xlabel="code, by main class",
         )
         axis.set_yticks(range(len(data["classes"])), data["classes"])

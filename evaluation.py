@@ -149,6 +149,9 @@ def features(
     if args.load_features:
         return [_load_features(args.load_features, split, n_last_blocks) for split in splits], None
     model = load_model(args, device)
+    if args.random_init:
+        dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
+        calibrate_batch_norm(model, dataset, device, seed=args.seed)
     found = []
     for split in splits:
         dataset = datasets.build_dataset(args.dataset, args.data_path, split, args.class_list)
@@ -161,6 +164,31 @@ def features(
     if len(found) > 1 and found[0].classes != found[1].classes:
         raise UserError(f"{args.data_path}: the class folders of {splits[0]} and {splits[1]} differ")
     return found, model
+
+
+@torch.no_grad()
+def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: int, images: int = 2048) -> None:
+    """Give batch norms of an untrained network the statistics of training images.
+
+    At initialisation they hold mean 0 and variance 1, with which the baseline would look worse than a random
+    network is (and its head would put every image on one code). Every rank takes the same images.
+    """
+    norms = [m for m in (model.method or model.backbone).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over batches
+        norm.train()
+    order = utils.random_stream(utils.FOR_ORDER, seed).permutation(len(dataset))[:images]
+    view = datasets.EvalDataset(dataset, model.image_size)
+    for start in range(0, len(order), 256):
+        pixels = torch.stack([view[int(i)][0] for i in order[start : start + 256]]).to(device)
+        features = model.backbone(augmentations.normalise(augmentations.to_float(pixels)))
+        if model.method is not None:
+            model.method.predict(features)
+    for norm in norms:
+        norm.eval()
 
 
 def _feature_file(folder: str, split: str, n_last_blocks: int) -> Path:
