@@ -259,7 +259,7 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
     batch = args.batch_size_per_gpu * distributed.world_size()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     meter, waiting = Meter(), utils.Stopwatch()
-    progress = Progress(epoch, args.epochs, len(loader), args.print_freq)
+    progress = Progress(epoch, args.epochs, len(loader))
     start, step = time.perf_counter(), epoch * len(loader)
     batches = iter(loader)
 

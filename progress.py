@@ -50,7 +50,7 @@ class Progress:
 
     SECONDS = 10.0
 
-    def __init__(self, epoch: int, epochs: int, steps: int, every: int):
+    def __init__(self, epoch: int, epochs: int, steps: int):
         self.label, self.steps = f"epoch {epoch + 1}/{epochs}", steps
         self.last = time.perf_counter()
         self.bar = None

@@ -1,0 +1,60 @@
+"""Averages, the plain lines of a log file, and the bar of a real terminal."""
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+
+import pytest
+import torch
+from conftest import ROOT
+
+from progress import Meter, Progress
+
+
+def test_meter_reads_recent_and_averages_all():
+    meter = Meter()
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"loss": torch.tensor(value)})
+    assert meter.read() == {"loss": 3.0}
+    meter.add({"loss": torch.tensor(11.0)})
+    assert meter.read() == {"loss": 11.0}
+    meter.add({"loss": torch.tensor(0.0)})  # not read yet, but part of the average
+    assert meter.average() == {"loss": 4.0} and meter.average() == {"loss": 4.0}
+
+
+def test_plain_lines_come_at_intervals(capsys):
+    progress = Progress(0, 3, 20)
+    progress.show(5, {"loss": 1.25}, 0.1, 30.0, 0.02)
+    assert capsys.readouterr().out == ""  # ten seconds have not passed
+    progress.SECONDS = 0.0
+    progress.show(10, {"loss": 1.25, "prior": 0.5}, 0.1, 30.0, 0.02)
+    assert capsys.readouterr().out == "epoch 1/3  step 10/20  loss 1.25  prior 0.5  lr 0.1  30 img/s  wait 2%\n"
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_a_bar():
+    script = (
+        "import time; from progress import Progress; p = Progress(0, 3, 20)\n"
+        "for done in (10, 20): time.sleep(0.2); p.show(done, {'loss': 1.25}, 0.1, 30.0, 0.02)\n"
+        "p.close(); print('end')"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", script])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    said = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # Linux reports the end of a closed terminal so
+            break
+        if not part:
+            break
+        said += part
+    assert os.waitpid(pid, 0)[1] == 0
+    text = said.decode()
+    assert "epoch 1/3:  50%" in text and "loss 1.25  lr 0.1  30 img/s  wait 2%" in text and "end" in text
