@@ -269,9 +269,4 @@ def write_result(args: argparse.Namespace, script: str, metrics: dict, data: Fea
 
 
 def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(f.read()).hexdigest()
-        )
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
