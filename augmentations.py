@@ -89,7 +89,11 @@ def build_views(recipe: str, **sizes) -> list[View]:
     """Views of a recipe, global crops first. Raises `UserError` with the known recipes."""
     if recipe not in RECIPES:
         raise UserError(f"--augmentation {recipe} is unknown: {', '.join(RECIPES)}")
-    return RECIPES[recipe](**sizes)
+    views = RECIPES[recipe](**sizes)
+    for view in views:
+        if view.size <= view.pad:
+            raise UserError(f"--augmentation {recipe} pads by {view.pad} pixels: --image_size {view.size} is too small")
+    return views
 
 
 # --- random numbers ----------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ def save(path: str | Path, state: dict) -> None:
 def load_file(path: str | Path) -> dict:
     """Any file that torch saved, on the CPU, executing nothing from it. Raises `UserError` with the reason."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist: give the path of a checkpoint")
+        reason = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{path} {reason}: give the path of a checkpoint")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, and in every DINO checkpoint
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -38,7 +39,8 @@ def load_file(path: str | Path) -> dict:
         reason = "it holds Python objects that could run code" if "Weights only" in str(error) else "it is damaged"
         raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = (str(error).splitlines() or [""])[0]
+        first = type(error).__name__ if len(first) < 8 else first  # a KeyError says no more than a number
         raise UserError(f"{path} is truncated or no checkpoint at all ({first[:120]}): use another copy") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
@@ -46,13 +48,16 @@ def load_file(path: str | Path) -> dict:
 
 
 def is_ours(state: dict) -> bool:
+    """Whether this is a run's checkpoint. Raises `UserError` for our files that hold no model."""
+    if state.get("format") == FORMAT and "model" not in state:
+        raise UserError("this file holds kept features or a linear probe, not a model: give a checkpoint.pth")
     return state.get("format") == FORMAT
 
 
 def load(path: str | Path) -> dict:
-    """A checkpoint of `main_cplearn.py`: format, args, epoch, step, model, optimizer, scaler."""
+    """A file that `save` wrote: a run's checkpoint, kept features, or a linear probe."""
     state = load_file(path)
-    if not is_ours(state):
+    if state.get("format") != FORMAT:
         raise UserError(f"{path} was not written by main_cplearn.py (its format is not {FORMAT})")
     return state
 

@@ -6,6 +6,7 @@ are no labels; the label is then -1), `names` (one string an image) and `where` 
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from augmentations import View, crop, draw, eval_pixels, rng_for
-from utils import FOR_ORDER, UserError, random_stream
+from utils import FOR_ORDER, LocalError, UserError, random_stream
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 SPLITS = ("train", "val")
@@ -107,8 +108,9 @@ class Folder(Dataset):
             Path(folder) / file
             for top in tops
             for folder, _, files in os.walk(top, followlinks=True)
+            if not any(part.startswith(".") for part in Path(folder).relative_to(root).parts)  # .ipynb_checkpoints
             for file in files
-            if Path(file).suffix.lower() in EXTENSIONS
+            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")  # ._x.jpg
         ]
         return sorted(path.relative_to(root).as_posix() for path in paths)
 
@@ -119,9 +121,21 @@ class Folder(Dataset):
         path = self.root / str(self.names[i])
         try:
             with Image.open(path) as image:
-                return image.convert("RGB"), int(self.labels[i])
+                return to_rgb(image), int(self.labels[i])
         except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"cannot read the image {path}: {error}; repair it or remove it") from None
+            raise LocalError(f"cannot read the image {path}: {error}; repair it or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. 16-bit grey is scaled (Pillow's own conversion clips it to white); transparency is dropped."""
+    if image.mode.startswith("I"):  # Pillow reads 16-bit files as I;16, older versions as I
+        grey = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; convert them to 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 class _TorchvisionDataset(Dataset):
@@ -179,10 +193,22 @@ def read_class_list(path: str) -> list[str]:
     content = file.read_bytes()
     if file.name == "imagenet100.txt" and hashlib.sha256(content).hexdigest() != IMAGENET100_SHA256:
         raise UserError(f"--class_list {path} is not the ImageNet-100 list of the literature: restore the file")
-    names = content.decode().split()
+    try:
+        names = [line.strip() for line in content.decode().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"--class_list {path} is not UTF-8 text") from None
     if not names:
         raise UserError(f"--class_list {path} is empty")
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise UserError(f"--class_list {path} names {', '.join(twice[:5])} more than once")
     return names
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Number of images and a hash of their names: what a run and its continuation must share."""
+    names = "\n".join(str(name) for name in dataset.names)
+    return f"{len(dataset)} images {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 
 
 def summary(dataset: Dataset) -> str:

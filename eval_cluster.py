@@ -10,6 +10,7 @@ shuffled labels, uniformly random codes, and singletons.
 import argparse
 import csv
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
@@ -113,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     if args.shuffles < 1 or args.kmeans_redo < 1:
         raise UserError(f"--shuffles {args.shuffles} and --kmeans_redo {args.kmeans_redo} must be positive")
     device = evaluation.start(args)
+    if args.out_csv:
+        utils.check_output_dir(str(Path(args.out_csv).parent), "--out_csv: the folder")
     (data,), _ = evaluation.features(args, device, (args.split,))
     if not distributed.is_main():
         return {}

@@ -71,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if min(args.nb_knn) < 1 or args.temperature <= 0:
         raise UserError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
     device = evaluation.start(args)
-    (train, val), _ = evaluation.features(args, device, ("train", "val"))
-    val.require_labels("eval_knn.py")
-    train.require_labels("eval_knn.py")
+    (train, val), _ = evaluation.features(args, device, ("train", "val"), labels_for="eval_knn.py")
     if not distributed.is_main():
         return {}
     metrics = knn(train.features, train.labels, val.features, val.labels, ks=args.nb_knn, temperature=args.temperature)

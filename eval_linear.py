@@ -158,13 +158,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.augment and args.load_features:
         raise UserError("--augment true needs the images: leave out --load_features")
     model = None
-    if args.n_last_blocks is None and args.load_features is None:
+    if args.n_last_blocks is None:
         args.n_last_blocks = default_blocks(args)
-    n_blocks = args.n_last_blocks or 1
+    n_blocks = args.n_last_blocks
+    if n_blocks < 1:
+        raise UserError(f"--n_last_blocks {n_blocks} must be positive")
     splits = ("val",) if args.augment else ("train", "val")
-    found, model = evaluation.features(args, device, splits, n_blocks)
+    found, model = evaluation.features(args, device, splits, n_blocks, labels_for="eval_linear.py")
     val = found[-1]
-    val.require_labels("eval_linear.py")
 
     if args.standardise is None:
         args.standardise = not models.is_vit(val.arch)
@@ -208,7 +209,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def default_blocks(args) -> int:
-    """DINO's choice by architecture, which a checkpoint of ours names."""
+    """DINO's choice by architecture, which a checkpoint of ours names; of kept features, what was kept."""
+    if args.load_features:
+        return 4 if evaluation.has_features(args.load_features, "train", 4) else 1
     arch = args.arch
     state = checkpoints.load_file(args.pretrained_weights)
     if checkpoints.is_ours(state):

@@ -46,16 +46,39 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def start(args: argparse.Namespace) -> torch.device:
     """Check the flags, join the process group, seed. Every evaluation's first line."""
+    utils.check_finite(args)
+    for name in ("seed", "num_workers"):
+        if (getattr(args, name) or 0) < 0:
+            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"--image_size {args.image_size} must be positive")
+    utils.expand_paths(args, "pretrained_weights", "data_path", "output_dir", "dump_features", "load_features")
     if args.batch_size_per_gpu < 1:
         raise UserError(f"--batch_size_per_gpu {args.batch_size_per_gpu} must be positive")
     if args.pretrained_weights and args.load_features:
         raise UserError("--load_features holds features of other weights already: leave out --pretrained_weights")
     if not args.pretrained_weights and not args.load_features:
         raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
+    if args.load_features:
+        fixed = (
+            "random_init",
+            "arch",
+            "patch_size",
+            "image_size",
+            "dataset",
+            "data_path",
+            "class_list",
+            "dump_features",
+        )
+        given = [f"--{name}" for name in fixed if getattr(args, name)]
+        if given:
+            raise UserError(f"{', '.join(given)} cannot change kept features: leave it out, or extract again")
     if args.output_dir is None:
         args.output_dir = args.load_features or str(Path(args.pretrained_weights).parent)
     device = distributed.init(args.dist_url, args.device)
     utils.check_output_dir(args.output_dir)
+    if args.dump_features:
+        utils.check_output_dir(args.dump_features, "--dump_features")
     return device
 
 
@@ -137,33 +160,49 @@ class Features:
     arch: str  # of the backbone
     source: dict  # weights, epoch, random_init, data: what a result has to name
 
-    def require_labels(self, script: str) -> None:
-        if not self.classes:
-            raise UserError(f"{script} needs labels, but these images do not lie in class folders")
-
 
 def features(
-    args: argparse.Namespace, device: torch.device, splits: tuple[str, ...], n_last_blocks: int = 1
+    args: argparse.Namespace,
+    device: torch.device,
+    splits: tuple[str, ...],
+    n_last_blocks: int = 1,
+    *,
+    labels_for: str | None = None,
 ) -> tuple[list[Features], Model | None]:
-    """Features of the asked splits, from `--load_features`, or extracted (and kept by `--dump_features`)."""
+    """Features of the asked splits, from `--load_features`, or extracted (and kept by `--dump_features`).
+
+    `labels_for`: script that needs class labels. Raises `UserError`, before anything is extracted, if there are
+    none, if the splits have different classes, or if kept features of two splits belong to different weights.
+    """
     if args.load_features:
-        return [_load_features(args.load_features, split, n_last_blocks) for split in splits], None
+        found = [_load_features(args.load_features, split, n_last_blocks) for split in splits]
+        _check_classes([x.classes for x in found], splits, labels_for)
+        sources = [{k: v for k, v in x.source.items() if k != "data"} for x in found]
+        if any(source != sources[0] for source in sources):
+            raise UserError(f"--load_features {args.load_features}: {' and '.join(splits)} come from different weights")
+        return found, None
     model = load_model(args, device)
+    data = {split: datasets.build_dataset(args.dataset, args.data_path, split, args.class_list) for split in splits}
+    _check_classes([dataset.classes for dataset in data.values()], splits, labels_for)
     if args.random_init:
-        dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
-        calibrate_batch_norm(model, dataset, device, seed=args.seed)
+        train = data.get("train") or datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
+        calibrate_batch_norm(model, train, device, seed=args.seed)
     found = []
-    for split in splits:
-        dataset = datasets.build_dataset(args.dataset, args.data_path, split, args.class_list)
+    for split, dataset in data.items():
         if distributed.is_main():
             print(f"Extracting features of {split}: {datasets.summary(dataset)}", flush=True)
         found.append(extract_features(model, dataset, args, device, n_last_blocks))
         if args.dump_features and distributed.is_main():
-            utils.check_output_dir(args.dump_features)
             checkpoints.save(_feature_file(args.dump_features, split, n_last_blocks), vars(found[-1]))
-    if len(found) > 1 and found[0].classes != found[1].classes:
-        raise UserError(f"{args.data_path}: the class folders of {splits[0]} and {splits[1]} differ")
     return found, model
+
+
+def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], labels_for: str | None) -> None:
+    if labels_for and not all(classes):
+        raise UserError(f"{labels_for} needs labels, but these images do not lie in class folders")
+    if any(c != classes[0] for c in classes):
+        differ = sorted(set(classes[0] or ()) ^ set(classes[-1] or ()))
+        raise UserError(f"the class folders of {' and '.join(splits)} differ: {', '.join(differ[:5]) or 'their order'}")
 
 
 @torch.no_grad()
@@ -193,6 +232,10 @@ def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: i
 
 def _feature_file(folder: str, split: str, n_last_blocks: int) -> Path:
     return Path(folder, f"features_{split}_last{n_last_blocks}.pth")
+
+
+def has_features(folder: str, split: str, n_last_blocks: int) -> bool:
+    return _feature_file(folder, split, n_last_blocks).is_file()
 
 
 def _load_features(folder: str, split: str, n_last_blocks: int) -> Features:
@@ -236,6 +279,7 @@ def extract_features(model: Model, dataset, args, device: torch.device, n_last_b
             "epoch": model.epoch,
             "random_init": args.random_init,
             "data": dataset.where,
+            "image_size": model.image_size,
         },
     )
 
@@ -246,6 +290,8 @@ def backbone_features(backbone: nn.Module, x: Tensor, n_last_blocks: int = 1) ->
         return backbone(x)
     if not hasattr(backbone, "last_cls_tokens"):
         raise UserError(f"--n_last_blocks {n_last_blocks} is for vit_tiny, vit_small and vit_base: leave it out")
+    if n_last_blocks > len(backbone.blocks):
+        raise UserError(f"--n_last_blocks {n_last_blocks} exceeds the {len(backbone.blocks)} blocks of this ViT")
     return backbone.last_cls_tokens(x, n_last_blocks)
 
 

@@ -133,9 +133,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.dataset = "folder" if args.data_path else "digits"
     if args.dataset not in datasets.DATASETS:
         raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
+    utils.expand_paths(args, "data_path", "output_dir", "init_from", "class_list")
     if args.data_path is not None:  # an evaluation started elsewhere has to find it
         args.data_path = os.path.abspath(args.data_path)
-    if args.class_list and os.path.dirname(args.class_list):
+    if args.class_list and os.path.isfile(args.class_list):
         args.class_list = os.path.abspath(args.class_list)
     if args.augmentation is None:
         args.augmentation = datasets.RECIPE[args.dataset]
@@ -154,6 +155,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """What can be judged from the flags alone; models and data sets check the rest."""
+    utils.check_finite(args)
+    if not 0 <= args.drop_path_rate < 1:
+        raise UserError(f"--drop_path_rate {args.drop_path_rate:g} must be at least 0 and below 1")
     for name in (
         "batch_size_per_gpu",
         "epochs",
@@ -223,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         pin_memory=device.type == "cuda",
     )
     method = models.build_method(args)
+    for size in sorted({view.size for view in views}):
+        models.check_image_size(method.backbone, args.arch, size)
     if args.init_from:
         weights = checkpoints.backbone_weights(checkpoints.load_file(args.init_from))
         adapt = getattr(method.backbone, "adapt_state_dict", dict)
@@ -231,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     optimizer = build_optimizer(method, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     last_step = min(args.epochs * len(loader), args.max_steps or math.inf)
-    start_epoch = resume(args, method, optimizer, scaler, len(loader), last_step)
+    identity = {"processes": distributed.world_size(), "data": datasets.fingerprint(dataset)}
+    start_epoch = resume(args, identity, method, optimizer, scaler, len(loader), last_step)
     model = distributed.wrap(method, device)
     if distributed.is_main():
         announce(args, method, dataset, loader, device)
@@ -244,8 +251,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         utils.seed_everything(utils.FOR_EPOCH, args.seed, epoch, distributed.rank())  # drop path
         record = train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last_step, device, args)
         if distributed.is_main():
-            report_epoch(args, record, writer)
-            save(args, method, optimizer, scaler, record["step"], len(loader))
+            report_epoch(args, record, last_step, writer)
+            save(args, identity, method, optimizer, scaler, record["step"], len(loader))
         distributed.barrier()
     if distributed.is_main():
         print(f"Done: {args.output_dir}/checkpoint.pth" if record else f"Nothing left to do in {args.output_dir}")
@@ -299,7 +306,8 @@ def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last
     references = method.references(args.batch_size_per_gpu)
     return {
         "epoch": epoch,
-        "step": step + i + 1,
+        "step": step + steps,
+        "steps": steps,
         **{f"train_{name}": value for name, value in values.items()},
         "loss_uniform": references.uniform,
         "loss_floor": references.floor,
@@ -410,9 +418,9 @@ def announce(args, method, dataset, loader, device) -> None:
     sys.stdout.flush()
 
 
-def report_epoch(args, record: dict, writer) -> None:
+def report_epoch(args, record: dict, last_step: int, writer) -> None:
     """One line on the terminal, one in log.txt, and TensorBoard if asked for."""
-    remaining = (args.epochs - record["epoch"] - 1) * record["seconds"]
+    remaining = (last_step - record["step"]) * record["seconds"] / record["steps"]
     print(
         f"epoch {record['epoch'] + 1}/{args.epochs}  loss {record['train_loss']:.4f}  "
         + "  ".join(
@@ -456,11 +464,11 @@ def stop_non_finite(args, epoch: int, step: int, values: dict[str, float]) -> No
     sys.exit(NON_FINITE_EXIT_CODE)
 
 
-def save(args, method, optimizer, scaler, step: int, steps_per_epoch: int) -> None:
+def save(args, identity, method, optimizer, scaler, step: int, steps_per_epoch: int) -> None:
     epoch = step // steps_per_epoch  # whole ones; `step` tells of a part that --max_steps cut
     state = {
         "args": vars(args),
-        "processes": distributed.world_size(),
+        "identity": identity,
         "commit": utils.git_commit(),
         "epoch": epoch,
         "step": step,
@@ -474,7 +482,7 @@ def save(args, method, optimizer, scaler, step: int, steps_per_epoch: int) -> No
         checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
 
 
-def resume(args, method, optimizer, scaler, steps_per_epoch: int, last_step: int) -> int:
+def resume(args, identity, method, optimizer, scaler, steps_per_epoch: int, last_step: int) -> int:
     """Go on after the last whole epoch of output_dir/checkpoint.pth, if there is one. Returns the epoch to start with.
 
     Raises `UserError` if it belongs to a run with other settings, or was cut inside an epoch by --max_steps.
@@ -483,8 +491,7 @@ def resume(args, method, optimizer, scaler, steps_per_epoch: int, last_step: int
     if not path.exists():
         return 0
     state = checkpoints.load(path)
-    mine = vars(args) | {"processes": distributed.world_size()}
-    theirs = state["args"] | {"processes": state["processes"]}
+    mine, theirs = vars(args) | identity, state["args"] | state["identity"]
     differ = sorted(k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k))
     if differ:
         raise UserError(

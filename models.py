@@ -44,6 +44,8 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
     if arch == "resnet18":
         return resnet18_cifar()
     if match := re.fullmatch(r"resnet8(bn)?(?:_w(\d+))?", arch):
+        if match[2] and int(match[2]) < 1:
+            raise UserError(f"--arch {arch} has no width: resnet8_w64, for instance")
         return ResNet8(int(match[2] or 128), norm=match[1] is not None)
     if arch.startswith("timm:"):
         return _timm_backbone(arch.removeprefix("timm:"), image_size, drop_path_rate)
@@ -65,10 +67,24 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
             if not refused:
                 raise
             del options[refused[0]]
+    check_image_size(model, f"timm:{name}", image_size)
     with torch.no_grad():  # a few models report the width before their last layer
         model.eval()
         model.num_features = model(torch.zeros(1, 3, image_size, image_size)).shape[1]
     return distributed.convert_batch_norm(model.train())
+
+
+@torch.no_grad()
+def check_image_size(backbone: nn.Module, arch: str, size: int) -> None:
+    """Try one image. Raises `UserError` if the backbone (still on the CPU) cannot take this size."""
+    training = backbone.training
+    backbone.eval()
+    try:
+        backbone(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--arch {arch} cannot take images of {size} pixels: {reason}") from None
+    backbone.train(training)
 
 
 def build_method(args: argparse.Namespace) -> nn.Module:

@@ -23,14 +23,21 @@ class UserError(ValueError):
     """Wrong input that the user can mend: shown as one line, without a traceback, exit code 2."""
 
 
+class LocalError(UserError):
+    """A `UserError` that one rank meets alone (an unreadable image): printed by that rank, whichever it is."""
+
+
 def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr (rank 0 only) and exit code 2."""
+    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2.
+
+    What all ranks meet alike is printed by rank 0 only.
+    """
     try:
         main(None)
         if torch.distributed.is_initialized():  # not after an error: the other ranks may be inside a collective
             torch.distributed.destroy_process_group()
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if isinstance(error, LocalError) or int(os.environ.get("RANK", "0")) == 0:
             line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(USAGE_EXIT_CODE)
@@ -124,7 +131,10 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise UserError(f"a recipe's line cannot be read ({error}): {arg_line}") from None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -146,7 +156,22 @@ def bool_flag(text: str) -> bool:
 # --- output --------------------------------------------------------------------------------------
 
 
-def check_output_dir(path: str) -> None:
+def check_finite(args: argparse.Namespace) -> None:
+    """Raises `UserError` for a flag that is NaN or infinite, which float() accepts."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, float) and not math.isfinite(x):
+                raise UserError(f"--{name} {x} is not a finite number")
+
+
+def expand_paths(args: argparse.Namespace, *names: str) -> None:
+    """`~` in paths, also where the shell left it (--data_path=~/x)."""
+    for name in names:
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+
+def check_output_dir(path: str, flag: str = "--output_dir") -> None:
     """Create the folder and write to it, so that a run does not find out after its first epoch.
 
     Raises `UserError` with the reason.
@@ -158,7 +183,7 @@ def check_output_dir(path: str) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output_dir {path} cannot be written: {error.strerror}; choose another folder") from None
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another folder") from None
 
 
 def append_json_line(path: str | Path, record: dict) -> None:

@@ -104,6 +104,38 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     assert [Folder(tmp_path)[i][0].mode for i in range(2)] == ["RGB", "RGB"]
 
 
+def test_deep_images_keep_their_grey_levels(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.fromarray(ramp).save(tmp_path / "b.tif")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "c.tif")
+    for i in range(3):
+        got = np.asarray(Folder(tmp_path)[i][0])
+        np.testing.assert_allclose(got[..., 0], ramp / 257, atol=0.51)
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "d.tif")
+    with pytest.raises(UserError, match="floating-point pixels"):
+        Folder(tmp_path)[3]
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    write_images(tmp_path / "a", 2)
+    write_images(tmp_path / "b", 2)
+    write_images(tmp_path / ".ipynb_checkpoints", 1)
+    (tmp_path / "a" / "._000.jpg").write_bytes(b"x")
+    assert len(Folder(tmp_path)) == 4 and Folder(tmp_path).classes == ["a", "b"]
+
+
+def test_class_list_files(tmp_path):
+    (tmp_path / "spaces.txt").write_text("golden retriever\n\n  UP \n")
+    assert read_class_list(str(tmp_path / "spaces.txt")) == ["golden retriever", "UP"]
+    (tmp_path / "twice.txt").write_text("a\nb\na\n")
+    with pytest.raises(UserError, match="names a more than once"):
+        read_class_list(str(tmp_path / "twice.txt"))
+    (tmp_path / "latin.txt").write_bytes("é\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_class_list(str(tmp_path / "latin.txt"))
+
+
 def test_cifar10_as_torchvision_stores_it(tmp_path):
     """A tiny data set in the original binary layout, read through torchvision with its checksum set aside."""
     import pickle

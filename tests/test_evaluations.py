@@ -276,6 +276,34 @@ def test_wrong_flags(run, tmp_path, more, words):
         eval_knn.main(flags(run, tmp_path, *more))
 
 
+def test_kept_features_of_two_models_do_not_mix(run, tmp_path, image_folder):
+    other = tmp_path / "other"
+    main_cplearn.main([*TRAIN, "--data_path", str(image_folder), "--seed", "5", "--output_dir", str(other)])
+    kept = ["--dump_features", str(tmp_path / "f")]
+    eval_knn.main(flags(run, tmp_path, *kept))
+    eval_cluster.main(flags(other, tmp_path, *kept))  # replaces those of val only
+    with pytest.raises(UserError, match="train and val come from different weights"):
+        eval_knn.main(["--load_features", str(tmp_path / "f"), "--device", "cpu"])
+    with pytest.raises(UserError, match="--random_init cannot change kept features"):
+        eval_knn.main(["--load_features", str(tmp_path / "f"), "--random_init"])
+    with pytest.raises(UserError, match="holds kept features or a linear probe"):
+        eval_knn.main(["--pretrained_weights", str(tmp_path / "f" / "features_val_last1.pth"), "--device", "cpu"])
+
+
+def test_wrong_data_is_noticed_before_anything_is_extracted(run, tmp_path, image_folder, capsys):
+    for split, names in (("train", ("ant", "bee")), ("val", ("ant",))):
+        for name in names:
+            write_images(tmp_path / "less" / split / name, 2)
+    write_images(tmp_path / "less" / "val" / "cow", 2)
+    with pytest.raises(UserError, match="class folders of train and val differ: bee, cow"):
+        eval_knn.main(flags(run, tmp_path, "--data_path", str(tmp_path / "less")))
+    with pytest.raises(UserError, match="--dump_features /proc/x cannot be written"):
+        eval_knn.main(flags(run, tmp_path, "--dump_features", "/proc/x"))
+    with pytest.raises(UserError, match="--out_csv"):
+        eval_cluster.main(flags(run, tmp_path, "--out_csv", "/proc/x/codes.csv"))
+    assert "Extracting" not in capsys.readouterr().out
+
+
 def test_blocks_of_a_resnet(run, tmp_path):
     with pytest.raises(UserError, match="--n_last_blocks 4 is for vit_tiny"):
         eval_linear.main(flags(run, tmp_path, "--n_last_blocks", "4", "--augment", "false"))

@@ -315,6 +315,13 @@ def test_help(script):
         (["--device", "tpu"], "--device tpu is unknown"),
         (["--num_workers", "-1"], "--num_workers -1"),
         (["--dist_url", "http://x"], "--dist_url"),
+        (["--lr", "nan"], "--lr nan is not a finite number"),
+        (["--drop_path_rate", "1"], "--drop_path_rate 1 must be"),
+        (["--arch", "resnet8_w0"], "--arch resnet8_w0 has no width"),
+        (["--arch", "resnet8", "--image_size", "2"], "cannot take images of 2 pixels"),
+        (["--image_size", "4", "--augmentation", "cifar"], "--image_size 4 is too small"),
+        (["--arch", "timm:vit_tiny_patch16_224", "--local_crops_number", "1", "--local_image_size", "20"], "20 pixels"),
+        (["--data_path=~/none"], "/none is not a folder"),
     ],
 )
 def test_wrong_flags_are_one_line_errors_before_training(tmp_path, more, words):
@@ -354,6 +361,39 @@ def test_an_unreadable_image_ends_the_run_in_one_line(tmp_path, image_folder, wo
                       "--num_workers", workers, "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode == utils.USAGE_EXIT_CODE
     assert len(done.stderr.splitlines()) == 1 and "000.jpg" in done.stderr and "cannot read the image" in done.stderr
+
+
+def test_changed_images_are_refused_on_resume(tmp_path, image_folder):
+    import shutil
+
+    shutil.copytree(image_folder, tmp_path / "data")
+    common = ("--data_path", str(tmp_path / "data"), "--epochs", "2")
+    train(tmp_path / "out", *common, "--max_steps", "3")
+    (tmp_path / "data/train/ant/000.jpg").rename(tmp_path / "data/train/ant/999.jpg")
+    with pytest.raises(UserError, match="data 48 images .* there, 48 images .* here"):
+        train(tmp_path / "out", *common)
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path):
+    (tmp_path / "r.txt").write_text("--data_path /tmp/user's\n")
+    with pytest.raises(UserError, match="recipe's line cannot be read .*user's"):
+        main_cplearn.parse_args([f"@{tmp_path}/r.txt"])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_an_unreadable_image_is_named_by_whichever_rank_meets_it(tmp_path):
+    from conftest import write_images
+
+    write_images(tmp_path / "data", 8)
+    names = sorted((tmp_path / "data").iterdir())
+    order = [i for batch in main_cplearn.datasets.Batches(8, 4, 0, rank=1, world_size=2) for _, i in batch]
+    names[order[0]].write_bytes(b"no image")  # in the first batch of rank 1
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
+                      "--batch_size_per_gpu", "4", "--data_path", str(tmp_path / "data"), "--epochs", "1",
+                      "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    assert done.returncode != 0
+    assert f"main_cplearn.py: error: cannot read the image {names[order[0]]}" in done.stderr
 
 
 @pytest.mark.parametrize(
