@@ -218,12 +218,12 @@ def _per_channel(values: tuple[float, float, float], device: torch.device) -> Te
 
 
 def _on_rows(x: Tensor, chosen: Tensor, transform) -> Tensor:
-    """Apply transform(rows, their indices on the CPU) to the chosen images only; `chosen` is bool on the CPU."""
+    """Apply transform(rows, their indices on the CPU) to the chosen images, in place; `chosen` is bool on the CPU."""
     index = chosen.nonzero().flatten()
     if len(index) == 0:
         return x
     where = index.to(x.device, non_blocking=True)
-    return x.index_copy(0, where, transform(x[where], index))
+    return x.index_copy_(0, where, transform(x[where], index))
 
 
 def _jitter(x: Tensor, params: dict[str, Tensor]) -> Tensor:

@@ -73,7 +73,7 @@ def evaluate(out: Path, name: str) -> dict[str, float]:
         "codes AMI": cluster["codes"]["ami"],
         "codes NMI": cluster["codes"]["nmi"],
         "codes NMI, labels shuffled": cluster["codes_shuffled"]["nmi"],
-        "codes used": float(cluster["codes"]["used_codes"]),
+        "codes used": cluster["codes"]["used_codes"],
     }
 
 
