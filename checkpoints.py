@@ -78,6 +78,12 @@ def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
     return inner or {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
 
 
+def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teacher") -> None:
+    """Load the backbone's weights of any file `backbone_weights` knows, resampled for its image size if need be."""
+    adapt = getattr(backbone, "adapt_state_dict", dict)
+    load_into(backbone, adapt(backbone_weights(state, key)), what)
+
+
 def load_into(module: nn.Module, weights: dict, what: str) -> None:
     """Strict loading; raises `UserError` that names the keys and shapes that do not fit."""
     own = module.state_dict()

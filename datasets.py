@@ -22,7 +22,6 @@ from augmentations import View, crop, draw, eval_pixels, rng_for
 from utils import FOR_ORDER, LocalError, UserError, random_stream
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
-SPLITS = ("train", "val")
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
 

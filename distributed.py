@@ -25,15 +25,14 @@ def init(dist_url: str = "env://", device: str = "auto") -> torch.device:
     than GPUs.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device} is unknown: auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA driver")
     use_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if use_gpu and local_world_size > torch.cuda.device_count():
+    if use_gpu and local_world_size() > torch.cuda.device_count():
         raise UserError(
-            f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on this machine: "
+            f"{local_world_size()} processes but {torch.cuda.device_count()} GPUs on this machine: "
             f"use --nproc_per_node={torch.cuda.device_count()}, or --device cpu"
         )
     place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")

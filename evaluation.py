@@ -132,9 +132,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
         backbone = models.build_backbone(args.arch, patch_size=args.patch_size, image_size=image_size)
         if not args.random_init:
-            weights = checkpoints.backbone_weights(state, args.checkpoint_key)
-            adapt = getattr(backbone, "adapt_state_dict", dict)
-            checkpoints.load_into(backbone, adapt(weights), args.pretrained_weights)
+            checkpoints.load_backbone(backbone, state, args.pretrained_weights, args.checkpoint_key)
         method, epoch, args.method = None, None, None
     args.dataset = args.dataset or ("folder" if args.data_path else "digits")
     args.image_size = image_size

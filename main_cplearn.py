@@ -230,9 +230,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for size in sorted({view.size for view in views}):
         models.check_image_size(method.backbone, args.arch, size)
     if args.init_from:
-        weights = checkpoints.backbone_weights(checkpoints.load_file(args.init_from))
-        adapt = getattr(method.backbone, "adapt_state_dict", dict)
-        checkpoints.load_into(method.backbone, adapt(weights), args.init_from)
+        checkpoints.load_backbone(method.backbone, checkpoints.load_file(args.init_from), args.init_from)
     method.to(device)
     optimizer = build_optimizer(method, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")

@@ -67,24 +67,26 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
             if not refused:
                 raise
             del options[refused[0]]
-    check_image_size(model, f"timm:{name}", image_size)
-    with torch.no_grad():  # a few models report the width before their last layer
-        model.eval()
-        model.num_features = model(torch.zeros(1, 3, image_size, image_size)).shape[1]
-    return distributed.convert_batch_norm(model.train())
+    # Measured, because a few models report the width before their last layer.
+    model.num_features = check_image_size(model, f"timm:{name}", image_size)
+    return distributed.convert_batch_norm(model)
 
 
 @torch.no_grad()
-def check_image_size(backbone: nn.Module, arch: str, size: int) -> None:
-    """Try one image. Raises `UserError` if the backbone (still on the CPU) cannot take this size."""
+def check_image_size(backbone: nn.Module, arch: str, size: int) -> int:
+    """Try one image, on the CPU; returns the number of features.
+
+    Raises `UserError` if the backbone cannot take this size.
+    """
     training = backbone.training
     backbone.eval()
     try:
-        backbone(torch.zeros(1, 3, size, size))
+        width = backbone(torch.zeros(1, 3, size, size)).shape[1]
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--arch {arch} cannot take images of {size} pixels: {reason}") from None
     backbone.train(training)
+    return width
 
 
 def build_method(args: argparse.Namespace) -> nn.Module:
