@@ -1,4 +1,4 @@
-"""CPLearn: the frozen dictionary, the projector, the loss, and the method that ties them together.
+"""CPLearn: the projector, the loss, and the method that ties them together.
 
 Sansone, Lebailly, Tuytelaars, "Collapse-Proof Non-Contrastive Self-Supervised Learning", ICML 2025.
 
@@ -11,10 +11,10 @@ Sansone, Lebailly, Tuytelaars, "Collapse-Proof Non-Contrastive Self-Supervised L
 Letters: n images a rank, f backbone width, f_h `embed_dim`, c `out_dim` (the number of codes). Everything
 is in log space and float32. There is no teacher, no stop-gradient, no centring and no predictor.
 
-This is the plain form: it stores the (n, c) logits.
+The loss here is the plain form, which stores the (n, c) logits: the definition. Training takes the same numbers from
+`dictionary_attention.streamed_loss`. The dictionary W is in `dictionaries.py`.
 """
 
-import hashlib
 import math
 from functools import reduce
 from typing import NamedTuple
@@ -24,87 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distributed
-from utils import UserError, random_bits
-
-
-class Dictionary(nn.Module):
-    """c frozen codes w_j in {-1, +1}^f_h, i.i.d. fair signs, drawn once from a seed (paper, section 3).
-
-    Stored as one bit an entry. The bits are a pure function of (generator, seed, j, i), so they are never
-    saved, sent or trained: a checkpoint holds seed and checksum, and loading one that was trained with
-    another dictionary raises `UserError`. Code j does not depend on out_dim, so dictionaries of several sizes
-    are nested.
-    """
-
-    GENERATOR = "rademacher-splitmix64-v1"
-
-    packed: Tensor  # uint8 (c, ceil(f_h / 8)); bit i % 8 of byte i // 8 is entry i, 1 for +1
-
-    def __init__(self, out_dim: int, embed_dim: int, seed: int = 0):
-        super().__init__()
-        if out_dim < 2:
-            raise UserError(f"out_dim {out_dim} is too small: a dictionary needs at least 2 codes")
-        if embed_dim < 1 or (embed_dim < 63 and out_dim > 2**embed_dim):
-            raise UserError(
-                f"out_dim {out_dim} exceeds the {2 ** max(embed_dim, 0)} sign patterns of embed_dim {embed_dim}: "
-                "use a larger embed_dim"
-            )
-        self.out_dim, self.embed_dim, self.seed = out_dim, embed_dim, seed
-        self.register_buffer("packed", self._draw(), persistent=False)
-        self._matrix: Tensor | None = None
-
-    def _draw(self) -> Tensor:
-        words = -(-self.embed_dim // 64)
-        n_bytes = -(-self.embed_dim // 8)
-        shifts = torch.arange(0, 64, 8)
-        rows = []
-        for start in range(0, self.out_dim, 65536):  # bounded memory: 64 bits are eight times a byte's worth
-            j = torch.arange(start, min(start + 65536, self.out_dim))
-            bits = random_bits(self.seed, j[:, None] * words + torch.arange(words))
-            row = ((bits[..., None] >> shifts) & 0xFF).to(torch.uint8).flatten(1)[:, :n_bytes]
-            if self.embed_dim % 8:
-                row[:, -1] &= (1 << self.embed_dim % 8) - 1
-            rows.append(row)
-        return torch.cat(rows)
-
-    def codes(self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes start..stop-1 as numbers. Shape: -> (stop - start, f_h), entries -1 and +1."""
-        bits = self.packed[start:stop]
-        entries = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-        return entries.flatten(1)[:, : self.embed_dim].to(dtype).mul_(2).sub_(1)
-
-    def matrix(self) -> Tensor:
-        """All codes in float32, kept after the first call: what the plain form multiplies with. (c, f_h)"""
-        if self._matrix is None or self._matrix.device != self.packed.device:
-            with torch.inference_mode(False):  # kept, so it must serve training too
-                self._matrix = self.codes()
-        return self._matrix
-
-    def checksum(self) -> str:
-        """SHA-256 over the packed bits."""
-        return hashlib.sha256(self.packed.cpu().numpy().tobytes()).hexdigest()
-
-    def description(self) -> dict[str, str | int]:
-        """Everything needed to rebuild the codes, and to notice that they differ."""
-        return {
-            "generator": self.GENERATOR,
-            "seed": self.seed,
-            "out_dim": self.out_dim,
-            "embed_dim": self.embed_dim,
-            "checksum": self.checksum(),
-        }
-
-    def get_extra_state(self) -> dict[str, str | int]:
-        return self.description()
-
-    def set_extra_state(self, state: dict[str, str | int]) -> None:
-        mine = self.description()
-        if state != mine:
-            differ = sorted(k for k in mine | state if mine.get(k) != state.get(k))
-            raise UserError(
-                "the checkpoint was trained with another dictionary: "
-                + ", ".join(f"{k} {state.get(k)} instead of {mine.get(k)}" for k in differ)
-            )
+from dictionaries import DICTIONARIES, PriorBuffer
+from dictionary_attention import FORMS, streamed_loss
+from utils import UserError
 
 
 class CPLearnHead(nn.Module):
@@ -114,7 +36,7 @@ class CPLearnHead(nn.Module):
     batch size cancels and logits are s times a cosine; 64 is what the published CIFAR code does at its batch
     of 64. It is a constant: train, evaluation and any number of GPUs see the same function.
 
-    Raises `UserError` for out_dim < 2, eps outside (0, 1/out_dim), or an unknown activation.
+    Raises `UserError` for out_dim < 2, eps outside (0, 1/out_dim), or an unknown activation or dictionary.
     """
 
     def __init__(
@@ -126,8 +48,11 @@ class CPLearnHead(nn.Module):
         eps: float = 1e-8,
         n_ref: float = 1.0,
         seed: int = 0,
+        dictionary: str = "rademacher",
     ):
         super().__init__()
+        if dictionary not in DICTIONARIES:
+            raise UserError(f"dictionary {dictionary!r} is unknown: {', '.join(DICTIONARIES)}")
         if activation not in ("tanh", "l2"):
             raise UserError(f"activation {activation!r} is unknown: tanh or l2")
         if n_ref <= 0:
@@ -137,7 +62,7 @@ class CPLearnHead(nn.Module):
                 f"eps {eps:g} must lie between 0 and 1/out_dim = {1 / out_dim:.3g}: use a smaller --eps or --out_dim"
             )
         embed_dim = in_dim if embed_dim is None else embed_dim
-        self.dictionary = Dictionary(out_dim, embed_dim, seed)
+        self.dictionary = DICTIONARIES[dictionary](out_dim, embed_dim, seed)
         self.linear = nn.Linear(in_dim, embed_dim)
         self.norm = distributed.BatchNorm(embed_dim)
         self.activation = activation
@@ -152,24 +77,29 @@ class CPLearnHead(nn.Module):
         return torch.tanh(a) if self.activation == "tanh" else F.normalize(a, dim=1)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Scaled similarities to all codes. Shape: h (n, f_h) -> (n, c) float32."""
+        """Scaled similarities to all codes, by definition; unpacks the whole dictionary.
+
+        Shape: h (n, f_h) -> (n, c) float32.
+        """
         h = _float32(h)
-        return F.linear(h * (self.scale * self.kappa), self.dictionary.matrix().to(h.dtype))
+        return F.linear(h * (self.scale * self.kappa), self.dictionary.codes(dtype=h.dtype))
 
     @torch.no_grad()
-    def assign(self, h: Tensor, block: int = 8192) -> Tensor:
+    def assign(self, h: Tensor, block: int = 4096) -> Tensor:
         """Index of each row's code, argmax_j <h_i, w_j>, a block of codes at a time: no (n, c) matrix.
 
         Ties go to the lowest index. Shape: h (n, f_h) -> (n,) int64.
         """
-        h = h.float()
-        best = h.new_full((len(h),), -math.inf)
-        index = torch.zeros(len(h), dtype=torch.int64, device=h.device)
-        for start in range(0, self.dictionary.out_dim, block):
-            value, j = (h @ self.dictionary.codes(start, start + block).T).max(dim=1)
-            better = value > best
-            best = torch.where(better, value, best)
-            index = torch.where(better, j + start, index)
+        with torch.autocast(h.device.type, enabled=False):
+            columns = h.float().T.contiguous()
+            best = columns.new_full((len(h),), -math.inf)
+            index = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+            read = self.dictionary.reader(block)
+            for start in range(0, self.dictionary.out_dim, block):
+                value, j = read(start, start + block).scores(columns).max(dim=0)
+                better = value > best
+                best = torch.where(better, value, best)
+                index = torch.where(better, j + start, index)
         return index
 
     def initial_logit_std(self) -> float:
@@ -235,11 +165,15 @@ def cplearn_loss(
     prior: str = "reverse",
     prior_group: str = "global",
     n_global: int = 2,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    buffer: PriorBuffer | None = None,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """beta * invariance + prior, the prior averaged over the global crops (paper, Algorithm 1, symmetrised).
 
-    Shape: one (n, c) tensor of logits a view, the `n_global` global crops first -> scalar loss, and detached
-    scalars: loss, invariance, prior, entropy (mean entropy of the assignments of the global crops, nats).
+    `buffer` adds the code usage of earlier steps to p-bar.
+
+    Shape: one (n, c) tensor of logits a view, the `n_global` global crops first -> scalar loss; detached
+    scalars loss, invariance, prior, entropy (mean entropy of the assignments of the global crops, nats); detached
+    mean assignment of the population, averaged over the global crops (c,).
     """
     if len(logits) < 2 or not 1 <= n_global <= len(logits):
         raise ValueError(f"cplearn_loss needs two or more views, got {len(logits)} with {n_global} global")
@@ -247,12 +181,15 @@ def cplearn_loss(
         raise ValueError(f"prior {prior!r} / prior_group {prior_group!r} is unknown")
     log_probs = [F.log_softmax(_float32(x), dim=1) for x in logits]
     inv = invariance(log_probs, n_global)
-    pri = sum(PRIORS[prior](log_mean_probs(lp, prior_group)) for lp in log_probs[:n_global]) / n_global
+    log_means = [log_mean_probs(lp, prior_group) for lp in log_probs[:n_global]]
+    mixed = log_means if buffer is None else [buffer.mix(x) for x in log_means]
+    pri = sum(PRIORS[prior](x) for x in mixed) / n_global
     loss = beta * inv + pri
     with torch.no_grad():
+        usage = sum(x.exp() for x in log_means) / n_global
         entropy = sum(-(lp.exp() * lp).sum(1).mean() for lp in log_probs[:n_global]) / n_global
     terms = {"loss": loss, "invariance": inv, "prior": pri, "entropy": entropy}
-    return loss, {name: value.detach() for name, value in terms.items()}
+    return loss, {name: value.detach() for name, value in terms.items()}, usage
 
 
 class ReferenceLosses(NamedTuple):
@@ -303,16 +240,32 @@ class CPLearn(nn.Module):
         prior: str,
         prior_group: str,
         dictionary_seed: int,
+        dictionary: str = "rademacher",
+        prior_buffer: int = 0,
+        loss_form: str = "auto",
+        precision: str | None = None,
     ):
         super().__init__()
         if beta <= 0:
             raise UserError(f"beta {beta:g} must be positive: 0.25 is the paper's value for ImageNet-100")
+        if prior_buffer < 0:
+            raise UserError(f"prior_buffer {prior_buffer} must not be negative: 0 for none")
         self.backbone = backbone
         self.head = CPLearnHead(
-            backbone.num_features, out_dim, embed_dim, activation, eps=eps, n_ref=n_ref, seed=dictionary_seed
+            backbone.num_features,
+            out_dim,
+            embed_dim,
+            activation,
+            eps=eps,
+            n_ref=n_ref,
+            seed=dictionary_seed,
+            dictionary=dictionary,
         )
+        self.buffer = PriorBuffer(prior_buffer, out_dim) if prior_buffer else None
         self.out_dim = out_dim
-        self.beta, self.prior, self.prior_group = beta, prior, prior_group
+        self.beta, self.prior, self.prior_group, self.loss_form = beta, prior, prior_group, loss_form
+        # Inputs of the products in the Triton kernels; sums are float32 always.
+        self.product_precision = {"fp32": "ieee", "fp16": "tf32", "bf16": "bf16"}[precision or "fp32"]
 
     @staticmethod
     def add_flags(parser) -> None:
@@ -326,7 +279,10 @@ class CPLearn(nn.Module):
         group.add_argument("--eps", type=float, default=1e-8, help="Probability left for every wrong code at perfect alignment; must be below 1 / out_dim")
         group.add_argument("--prior", default="reverse", choices=tuple(PRIORS), help="Direction of the prior term: reverse KL(mean p || uniform), or forward CE(uniform, mean p) as in the equations")
         group.add_argument("--prior_group", default="global", choices=("global", "local"), help="Images that the batch mean runs over: those of all processes, or (published code) of each one")
+        group.add_argument("--prior_buffer", type=int, default=0, help="Steps whose mean assignments are kept and averaged into the prior's batch mean; 0 for none. See RESULTS.md for its effect")
+        group.add_argument("--dictionary", default="rademacher", choices=tuple(DICTIONARIES), help="Random signs (the paper's), or sign-flipped Hadamard blocks: orthogonal inside a block of embed_dim codes, and several times faster")
         group.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes, apart from --seed")
+        group.add_argument("--loss_form", default="auto", choices=(*FORMS, "plain"), help="How the loss is computed, with the same result to rounding: stored keeps the logits, recomputed saves memory, triton is for GPUs (not yet timed on one), plain is the definition. auto is stored up to 1 GiB of logits, then recomputed")
         # fmt: on
 
     @classmethod
@@ -341,6 +297,10 @@ class CPLearn(nn.Module):
             "prior",
             "prior_group",
             "dictionary_seed",
+            "dictionary",
+            "prior_buffer",
+            "loss_form",
+            "precision",
         )
         return cls(backbone, **{name: getattr(args, name) for name in names})
 
@@ -349,10 +309,24 @@ class CPLearn(nn.Module):
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             h = [self.head(_float32(z)) for z in features]  # batch norm sees one view at a time
-            logits = [self.head.logits(x) for x in h]
-            return cplearn_loss(
-                logits, self.beta, prior=self.prior, prior_group=self.prior_group, n_global=self.N_GLOBAL
-            )
+            options = {"prior": self.prior, "prior_group": self.prior_group, "n_global": self.N_GLOBAL}
+            if self.loss_form == "plain":
+                logits = [self.head.logits(x) for x in h]
+                loss, terms, usage = cplearn_loss(logits, self.beta, buffer=self.buffer, **options)
+            else:
+                loss, terms, usage = streamed_loss(
+                    h,
+                    self.head.dictionary,
+                    self.head.scale * self.head.kappa,
+                    self.beta,
+                    buffer=self.buffer,
+                    form=self.loss_form,
+                    precision=self.product_precision,
+                    **options,
+                )
+        if self.buffer is not None and self.training:
+            self.buffer.push(usage)
+        return loss, terms
 
     def predict(self, features: Tensor) -> Tensor:
         """Code of each image from its backbone features. Shape: (n, f) -> (n,) int64."""
@@ -362,8 +336,10 @@ class CPLearn(nn.Module):
         """Nothing: no teacher to move, no prototypes to normalise."""
 
     def references(self, n: int) -> ReferenceLosses:
-        """Reference losses for n images a rank."""
+        """Reference losses for n images a rank. With a prior buffer the floor holds for its images as they are now."""
         population = n * distributed.world_size() if self.prior_group == "global" else n
+        if self.buffer is not None:
+            population *= 1 + len(self.buffer.ring)
         return reference_losses(self.beta, self.head.dictionary.out_dim, population, self.prior)
 
     def describe(self, n: int) -> dict[str, float | str]:
@@ -377,7 +353,7 @@ class CPLearn(nn.Module):
             "loss_uniform": refs.uniform,
             "loss_one_code": refs.one_code if math.isfinite(refs.one_code) else "unbounded",
             "loss_floor": refs.floor,
-            "dictionary": f"{Dictionary.GENERATOR} seed {self.head.dictionary.seed} sha256 {self.head.dictionary.checksum()[:12]}",
+            "dictionary": f"{self.head.dictionary.GENERATOR} seed {self.head.dictionary.seed} sha256 {self.head.dictionary.checksum()[:12]}",
         }
 
     def warnings(self) -> list[str]:

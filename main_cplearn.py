@@ -54,6 +54,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "device",
     "dist_url",
+    "loss_form",
 }
 
 NON_FINITE_EXIT_CODE = 3

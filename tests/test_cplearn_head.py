@@ -12,7 +12,6 @@ from scipy.linalg import hadamard
 from cplearn_head import (
     CPLearn,
     CPLearnHead,
-    Dictionary,
     cplearn_loss,
     forward_by_size,
     invariance,
@@ -21,6 +20,7 @@ from cplearn_head import (
     prior_reverse,
     reference_losses,
 )
+from dictionaries import Dictionary
 from resnet import ResNet8
 from utils import UserError, hash64, random_bits, random_normal
 
@@ -225,7 +225,7 @@ def test_two_views_equal_the_written_out_loss():
     expected = 0.5 * (beta * cross_entropy(p2, p1) + kl(p2.mean(0), u)) + 0.5 * (
         beta * cross_entropy(p1, p2) + kl(p1.mean(0), u)
     )
-    loss, terms = cplearn_loss([s1, s2], beta)
+    loss, terms, _ = cplearn_loss([s1, s2], beta)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(terms["entropy"], 0.5 * (cross_entropy(p1, p1) + cross_entropy(p2, p2)))
 
@@ -256,7 +256,7 @@ def test_gradient_equals_the_closed_form():
     """d CE(p, p') / ds' = p' - p;  d CE / ds = -p (log p' - t);  d KL / ds = p (g - u) / n."""
     s1, s2 = (s.requires_grad_() for s in logits_of(n=5, c=7))
     beta, n, c = 0.6, 5, 7
-    loss, _ = cplearn_loss([s1, s2], beta)
+    loss, _, _ = cplearn_loss([s1, s2], beta)
     grads = torch.autograd.grad(loss, [s1, s2])
     lp = [s.detach().log_softmax(1) for s in (s1, s2)]
     for mine, other, grad in ((0, 1, grads[0]), (1, 0, grads[1])):
@@ -285,7 +285,7 @@ def test_saturated_logits_stay_finite(prior):
     """Acceptance check 5: +-150, where softmax-then-log underflows."""
     sign = torch.sign(torch.randn(16, 200, generator=torch.Generator().manual_seed(0)))
     logits = [(150 * sign).requires_grad_(), (-150 * sign).requires_grad_()]
-    loss, terms = cplearn_loss(logits, 0.25, prior=prior)
+    loss, terms, _ = cplearn_loss(logits, 0.25, prior=prior)
     loss.backward()
     assert all(torch.isfinite(value) for value in terms.values())
     assert all(torch.isfinite(s.grad).all() for s in logits)

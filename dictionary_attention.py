@@ -1,0 +1,224 @@
+"""The CPLearn loss and its gradient, streamed over blocks of codes: exact, without the c x f_h float matrix.
+
+The plain form is `cplearn_head.cplearn_loss` on the (n, c) logits; everything here equals it to rounding. With
+logits s = h W for embeddings h that carry the scale, log-assignments l = s - logsumexp(s), p = exp(l), V views
+of which the first G are global, and for each global view g
+
+    r_ij = sum of l over the other views,   t_i = sum_j p_ij r_ij,
+    lambda_j = log mean_i p_ij over the prior's population,
+
+the loss is  -alpha sum_g sum_i t_i + mean_g prior(lambda)  with alpha = beta / (G (V - 1) n), and its gradient with
+respect to the logits of view v (the prior as reverse KL: a_j = lambda_j + log c, u_i = sum_j p_ij a_j)
+
+    alpha (G p - sum of p over the global views)                       as a prediction, every view
+    - alpha p (r - t)  +  1 / (G n) p (a - u)                          as a target and in the prior, global views
+
+(theory of the closed form: each line is a softmax derivative; the forward prior has -exp(l - lambda) / c in place of
+p a). The gradient with respect to h is this times W^T, so three passes over blocks of codes suffice:
+
+    A  row logsumexp            B  column means, t, u           C  gradient
+
+Forms, all behind `streamed_loss`: `stored` keeps the logits of pass A and overwrites them (4 products of n x f_h x c
+for two views, as many as autograd needs); `recomputed` multiplies again in each pass (8 products, memory
+O(n f_h + c)); `triton` does the same in kernels that read the packed bits (see `dictionary_kernels.py`).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import distributed
+from dictionaries import Dictionary, HadamardDictionary, PriorBuffer
+from utils import UserError
+
+FORMS = ("auto", "stored", "recomputed", "triton")
+
+# `auto` keeps the logits up to this many bytes. A constant and not the free memory of the moment: the same command
+# takes the same path everywhere.
+STORED_LIMIT = 2**30
+
+
+def pick_form(form: str, rows: int, out_dim: int) -> str:
+    """`auto` by size: stored while the logits fit into `STORED_LIMIT`, recomputed above; others as told.
+
+    `triton` is never picked: its kernels have not been timed on a GPU yet.
+    """
+    if form not in FORMS:
+        raise UserError(f"loss form {form!r} is unknown: {', '.join(FORMS)}")
+    if form != "auto":
+        return form
+    return "stored" if rows * out_dim * 4 <= STORED_LIMIT else "recomputed"
+
+
+def block_size(rows: int, dictionary: Dictionary, device: torch.device) -> int:
+    """Codes a block: logits and codes of a block stay in a CPU's cache, or are worth a launch on a GPU."""
+    budget = 2**24 if device.type == "cuda" else 2**19  # numbers in a block of logits
+    block = min(max(256, budget // rows), max(256, 8 * budget // dictionary.embed_dim), 2**16)
+    if isinstance(dictionary, HadamardDictionary):  # whole Hadamard matrices
+        block = max(1, block // dictionary.embed_dim) * dictionary.embed_dim
+    return block
+
+
+def streamed_loss(
+    h: list[Tensor],
+    dictionary: Dictionary,
+    scale: float,
+    beta: float,
+    *,
+    prior: str = "reverse",
+    prior_group: str = "global",
+    n_global: int = 2,
+    buffer: PriorBuffer | None = None,
+    form: str = "auto",
+    block: int | None = None,
+    precision: str = "ieee",
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """beta * invariance + prior of the logits `scale * h W`, as `cplearn_head.cplearn_loss` computes it.
+
+    Half precision is raised to float32, also under autocast; float64 stays. `form` is one of FORMS, `block` the
+    number of codes at a time. `precision` is that of the products' inputs in the triton form: ieee (float32), tf32
+    or bf16; sums are float32 always. Differentiable once. Under torch.compile this is a graph break.
+
+    Shape: one (n, f_h) tensor of embeddings a view, the `n_global` global crops first -> scalar loss; detached
+    scalars loss, invariance, prior, entropy; detached mean assignment over population and global views (c,).
+    """
+    if len(h) < 2 or not 1 <= n_global <= len(h):
+        raise ValueError(f"streamed_loss needs two or more views, got {len(h)} with {n_global} global")
+    if prior not in ("reverse", "forward") or prior_group not in ("global", "local"):
+        raise ValueError(f"prior {prior!r} / prior_group {prior_group!r} is unknown")
+    return _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buffer, form, block, precision)
+
+
+@torch.compiler.disable
+def _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buffer, form, block, precision):
+    device = h[0].device
+    with torch.autocast(device.type, enabled=False):
+        stacked = torch.stack([x if x.dtype == torch.float64 else x.float() for x in h]) * scale
+        form = pick_form(form, len(h) * len(h[0]), dictionary.out_dim)
+        with_grad = torch.is_grad_enabled() and stacked.requires_grad
+        block = block or block_size(len(h) * len(h[0]), dictionary, device)
+
+        def population(log_mean: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+            """log p-bar of this rank -> that of all ranks, and the one with the kept steps. Shape: (b, G)."""
+            if prior_group == "global":
+                log_mean = distributed.log_mean_over_ranks(log_mean)
+            return log_mean, log_mean if buffer is None else buffer.mix(log_mean.T, start, stop).T
+
+        if form == "triton":
+            import dictionary_kernels  # needs Triton, which is not everywhere
+
+            def compute(x):
+                return dictionary_kernels.loss_and_gradient(
+                    x, dictionary, beta, prior, n_global, population, with_grad, precision
+                )
+        else:
+
+            def compute(x):
+                return _loss_and_gradient(
+                    x, dictionary, beta, prior, n_global, population, with_grad, form == "stored", block
+                )
+
+        loss, invariance, prior_value, entropy, usage = _Streamed.apply(stacked, compute)
+    terms = {"loss": loss.detach(), "invariance": invariance, "prior": prior_value, "entropy": entropy}
+    return loss, terms, usage
+
+
+class _Streamed(torch.autograd.Function):
+    """The gradient is computed with the loss and handed out in backward."""
+
+    @staticmethod
+    def forward(ctx, h, compute):
+        *values, grad = compute(h)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(*values[1:])
+        return tuple(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, None
+
+
+def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_grad, store, block):
+    """Passes A, B and C in torch operations, code-major: a block of log p is (b, V, n).
+
+    Shape: h (V, n, f_h), scale included -> loss, invariance, prior, entropy, usage (c,), gradient (V, n, f_h).
+    """
+    views, n, _ = h.shape
+    c = dictionary.out_dim
+    rows = h.flatten(0, 1).T.contiguous()  # (f_h, V n)
+    ranges = [(j, min(j + block, c)) for j in range(0, c, block)]
+    read = dictionary.reader(block, h.dtype)
+
+    # A: logits and their logsumexp, a block at a time and joined once (adding up block by block loses digits).
+    stored, parts = [], []
+    for start, stop in ranges:
+        logits = read(start, stop).scores(rows)
+        parts.append(logits.logsumexp(0))
+        if store:
+            stored.append(logits)
+    lse = torch.stack(parts).logsumexp(0)
+
+    # B: with log p known, everything that sums over codes or over images.
+    t, entropy, u = h.new_zeros(3, n_global, n)
+    log_mean, usage = h.new_empty(c, n_global), h.new_empty(c)
+    for k, (start, stop) in enumerate(ranges):
+        logits = stored[k] if store else read(start, stop).scores(rows)
+        log_p = logits.sub_(lse).view(-1, views, n)
+        own = log_p[:, :n_global]
+        p = own.exp()
+        entropy -= (p * own).sum(0)
+        t += (log_p.sum(1, keepdim=True) - own).mul_(p).sum(0)
+        if prior == "reverse":
+            local = p.mean(2).clamp_min_(torch.finfo(h.dtype).tiny).log_()  # p log p-bar is 0 where p-bar underflows
+        else:
+            local = own.logsumexp(2) - math.log(n)
+        now, mixed = population(local, start, stop)
+        usage[start:stop] = now.exp().mean(1)
+        log_mean[start:stop] = mixed
+        if prior == "reverse":
+            u += p.mul_(mixed[..., None] + math.log(c)).sum(0)
+        else:
+            u -= (own - mixed[..., None]).exp_().sum(0) / c
+    summary = summarise(t, entropy, views, log_mean, usage, beta, prior)
+    if not with_grad:
+        return *summary, h.new_empty(0)
+
+    # C: the derivative with respect to the logits, written over them, and its product with the codes.
+    alpha, weight = beta / (n_global * (views - 1) * n), 1 / (n_global * n)
+    row = alpha * (n_global + t) - weight * u
+    grad = torch.zeros_like(rows)
+    for k, (start, stop) in enumerate(ranges):
+        codes = read(start, stop)
+        log_p = (stored[k] if store else codes.scores(rows).sub_(lse)).view(-1, views, n)
+        own, others = log_p[:, :n_global], log_p[:, n_global:]
+        p = own.exp()
+        share = p.sum(1, keepdim=True).mul_(alpha)
+        column = log_mean[start:stop, :, None]
+        # As target and, for all of p's own terms, as prediction: p (row - alpha r + weight a) - share.
+        coefficient = (own - log_p.sum(1, keepdim=True)).mul_(alpha).add_(row)
+        if prior == "reverse":
+            coefficient.add_(weight * (column + math.log(c))).mul_(p)
+        else:
+            coefficient.mul_(p).sub_((own - column).exp_().mul_(weight / c))
+        own.copy_(coefficient)
+        others.exp_().mul_(alpha * n_global)
+        log_p.sub_(share)
+        grad += codes.combine(log_p.flatten(1))
+        if store:
+            stored[k] = None
+    return *summary, grad.T.reshape(h.shape)
+
+
+def summarise(t, entropy, views, log_mean, usage, beta, prior) -> tuple[Tensor, ...]:
+    """loss, invariance, prior, entropy, usage. Shape: t and entropy (G, n), log_mean (c, G), usage (c,)."""
+    n_global, n = t.shape
+    invariance = -t.sum() / (n_global * (views - 1) * n)
+    if prior == "reverse":
+        value = (log_mean.exp() * (log_mean + math.log(len(usage)))).sum(0).mean()
+    else:
+        value = -log_mean.mean()
+    return beta * invariance + value, invariance, value, entropy.mean(), usage
