@@ -107,7 +107,10 @@ def _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buf
             return log_mean, log_mean if buffer is None else buffer.mix(log_mean.T, start, stop).T
 
         if form == "triton":
-            import dictionary_kernels  # needs Triton, which is not everywhere
+            try:
+                import dictionary_kernels
+            except ImportError:  # not on every system
+                raise UserError("loss form triton needs the triton package: use --loss_form auto") from None
 
             def compute(x):
                 return dictionary_kernels.loss_and_gradient(
@@ -153,21 +156,22 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
     ranges = [(j, min(j + block, c)) for j in range(0, c, block)]
     read = dictionary.reader(block, h.dtype)
 
-    # A: logits and their logsumexp, a block at a time and joined once (adding up block by block loses digits).
-    stored, parts = [], []
+    # A: logits, their largest and the sum of exponentials. Kept apart: their sum, the logsumexp, loses digits of log p.
+    stored, tops, totals = [], [], []
     for start, stop in ranges:
         logits = read(start, stop).scores(rows)
-        parts.append(logits.logsumexp(0))
+        tops.append(logits.amax(0))
+        totals.append((logits - tops[-1]).exp_().sum(0))
         if store:
             stored.append(logits)
-    lse = torch.stack(parts).logsumexp(0)
+    top, log_total = join(torch.stack(tops), torch.stack(totals))
 
     # B: with log p known, everything that sums over codes or over images.
     t, entropy, u = h.new_zeros(3, n_global, n)
     log_mean, usage = h.new_empty(c, n_global), h.new_empty(c)
     for k, (start, stop) in enumerate(ranges):
         logits = stored[k] if store else read(start, stop).scores(rows)
-        log_p = logits.sub_(lse).view(-1, views, n)
+        log_p = logits.sub_(top).sub_(log_total).view(-1, views, n)
         own = log_p[:, :n_global]
         p = own.exp()
         entropy -= (p * own).sum(0)
@@ -193,7 +197,8 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
     grad = torch.zeros_like(rows)
     for k, (start, stop) in enumerate(ranges):
         codes = read(start, stop)
-        log_p = (stored[k] if store else codes.scores(rows).sub_(lse)).view(-1, views, n)
+        log_p = stored[k] if store else codes.scores(rows).sub_(top).sub_(log_total)
+        log_p = log_p.view(-1, views, n)
         own, others = log_p[:, :n_global], log_p[:, n_global:]
         p = own.exp()
         share = p.sum(1, keepdim=True).mul_(alpha)
@@ -211,6 +216,12 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
         if store:
             stored[k] = None
     return *summary, grad.T.reshape(h.shape)
+
+
+def join(tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest and log of the sum of exponentials relative to it, from those of the parts. Shape: (parts, rows)."""
+    top = tops.amax(0)
+    return top, (totals * (tops - top).exp()).sum(0).log()
 
 
 def summarise(t, entropy, views, log_mean, usage, beta, prior) -> tuple[Tensor, ...]:

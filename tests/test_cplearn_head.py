@@ -1,9 +1,7 @@
 """Head and loss against formulas written out; acceptance checks 1-5, 9 and 10 of the specification."""
 
-import hashlib
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,17 +18,8 @@ from cplearn_head import (
     prior_reverse,
     reference_losses,
 )
-from dictionaries import Dictionary
 from resnet import ResNet8
-from utils import UserError, hash64, random_bits, random_normal
-
-
-def splitmix64(x: int) -> int:
-    """The finaliser with Python's unbounded integers."""
-    mask = 2**64 - 1
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return x ^ (x >> 31)
+from utils import UserError
 
 
 def cross_entropy(p, q):
@@ -41,61 +30,7 @@ def kl(p, q):
     return (p * (p / q).log()).sum()
 
 
-# --- dictionary --------------------------------------------------------------------------------------
-
-
-def test_hash_equals_splitmix64_in_python():
-    values = [0, 1, 2**31, 2**62 + 12345, -1, -(2**63)]
-    expected = [splitmix64(v % 2**64) for v in values]
-    assert [v % 2**64 for v in hash64(torch.tensor(values)).tolist()] == expected
-
-
-def test_random_bits_are_a_pure_function_of_seed_and_counter():
-    golden = 0x9E3779B97F4A7C15
-    state = splitmix64((7 * golden + golden) % 2**64)
-    expected = [splitmix64((state + (i + 1) * golden) % 2**64) for i in range(5)]
-    assert [v % 2**64 for v in random_bits(7, torch.arange(5)).tolist()] == expected
-
-
-def test_random_normal_moments_and_independence_of_streams():
-    x = random_normal(torch.tensor([1, 2, 3]), (100_000,))
-    assert x.isfinite().all()
-    torch.testing.assert_close(x.mean(1), torch.zeros(3), atol=0.02, rtol=0)
-    torch.testing.assert_close(x.std(1), torch.ones(3), atol=0.02, rtol=0)
-    assert (torch.corrcoef(x) - torch.eye(3)).abs().max() < 0.02
-    assert abs((x > 1.96).float().mean() - 0.025) < 0.003
-
-
-def test_dictionary_bits_are_pinned():
-    """The stream may never change: old checkpoints are rebuilt from it."""
-    codes = Dictionary(1000, 384, seed=3).codes().numpy()
-    bits = np.packbits(codes > 0, axis=1, bitorder="little")
-    assert Dictionary(1000, 384, seed=3).checksum() == hashlib.sha256(bits.tobytes()).hexdigest()
-    word = random_bits(3, torch.tensor([5 * 6 + 2])).item() % 2**64  # code 5, entries 128..191 (6 words a code)
-    assert [(word >> i) & 1 for i in range(64)] == (codes[5, 128:192] > 0).astype(int).tolist()
-    assert Dictionary(16, 64, seed=0).checksum().startswith(PINNED)
-
-
-PINNED = "2cda1739bc0f55b6"
-
-
-@pytest.mark.parametrize("embed_dim", [20, 64, 100, 384])
-def test_dictionary_statistics(embed_dim):
-    """Acceptance check 9: entries +-1, fair, mean |cos| of random pairs about 0.8 / sqrt(f_h)."""
-    w = Dictionary(4000, embed_dim, seed=1).codes()
-    assert w.shape == (4000, embed_dim) and set(w.unique().tolist()) == {-1.0, 1.0}
-    assert abs(w.mean()) < 4 / math.sqrt(w.numel())
-    assert w.mean(0).abs().max() < 5 / math.sqrt(4000)
-    cos = (w[:2000] * w[2000:]).mean(1).abs().mean().item()
-    assert cos == pytest.approx(math.sqrt(2 / math.pi) / math.sqrt(embed_dim), rel=0.06)
-
-
-def test_dictionaries_are_nested_and_seeded():
-    small, large = Dictionary(100, 128, seed=5), Dictionary(70_000, 128, seed=5)
-    assert torch.equal(small.packed, large.packed[:100])
-    assert not torch.equal(small.packed, Dictionary(100, 128, seed=6).packed)
-    assert torch.equal(large.codes(65_530, 65_540), large.codes()[65_530:65_540])
-    assert large.packed.numel() == 70_000 * 128 // 8  # one bit an entry
+# --- dictionary in the head ------------------------------------------------------------------------
 
 
 def test_dictionary_is_neither_trained_nor_saved():
@@ -225,9 +160,10 @@ def test_two_views_equal_the_written_out_loss():
     expected = 0.5 * (beta * cross_entropy(p2, p1) + kl(p2.mean(0), u)) + 0.5 * (
         beta * cross_entropy(p1, p2) + kl(p1.mean(0), u)
     )
-    loss, terms, _ = cplearn_loss([s1, s2], beta)
+    loss, terms, usage = cplearn_loss([s1, s2], beta)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(terms["entropy"], 0.5 * (cross_entropy(p1, p1) + cross_entropy(p2, p2)))
+    torch.testing.assert_close(usage, (p1 + p2).mean(0) / 2)
 
 
 def test_forward_prior_equals_the_written_out_loss():
