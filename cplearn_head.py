@@ -94,9 +94,10 @@ class CPLearnHead(nn.Module):
             columns = h.float().T.contiguous()
             best = columns.new_full((len(h),), -math.inf)
             index = torch.zeros(len(h), dtype=torch.int64, device=h.device)
-            read = self.dictionary.reader(block)
+            read, room = self.dictionary.reader(block), columns.new_empty(block, len(h))
             for start in range(0, self.dictionary.out_dim, block):
-                value, j = read(start, start + block).scores(columns).max(dim=0)
+                stop = min(start + block, self.dictionary.out_dim)
+                value, j = read(start, stop).scores(columns, room[: stop - start]).max(dim=0)
                 better = value > best
                 best = torch.where(better, value, best)
                 index = torch.where(better, j + start, index)

@@ -26,13 +26,13 @@ class DenseBlock(NamedTuple):
 
     codes: Tensor  # (b, f_h)
 
-    def scores(self, h: Tensor) -> Tensor:
-        """<w_j, h_i>. Shape: (f_h, n) -> (b, n)."""
-        return self.codes @ h
+    def scores(self, h: Tensor, out: Tensor) -> Tensor:
+        """<w_j, h_i>, written to `out`. Shape: (f_h, n) -> (b, n)."""
+        return torch.mm(self.codes, h, out=out)
 
-    def combine(self, weights: Tensor) -> Tensor:
-        """sum_j weights_ji w_j, the transpose of `scores`. Shape: (b, n) -> (f_h, n)."""
-        return self.codes.T @ weights
+    def combine(self, weights: Tensor, out: Tensor) -> Tensor:
+        """sum_j weights_ji w_j, the transpose of `scores`, added to `out`. Shape: (b, n) -> (f_h, n)."""
+        return out.addmm_(self.codes.T, weights)
 
 
 class HadamardBlock(NamedTuple):
@@ -43,18 +43,18 @@ class HadamardBlock(NamedTuple):
     first: int  # position of the first code inside the B blocks
     count: int
 
-    def scores(self, h: Tensor) -> Tensor:
+    def scores(self, h: Tensor, out: Tensor) -> Tensor:
         x = h * self.flips[..., None]
         for k, factor in enumerate(self.factors):
             x = torch.matmul(factor, self._split(x, k))
-        return x.reshape(-1, h.shape[1])[self.first : self.first + self.count]
+        return out.copy_(x.reshape(-1, h.shape[1])[self.first : self.first + self.count])
 
-    def combine(self, weights: Tensor) -> Tensor:
+    def combine(self, weights: Tensor, out: Tensor) -> Tensor:
         blocks, width = self.flips.shape
         x = F.pad(weights, (0, 0, self.first, blocks * width - self.first - self.count))
         for k, factor in enumerate(self.factors):
             x = torch.matmul(factor.T, self._split(x, k))
-        return (x.reshape(blocks, width, -1) * self.flips[..., None]).sum(0)
+        return out.add_((x.reshape(blocks, width, -1) * self.flips[..., None]).sum(0))
 
     def _split(self, x: Tensor, k: int) -> Tensor:
         """The axis of factor k in the middle. Shape: B x f_h x n numbers -> (m, width of factor k, rest)."""
@@ -87,6 +87,7 @@ class Dictionary(nn.Module):
             )
         self.out_dim, self.embed_dim, self.seed = out_dim, embed_dim, seed
         self.register_buffer("packed", self._draw(), persistent=False)
+        self._workspaces: dict[str, Tensor] = {}
 
     def _draw(self) -> Tensor:
         step = max(1, 2**24 // self.embed_dim)  # bounded memory: 64 bits are eight times a byte's worth
@@ -108,18 +109,23 @@ class Dictionary(nn.Module):
         return unpack(self.packed[start:stop], self.embed_dim, dtype)
 
     def reader(self, size: int, dtype: torch.dtype = torch.float32) -> Callable[[int, int], DenseBlock]:
-        """`read(start, stop)`: up to `size` codes, ready to be multiplied with, until the next read overwrites them.
-
-        One piece of memory for all blocks: on a CPU, fresh pages cost several times what the unpacking does.
-        """
-        n_bytes = self.packed.shape[1]
-        room = torch.empty(min(size, self.out_dim) * n_bytes, 8, dtype=dtype, device=self.packed.device)
+        """`read(start, stop)`: up to `size` codes, ready to be multiplied with, until the next read overwrites them."""
+        room = self.workspace("codes", min(size, self.out_dim) * self.packed.shape[1] * 8, dtype).view(-1, 8)
 
         def read(start: int, stop: int) -> DenseBlock:
             packed = self.packed[start:stop]
             return DenseBlock(unpack(packed, self.embed_dim, dtype, out=room[: packed.numel()]))
 
         return read
+
+    def workspace(self, purpose: str, numbers: int, dtype: torch.dtype) -> Tensor:
+        """Memory of about a block that is kept for the next call: on a CPU, fresh pages cost more than filling them."""
+        room = self._workspaces.get(purpose)
+        if room is None or len(room) < numbers or room.dtype != dtype or room.device != self.packed.device:
+            with torch.inference_mode(False):  # made in an evaluation, it must serve training too
+                room = torch.empty(numbers, dtype=dtype, device=self.packed.device)
+            self._workspaces[purpose] = room
+        return room[:numbers]
 
     def checksum(self) -> str:
         """SHA-256 over the packed bits."""

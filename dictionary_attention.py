@@ -156,26 +156,36 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
     ranges = [(j, min(j + block, c)) for j in range(0, c, block)]
     read = dictionary.reader(block, h.dtype)
 
+    size = min(block, c) * views * n  # of a block of logits
+    room = dictionary.workspace("scratch", 2 * size, h.dtype).view(2, size)
+    logits = h.new_empty(c, views * n) if store else dictionary.workspace("logits", size, h.dtype).view(-1, views * n)
+
+    def scratch(which: int, *shape: int) -> Tensor:
+        return room[which, : math.prod(shape)].view(shape)
+
+    def place(start: int, stop: int) -> Tensor:
+        """Where the logits of a block are. (b, V n)"""
+        return logits[start:stop] if store else logits[: stop - start]
+
     # A: logits, their largest and the sum of exponentials. Kept apart: their sum, the logsumexp, loses digits of log p.
-    stored, tops, totals = [], [], []
+    tops, totals = [], []
     for start, stop in ranges:
-        logits = read(start, stop).scores(rows)
-        tops.append(logits.amax(0))
-        totals.append((logits - tops[-1]).exp_().sum(0))
-        if store:
-            stored.append(logits)
+        s = read(start, stop).scores(rows, place(start, stop))
+        tops.append(s.amax(0))
+        totals.append(torch.sub(s, tops[-1], out=scratch(0, *s.shape)).exp_().sum(0))
     top, log_total = join(torch.stack(tops), torch.stack(totals))
 
     # B: with log p known, everything that sums over codes or over images.
     t, entropy, u = h.new_zeros(3, n_global, n)
     log_mean, usage = h.new_empty(c, n_global), h.new_empty(c)
-    for k, (start, stop) in enumerate(ranges):
-        logits = stored[k] if store else read(start, stop).scores(rows)
-        log_p = logits.sub_(top).sub_(log_total).view(-1, views, n)
+    for start, stop in ranges:
+        s = place(start, stop) if store else read(start, stop).scores(rows, place(start, stop))
+        log_p = s.sub_(top).sub_(log_total).view(-1, views, n)
         own = log_p[:, :n_global]
-        p = own.exp()
-        entropy -= (p * own).sum(0)
-        t += (log_p.sum(1, keepdim=True) - own).mul_(p).sum(0)
+        p = torch.exp(own, out=scratch(0, *own.shape))
+        other = scratch(1, *own.shape)
+        entropy -= torch.mul(p, own, out=other).sum(0)
+        t += torch.sub(log_p.sum(1, keepdim=True), own, out=other).mul_(p).sum(0)
         if prior == "reverse":
             local = p.mean(2).clamp_min_(torch.finfo(h.dtype).tiny).log_()  # p log p-bar is 0 where p-bar underflows
         else:
@@ -186,7 +196,7 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
         if prior == "reverse":
             u += p.mul_(mixed[..., None] + math.log(c)).sum(0)
         else:
-            u -= (own - mixed[..., None]).exp_().sum(0) / c
+            u -= torch.sub(own, mixed[..., None], out=other).exp_().sum(0) / c
     summary = summarise(t, entropy, views, log_mean, usage, beta, prior)
     if not with_grad:
         return *summary, h.new_empty(0)
@@ -195,26 +205,24 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
     alpha, weight = beta / (n_global * (views - 1) * n), 1 / (n_global * n)
     row = alpha * (n_global + t) - weight * u
     grad = torch.zeros_like(rows)
-    for k, (start, stop) in enumerate(ranges):
+    for start, stop in ranges:
         codes = read(start, stop)
-        log_p = stored[k] if store else codes.scores(rows).sub_(top).sub_(log_total)
-        log_p = log_p.view(-1, views, n)
+        s = place(start, stop) if store else codes.scores(rows, place(start, stop)).sub_(top).sub_(log_total)
+        log_p = s.view(-1, views, n)
         own, others = log_p[:, :n_global], log_p[:, n_global:]
-        p = own.exp()
+        p = torch.exp(own, out=scratch(0, *own.shape))
         share = p.sum(1, keepdim=True).mul_(alpha)
         column = log_mean[start:stop, :, None]
         # As target and, for all of p's own terms, as prediction: p (row - alpha r + weight a) - share.
-        coefficient = (own - log_p.sum(1, keepdim=True)).mul_(alpha).add_(row)
+        minus_r = torch.sub(own, log_p.sum(1, keepdim=True), out=scratch(1, *own.shape))
         if prior == "reverse":
-            coefficient.add_(weight * (column + math.log(c))).mul_(p)
+            coefficient = minus_r.mul_(alpha).add_(row).add_(weight * (column + math.log(c))).mul_(p)
         else:
-            coefficient.mul_(p).sub_((own - column).exp_().mul_(weight / c))
-        own.copy_(coefficient)
-        others.exp_().mul_(alpha * n_global)
-        log_p.sub_(share)
-        grad += codes.combine(log_p.flatten(1))
-        if store:
-            stored[k] = None
+            coefficient = minus_r.mul_(alpha).add_(row).mul_(p)
+            coefficient.sub_(own.sub_(column).exp_().mul_(weight / c))
+        torch.sub(coefficient, share, out=own)
+        others.exp_().mul_(alpha * n_global).sub_(share)
+        codes.combine(s, grad)
     return *summary, grad.T.reshape(h.shape)
 
 

@@ -1,52 +1,202 @@
-"""Loss and gradient of the plain CPLearn head, against the bare matrix products that it cannot do without.
+"""Loss and gradient for two views: time, and peak memory beyond the embeddings and the packed dictionary.
 
-    python benchmarks/loss.py [--device cuda] [--n 64] [--embed_dim 384]
+    python benchmarks/loss.py [--device cuda] [--n 64 512] [--embed_dim 384 2048] [--out_dim 4096 ...] [--json FILE]
 
-Prints milliseconds for two views of n images and the ratio, both measured in this run. The peer is torch's own
-matmul: for each view one (n, f_h) x (f_h, c) product forward and one (n, c) x (c, f_h) product backward.
+Rows of the tables, every one in a process of its own, one after the other:
+
+    plain         autograd through the (n, c) logits and a float dictionary that is unpacked once, beforehand
+    compiled      torch.compile of the same
+    stored, recomputed, triton     the forms of dictionary_attention.py (triton: on a GPU)
+    hadamard      stored, with the Hadamard dictionary's fast transform
+    products      the peer: torch's bare products h W^T and G W for each view, with the same float dictionary
+    dino          lightly's DINO head (hidden 2048, bottleneck 256) and loss: two teacher and two student views, and the
+                  gradient of the student's; what DINO pays for the same out_dim
+
+Times are medians, in milliseconds; a first call of over 20 s is not repeated and counts itself. A cell that would not
+fit into memory is left out with an estimate of what it needs.
 """
 
 import argparse
+import ctypes
+import json
+import math
+import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from augment import milliseconds  # noqa: E402
 
-from cplearn_head import CPLearnHead, cplearn_loss  # noqa: E402
-from utils import format_table  # noqa: E402
+from cplearn_head import cplearn_loss  # noqa: E402
+from dictionaries import DICTIONARIES  # noqa: E402
+from dictionary_attention import streamed_loss  # noqa: E402
+from utils import format_table, git_commit  # noqa: E402
+
+KINDS = ("plain", "compiled", "stored", "recomputed", "triton", "hadamard", "products", "dino")
+SCALE, BETA = 0.9, 0.25
+
+
+def build(kind: str, n: int, f: int, c: int, device: torch.device):
+    """(step, what it starts from). The step is built later, so that its own memory is counted."""
+    torch.manual_seed(0)
+    h = [F.normalize(torch.randn(n, f, device=device)).requires_grad_() for _ in range(2)]
+    dictionary = DICTIONARIES["hadamard" if kind == "hadamard" else "rademacher"](c, f).to(device)
+
+    def prepare():
+        if kind == "dino":
+            return dino_step(h, f, c, device)
+        if kind in ("stored", "recomputed", "triton", "hadamard"):
+            form = "stored" if kind == "hadamard" else kind
+            return lambda: streamed_loss(h, dictionary, SCALE, BETA, form=form)[0].backward()
+        w = dictionary.codes()
+        if kind == "products":
+            coefficient = torch.randn(n, c, device=device)
+
+            def products():
+                for x in h:
+                    x.detach() @ w.T
+                    coefficient @ w
+
+            return products
+
+        def loss(*x):
+            return cplearn_loss([SCALE * v @ w.T for v in x], BETA)[0]
+
+        if kind == "compiled":
+            loss = torch.compile(loss, dynamic=False)
+        return lambda: loss(*h).backward()
+
+    return prepare
+
+
+def dino_step(h, f, c, device):
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+
+    student, teacher = (DINOProjectionHead(f, 2048, 256, c).to(device) for _ in range(2))
+    criterion = DINOLoss(output_dim=c).to(device)
+
+    def step():
+        with torch.no_grad():
+            targets = [teacher(x) for x in h]
+        criterion(targets, [student(x) for x in h], epoch=5).backward()
+        student.zero_grad()
+
+    return step
+
+
+def gigabytes_needed(kind: str, n: int, f: int, c: int) -> float:
+    """Rough: the float dictionary (or DINO's last layers and their gradient), and copies of the logits."""
+    copies = {
+        "plain": 10,
+        "compiled": 10,
+        "stored": 3,
+        "recomputed": 0,
+        "triton": 0,
+        "hadamard": 3,
+        "products": 2,
+        "dino": 16,
+    }
+    weights = {"plain": f, "compiled": f, "products": f, "dino": 4 * 256}.get(kind, f / 32)
+    return (weights + copies[kind] * n) * c * 4 / 2**30
+
+
+def memory_in_process(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def measure(kind: str, n: int, f: int, c: int, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median milliseconds and peak extra MiB of one cell."""
+    cuda = device.type == "cuda"
+    prepare = build(kind, n, f, c, device)
+    warm = torch.randn(4096, f, device=device)
+    (warm @ torch.randn(f, 2 * n, device=device)).logsumexp(0)  # libraries' own memory
+    warm.T @ torch.randn(4096, 2 * n, device=device)
+    del warm
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be used again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = memory_in_process("VmRSS")
+    step = prepare()
+
+    def timed() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    first = timed()
+    if kind == "compiled":
+        first = timed()  # the first call compiles
+    times = [first] if first > 20 else [timed() for _ in range(repeats if first < 5 else 2)]
+    peak = torch.cuda.max_memory_allocated() if cuda else memory_in_process("VmHWM")
+    return {"ms": 1e3 * statistics.median(times), "mib": (peak - before) / 2**20, "repeats": len(times)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--n", type=int, default=64)
-    parser.add_argument("--embed_dim", type=int, default=384)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--n", type=int, nargs="+", default=[64])
+    parser.add_argument("--embed_dim", type=int, nargs="+", default=[384, 2048])
+    parser.add_argument("--out_dim", type=int, nargs="+", default=[4096, 16384, 131072, 1048576])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--limit_gib", type=float, default=18.0, help="Leave out what would need more memory")
+    parser.add_argument("--json", default=None, help="Also write the cells to this file")
+    parser.add_argument("--cell", nargs=4, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = []
-    for c in (1024, 16384, 131072):
-        head = CPLearnHead(8, c, args.embed_dim).to(args.device)
-        torch.manual_seed(0)
-        h = [torch.randn(args.n, args.embed_dim, device=args.device, requires_grad=True) for _ in range(2)]
-        w = head.dictionary.matrix()
-        gradient = torch.randn(args.n, c, device=args.device)
+    if args.cell:
+        kind, n, f, c = args.cell[0], *map(int, args.cell[1:])
+        print(json.dumps(measure(kind, n, f, c, torch.device(args.device), args.repeats)))
+        return
 
-        def step(head=head, h=h):
-            cplearn_loss([head.logits(x) for x in h], 0.25)[0].backward()
+    kinds = [k for k in args.kinds if k != "triton" or args.device != "cpu"]
+    name = torch.cuda.get_device_name() if args.device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {name}, float32, up to {args.repeats} repeats, commit {git_commit()}\n")
+    cells = []
+    for f in args.embed_dim:
+        for n in args.n:
+            for c in args.out_dim:
+                found = {kind: run_cell(args, kind, n, f, c) for kind in kinds}
+                plain, bare = (found.get(k, {}).get("ms", math.nan) for k in ("plain", "products"))
+                rows = []
+                for kind, cell in found.items():
+                    cells.append({"kind": kind, "n": n, "embed_dim": f, "out_dim": c, **cell})
+                    if "ms" in cell:
+                        ratios = [f"{cell['ms'] / x:.2f}" if x == x else "" for x in (plain, bare)]
+                        rows.append((kind, f"{cell['ms']:.1f}", *ratios, f"{cell['mib']:.0f}"))
+                    else:
+                        rows.append((kind, cell["left_out"], "", "", ""))
+                header = (f"n = {n}, f_h = {f}, c = {c}", "ms", "/ plain", "/ products", "extra MiB")
+                print(format_table(rows, header) + "\n", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(cells, indent=1) + "\n")
 
-        def products(h=h, w=w, gradient=gradient):
-            for x in h:
-                x.detach() @ w.T
-                gradient @ w
 
-        ours, bare = (milliseconds(f, args.device, args.repeats) for f in (step, products))
-        rows.append((f"c = {c}", ours, bare, ours / bare))
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, n = {args.n} a view, "
-          f"f_h = {args.embed_dim}, float32, {args.repeats} repeats, median")  # fmt: skip
-    print(format_table(rows, ("loss + gradient", "plain (ms)", "bare products (ms)", "ratio")))
+def run_cell(args, kind: str, n: int, f: int, c: int) -> dict:
+    needed = gigabytes_needed(kind, n, f, c)
+    if needed > args.limit_gib:
+        return {"left_out": f"needs {needed:.0f} GiB"}
+    command = [sys.executable, __file__, "--device", args.device, "--repeats", str(args.repeats), "--cell", kind]
+    done = subprocess.run([*command, str(n), str(f), str(c)], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return {"left_out": f"failed ({(done.stderr.strip().splitlines() or ['no message'])[-1][:60]})"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -90,16 +90,17 @@ def test_dictionaries_are_nested_and_seeded():
 @pytest.mark.parametrize("kind", DICTIONARIES)
 @pytest.mark.parametrize("embed_dim", [20, 48, 128])
 def test_blocks_multiply_as_the_matrix(kind, embed_dim):
-    """Aligned with the Hadamard blocks or not, first and last codes, past the end."""
+    """Aligned with the Hadamard blocks or not, first and last codes."""
     dictionary = DICTIONARIES[kind](1000, embed_dim, seed=2)
     w = dictionary.codes(dtype=torch.float64)
     h = torch.randn(embed_dim, 7, dtype=torch.float64)
     read = dictionary.reader(1000, torch.float64)
-    for start, stop in ((0, 1000), (0, embed_dim), (embed_dim, 3 * embed_dim), (10, 700), (999, 1000), (930, 2000)):
-        block = read(start, stop)
-        torch.testing.assert_close(block.scores(h), w[start:stop] @ h)
-        weights = torch.randn(min(stop, 1000) - start, 7, dtype=torch.float64)
-        torch.testing.assert_close(block.combine(weights), w[start:stop].T @ weights)
+    for start, stop in ((0, 1000), (0, embed_dim), (embed_dim, 3 * embed_dim), (10, 700), (999, 1000)):
+        block, room = read(start, stop), torch.empty(stop - start, 7, dtype=torch.float64)
+        torch.testing.assert_close(block.scores(h, room), w[start:stop] @ h)
+        weights = torch.randn(stop - start, 7, dtype=torch.float64)
+        total = torch.ones(embed_dim, 7, dtype=torch.float64)
+        torch.testing.assert_close(block.combine(weights, total), 1 + w[start:stop].T @ weights)
 
 
 # --- Hadamard -----------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ from utils import UserError
 pytestmark = pytest.mark.dist
 
 
-def make_method(prior, prior_group="global"):
+def make_method(prior, prior_group="global", form="auto", steps=0):
     torch.manual_seed(0)
     return CPLearn(
         ResNet8(16), out_dim=300, embed_dim=32, activation="tanh", eps=1e-8, n_ref=4.0, beta=0.5,
-        prior=prior, prior_group=prior_group, dictionary_seed=0,
+        prior=prior, prior_group=prior_group, dictionary_seed=0, loss_form=form, prior_buffer=steps,
     ).double()  # fmt: skip
 
 
-def make_views(n, views=3):
-    generator = torch.Generator().manual_seed(1)
+def make_views(n, views=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randn(n, 3, 12, 12, generator=generator, dtype=torch.float64) for _ in range(views)]
 
 
@@ -57,6 +57,13 @@ def half_batch(rank):
             id(b) in synchronised for name, b in method.named_buffers() if name.endswith("packed")
         )
         out[f"{prior}_has_dictionary"] = any(name.endswith("packed") for name in seen)
+    for form in ("plain", "recomputed"):
+        method = make_method("reverse", form=form, steps=2)
+        model = distributed.wrap(method, torch.device("cpu"))
+        with torch.no_grad():
+            model([v[rank * 4 : rank * 4 + 4] for v in make_views(8, seed=2)])  # fills the buffer
+        out[f"{form}_buffer"] = loss_and_gradients(method, model, [v[rank * 4 : rank * 4 + 4] for v in make_views(8)])
+        out[f"{form}_ring"] = method.buffer.ring
     local = make_method("reverse", "local")
     _, terms = local([v[rank * 4 : rank * 4 + 4] for v in make_views(8)])
     out["local_prior"] = terms["prior"]
@@ -92,6 +99,19 @@ def test_two_processes_equal_one(two, prior):
     for rank in range(2):
         for name in ("loss", "prior", "grads", "running"):
             torch.testing.assert_close(two[rank][prior][name], expected[name], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", ["plain", "recomputed"])
+def test_two_processes_share_one_prior_buffer(two, form):
+    """Loss and gradient with an earlier step in the buffer, which is the same on all ranks; plain and streamed alike."""
+    method = make_method("reverse", form=form, steps=2)
+    with torch.no_grad():
+        method(make_views(8, seed=2))
+    expected = loss_and_gradients(method, method, make_views(8))
+    for rank in range(2):
+        for name in ("loss", "prior", "grads"):
+            torch.testing.assert_close(two[rank][f"{form}_buffer"][name], expected[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(two[rank][f"{form}_ring"], method.buffer.ring, rtol=1e-9, atol=1e-12)
 
 
 def test_the_prior_is_not_just_the_mean_of_local_ones(two):
