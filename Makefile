@@ -34,7 +34,7 @@ format: venv  ## Mend style
 
 check: lint test  ## What a change must pass
 
-bench: venv  ## Measure speed against named peers
+bench: venv  ## Measure speed against named peers (about 20 minutes on 2 CPU cores)
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/loss.py
 

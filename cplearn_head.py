@@ -303,7 +303,8 @@ class CPLearn(nn.Module):
             "loss_form",
             "precision",
         )
-        return cls(backbone, **{name: getattr(args, name) for name in names})
+        # A checkpoint from before a flag existed means its default.
+        return cls(backbone, **{name: getattr(args, name) for name in names if hasattr(args, name)})
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Shape: V tensors (n, 3, H_v, W_v), the two global crops first -> scalar loss, named terms."""
@@ -368,6 +369,8 @@ class CPLearn(nn.Module):
             )
         if self.beta > 1:
             found.append(f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction")
+        if self.buffer is not None and self.buffer.ring.nbytes > 2**28:
+            found.append(f"--prior_buffer keeps {self.buffer.ring.nbytes / 2**20:.0f} MiB, also in every checkpoint")
         return found
 
 

@@ -103,7 +103,7 @@ def test_two_processes_equal_one(two, prior):
 
 @pytest.mark.parametrize("form", ["plain", "recomputed"])
 def test_two_processes_share_one_prior_buffer(two, form):
-    """Loss and gradient with an earlier step in the buffer, which is the same on all ranks; plain and streamed alike."""
+    """Loss and gradient with an earlier step in the buffer, the same on all ranks; plain and streamed."""
     method = make_method("reverse", form=form, steps=2)
     with torch.no_grad():
         method(make_views(8, seed=2))

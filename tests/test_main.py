@@ -107,6 +107,34 @@ def test_resuming_at_an_epoch_is_bit_identical(tmp_path, image_folder):
     assert train(tmp_path / "cut", *common) == {}  # nothing left to do
 
 
+@pytest.mark.parametrize("dictionary", ["rademacher", "hadamard"])
+def test_resuming_with_a_prior_buffer_is_bit_identical(tmp_path, image_folder, dictionary):
+    """The code usage of the last five steps reaches over the cut."""
+    common = ("--data_path", str(image_folder), "--epochs", "4", "--prior_buffer", "5", "--dictionary", dictionary)
+    common += ("--embed_dim", "12")
+    train(tmp_path / "whole", *common)
+    train(tmp_path / "cut", *common, "--max_steps", "6")
+    train(tmp_path / "cut", *common)
+    assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "cut"))
+    assert model_of(tmp_path / "cut")["buffer.pushed"] == 12
+    train(tmp_path / "none", *common, "--prior_buffer", "0")
+    assert not torch.equal(
+        model_of(tmp_path / "none")["head.linear.weight"], model_of(tmp_path / "cut")["head.linear.weight"]
+    )
+
+
+def test_loss_forms_give_the_same_log(tmp_path, image_folder):
+    """To rounding; and a run may go on with another form."""
+    logs = []
+    for form in ("auto", "recomputed", "plain"):
+        train(
+            tmp_path / form, "--data_path", str(image_folder), "--epochs", "2", "--loss_form", form, "--max_steps", "3"
+        )
+        train(tmp_path / form, "--data_path", str(image_folder), "--epochs", "2", "--loss_form", "auto")
+        logs.append([r["train_loss"] for r in log_of(tmp_path / form)])
+    assert logs[0] == logs[1] == pytest.approx(logs[2], rel=1e-5) and len(logs[0]) == 2
+
+
 def test_resuming_with_workers_is_bit_identical(tmp_path, image_folder):
     """A loader's workers take their seed from its own generator, not from the one drop path draws from."""
     common = ("--data_path", str(image_folder), "--epochs", "2", "--arch", "vit_tiny", "--drop_path_rate", "0.5")
@@ -292,6 +320,8 @@ def test_help(script):
         (["--eps", "0.1"], "eps 0.1 must lie between 0 and 1/out_dim"),
         (["--beta", "0"], "beta 0 must be positive"),
         (["--beta", "-1"], "beta -1 must be positive"),
+        (["--prior_buffer", "-1"], "prior_buffer -1 must not be negative"),
+        (["--dictionary", "hadamard", "--embed_dim", "30"], "order 30 is built here: use --embed_dim 28 or 32"),
         (
             ["--arch", "vit_small", "--image_size", "30"],
             "--image_size 30 is not a multiple of --patch_size 16: use 16",
