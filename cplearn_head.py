@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import distributed
 from dictionaries import DICTIONARIES, PriorBuffer
-from dictionary_attention import FORMS, streamed_loss
+from dictionary_attention import FORMS, block_size, streamed_loss
 from utils import UserError
 
 
@@ -85,11 +85,12 @@ class CPLearnHead(nn.Module):
         return F.linear(h * (self.scale * self.kappa), self.dictionary.codes(dtype=h.dtype))
 
     @torch.no_grad()
-    def assign(self, h: Tensor, block: int = 4096) -> Tensor:
+    def assign(self, h: Tensor, block: int | None = None) -> Tensor:
         """Index of each row's code, argmax_j <h_i, w_j>, a block of codes at a time: no (n, c) matrix.
 
         Ties go to the lowest index. Shape: h (n, f_h) -> (n,) int64.
         """
+        block = block or block_size(len(h), self.dictionary, h.device)
         with torch.autocast(h.device.type, enabled=False):
             columns = h.float().T.contiguous()
             best = columns.new_full((len(h),), -math.inf)
@@ -244,13 +245,19 @@ class CPLearn(nn.Module):
         dictionary: str = "rademacher",
         prior_buffer: int = 0,
         loss_form: str = "auto",
-        precision: str | None = None,
+        loss_precision: str = "fp32",
     ):
         super().__init__()
         if beta <= 0:
             raise UserError(f"beta {beta:g} must be positive: 0.25 is the paper's value for ImageNet-100")
         if prior_buffer < 0:
             raise UserError(f"prior_buffer {prior_buffer} must not be negative: 0 for none")
+        if prior_buffer and prior_group == "local":
+            raise UserError(
+                "prior_buffer keeps the usage of all processes: use --prior_group global, or --prior_buffer 0"
+            )
+        if loss_precision != "fp32" and loss_form != "triton":
+            raise UserError(f"loss_precision {loss_precision} needs --loss_form triton: the other forms are fp32")
         self.backbone = backbone
         self.head = CPLearnHead(
             backbone.num_features,
@@ -266,7 +273,7 @@ class CPLearn(nn.Module):
         self.out_dim = out_dim
         self.beta, self.prior, self.prior_group, self.loss_form = beta, prior, prior_group, loss_form
         # Inputs of the products in the Triton kernels; sums are float32 always.
-        self.product_precision = {"fp32": "ieee", "fp16": "tf32", "bf16": "bf16"}[precision or "fp32"]
+        self.product_precision = {"fp32": "ieee"}.get(loss_precision, loss_precision)
 
     @staticmethod
     def add_flags(parser) -> None:
@@ -284,6 +291,7 @@ class CPLearn(nn.Module):
         group.add_argument("--dictionary", default="rademacher", choices=tuple(DICTIONARIES), help="Random signs (the paper's), or sign-flipped Hadamard blocks: orthogonal inside a block of embed_dim codes, and several times faster")
         group.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes, apart from --seed")
         group.add_argument("--loss_form", default="auto", choices=(*FORMS, "plain"), help="How the loss is computed, with the same result to rounding: stored keeps the logits, recomputed saves memory, triton is for GPUs (not yet timed on one), plain is the definition. auto is stored up to 1 GiB of logits, then recomputed")
+        group.add_argument("--loss_precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="Inputs of the products in --loss_form triton: tf32 and bf16 round the embeddings (the codes are exact) and are faster. Sums are fp32 always")
         # fmt: on
 
     @classmethod
@@ -301,7 +309,7 @@ class CPLearn(nn.Module):
             "dictionary",
             "prior_buffer",
             "loss_form",
-            "precision",
+            "loss_precision",
         )
         # A checkpoint from before a flag existed means its default.
         return cls(backbone, **{name: getattr(args, name) for name in names if hasattr(args, name)})
@@ -338,7 +346,10 @@ class CPLearn(nn.Module):
         """Nothing: no teacher to move, no prototypes to normalise."""
 
     def references(self, n: int) -> ReferenceLosses:
-        """Reference losses for n images a rank. With a prior buffer the floor holds for its images as they are now."""
+        """Reference losses for n images a rank.
+
+        With a prior buffer the floor is that of all its images, were they as they are now: a guide and no bound.
+        """
         population = n * distributed.world_size() if self.prior_group == "global" else n
         if self.buffer is not None:
             population *= 1 + len(self.buffer.ring)

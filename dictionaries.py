@@ -119,17 +119,22 @@ class Dictionary(nn.Module):
         return read
 
     def workspace(self, purpose: str, numbers: int, dtype: torch.dtype) -> Tensor:
-        """Memory of about a block that is kept for the next call: on a CPU, fresh pages cost more than filling them."""
+        """Memory of about a block, on a CPU kept for the next call: fresh pages cost more than filling them."""
+        if self.packed.device.type != "cpu":  # torch's allocator keeps it, for whichever stream
+            return torch.empty(numbers, dtype=dtype, device=self.packed.device)
         room = self._workspaces.get(purpose)
-        if room is None or len(room) < numbers or room.dtype != dtype or room.device != self.packed.device:
+        if room is None or len(room) < numbers or room.dtype != dtype:
             with torch.inference_mode(False):  # made in an evaluation, it must serve training too
-                room = torch.empty(numbers, dtype=dtype, device=self.packed.device)
+                room = torch.empty(numbers, dtype=dtype)
             self._workspaces[purpose] = room
         return room[:numbers]
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_workspaces": {}}  # copies and pickles do without
+
     def checksum(self) -> str:
         """SHA-256 over the packed bits."""
-        return hashlib.sha256(self.packed.cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.packed.cpu().numpy()).hexdigest()
 
     def description(self) -> dict[str, str | int]:
         """Everything needed to rebuild the codes, and to notice that they differ."""
@@ -177,7 +182,7 @@ class HadamardDictionary(Dictionary):
 
     def reader(self, size: int, dtype: torch.dtype = torch.float32) -> Callable[[int, int], HadamardBlock]:
         width = self.embed_dim
-        factors = tuple(f.to(self.packed.device, dtype) for f in hadamard_factors(width))
+        factors = _factors_on(width, dtype, self.packed.device)
 
         def read(start: int, stop: int) -> HadamardBlock:
             first, stop = start // width, min(stop, self.out_dim)
@@ -267,6 +272,12 @@ def hadamard_factors(order: int) -> tuple[Tensor, ...]:
                 + ", or --dictionary rademacher"
             )
         return found
+
+
+@cache
+def _factors_on(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):
+        return tuple(f.to(device, dtype) for f in hadamard_factors(order))
 
 
 def _factors(order: int) -> tuple[Tensor, ...] | None:

@@ -54,8 +54,8 @@ def pick_form(form: str, rows: int, out_dim: int) -> str:
 
 def block_size(rows: int, dictionary: Dictionary, device: torch.device) -> int:
     """Codes a block: logits and codes of a block stay in a CPU's cache, or are worth a launch on a GPU."""
-    budget = 2**24 if device.type == "cuda" else 2**19  # numbers in a block of logits
-    block = min(max(256, budget // rows), max(256, 8 * budget // dictionary.embed_dim), 2**16)
+    logits, codes = (2**24, 2**24) if device.type == "cuda" else (2**19, 2**22)  # numbers in a block
+    block = min(max(256, logits // rows), max(256, codes // dictionary.embed_dim), 2**16)
     if isinstance(dictionary, HadamardDictionary):  # whole Hadamard matrices
         block = max(1, block // dictionary.embed_dim) * dictionary.embed_dim
     return block
@@ -102,8 +102,12 @@ def _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buf
 
         def population(log_mean: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
             """log p-bar of this rank -> that of all ranks, and the one with the kept steps. Shape: (b, G)."""
-            if prior_group == "global":
-                log_mean = distributed.log_mean_over_ranks(log_mean)
+            if prior_group == "global" and distributed.world_size() > 1:
+                if prior == "forward":
+                    log_mean = distributed.log_mean_over_ranks(log_mean)
+                else:  # one all-reduce instead of two; p log p-bar is 0 where p-bar underflows
+                    mean = distributed.mean_over_ranks(log_mean.exp())
+                    log_mean = mean.clamp_min_(torch.finfo(mean.dtype).tiny).log_()
             return log_mean, log_mean if buffer is None else buffer.mix(log_mean.T, start, stop).T
 
         if form == "triton":

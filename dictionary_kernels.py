@@ -15,6 +15,7 @@ which is how the tests compare them with the plain form. **They have not been ru
 
 import math
 import os
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -249,8 +250,8 @@ def coefficients(
     PRECISION: tl.constexpr,
 ):
     """Derivative with respect to the logits of all views, codes first .. first + chunk. out: (V, n, chunk)"""
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
-    column = tl.program_id(1) * BJ + tl.arange(0, BJ)
+    i = tl.program_id(1) * BI + tl.arange(0, BI)
+    column = tl.program_id(0) * BJ + tl.arange(0, BJ)
     j = first + column
     l0, l1, r0, r1 = _both(h, norm, views, i, n, bits, j, f, c, n_bytes, LOCAL, BI, BJ, BK, PRECISION)
     p0, p1 = tl.exp(l0), tl.exp(l1)
@@ -318,11 +319,17 @@ def tile(size: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
-def loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_grad, precision) -> tuple[Tensor, ...]:
+def loss_and_gradient(h, *arguments) -> tuple[Tensor, ...]:
     """The triton form of `dictionary_attention._loss_and_gradient`: same arguments and results.
 
     Raises `UserError` without a GPU (unless TRITON_INTERPRET=1), for float64, and for other than two global views.
     """
+    # Triton launches on the current device, whatever the tensors' device.
+    with torch.cuda.device(h.device) if h.device.type == "cuda" else nullcontext():
+        return _loss_and_gradient(h, *arguments)
+
+
+def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_grad, precision) -> tuple[Tensor, ...]:
     if n_global != 2 or h.dtype != torch.float32:
         raise UserError(
             f"loss form triton takes two global views in float32, not {n_global} in {h.dtype}: use stored or recomputed"
@@ -372,7 +379,7 @@ def loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gra
     splits = triton.cdiv(chunk, per_split)
     scratch, grads = h.new_empty(views, n, chunk), h.new_zeros(splits, views * n, f)
     for first in range(0, c, chunk):
-        coefficients[(image_tiles, chunk // tiles["BJ"])](
+        coefficients[(chunk // tiles["BJ"], image_tiles)](  # the many on the axis without a limit
             h, bits, norm, views, log_mean, row, scratch, *shape, first, chunk, alpha, weight, **kind, **tiles
         )
         gradient[(grid[0], triton.cdiv(f, tiles["BK"]), splits)](

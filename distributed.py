@@ -128,7 +128,7 @@ def gather_rows(x: Tensor) -> Tensor:
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Plain average, for what is logged. No gradient."""
     if world_size() > 1:
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
         dist.all_reduce(x)
         x /= world_size()
     return x
@@ -158,17 +158,17 @@ def log_mean_over_ranks(local: Tensor) -> Tensor:
 
     The value is global and the same on every rank; the gradient runs through this rank's share only, with
     the weight exp(local - global), so that after the gradient averaging of DDP the gradient of any function
-    of it is exact. One forward all-reduce of c numbers (and one of their maxima), no autograd collective;
-    nothing underflows.
+    of it is exact. One forward all-reduce of the numbers and one of their maxima, no autograd collective;
+    nothing underflows. Every rank must call it as often, with the same shape.
 
-    Shape: local (c,) -> (c,).
+    Shape: any -> the same, element by element.
     """
     if world_size() == 1:
         return local
     with torch.no_grad():
-        top = local.clone()
+        top = local.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
-        total = (local - top).exp()
+        total = (local - top).exp().contiguous()
         dist.all_reduce(total)
         value = top + total.log() - math.log(world_size())
         weight = (local - value).exp()

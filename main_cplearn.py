@@ -490,7 +490,8 @@ def resume(args, identity, method, optimizer, scaler, steps_per_epoch: int, last
     if not path.exists():
         return 0
     state = checkpoints.load(path)
-    mine, theirs = vars(args) | identity, state["args"] | state["identity"]
+    defaults = vars(get_args_parser(args.method).parse_args([]))  # of flags that are younger than the checkpoint
+    mine, theirs = vars(args) | identity, defaults | state["args"] | state["identity"]
     differ = sorted(k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k))
     if differ:
         raise UserError(

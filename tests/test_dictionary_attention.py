@@ -210,7 +210,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("kind", DICTIONARIES)
 @pytest.mark.parametrize("form", ["stored", "recomputed"])
 def test_no_tensor_is_larger_than_a_block(form, kind):
-    """Training step and assignment of a large dictionary never hold all codes, or all logits, as numbers."""
+    """Training step and assignment of a large dictionary never hold all codes as numbers."""
     n, c, width = 4, 200_000, 256
     method = make_method(out_dim=c, embed_dim=width, loss_form=form, dictionary=kind)
     block = block_size(2 * n, method.head.dictionary, torch.device("cpu"))

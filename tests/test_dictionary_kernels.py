@@ -91,7 +91,7 @@ def test_bf16_inputs_keep_three_digits():
     """The codes are exact in bf16 and the embeddings lose bits: an error of the size of bf16's, 2^-9."""
     ours, exact = both_forms(2, 16, 64, 200, 8.0, precision="bf16")
     assert_equal(ours, exact, tolerance=2e-3)
-    assert (ours[0] - exact[0]).abs() > 1e-7 * exact[0]
+    assert (ours[0] - exact[0]).abs() > 1e-5 * exact[0]
 
 
 def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
@@ -114,15 +114,15 @@ from triton.compiler import ASTSource, compile
 from triton.backends.compiler import GPUTarget
 import dictionary_kernels as kernels
 
-constants = {"BI": 64, "BJ": 64, "BK": 64, "LOCAL": True, "FORWARD": False}
+constants = {"BI": 64, "BJ": 64, "BK": 64}
 numbers = ("n", "f", "c", "n_bytes", "per_split", "views", "first", "chunk", "rows")
 for name in ("row_norms", "column_means", "row_sums", "coefficients", "gradient"):
     kernel = getattr(kernels, name)
     kinds = {a: "i32" for a in numbers} | {"bits": "*u8", "alpha": "fp32", "weight": "fp32"}
-    kinds |= {a: "constexpr" for a in (*constants, "PRECISION")}
+    kinds |= {a: "constexpr" for a in (*constants, "PRECISION", "LOCAL", "FORWARD")}
     signature = {a: kinds.get(a, "*fp32") for a in kernel.arg_names}
-    for target, precision in ((80, "bf16"), (90, "tf32")):
-        values = constants | {"PRECISION": precision}
+    for target, precision, local in ((80, "bf16", True), (90, "tf32", True), (90, "ieee", False)):
+        values = constants | {"PRECISION": precision, "LOCAL": local, "FORWARD": not local}
         known = {(i,): values[a] for i, a in enumerate(kernel.arg_names) if a in values}
         built = compile(ASTSource(kernel, signature, known), target=GPUTarget("cuda", target, 32))
         print(name, target, len(built.asm["cubin"]) > 1000, built.metadata.shared <= 160 * 1024)
@@ -136,7 +136,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("True True") == 10, done.stdout
+    assert done.stdout.count("True True") == 15, done.stdout
 
 
 @pytest.mark.gpu

@@ -7,7 +7,9 @@ from torch import nn
 
 import distributed
 import models
-from cplearn_head import CPLearn
+from cplearn_head import CPLearn, cplearn_loss
+from dictionaries import Dictionary
+from dictionary_attention import streamed_loss
 from resnet import ResNet8, resnet18_cifar
 from utils import UserError
 
@@ -39,6 +41,15 @@ def loss_and_gradients(method, model, views):
     }
 
 
+STREAMED = [(p, g, f) for p in ("reverse", "forward") for g in ("global", "local") for f in ("stored", "triton")]
+
+
+def make_embeddings(form):
+    generator = torch.Generator().manual_seed(1)
+    dtype = torch.float32 if form == "triton" else torch.float64
+    return [torch.randn(8, 32, generator=generator, dtype=dtype) / 6 for _ in range(3)]
+
+
 def timm_images():
     return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
@@ -64,6 +75,21 @@ def half_batch(rank):
             model([v[rank * 4 : rank * 4 + 4] for v in make_views(8, seed=2)])  # fills the buffer
         out[f"{form}_buffer"] = loss_and_gradients(method, model, [v[rank * 4 : rank * 4 + 4] for v in make_views(8)])
         out[f"{form}_ring"] = method.buffer.ring
+    real = torch.distributed.all_reduce
+
+    def strict(x, *more, **options):  # as NCCL is, and gloo is not
+        assert x.is_contiguous()
+        return real(x, *more, **options)
+
+    torch.distributed.all_reduce = strict
+    for prior, group, form in STREAMED:
+        h = [x[rank * 4 : rank * 4 + 4].clone().requires_grad_() for x in make_embeddings(form)]
+        loss, terms, _ = streamed_loss(
+            h, Dictionary(300, 32), 2.0, 0.5, prior=prior, prior_group=group, form=form, block=77
+        )
+        loss.backward()
+        out[f"{prior}_{group}_{form}"] = {"prior": terms["prior"], "grads": torch.stack([x.grad for x in h])}
+    torch.distributed.all_reduce = real
     local = make_method("reverse", "local")
     _, terms = local([v[rank * 4 : rank * 4 + 4] for v in make_views(8)])
     out["local_prior"] = terms["prior"]
@@ -101,6 +127,24 @@ def test_two_processes_equal_one(two, prior):
             torch.testing.assert_close(two[rank][prior][name], expected[name], rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize(("prior", "group", "form"), STREAMED)
+def test_streamed_forms_over_several_blocks_and_two_processes(two, prior, group, form):
+    """Gradient of each rank's rows: with a global prior, twice (DDP averages) that of the whole batch."""
+    w = Dictionary(300, 32).codes(dtype=torch.float64)
+    tolerance = 1e-4 if form == "triton" else 1e-10
+    for rank in range(2):
+        mine = slice(rank * 4, rank * 4 + 4)
+        h = [x.double() if group == "global" else x[mine].double() for x in make_embeddings(form)]
+        h = [x.requires_grad_() for x in h]
+        loss, terms, _ = cplearn_loss([2.0 * x @ w.T for x in h], 0.5, prior=prior)
+        grads = torch.stack(torch.autograd.grad(loss, h))
+        if group == "global":
+            grads = 2 * grads[:, mine]
+        got = two[rank][f"{prior}_{group}_{form}"]
+        torch.testing.assert_close(got["prior"].double(), terms["prior"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got["grads"].double(), grads, rtol=0, atol=tolerance * grads.abs().max().item())
+
+
 @pytest.mark.parametrize("form", ["plain", "recomputed"])
 def test_two_processes_share_one_prior_buffer(two, form):
     """Loss and gradient with an earlier step in the buffer, the same on all ranks; plain and streamed."""
@@ -121,8 +165,6 @@ def test_the_prior_is_not_just_the_mean_of_local_ones(two):
 
 def test_local_prior_sees_this_rank_only(two):
     """Batch statistics are global either way, so compare with the loss on the half batches of global features."""
-    from cplearn_head import cplearn_loss
-
     method = make_method("reverse")
     h = [method.head(z) for z in [method.backbone(v) for v in make_views(8)]]
     for rank in range(2):

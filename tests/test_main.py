@@ -123,6 +123,17 @@ def test_resuming_with_a_prior_buffer_is_bit_identical(tmp_path, image_folder, d
     )
 
 
+def test_a_checkpoint_from_before_a_flag_existed_goes_on_with_its_default(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "2")
+    train(tmp_path, *common, "--max_steps", "3")
+    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    del state["args"]["dictionary"], state["args"]["prior_buffer"]
+    checkpoints.save(tmp_path / "checkpoint.pth", state)
+    with pytest.raises(UserError, match="prior_buffer 0 there, 2 here"):
+        train(tmp_path, *common, "--prior_buffer", "2")
+    assert train(tmp_path, *common)["epoch"] == 1
+
+
 def test_loss_forms_give_the_same_log(tmp_path, image_folder):
     """To rounding; and a run may go on with another form."""
     logs = []
@@ -320,6 +331,8 @@ def test_help(script):
         (["--eps", "0.1"], "eps 0.1 must lie between 0 and 1/out_dim"),
         (["--beta", "0"], "beta 0 must be positive"),
         (["--beta", "-1"], "beta -1 must be positive"),
+        (["--prior_buffer", "2", "--prior_group", "local"], "use --prior_group global, or --prior_buffer 0"),
+        (["--loss_precision", "bf16"], "loss_precision bf16 needs --loss_form triton"),
         (["--prior_buffer", "-1"], "prior_buffer -1 must not be negative"),
         (["--dictionary", "hadamard", "--embed_dim", "30"], "order 30 is built here: use --embed_dim 28 or 32"),
         (
