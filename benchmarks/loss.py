@@ -99,20 +99,9 @@ def dino_step(h, f, c, device):
 
 def gigabytes_needed(kind: str, n: int, f: int, c: int) -> float:
     """Rough: the float dictionary (or DINO's last layers and their gradient), and copies of the logits."""
-    copies = {
-        "plain": 10,
-        "compiled": 10,
-        "stored": 3,
-        "recomputed": 0,
-        "triton": 0,
-        "hadamard": 3,
-        "products": 2,
-        "dino": 16,
-    }
-    weights = {"plain": f, "compiled": f, "products": f, "products_bf16": f, "stacked": f, "dino": 4 * 256}.get(
-        kind, f / 32
-    )
-    return (weights + copies.get(kind, 2) * n) * c * 4 / 2**30
+    copies = {"plain": 10, "compiled": 10, "stored": 3, "hadamard": 3, "recomputed": 0, "dino": 16}.get(kind, 2)
+    width = {"dino": 4 * 256, "stored": f / 32, "hadamard": f / 32, "recomputed": f / 32}.get(kind, f)
+    return (width + copies * n) * c * 4 / 2**30
 
 
 def memory_in_process(field: str) -> int:
