@@ -110,11 +110,15 @@ class Dictionary(nn.Module):
 
     def reader(self, size: int, dtype: torch.dtype = torch.float32) -> Callable[[int, int], DenseBlock]:
         """`read(start, stop)`: up to `size` codes, ready to be multiplied with, until the next read overwrites them."""
-        room = self.workspace("codes", min(size, self.out_dim) * self.packed.shape[1] * 8, dtype).view(-1, 8)
+        count = min(size, self.out_dim) * self.packed.shape[1]
+        room = self.workspace("codes", count * 8, dtype).view(-1, 8)
+        index = self.workspace("index", count, torch.int32)
 
         def read(start: int, stop: int) -> DenseBlock:
-            packed = self.packed[start:stop]
-            return DenseBlock(unpack(packed, self.embed_dim, dtype, out=room[: packed.numel()]))
+            packed = self.packed[start:stop].flatten()
+            byte = index[: len(packed)].copy_(packed)
+            signs = torch.index_select(_byte_table(dtype, packed.device), 0, byte, out=room[: len(packed)])
+            return DenseBlock(signs.view(stop - start, -1)[:, : self.embed_dim])
 
         return read
 
@@ -130,7 +134,7 @@ class Dictionary(nn.Module):
         return room[:numbers]
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_workspaces": {}}  # copies and pickles do without
+        return self.__dict__ | {"_workspaces": {}}  # copies and pickles do without
 
     def checksum(self) -> str:
         """SHA-256 over the packed bits."""
@@ -202,11 +206,10 @@ def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
         return ((torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1).to(dtype) * 2 - 1
 
 
-def unpack(packed: Tensor, width: int, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-    """Bits to signs, by a table of bytes: one write an entry. Shape: (b, ceil(width / 8)) uint8 -> (b, width)."""
-    table = _byte_table(dtype, packed.device)
-    signs = torch.index_select(table, 0, packed.flatten().int(), out=out).view(len(packed), -1)
-    return signs[:, :width]
+def unpack(packed: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bits to signs, by a table of bytes. Shape: (b, ceil(width / 8)) uint8 -> (b, width)."""
+    signs = _byte_table(dtype, packed.device).index_select(0, packed.flatten().int())
+    return signs.view(len(packed), -1)[:, :width]
 
 
 def _pack(bits: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def pick_form(form: str, rows: int, out_dim: int) -> str:
 
 def block_size(rows: int, dictionary: Dictionary, device: torch.device) -> int:
     """Codes a block: logits and codes of a block stay in a CPU's cache, or are worth a launch on a GPU."""
-    logits, codes = (2**24, 2**24) if device.type == "cuda" else (2**19, 2**22)  # numbers in a block
+    logits, codes = (2**24, 2**24) if device.type == "cuda" else (2**19, 2**21)  # numbers in a block
     block = min(max(256, logits // rows), max(256, codes // dictionary.embed_dim), 2**16)
     if isinstance(dictionary, HadamardDictionary):  # whole Hadamard matrices
         block = max(1, block // dictionary.embed_dim) * dictionary.embed_dim
@@ -88,10 +88,11 @@ def streamed_loss(
         raise ValueError(f"streamed_loss needs two or more views, got {len(h)} with {n_global} global")
     if prior not in ("reverse", "forward") or prior_group not in ("global", "local"):
         raise ValueError(f"prior {prior!r} / prior_group {prior_group!r} is unknown")
-    return _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buffer, form, block, precision)
+    # The decorator would import the compiler with this file, at more than a second.
+    run = torch.compiler.disable(_streamed_loss) if torch.compiler.is_compiling() else _streamed_loss
+    return run(h, dictionary, scale, beta, prior, prior_group, n_global, buffer, form, block, precision)
 
 
-@torch.compiler.disable
 def _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buffer, form, block, precision):
     device = h[0].device
     with torch.autocast(device.type, enabled=False):
@@ -172,12 +173,12 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
         return logits[start:stop] if store else logits[: stop - start]
 
     # A: logits, their largest and the sum of exponentials. Kept apart: their sum, the logsumexp, loses digits of log p.
-    tops, totals = [], []
-    for start, stop in ranges:
+    tops, totals = h.new_empty(2, len(ranges), views * n)
+    for k, (start, stop) in enumerate(ranges):
         s = read(start, stop).scores(rows, place(start, stop))
-        tops.append(s.amax(0))
-        totals.append(torch.sub(s, tops[-1], out=scratch(0, *s.shape)).exp_().sum(0))
-    top, log_total = join(torch.stack(tops), torch.stack(totals))
+        torch.amax(s, 0, out=tops[k])
+        torch.sum(torch.sub(s, tops[k], out=scratch(0, *s.shape)).exp_(), 0, out=totals[k])
+    top, log_total = join(tops, totals)
 
     # B: with log p known, everything that sums over codes or over images.
     t, entropy, u = h.new_zeros(3, n_global, n)
@@ -241,7 +242,7 @@ def summarise(t, entropy, views, log_mean, usage, beta, prior) -> tuple[Tensor, 
     n_global, n = t.shape
     invariance = -t.sum() / (n_global * (views - 1) * n)
     if prior == "reverse":
-        value = (log_mean.exp() * (log_mean + math.log(len(usage)))).sum(0).mean()
+        value = log_mean.exp().mul_(log_mean + math.log(len(usage))).sum(0).mean()
     else:
         value = -log_mean.mean()
     return beta * invariance + value, invariance, value, entropy.mean(), usage

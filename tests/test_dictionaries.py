@@ -1,5 +1,6 @@
 """The frozen codes against NumPy and plain Python; the fast transform against the matrix; the prior buffer."""
 
+import copy
 import hashlib
 import math
 
@@ -19,6 +20,7 @@ from dictionaries import (
     paley,
     sylvester,
 )
+from dictionary_attention import streamed_loss
 from utils import UserError, hash64, random_bits, random_normal
 
 
@@ -101,6 +103,23 @@ def test_blocks_multiply_as_the_matrix(kind, embed_dim):
         weights = torch.randn(stop - start, 7, dtype=torch.float64)
         total = torch.ones(embed_dim, 7, dtype=torch.float64)
         torch.testing.assert_close(block.combine(weights, total), 1 + w[start:stop].T @ weights)
+
+
+def test_workspaces_are_reused_and_stay_behind():
+    """Float32 after float64, training after an evaluation in inference mode, copies and files without them."""
+    head = CPLearnHead(8, 500, 32)
+    h = torch.randn(3, 32)
+    with torch.inference_mode():
+        expected = head.assign(h)
+    first = head.dictionary._workspaces["codes"].data_ptr()
+    assert torch.equal(head.assign(h), expected)
+    assert head.dictionary._workspaces["codes"].data_ptr() == first
+    for dtype in (torch.float64, torch.float32):
+        x = [torch.randn(3, 32, dtype=dtype, requires_grad=True) for _ in range(2)]
+        streamed_loss(x, head.dictionary, 1.0, 0.3)[0].backward()
+    twin = copy.deepcopy(head)
+    assert twin.dictionary._workspaces == {} and twin.dictionary.checksum() == head.dictionary.checksum()
+    assert torch.equal(twin.assign(h), expected)
 
 
 # --- Hadamard -----------------------------------------------------------------------------------------
