@@ -242,7 +242,8 @@ def summarise(t, entropy, views, log_mean, usage, beta, prior) -> tuple[Tensor, 
     n_global, n = t.shape
     invariance = -t.sum() / (n_global * (views - 1) * n)
     if prior == "reverse":
-        value = log_mean.exp().mul_(log_mean + math.log(len(usage))).sum(0).mean()
+        parts = log_mean.split(2**16)  # a million codes in one piece would cost more memory than all else
+        value = sum((x.exp() * (x + math.log(len(usage)))).sum(0) for x in parts).mean()
     else:
         value = -log_mean.mean()
     return beta * invariance + value, invariance, value, entropy.mean(), usage
