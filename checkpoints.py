@@ -1,44 +1,124 @@
-"""Checkpoints: plain containers, written atomically, loaded with `weights_only=True` and nothing else."""
+"""Checkpoints: plain containers, written so that no crash costs the last good one, loaded with `weights_only=True`.
+
+    python checkpoints.py DINO_CHECKPOINT OUT [--key teacher]
+
+turns an original DINO checkpoint, which carries a pickled argparse.Namespace, into a file of backbone weights.
+"""
 
 import argparse
 import os
+import pathlib
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from utils import UserError
+import utils
+from utils import UserError, WriteError
 
 FORMAT = "cplearn-1"
 
+# What DINO's checkpoints pickle besides tensors: its parsed flags, and under submitit the paths among them. Both are
+# plain data: unpickling them runs no code of the file's choosing.
+DINO_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+
+LATEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
 
 def save(path: str | Path, state: dict) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, then rename: never half a checkpoint."""
+    """Write state and format to `path`, or nothing: see `write`."""
+    write(path, {"format": FORMAT, **state})
+
+
+def write(path: str | Path, content: dict) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then rename: never half a checkpoint.
+
+    Raises `WriteError` if that fails; `path` is then as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save({"format": FORMAT, **state}, f)
+            torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown"])[0][:120]
+        raise WriteError(
+            f"{path} could not be written: {reason}; free some space and run the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_file(path: str | Path) -> dict:
-    """Any file that torch saved, on the CPU, executing nothing from it. Raises `UserError` with the reason."""
-    if not Path(path).is_file():
-        reason = "is a folder" if Path(path).is_dir() else "does not exist"
+def save_run(folder: str | Path, state: dict) -> None:
+    """Write `folder`/checkpoint.pth and keep the one before it as checkpoint_previous.pth.
+
+    The new file is complete before an old one is touched. Raises `WriteError`.
+    """
+    folder = Path(folder)
+    new = folder / f".{LATEST}.new"
+    save(new, state)
+    try:
+        if (folder / LATEST).exists():
+            os.replace(folder / LATEST, folder / PREVIOUS)
+        os.replace(new, folder / LATEST)  # killed before this line, PREVIOUS is what is resumed
+        _flush_folder(folder)
+    except OSError as error:
+        raise WriteError(f"{folder / LATEST} could not be renamed: {error.strerror}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """The renames themselves, to the disk; not every file system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+def load_file(path: str | Path, classes: list[type] = ()) -> dict:
+    """Any file that torch saved, on the CPU, executing nothing from it. Raises `UserError` with the reason.
+
+    Zip files, which is all that torch has written since 1.6, are checked against their CRC-32 first: torch itself
+    does not, and would hand out weights with flipped bits. `classes` may be in the file besides tensors and plain
+    containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {reason}: give the path of a checkpoint")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, and in every DINO checkpoint
+        with open(path, "rb") as f:
+            is_zip = f.read(2) == b"PK"
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy")
+        with torch.serialization.safe_globals(list(classes)):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds Python objects that could run code" if "Weights only" in str(error) else "it is damaged"
         raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make zipfile, pickle and torch raise anything
         first = (str(error).splitlines() or [""])[0]
         first = type(error).__name__ if len(first) < 8 else first  # a KeyError says no more than a number
         raise UserError(f"{path} is truncated or no checkpoint at all ({first[:120]}): use another copy") from None
@@ -49,9 +129,10 @@ def load_file(path: str | Path) -> dict:
 
 def is_ours(state: dict) -> bool:
     """Whether this is a run's checkpoint. Raises `UserError` for our files that hold no model."""
-    if state.get("format") == FORMAT and "model" not in state:
+    ours = state.get("format") == FORMAT
+    if ours and "model" not in state:
         raise UserError("this file holds kept features or a linear probe, not a model: give a checkpoint.pth")
-    return state.get("format") == FORMAT
+    return ours
 
 
 def load(path: str | Path) -> dict:
@@ -60,6 +141,24 @@ def load(path: str | Path) -> dict:
     if state.get("format") != FORMAT:
         raise UserError(f"{path} was not written by main_cplearn.py (its format is not {FORMAT})")
     return state
+
+
+def load_run(folder: str | Path) -> tuple[dict, Path, str | None] | None:
+    """The run in `folder`: state, file, and what is wrong with the newer file if it could not be used.
+
+    None if there is no checkpoint at all. Raises `UserError` if there are some and none can be read.
+    """
+    problems = []
+    for path in (Path(folder) / LATEST, Path(folder) / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return load(path), path, "; ".join(problems) or None
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return None
 
 
 def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
@@ -106,3 +205,56 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
     if problems:
         raise UserError(f"{what} does not fit this model: {'; '.join(problems)}; check --arch and the sizes")
     module.load_state_dict(weights, strict=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
+    """Strict loading: as many groups, parameters and states as here, each of its parameter's shape."""
+    groups = [len(g["params"]) for g in optimizer.param_groups]
+    try:
+        saved = [len(g["params"]) for g in state["param_groups"]]
+        parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        wrong = saved != groups or any(
+            isinstance(x, Tensor) and x.dim() and x.shape != parameters[i].shape
+            for i, entries in state["state"].items()
+            for x in entries.values()
+        )
+    except (KeyError, TypeError, AttributeError, IndexError):
+        wrong = True
+    if wrong:
+        raise UserError(
+            f"the optimizer's state in {what} does not fit this model: check --optimizer, --arch and the sizes"
+        )
+    optimizer.load_state_dict(state)
+
+
+# --- files of others -----------------------------------------------------------------------------------
+
+
+def convert_dino(source: str | Path, target: str | Path, key: str = "teacher") -> int:
+    """Write the backbone weights of an original DINO checkpoint as a plain state dict; returns how many.
+
+    Only the classes in `DINO_CLASSES` are let through. Raises `UserError` for anything else.
+    """
+    state = load_file(source, DINO_CLASSES)
+    if key not in state and {"teacher", "student"} & state.keys():
+        raise UserError(f"{source} has no {key}: it holds {', '.join(map(str, list(state)[:8]))}")
+    weights = backbone_weights(state, key)
+    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"{source} holds no backbone weights: is it a checkpoint of DINO's main_dino.py?")
+    write(target, {"state_dict": {k: v.clone() for k, v in weights.items()}})
+    return len(weights)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = utils.ArgumentParser(prog="checkpoints.py", description=__doc__)
+    parser.add_argument("source", help="Checkpoint written by DINO")
+    parser.add_argument("target", help="File to write")
+    parser.add_argument("--key", default="teacher", choices=("teacher", "student"), help="Whose weights")
+    args = parser.parse_args(argv)
+    if Path(args.target).exists():
+        raise UserError(f"{args.target} exists: choose another name")
+    print(f"{convert_dino(args.source, args.target, args.key)} tensors of the {args.key} written to {args.target}")
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

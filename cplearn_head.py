@@ -223,8 +223,8 @@ class CPLearn(nn.Module):
     """Algorithm 1 as a method: views in, loss out.
 
     A method is a module with `backbone`; `forward(views) -> (loss, terms)`; `predict(features) -> codes`;
-    `after_step()`, called after each optimiser step; and `describe(n) -> dict`, which is printed before
-    training. Whatever implements these can be trained by `main_cplearn.py` and read by the evaluations.
+    `after_step(skipped)`, called after each optimiser step with a bool on the device that tells whether the step was
+    left out for a gradient that is not finite; and `describe(n) -> dict`, which is printed before training. Whatever implements these can be trained by `main_cplearn.py` and read by the evaluations.
     """
 
     N_GLOBAL = 2
@@ -334,16 +334,17 @@ class CPLearn(nn.Module):
                     precision=self.product_precision,
                     **options,
                 )
-        if self.buffer is not None and self.training:
-            self.buffer.push(usage)
+        self._usage = usage
         return loss, terms
 
     def predict(self, features: Tensor) -> Tensor:
         """Code of each image from its backbone features. Shape: (n, f) -> (n,) int64."""
         return self.head.assign(self.head(features))
 
-    def after_step(self) -> None:
-        """Nothing: no teacher to move, no prototypes to normalise."""
+    def after_step(self, skipped: Tensor) -> None:
+        """Keeps the step's code usage for the prior, if it does; no teacher to move, no prototypes to normalise."""
+        if self.buffer is not None:
+            self.buffer.push(self._usage, skipped)
 
     def references(self, n: int) -> ReferenceLosses:
         """Reference losses for n images a rank.

@@ -5,7 +5,10 @@ are no labels; the label is then -1), `names` (one string an image) and `where` 
 """
 
 import hashlib
+import json
 import os
+import re
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +18,17 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import distributed
 from augmentations import View, crop, draw, eval_pixels, rng_for
-from utils import FOR_ORDER, LocalError, UserError, random_stream
+from utils import FOR_ORDER, FOR_REPLACEMENT, LocalError, UserError, WorkerError, random_stream
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+# What a file may be, whatever its name says. Pillow would also hand PostScript to an interpreter.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+MAX_PIXELS = 89_478_485  # Pillow's own limit for warning of a decompression bomb: 256 MiB in RGB
 IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
 
 # What differs by data set: its own image size, and which augmentation recipe suits it.
@@ -117,12 +123,22 @@ class Folder(Dataset):
         return len(self.names)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        path = self.root / str(self.names[i])
-        try:
-            with Image.open(path) as image:
-                return to_rgb(image), int(self.labels[i])
-        except (OSError, ValueError, SyntaxError) as error:
-            raise LocalError(f"cannot read the image {path}: {error}; repair it or remove it") from None
+        return read_image(self.root / str(self.names[i])), int(self.labels[i])
+
+
+def read_image(path: Path) -> Image.Image:
+    """First frame of an image file as 8-bit RGB, not turned by its EXIF orientation (as torchvision and DINO).
+
+    Raises `LocalError` with the reason for whatever cannot be decoded whole, or is larger than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:  # known from the header, nothing is decoded yet
+                raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+            return to_rgb(image)
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(str(path), "the file")
+        raise LocalError(f"cannot read the image {path}: {reason}; repair it or remove it") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -223,38 +239,65 @@ class Batches:
 
     The global batch at a step is one run of a seeded permutation, and rank r takes its r-th slice, so two
     processes of 32 see the images of one process of 64. The last incomplete batch is dropped. Yields lists
-    of (epoch, sample): workers learn the epoch with each sample and never go stale.
+    of (epoch, sample): workers learn the epoch with each sample and never go stale. Begins at step `first`.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.first = 0
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = random_stream(FOR_ORDER, self.seed, self.epoch).permutation(self.size)
-        for step in range(len(self)):
+        for step in range(self.first, len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 
 class ViewDataset(Dataset):
-    """Geometry half of the views. Item (epoch, i) -> (list of (uint8 pixels, parameters), label, i)."""
+    """Geometry half of the views.
 
-    def __init__(self, dataset: Dataset, views: list[View], seed: int):
+    Item (epoch, i) -> (list of (uint8 pixels, parameters), label, j, failures). j is i, or where its file cannot be
+    read another sample, drawn from (seed, epoch, i); failures is then JSON, a list of [sample, reason], else "".
+    """
+
+    TRIES = 20
+
+    def __init__(self, dataset: Dataset, views: list[View], seed: int, num_workers: int = 0):
         self.dataset, self.views, self.seed = dataset, views, seed
+        # Which process reads which sample now (-1: none): shared memory, read when a worker died or hangs.
+        self.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[list[tuple[Tensor, dict]], int, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[tuple[Tensor, dict]], int, int, str]:
         epoch, i = item
-        image, label = self.dataset[i]
+        image, label, j, failures = self._read(epoch, i)
         views = []
         for v, view in enumerate(self.views):
             params = draw(view, *image.size, rng_for(self.seed, epoch, i, v))
             views.append((crop(image, view, params), params))
-        return views, label, i
+        self._note(-1)
+        return views, label, j, json.dumps(failures) if failures else ""
+
+    def _read(self, epoch: int, i: int) -> tuple[Image.Image, int, int, list[tuple[int, str]]]:
+        failures: list[tuple[int, str]] = []
+        j, others = i, None
+        for _ in range(self.TRIES):
+            self._note(j)
+            try:
+                return *self.dataset[j], j, failures
+            except LocalError as error:
+                failures.append((j, str(error)))
+            others = others or random_stream(FOR_REPLACEMENT, self.seed, epoch, i)
+            j = int(others.integers(len(self.dataset)))
+        raise LocalError(f"{self.TRIES} images in a row cannot be read; the last: {failures[-1][1]}")
+
+    def _note(self, sample: int) -> None:
+        worker = get_worker_info()
+        row = self.reading[worker.id if worker else 0]
+        row[0], row[1] = os.getpid(), sample
 
 
 class EvalDataset(Dataset):
@@ -272,9 +315,19 @@ class EvalDataset(Dataset):
 
 
 def train_loader(
-    dataset: Dataset, views: list[View], *, batch_size: int, seed: int, num_workers: int, pin_memory: bool
+    dataset: Dataset,
+    views: list[View],
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+    timeout: float = 0,
 ) -> DataLoader:
-    """Loader of views for this rank. `loader.batch_sampler.epoch = e` chooses the epoch."""
+    """Loader of views for this rank. `loader.batch_sampler.epoch` and `.first` choose epoch and first step.
+
+    After `timeout` seconds without a batch from the workers (0: never) it raises the error that `worker_error` reads.
+    """
     batches = Batches(len(dataset), batch_size, seed, distributed.rank(), distributed.world_size())
     if len(batches) == 0:
         raise UserError(
@@ -282,13 +335,44 @@ def train_loader(
             f"--batch_size_per_gpu {batch_size}) is larger than the data set of {len(dataset)}: use a smaller batch"
         )
     return DataLoader(
-        ViewDataset(dataset, views, seed),
+        ViewDataset(dataset, views, seed, num_workers),
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        timeout=timeout if num_workers else 0,
+        worker_init_fn=_leave_signals_to_the_parent,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the loader's own, so that it leaves the global one (drop path) alone
     )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A scheduler signals every process of a job; the workers are still needed while the parent ends its step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
+    """What to tell of a loader's worker that died or hangs, and of the file it was at; None for other errors.
+
+    The workers are killed: one that hangs would keep this process from ending.
+    """
+    text = str(error)
+    if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+        return None
+    source: ViewDataset = loader.dataset
+    named = {int(pid) for pid in re.findall(r"\d+", text.partition("exited")[0].partition("is killed")[0])}
+    rows = [(pid, sample) for pid, sample in source.reading.tolist() if pid >= 0]
+    files = [source.dataset.names[j] for pid, j in rows if j >= 0 and (pid in named or "timed out" in text)]
+    at = f"while reading {', '.join(map(str, files[:5]))}" if files else "between two files"
+    for pid, _ in rows:
+        if pid != os.getpid():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+    what = " ".join(text.split()).removesuffix(".")[:200]
+    return WorkerError(f"{what}, {at}: try that file alone, fewer --num_workers, or more memory (or --worker_timeout)")
 
 
 def eval_loader(

@@ -339,7 +339,10 @@ class PriorBuffer(nn.Module):
         return value + weight * (log_mean - log_mean.detach())
 
     @torch.no_grad()
-    def push(self, usage: Tensor) -> None:
-        """Keep this step's p-bar, forget the oldest. No device synchronisation. Shape: (c,)."""
-        self.ring.index_copy_(0, (self.pushed % len(self.ring))[None], usage[None].to(self.ring.dtype))
-        self.pushed += 1
+    def push(self, usage: Tensor, skipped: Tensor | bool = False) -> None:
+        """Keep this step's p-bar and forget the oldest, unless `skipped`. No device synchronisation. Shape: (c,)."""
+        skipped = torch.as_tensor(skipped, device=self.ring.device)
+        place = (self.pushed % len(self.ring))[None]
+        kept = torch.where(skipped, self.ring.index_select(0, place), usage[None].to(self.ring.dtype))
+        self.ring.index_copy_(0, place, kept)
+        self.pushed += ~skipped

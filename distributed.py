@@ -5,24 +5,28 @@ function here then works on the local values alone.
 """
 
 import inspect
+import json
 import math
 import os
+import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import PeerError, UserError
 
 # --- start and stop ------------------------------------------------------------------------------
 
 
-def init(dist_url: str = "env://", device: str = "auto") -> torch.device:
+def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -> torch.device:
     """Join the process group that the launcher (torchrun) announces, if any, and return this rank's device.
 
-    NCCL serves GPUs, gloo CPUs. Raises `UserError` for a device that is not there, or for more processes
-    than GPUs.
+    NCCL serves GPUs, gloo CPUs. Raises `UserError` for a device that is not there, for more processes than GPUs or two
+    on one GPU, and `PeerError` that names the ranks which have not come within `minutes`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cpu", "cuda"):
@@ -39,15 +43,101 @@ def init(dist_url: str = "env://", device: str = "auto") -> torch.device:
     if use_gpu:
         torch.cuda.set_device(place)
     if "RANK" in os.environ and not dist.is_initialized():
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _store(dist_url, rank, world, timedelta(minutes=minutes))
+        check_in(store, rank, world, place, minutes)
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
-            init_method=dist_url,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
             timeout=timedelta(minutes=30),
             device_id=place if use_gpu else None,
         )
     return place
+
+
+def _store(dist_url: str, rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet. Unlike torch's own rendezvous it does not wait for all of them: `check_in` does."""
+    if dist_url.startswith("file://"):
+        return dist.FileStore(dist_url.removeprefix("file://"), world)
+    if dist_url.startswith("tcp://"):
+        host, _, port = dist_url.removeprefix("tcp://").partition(":")
+    else:
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdigit():
+        raise UserError(f"--dist_url {dist_url} names no host and port (MASTER_ADDR {host!r}, MASTER_PORT {port!r})")
+    of_torchrun = dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            host, int(port), world, rank == 0 and not of_torchrun, timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(f"port {port} is taken on {host}: choose another one (torchrun --master_port)") from None
+        raise PeerError(
+            f"rank {rank} cannot reach rank 0 at {host}:{port}: {str(error).splitlines()[0][:150]}"
+        ) from None
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+_everyone: list[dict] = []  # who takes part, by rank
+
+
+def check_in(store: dist.Store, rank: int, world: int, place: torch.device, minutes: float) -> None:
+    """Tell the others who is here, and wait for them. Raises `PeerError` that names the ranks which did not come."""
+    me = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "device": "cpu"}
+    if place.type == "cuda":
+        properties = torch.cuda.get_device_properties(place)
+        me["device"] = f"cuda:{place.index} {properties.name}"
+        me["gpu"] = str(getattr(properties, "uuid", place.index))
+    store.set(f"here{rank}", json.dumps(me))
+    keys = [f"here{r}" for r in range(world)]
+    try:
+        store.wait(keys, timedelta(minutes=minutes))
+    except (dist.DistError, RuntimeError):
+        missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
+        raise PeerError(
+            f"rank {', '.join(missing)} of {world} did not come within {minutes:g} minutes "
+            f"({world - len(missing)} did, rank {rank} on {me['host']} is one): see its own log"
+        ) from None
+    everyone = [json.loads(store.get(key)) for key in keys]
+    _refuse_shared_gpus(everyone)
+    _everyone[:] = everyone
+
+
+def _refuse_shared_gpus(everyone: list[dict]) -> None:
+    seen: dict[tuple[str, str], int] = {}
+    for one in everyone:
+        if "gpu" in one:
+            first = seen.setdefault((one["host"], one["gpu"]), one["rank"])
+            if first != one["rank"]:
+                raise UserError(
+                    f"ranks {first} and {one['rank']} share {one['device']} on {one['host']}: start one process a GPU, "
+                    "each with its own LOCAL_RANK"
+                )
+
+
+def self_check(device: torch.device) -> list[str]:
+    """What to print at start-up: ranks, hosts, devices, backend, and how long a sum over all of them takes.
+
+    Every rank must call it. No lines in one process.
+    """
+    if world_size() == 1:
+        return []
+    x = torch.ones(2**18, device=device)
+    dist.all_reduce(x)  # the first one connects
+    start = time.perf_counter()
+    dist.all_reduce(x)
+    if x[0].item() != world_size() ** 2:
+        raise PeerError(f"a sum over {world_size()} processes gave {x[0].item():g}: the network or a GPU is broken")
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    hosts = len({one["host"] for one in _everyone})
+    head = f"{world_size()} processes on {hosts} host{'s' * (hosts > 1)}, {dist.get_backend()}"
+    return [
+        f"{head}, 1 MiB summed over all in {milliseconds:.2f} ms",
+        *(f"  rank {one['rank']}: {one['host']}, pid {one['pid']}, {one['device']}" for one in _everyone),
+    ]
 
 
 def world_size() -> int:
@@ -94,6 +184,24 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     return ddp(module, device_ids=[device] if device.type == "cuda" else None, **never)
 
 
+def on_main(function: Callable, *args):
+    """function(*args) on rank 0 alone; every rank gets its value, or raises the `UserError` it raised."""
+    outcome = None
+    if is_main():
+        try:
+            outcome = (function(*args), None)
+        except UserError as error:
+            outcome = (None, error)
+    if world_size() > 1:
+        box = [outcome]
+        dist.broadcast_object_list(box)
+        outcome = box[0]
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value
+
+
 # --- gather --------------------------------------------------------------------------------------
 
 
@@ -131,6 +239,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
         dist.all_reduce(x)
         x /= world_size()
+    return x
+
+
+@torch.no_grad()
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Plain sum. No gradient."""
+    if world_size() > 1:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
     return x
 
 

@@ -213,7 +213,7 @@ def default_blocks(args) -> int:
     if args.load_features:
         return 4 if evaluation.has_features(args.load_features, "train", 4) else 1
     arch = args.arch
-    state = checkpoints.load_file(args.pretrained_weights)
+    state = checkpoints.load_file(args.pretrained_weights, checkpoints.DINO_CLASSES)
     if checkpoints.is_ours(state):
         arch = state["args"]["arch"]
     return 4 if arch in ("vit_tiny", "vit_small") else 1

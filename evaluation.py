@@ -100,7 +100,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
 
     Raises `UserError` if the file is no safe checkpoint or does not fit.
     """
-    state = checkpoints.load_file(args.pretrained_weights)
+    state = checkpoints.load_file(args.pretrained_weights, checkpoints.DINO_CLASSES)
     if checkpoints.is_ours(state):
         theirs = argparse.Namespace(**state["args"])
         for name in ("arch", "patch_size"):

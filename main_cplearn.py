@@ -7,7 +7,7 @@
         main_cplearn.py ...                                                                    # two nodes
 
 Flags have DINO's names and meaning wherever the concept exists. The same command on the same --output_dir
-resumes.
+resumes at the very step, to the same bits.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm.optim
@@ -29,8 +30,9 @@ import datasets
 import distributed
 import models
 import utils
-from progress import Meter, Progress
-from utils import UserError
+from progress import Later, Meter, Progress
+from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
+from utils import Interrupted, UserError
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
 NO_TEACHER = "CPLearn has no EMA teacher"
@@ -48,16 +50,20 @@ DINO_ONLY = {
 FREE_ON_RESUME = {
     "output_dir",
     "num_workers",
+    "worker_timeout",
     "saveckp_freq",
+    "saveckp_minutes",
     "print_freq",
     "max_steps",
+    "max_bad_images",
+    "max_skipped_steps",
+    "resume_force",
     "tensorboard",
     "device",
     "dist_url",
+    "dist_timeout",
     "loss_form",
 }
-
-NON_FINITE_EXIT_CODE = 3
 
 
 def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
@@ -101,12 +107,18 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="output/cplearn", help="Checkpoints, log.txt and args.json; resumes if a checkpoint is there")
     g.add_argument("--saveckp_freq", type=int, default=20, help="Keep a numbered checkpoint every so many epochs; 0 for none")
+    g.add_argument("--saveckp_minutes", type=float, default=15.0, help="Also save checkpoint.pth every so many minutes; 0 for none. What a kill can cost")
+    g.add_argument("--resume_force", nargs="+", default=[], metavar="FLAG", help="Resume although these flags differ from the checkpoint's, e.g. lr (or processes, data)")
     g.add_argument("--seed", type=int, default=0, help="Of weights, order of images, and views")
     g.add_argument("--num_workers", type=int, default=None, help="Loader processes a process (default: 10, or fewer with fewer cores); 0 for none")
+    g.add_argument("--worker_timeout", type=float, default=600.0, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
+    g.add_argument("--max_bad_images", type=float, default=0.001, help="Stop when more than this part of the images cannot be read; fewer are replaced")
+    g.add_argument("--max_skipped_steps", type=int, default=20, help="Stop after more than so many steps in a row without a finite loss and gradient")
     g.add_argument("--print_freq", type=int, default=10, help="Steps between two readings of the loss")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
+    g.add_argument("--dist_timeout", type=float, default=5.0, help="Minutes to wait for all processes at the start")
     # fmt: on
     return p
 
@@ -167,6 +179,7 @@ def check_args(args: argparse.Namespace) -> None:
         "image_size",
         "local_image_size",
         "patch_size",
+        "dist_timeout",
     ):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name):g} must be positive")
@@ -179,6 +192,9 @@ def check_args(args: argparse.Namespace) -> None:
         "weight_decay",
         "weight_decay_end",
         "seed",
+        "saveckp_minutes",
+        "worker_timeout",
+        "max_skipped_steps",
     ):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name):g} must not be negative")
@@ -186,6 +202,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--num_workers {args.num_workers} must not be negative")
     if args.max_steps is not None and args.max_steps < 1:
         raise UserError(f"--max_steps {args.max_steps} must be positive")
+    if not 0 <= args.max_bad_images <= 1:
+        raise UserError(
+            f"--max_bad_images {args.max_bad_images:g} must lie between 0 and 1: 0.001 is one in a thousand"
+        )
+    args.resume_force = [name.removeprefix("--") for name in args.resume_force]
+    unknown = sorted(set(args.resume_force) - set(vars(args)) - {"processes", "data"})
+    if unknown:
+        raise UserError(f"--resume_force {' '.join(unknown)}: not the name of a flag (or processes, data)")
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
@@ -203,13 +227,52 @@ def check_args(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train; returns the last epoch's log record."""
     args = parse_args(argv)
-    device = distributed.init(args.dist_url, args.device)
+    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
     if args.batch_size_per_gpu * distributed.world_size() < 2:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
-    utils.check_output_dir(args.output_dir)
-    utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
+    distributed.on_main(utils.check_output_dir, args.output_dir)
+    with FolderLock(args.output_dir):
+        run = build(args, device)
+        try:
+            return train(run)
+        except RuntimeError as error:  # torch raises it wherever the main process happens to be
+            raise datasets.worker_error(error, run.loader) or error from None
 
+
+@dataclass
+class Run:
+    """What a run is made of, and how far it is. `state` and `resume` are its way to disk and back."""
+
+    args: argparse.Namespace
+    identity: dict[str, int | str]  # what else must not differ in a continuation
+    device: torch.device
+    dataset: torch.utils.data.Dataset
+    views: list[augmentations.View]
+    loader: torch.utils.data.DataLoader
+    method: nn.Module
+    model: nn.Module  # the method, in several processes inside DDP
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    last_step: int
+    bad_steps: BadSteps
+    step: int = 0  # finished optimiser steps
+    # of the current epoch
+    meter: Meter = field(default_factory=Meter)
+    outcomes: Later = field(default_factory=Later)  # of the last step, on their way to the host
+    skipped: int = 0  # steps
+    replaced: int = 0  # images
+    seconds: float = 0.0
+    waiting: utils.Stopwatch = field(default_factory=utils.Stopwatch)
+    # unreadable images: name -> reason; and those that the other ranks do not know of yet
+    bad_images: dict[str, str] = field(default_factory=dict)
+    news: dict[str, str] = field(default_factory=dict)
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def build(args: argparse.Namespace, device: torch.device) -> Run:
+    """Data, model and optimiser, and the checkpoint in the folder if there is one."""
+    utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     views = augmentations.build_views(
         args.augmentation,
@@ -226,96 +289,129 @@ def main(argv: Sequence[str] | None = None) -> dict:
         seed=args.seed,
         num_workers=datasets.default_workers(args.num_workers),
         pin_memory=device.type == "cuda",
+        timeout=args.worker_timeout,
     )
     method = models.build_method(args)
     for size in sorted({view.size for view in views}):
         models.check_image_size(method.backbone, args.arch, size)
     if args.init_from:
-        checkpoints.load_backbone(method.backbone, checkpoints.load_file(args.init_from), args.init_from)
+        state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
+        checkpoints.load_backbone(method.backbone, state, args.init_from)
     method.to(device)
-    optimizer = build_optimizer(method, args, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    last_step = min(args.epochs * len(loader), args.max_steps or math.inf)
-    identity = {"processes": distributed.world_size(), "data": datasets.fingerprint(dataset)}
-    start_epoch = resume(args, identity, method, optimizer, scaler, len(loader), last_step)
-    model = distributed.wrap(method, device)
+    half = args.precision == "fp16"
+    run = Run(
+        args=args,
+        identity={"processes": distributed.world_size(), "data": datasets.fingerprint(dataset)},
+        device=device,
+        dataset=dataset,
+        views=views,
+        loader=loader,
+        method=method,
+        model=method,
+        optimizer=build_optimizer(method, args, device),
+        # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
+        scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
+        last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
+        bad_steps=BadSteps(args.max_skipped_steps, args.output_dir),
+    )
+    resume(run)
+    run.model = distributed.wrap(method, device)
+    lines = distributed.self_check(device)
     if distributed.is_main():
-        announce(args, method, dataset, loader, device)
+        print(*lines, sep="\n", end="\n" * bool(lines))
+        announce(run)
+    return run
 
-    writer = tensorboard_writer(args)
-    record: dict = {}
-    for epoch in range(start_epoch, args.epochs):
-        if epoch * len(loader) >= last_step:
-            break
-        utils.seed_everything(utils.FOR_EPOCH, args.seed, epoch, distributed.rank())  # drop path
-        record = train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last_step, device, args)
-        if distributed.is_main():
-            report_epoch(args, record, last_step, writer)
-            save(args, identity, method, optimizer, scaler, record["step"], len(loader))
-        distributed.barrier()
+
+def train(run: Run) -> dict:
+    """Epoch after epoch until `last_step`, or until a signal. Returns the last epoch's log record."""
+    args, record = run.args, {}
+    writer = tensorboard_writer(args, run.step // len(run.loader))
+    run.saved_at = time.monotonic()
+    with StopSignals() as signals:
+        while run.step < run.last_step:
+            record = train_one_epoch(run, signals)
+            if distributed.is_main():
+                report_epoch(run, record, writer)
+            if run.step % len(run.loader) == 0:
+                run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
+                run.waiting = utils.Stopwatch()
+                save(run)
+            if too_many_bad_images(run):
+                refuse_bad_images(run)
+            stop = distributed.sum_over_ranks(torch.tensor(float(signals.name is not None), device=run.device))
+            if stop and run.step < run.last_step:
+                interrupt(run, signals)
     if distributed.is_main():
         print(f"Done: {args.output_dir}/checkpoint.pth" if record else f"Nothing left to do in {args.output_dir}")
     return record
 
 
-def train_one_epoch(model, method, views, loader, optimizer, scaler, epoch, last_step, device, args) -> dict:
-    """Algorithm 1 over one epoch: views -> embeddings -> codes -> loss -> step. Returns the epoch's log record."""
-    model.train()
-    loader.batch_sampler.epoch = epoch
+def train_one_epoch(run: Run, signals: StopSignals) -> dict:
+    """Algorithm 1 over what is left of an epoch: views -> embeddings -> codes -> loss -> step. Returns its log record."""
+    args, method, optimizer, scaler, device = run.args, run.method, run.optimizer, run.scaler, run.device
+    epoch, first = divmod(run.step, len(run.loader))
+    last = min(len(run.loader), run.last_step - epoch * len(run.loader))
+    run.loader.batch_sampler.epoch, run.loader.batch_sampler.first = epoch, first
+    run.model.train()
     batch = args.batch_size_per_gpu * distributed.world_size()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    meter, waiting = Meter(), utils.Stopwatch()
-    progress = Progress(epoch, args.epochs, len(loader))
-    start, step = time.perf_counter(), epoch * len(loader)
-    batches = iter(loader)
+    statistics = RunningStatistics(method)
+    progress = Progress(epoch, args.epochs, len(run.loader))
+    start = time.perf_counter() - run.seconds
+    batches = iter(run.loader)
 
-    steps = min(len(loader), last_step - step)
-    for i in range(steps):
-        with waiting:
-            crops, _, _ = next(batches)
-        lr = set_schedules(optimizer, step + i, len(loader), args)
+    for i in range(first, last):
+        with run.waiting:
+            crops, _, samples, failures = next(batches)
+        lr = set_schedules(optimizer, run.step, len(run.loader), args)
+        utils.seed_everything(utils.FOR_STEP, args.seed, run.step, distributed.rank())  # drop path
         images = [
             augmentations.colour(pixels.to(device, non_blocking=True), params, view)
-            for (pixels, params), view in zip(crops, views, strict=True)
+            for (pixels, params), view in zip(crops, run.views, strict=True)
         ]
+        statistics.keep()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss, terms = model(images)
+            loss, terms = run.model(images)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = clip_gradients(method, args.clip_grad)
-        if scaler.is_enabled():  # the scaler leaves out a step with an overflow and lowers its scale: count it
-            terms["skipped"] = 1.0 - norm.isfinite().float()
-            norm = norm.nan_to_num(0.0, 0.0, 0.0)
-        terms["grad_norm"] = norm
-        scaler.step(optimizer)
-        scaler.update()
-        method.after_step()
-        meter.add(terms)
-        if (i + 1) % args.print_freq == 0 or i + 1 == steps:
-            values = meter.read()  # the only device synchronisation
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                stop_non_finite(args, epoch, step + i, values)
-            seconds = time.perf_counter() - start
-            progress.show(i + 1, values, lr, (i + 1) * batch / seconds, waiting.seconds / seconds)
+        votes = vote(run, loss, signals, failures)
+        skipped = check_gradients(method, votes[0], optimizer, scaler)
+        terms["grad_norm"] = clip_gradients(method, args.clip_grad)
+        scaler.step(optimizer)  # not if `skipped`
+        scaler.update(None if args.precision == "fp16" else 1.0)
+        statistics.restore(skipped)
+        method.after_step(skipped)
+        run.meter.add(terms, skipped)
+        run.bad_steps.remember(run.step, [str(run.dataset.names[j]) for j in samples], terms)
+        run.step += 1
+        run.seconds = time.perf_counter() - start
+        if (i + 1) % args.print_freq == 0 or i + 1 == len(run.loader):
+            values = run.meter.read()
+            progress.show(i + 1, values, lr, (i + 1) * batch / run.seconds, run.waiting.seconds / run.seconds)
+        settle(run, run.outcomes.push(torch.cat([skipped[None], votes[1:]])), signals)
 
     progress.close()
-    seconds = time.perf_counter() - start
-    values = meter.average()
+    count(run, run.outcomes.flush())
+    if last < len(run.loader):  # cut by --max_steps: the epoch goes on from here, as if there had been no line of it
+        save(run)
+    values = run.meter.average()
     references = method.references(args.batch_size_per_gpu)
     return {
         "epoch": epoch,
-        "step": step + steps,
-        "steps": steps,
+        "step": run.step,
+        "steps": last,
         **{f"train_{name}": value for name, value in values.items()},
         "loss_uniform": references.uniform,
         "loss_floor": references.floor,
         "uniform_to_floor": (references.uniform - values["loss"]) / max(references.uniform - references.floor, 1e-9),
+        "skipped_steps": run.skipped,
+        "replaced_images": run.replaced,
         "lr": lr,
         "weight_decay": optimizer.param_groups[0]["weight_decay"],
-        "images_per_second": (i + 1) * batch / seconds,
-        "data_wait": waiting.seconds / seconds,
-        "seconds": seconds,
+        "images_per_second": last * batch / run.seconds,
+        "data_wait": run.waiting.seconds / run.seconds,
+        "seconds": run.seconds,
     }
 
 
@@ -365,6 +461,71 @@ def set_schedules(optimizer, step: int, steps_per_epoch: int, args) -> float:
     return lr
 
 
+def vote(run: Run, loss: Tensor, signals: StopSignals, failures: list[str]) -> Tensor:
+    """What all ranks have to know of this step, added up: [loss, signals, save due, news of bad images, replaced]. (5,)"""
+    replaced = 0
+    for sample, reason in (failure for text in failures if text for failure in json.loads(text)):
+        replaced += 1
+        name = str(run.dataset.names[sample])
+        if name not in run.bad_images:
+            run.news[name] = reason
+    minutes = (time.monotonic() - run.saved_at) / 60
+    due = distributed.is_main() and 0 < run.args.saveckp_minutes < minutes
+    mine = torch.tensor([signals.name is not None, due, bool(run.news), replaced], dtype=torch.float64)
+    loss = loss.detach().double()[None]
+    return distributed.sum_over_ranks(torch.cat([loss, mine.to(loss.device, non_blocking=True)]))
+
+
+@torch.no_grad()
+def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tensor:
+    """Whether the step must be skipped: loss or gradient is not finite on some rank. Unscales the gradients.
+
+    The scaler looks for infinities in gradients only, so a loss that is not finite is made to show in one of them.
+    Nothing here waits for the device. Shape: loss () summed over ranks -> bool ().
+    """
+    grads = [p.grad for p in method.parameters() if p.grad is not None]
+    largest = torch.stack(torch._foreach_norm(grads, math.inf)).amax()  # the 2-norm could overflow on its own
+    skipped = ~(largest.isfinite() & loss.isfinite())
+    grads[0].masked_fill_(skipped, math.nan)
+    scaler.unscale_(optimizer)
+    return skipped
+
+
+def settle(run: Run, outcome: list[float] | None, signals: StopSignals) -> None:
+    """Act on what all ranks agreed on one step ago: count, share, save, stop. The same on every rank."""
+    stop, due = count(run, outcome)
+    if run.step % len(run.loader) == 0:
+        return  # the end of an epoch saves, and looks for signals, anyway
+    if stop or due or too_many_bad_images(run):
+        count(run, run.outcomes.flush())  # of the step just done: a checkpoint has to know
+        save(run)
+    if too_many_bad_images(run):
+        refuse_bad_images(run)
+    if stop:
+        interrupt(run, signals)
+
+
+def count(run: Run, outcome: list[float] | None) -> tuple[bool, bool]:
+    """Add up one step's outcome, if there is one. Returns whether to stop, and to save."""
+    if outcome is None:
+        return False, False
+    skipped, stop, due, news, replaced = outcome
+    run.skipped += int(skipped)
+    run.replaced += int(replaced)
+    if news:
+        share_bad_images(run)
+    counted = run.step - 1 if run.outcomes.waiting else run.step
+    run.bad_steps.count(counted - 1, bool(skipped), run.scaler.get_scale)
+    return bool(stop), bool(due)
+
+
+def interrupt(run: Run, signals: StopSignals) -> None:
+    raise Interrupted(
+        f"{signals.name or 'another process'} asked to stop: saved after step {run.step} of {run.last_step} in "
+        f"{run.args.output_dir}; the same command goes on from there"
+    )
+
+
 @torch.no_grad()
 def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
     """Scale down each parameter's gradient to `max_norm` on its own (DINO's clipping); 0 leaves all.
@@ -387,21 +548,22 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
 # --- what the run says and keeps ---------------------------------------------------------------------
 
 
-def announce(args, method, dataset, loader, device) -> None:
+def announce(run: Run) -> None:
     """Effective arguments, derived values and warnings: printed, and saved as args.json."""
+    args, method, device = run.args, run.method, run.device
     derived = {
         "processes": distributed.world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "effective_batch": args.batch_size_per_gpu * distributed.world_size(),
         "actual_lr": actual_lr(args),
-        "steps_per_epoch": len(loader),
+        "steps_per_epoch": len(run.loader),
         "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
         "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
         **method.describe(args.batch_size_per_gpu),
         "torch": torch.__version__,
         "commit": utils.git_commit(),
     }
-    print(f"Data: {datasets.summary(dataset)}")
+    print(f"Data: {datasets.summary(run.dataset)}")
     if args.data_path is None:
         print(
             "WARNING: no --data_path, so this trains on the handwritten digits bundled with scikit-learn. "
@@ -417,9 +579,10 @@ def announce(args, method, dataset, loader, device) -> None:
     sys.stdout.flush()
 
 
-def report_epoch(args, record: dict, last_step: int, writer) -> None:
+def report_epoch(run: Run, record: dict, writer) -> None:
     """One line on the terminal, one in log.txt, and TensorBoard if asked for."""
-    remaining = (last_step - record["step"]) * record["seconds"] / record["steps"]
+    args = run.args
+    remaining = (run.last_step - record["step"]) * record["seconds"] / record["steps"]
     print(
         f"epoch {record['epoch'] + 1}/{args.epochs}  loss {record['train_loss']:.4f}  "
         + "  ".join(
@@ -429,6 +592,8 @@ def report_epoch(args, record: dict, last_step: int, writer) -> None:
         )
         + f"  (uniform {record['loss_uniform']:.4f}, floor {record['loss_floor']:.4f}, {record['uniform_to_floor']:.0%} of the way)  lr {record['lr']:.3g}"
         + f"  {record['images_per_second']:.0f} img/s  wait {record['data_wait']:.0%}"
+        + f"  skipped {record['skipped_steps']} steps" * (record["skipped_steps"] > 0)
+        + f"  replaced {record['replaced_images']} unreadable images" * (record["replaced_images"] > 0)
         + f"  ETA {remaining / 3600:.1f} h" * (remaining >= 3600)
         + f"  ETA {remaining / 60:.1f} min" * (remaining < 3600),
         flush=True,
@@ -440,82 +605,144 @@ def report_epoch(args, record: dict, last_step: int, writer) -> None:
         writer.flush()
 
 
-def tensorboard_writer(args):
+def tensorboard_writer(args, epoch: int):
     if not args.tensorboard or not distributed.is_main():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(os.path.join(args.output_dir, "tensorboard"))
+    return SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=epoch)
 
 
-def stop_non_finite(args, epoch: int, step: int, values: dict[str, float]) -> None:
-    """Every rank comes here together, because what was read are means over ranks. Nothing has been saved since."""
+def share_bad_images(run: Run) -> None:
+    """Every rank learns what the others could not read; rank 0 prints and writes it. Every rank must call it."""
+    fresh = {name: reason for news in distributed.gather_objects(run.news) for name, reason in news.items()}
+    fresh = {name: reason for name, reason in sorted(fresh.items()) if name not in run.bad_images}
+    run.bad_images.update(fresh)
+    run.news = {}
     if distributed.is_main():
-        path = Path(args.output_dir, "checkpoint.pth")
-        print(
-            f"STOPPED: loss {values['loss']}, gradient norm {values['grad_norm']} by step {step} of epoch {epoch + 1}; "
-            + (f"{path} is the last good checkpoint. " if path.exists() else "no epoch was finished before. ")
-            + "Try a lower --lr, or --precision bf16 instead of fp16.",
-            file=sys.stderr,
-        )
-    sys.exit(NON_FINITE_EXIT_CODE)
+        for reason in fresh.values():
+            print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
+        lines = [f"{name}\t{reason}\n" for name, reason in run.bad_images.items()]
+        utils.write_text(Path(run.args.output_dir, "bad_images.txt"), "".join(lines))
 
 
-def save(args, identity, method, optimizer, scaler, step: int, steps_per_epoch: int) -> None:
-    epoch = step // steps_per_epoch  # whole ones; `step` tells of a part that --max_steps cut
-    state = {
-        "args": vars(args),
-        "identity": identity,
-        "commit": utils.git_commit(),
-        "epoch": epoch,
-        "step": step,
-        "model": method.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    folder = Path(args.output_dir)
-    checkpoints.save(folder / "checkpoint.pth", state)
-    if args.saveckp_freq and epoch % args.saveckp_freq == 0 and step % steps_per_epoch == 0:
-        checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
+def too_many_bad_images(run: Run) -> bool:
+    return len(run.bad_images) > run.args.max_bad_images * len(run.dataset)
 
 
-def resume(args, identity, method, optimizer, scaler, steps_per_epoch: int, last_step: int) -> int:
-    """Go on after the last whole epoch of output_dir/checkpoint.pth, if there is one. Returns the epoch to start with.
+def refuse_bad_images(run: Run) -> None:
+    last = next(reversed(run.bad_images.values()))
+    raise UserError(
+        f"{len(run.bad_images)} of {len(run.dataset)} images cannot be read, more than --max_bad_images "
+        f"{run.args.max_bad_images:g} allows: see {run.args.output_dir}/bad_images.txt; the last: {last}"
+    )
 
-    Raises `UserError` if it belongs to a run with other settings, or was cut inside an epoch by --max_steps.
+
+def save(run: Run) -> None:
+    """Everything a continuation needs to come to the same bits. Every rank must call it. Raises `WriteError`.
+
+    No state of a random generator is in it: every draw is made from (seed, step, rank) or (seed, epoch, sample, view).
     """
-    path = Path(args.output_dir, "checkpoint.pth")
-    if not path.exists():
-        return 0
+    meter = run.meter.state()
+    epoch, rest = divmod(run.step, len(run.loader))
+
+    def write() -> None:
+        folder = Path(run.args.output_dir)
+        log = folder / "log.txt"
+        state = {
+            "args": vars(run.args),
+            "identity": run.identity,
+            "commit": utils.git_commit(),
+            "epoch": epoch,  # whole ones
+            "step": run.step,
+            "steps_per_epoch": len(run.loader),
+            "model": run.method.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "progress": {
+                "meter": meter,
+                "skipped": run.skipped,
+                "replaced": run.replaced,
+                "in_a_row": run.bad_steps.in_a_row,
+                "seconds": run.seconds,
+                "waiting": run.waiting.seconds,
+            },
+            "bad_images": run.bad_images,
+            "log_bytes": log.stat().st_size if log.exists() else 0,
+        }
+        checkpoints.save_run(folder, state)
+        if run.args.saveckp_freq and rest == 0 and epoch % run.args.saveckp_freq == 0:
+            checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
+
+    distributed.on_main(write)
+    run.saved_at = time.monotonic()
+
+
+STATE_KEYS = {"format", "args", "identity", "commit", "epoch", "step", "steps_per_epoch", "model", "optimizer", "scaler",
+              "progress", "bad_images", "log_bytes"}  # fmt: skip
+
+
+def resume(run: Run) -> None:
+    """Go on after the last step in output_dir/checkpoint.pth (or the one before it), if there is one.
+
+    Raises `UserError` if it belongs to a run with other settings, unless --resume_force names each that differs.
+    """
+    args, log = run.args, Path(run.args.output_dir, "log.txt")
+
+    def choose() -> str | None:
+        found = checkpoints.load_run(args.output_dir)
+        if found is None:
+            if log.exists():  # of a run that was killed before its first checkpoint
+                os.replace(log, log.with_name("log_old.txt"))
+            return None
+        _, path, problem = found
+        if problem:
+            print(f"WARNING: {problem}. Resuming the one before it, {path}", file=sys.stderr, flush=True)
+        return str(path)
+
+    path = distributed.on_main(choose)
+    if path is None:
+        return
     state = checkpoints.load(path)
+    if state.keys() != STATE_KEYS:
+        names = ", ".join(sorted(map(str, state.keys() ^ STATE_KEYS)))
+        raise UserError(f"{path} was written by another version (keys {names}): use another --output_dir")
     defaults = vars(get_args_parser(args.method).parse_args([]))  # of flags that are younger than the checkpoint
-    mine, theirs = vars(args) | identity, defaults | state["args"] | state["identity"]
-    differ = sorted(k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k))
-    if differ:
+    mine, theirs = vars(args) | run.identity, defaults | state["args"] | state["identity"]
+    differ = {k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k)}
+    refused = sorted(differ - set(args.resume_force))
+    if refused:
         raise UserError(
             f"{path} belongs to another run: "
-            + ", ".join(f"{k} {theirs.get(k)} there, {mine.get(k)} here" for k in differ)
-            + "; use another --output_dir, or the same settings"
+            + ", ".join(f"{k} {theirs.get(k)} there, {mine.get(k)} here" for k in refused)
+            + f"; use another --output_dir, the same settings, or --resume_force {' '.join(refused)}"
         )
-    checkpoints.load_into(method, state["model"], str(path))
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if state["step"] >= last_step:
-        return args.epochs
-    if state["step"] % steps_per_epoch:
-        raise UserError(
-            f"{path} was cut by --max_steps at step {state['step']}, inside an epoch of {steps_per_epoch} steps, and only "
-            "whole epochs are resumed: use another --output_dir"
-        )
-    log = Path(args.output_dir, "log.txt")
+    checkpoints.load_into(run.method, state["model"], path)
+    checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
+    run.scaler.load_state_dict(state["scaler"])
+    run.bad_images = state["bad_images"]
+    run.step = state["step"]
+    if state["steps_per_epoch"] == len(run.loader) and "processes" not in differ:
+        progress = state["progress"]
+        run.meter.load(progress["meter"], run.device)
+        run.skipped, run.replaced, run.seconds = progress["skipped"], progress["replaced"], progress["seconds"]
+        run.waiting.seconds, run.bad_steps.in_a_row = progress["waiting"], progress["in_a_row"]
+    else:  # another batch: steps cannot be matched inside an epoch
+        run.step = state["epoch"] * len(run.loader)
     if distributed.is_main():
-        print(f"Resuming {path} after epoch {state['epoch']}")
-        if log.exists():  # lines of epochs that did not reach a checkpoint are written again
-            lines = log.read_text().splitlines(keepends=True)
-            log.write_text("".join(x for x in lines if json.loads(x)["epoch"] < state["epoch"]))
-    return state["epoch"]
+        epoch, rest = divmod(run.step, len(run.loader))
+        print(f"Resuming {path} after epoch {epoch}" + f" and {rest} of {len(run.loader)} steps" * (rest > 0))
+        if differ:
+            print(
+                f"WARNING: forced although different: {', '.join(f'{k} was {theirs.get(k)}' for k in sorted(differ))}"
+            )
+        size = log.stat().st_size if log.exists() else 0
+        if size > state["log_bytes"]:  # lines that are going to be written again
+            os.truncate(log, state["log_bytes"])
+        elif size < state["log_bytes"]:
+            print(f"WARNING: {log} has lost lines: {size} bytes instead of {state['log_bytes']}")
 
 
 if __name__ == "__main__":

@@ -10,28 +10,29 @@ import distributed
 
 
 class Meter:
-    """Averages of named scalars, kept on the device until they are read."""
+    """Averages of named scalars over the steps that were taken, kept on the device until they are read."""
 
     def __init__(self):
-        self.totals: dict[str, Tensor] = {}
-        self.recent: dict[str, Tensor] = {}
-        self.steps = self.recent_steps = 0
+        self.totals: dict[str, Tensor] = {}  # over all ranks, until the last reading
+        self.recent: dict[str, Tensor] = {}  # of this rank, since then
 
-    def add(self, terms: dict[str, Tensor]) -> None:
+    def add(self, terms: dict[str, Tensor], skipped: Tensor | None = None) -> None:
+        """Nothing is added if `skipped`, a bool on the device, is true."""
+        terms = {"": torch.ones_like(next(iter(terms.values()))), **terms}  # counts the steps
         for name, value in terms.items():
+            if skipped is not None:
+                value = torch.where(skipped, torch.zeros_like(value), value)
             self.recent[name] = self.recent[name] + value if name in self.recent else value.clone()
-        self.recent_steps += 1
 
     def read(self) -> dict[str, float]:
-        """Averages since the last reading, over all ranks."""
-        values = self._flush()
-        return {name: (value / self._last_steps).item() for name, value in values.items()}
+        """Averages since the last reading, over all ranks; NaN if every step was skipped."""
+        return _averages(self._flush())
 
     def average(self) -> dict[str, float]:
         """Averages since the beginning, over all ranks."""
-        if self.recent_steps:
+        if self.recent:
             self._flush()
-        return {name: (value / self.steps).item() for name, value in self.totals.items()}
+        return _averages(self.totals)
 
     def _flush(self) -> dict[str, Tensor]:
         names = list(self.recent)
@@ -39,10 +40,54 @@ class Meter:
         values = dict(zip(names, stacked, strict=True))
         for name, value in values.items():
             self.totals[name] = self.totals[name] + value if name in self.totals else value
-        self.steps += self.recent_steps
-        self._last_steps = self.recent_steps
-        self.recent, self.recent_steps = {}, 0
+        self.recent = {}
         return values
+
+    def state(self) -> dict:
+        """To go on later to the same bits. Every rank must call it: `recent` is each rank's own."""
+        recent = {name: value.cpu() for name, value in self.recent.items()}
+        return {
+            "totals": {name: value.cpu() for name, value in self.totals.items()},
+            "recent": distributed.gather_objects(recent),
+        }
+
+    def load(self, state: dict, device: torch.device) -> None:
+        self.totals = {name: value.to(device) for name, value in state["totals"].items()}
+        self.recent = {name: value.to(device) for name, value in state["recent"][distributed.rank()].items()}
+
+
+def _averages(sums: dict[str, Tensor]) -> dict[str, float]:
+    return {name: (value / sums[""]).item() for name, value in sums.items() if name}
+
+
+class Later:
+    """Numbers of one step, read by the host at the next, so that it never waits for the device it has just fed."""
+
+    def __init__(self):
+        self._waiting: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def push(self, x: Tensor) -> list[float] | None:
+        """Start the way of this step's numbers to the host; returns those of the step before. Shape: (k,)."""
+        before, event = self.flush(), None
+        if x.is_cuda:
+            x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting = (x, event)
+        return before
+
+    @property
+    def waiting(self) -> bool:
+        return self._waiting is not None
+
+    def flush(self) -> list[float] | None:
+        """What is still under way, if anything."""
+        if self._waiting is None:
+            return None
+        (x, event), self._waiting = self._waiting, None
+        if event is not None:
+            event.synchronize()
+        return x.tolist()
 
 
 class Progress:

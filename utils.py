@@ -16,19 +16,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-USAGE_EXIT_CODE = 2  # what argparse itself uses for a wrong flag
-
 
 class UserError(ValueError):
-    """Wrong input that the user can mend: shown as one line, without a traceback, exit code 2."""
+    """Wrong input that the user can mend: shown as one line, without a traceback."""
+
+    exit_code = 2  # what argparse itself uses for a wrong flag
 
 
 class LocalError(UserError):
     """A `UserError` that one rank meets alone (an unreadable image): printed by that rank, whichever it is."""
 
 
+class NonFiniteError(UserError):
+    """Loss or gradient stayed infinite or NaN."""
+
+    exit_code = 3
+
+
+class WriteError(UserError):
+    """The disk is full, or went away: what was there already is whole."""
+
+    exit_code = 4
+
+
+class WorkerError(LocalError):
+    """A process that reads images died or hangs."""
+
+    exit_code = 5
+
+
+class PeerError(LocalError):
+    """Another process of the run ended or hangs, so this one cannot go on."""
+
+    exit_code = 6
+
+
+class Interrupted(UserError):
+    """Told to stop by a signal, after saving. EX_TEMPFAIL of sysexits.h: run the same command again."""
+
+    exit_code = 75
+
+
+# How torch words it when the other end of a collective is gone.
+PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out waiting",
+    "NCCL",
+    "ProcessGroup",
+)
+
+
 def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2.
+    """Run an entry point; a `UserError` becomes one line on stderr and its exit code.
 
     What all ranks meet alike is printed by rank 0 only.
     """
@@ -39,8 +80,15 @@ def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
     except UserError as error:
         if isinstance(error, LocalError) or int(os.environ.get("RANK", "0")) == 0:
             line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(USAGE_EXIT_CODE)
+            label = "" if isinstance(error, Interrupted) else "error: "
+            print(f"{Path(sys.argv[0]).name}: {label}{line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized() or not any(sign in str(error) for sign in PEER_GONE):
+            raise
+        reason = " ".join(str(error).split())[:150]
+        print(f"{Path(sys.argv[0]).name}: error: another process of the run ended or hangs ({reason})", file=sys.stderr)
+        sys.exit(PeerError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -89,7 +137,7 @@ def random_normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 # What a stream of random numbers is for. NumPy pads short seeds with zeros, so (seed, epoch) alone would be the
 # same stream as (seed, epoch, sample 0, view 0).
-FOR_VIEWS, FOR_ORDER, FOR_WEIGHTS, FOR_EPOCH, FOR_PROBE = range(1, 6)
+FOR_VIEWS, FOR_ORDER, FOR_WEIGHTS, FOR_STEP, FOR_PROBE, FOR_REPLACEMENT = range(1, 7)
 
 
 def random_stream(purpose: int, *key: int) -> np.random.Generator:
@@ -98,7 +146,7 @@ def random_stream(purpose: int, *key: int) -> np.random.Generator:
 
 
 def seed_everything(purpose: int, *key: int) -> None:
-    """Seed torch, NumPy and Python from (purpose, *key), for instance (FOR_EPOCH, seed, epoch, rank)."""
+    """Seed torch, NumPy and Python from (purpose, *key), for instance (FOR_STEP, seed, step, rank)."""
     value = int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
@@ -186,10 +234,24 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another folder") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all. Raises `WriteError`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
+
+
 def append_json_line(path: str | Path, record: dict) -> None:
-    """Append one record. JSON has no NaN and no infinity: they become null."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(_json_ready(record), allow_nan=False) + "\n")
+    """Append one record. JSON has no NaN and no infinity: they become null. Raises `WriteError`."""
+    line = json.dumps(_json_ready(record), allow_nan=False) + "\n"
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(line)
+    except OSError as error:
+        raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
 
 
 def _json_ready(value):

@@ -100,7 +100,7 @@ def test_a_dino_checkpoint_with_its_namespace_loads_safely(tmp_path):
         "epoch": 3,
     }
     torch.save(state, tmp_path / "dino.pth")
-    found = checkpoints.backbone_weights(checkpoints.load_file(tmp_path / "dino.pth"))
+    found = checkpoints.backbone_weights(checkpoints.load_file(tmp_path / "dino.pth", checkpoints.DINO_CLASSES))
     assert all(torch.equal(found[k], weights[k]) for k in weights)
 
 

@@ -208,7 +208,7 @@ def test_views_do_not_depend_on_the_number_of_workers(image_folder):
         for epoch in (0, 1):
             loader.batch_sampler.epoch = epoch
             found += [
-                [pixels for pixels, _ in crops] + [params["hue"] for _, params in crops] for crops, _, _ in loader
+                [pixels for pixels, _ in crops] + [params["hue"] for _, params in crops] for crops, _, _, _ in loader
             ]
         return found
 
