@@ -64,7 +64,7 @@ def save_run(folder: str | Path, state: dict) -> None:
     The new file is complete before an old one is touched. Raises `WriteError`.
     """
     folder = Path(folder)
-    new = folder / f".{LATEST}.new"
+    new = folder / f"{LATEST}.new"
     save(new, state)
     try:
         if (folder / LATEST).exists():
@@ -73,6 +73,13 @@ def save_run(folder: str | Path, state: dict) -> None:
         _flush_folder(folder)
     except OSError as error:
         raise WriteError(f"{folder / LATEST} could not be renamed: {error.strerror}") from error
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Half-written files of runs that were killed. Only for who holds the folder's lock."""
+    for pattern in (".checkpoint*.tmp", f"{LATEST}.new"):
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -6,9 +6,11 @@ are no labels; the label is then -1), `names` (one string an image) and `where` 
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -340,23 +342,21 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         timeout=timeout if num_workers else 0,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_start_worker,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the loader's own, so that it leaves the global one (drop path) alone
     )
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """A scheduler signals every process of a job; the workers are still needed while the parent ends its step."""
+def _start_worker(_: int) -> None:
+    """A scheduler signals every process of a job, but the workers are still needed while the parent ends its step."""
+    get_worker_info().dataset._note(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
-    """What to tell of a loader's worker that died or hangs, and of the file it was at; None for other errors.
-
-    The workers are killed: one that hangs would keep this process from ending.
-    """
+    """What to tell of a loader's worker that died or hangs, and of the file it was at; None for other errors."""
     text = str(error)
     if "DataLoader worker" not in text and "DataLoader timed out" not in text:
         return None
@@ -365,14 +365,23 @@ def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
     rows = [(pid, sample) for pid, sample in source.reading.tolist() if pid >= 0]
     files = [source.dataset.names[j] for pid, j in rows if j >= 0 and (pid in named or "timed out" in text)]
     at = f"while reading {', '.join(map(str, files[:5]))}" if files else "between two files"
-    for pid, _ in rows:
-        if pid != os.getpid():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
     what = " ".join(text.split()).removesuffix(".")[:200]
     return WorkerError(f"{what}, {at}: try that file alone, fewer --num_workers, or more memory (or --worker_timeout)")
+
+
+def stop_workers(loader: DataLoader) -> None:
+    """kill -9: they heed no other signal, may hang, and Python waits for its children before it ends."""
+    pids = {pid for pid, _ in loader.dataset.reading.tolist()}
+    children = [child for child in multiprocessing.active_children() if child.pid in pids]
+    if not children:
+        return
+    here = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here else None  # torch's raises at a worker's death
+    for child in children:
+        child.kill()
+        child.join()
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def eval_loader(

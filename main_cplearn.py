@@ -32,7 +32,7 @@ import models
 import utils
 from progress import Later, Meter, Progress
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
-from utils import Interrupted, UserError
+from utils import Interrupted, NonFiniteError, UserError
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
 NO_TEACHER = "CPLearn has no EMA teacher"
@@ -238,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
             return train(run)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
             raise datasets.worker_error(error, run.loader) or error from None
+        finally:
+            datasets.stop_workers(run.loader)
 
 
 @dataclass
@@ -641,10 +643,15 @@ def refuse_bad_images(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Everything a continuation needs to come to the same bits. Every rank must call it. Raises `WriteError`.
+    """Everything a continuation needs to come to the same bits. Every rank must call it.
 
-    No state of a random generator is in it: every draw is made from (seed, step, rank) or (seed, epoch, sample, view).
+    Raises `WriteError`, and `NonFiniteError` rather than replace a good checkpoint by broken weights. No state of a random generator is in it: every draw is made from (seed, step, rank) or (seed, epoch, sample, view).
     """
+    if not all(p.isfinite().all() for p in run.method.parameters()):
+        raise NonFiniteError(
+            f"weights became infinite or NaN by step {run.step}: not saved, the checkpoint is from before. Try a lower --lr "
+            "with --resume_force lr"
+        )
     meter = run.meter.state()
     epoch, rest = divmod(run.step, len(run.loader))
 
@@ -692,6 +699,7 @@ def resume(run: Run) -> None:
     args, log = run.args, Path(run.args.output_dir, "log.txt")
 
     def choose() -> str | None:
+        checkpoints.remove_leftovers(args.output_dir)
         found = checkpoints.load_run(args.output_dir)
         if found is None:
             if log.exists():  # of a run that was killed before its first checkpoint
