@@ -1,15 +1,20 @@
 """Atomic writing, safe loading, strict keys."""
 
 import os
+import pathlib
 import pickle
+import resource
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoints
 from resnet import ResNet8
-from utils import UserError
+from utils import UserError, WriteError
 
 
 class Attack:
@@ -115,3 +120,94 @@ def test_keys_that_do_not_fit_are_named():
     assert "1 keys missing (blocks.1.conv1.bias)" in text and "1 unknown keys (extra)" in text
     assert "blocks.0.conv1.weight (8, 3, 3, 3) instead of (4, 3, 3, 3)" in text
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing half loaded
+
+
+# --- what is kept -------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_before_is_kept_and_used_when_the_newest_is_damaged(tmp_path):
+    assert checkpoints.load_run(tmp_path) is None
+    for step in range(3):
+        checkpoints.save_run(tmp_path, {"step": step, "model": {"w": torch.full((500,), float(step))}})
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "checkpoint_previous.pth"]
+    state, path, problem = checkpoints.load_run(tmp_path)
+    assert (state["step"], path.name, problem) == (2, "checkpoint.pth", None)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((3,), 2.0).numpy().tobytes())] ^= 1  # one bit of a weight
+    path.write_bytes(bytes(content))
+    assert torch.load(path, weights_only=True)["step"] == 2  # torch alone does not notice
+    state, path, problem = checkpoints.load_run(tmp_path)
+    assert (state["step"], path.name) == (1, "checkpoint_previous.pth") and "checksum" in problem
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoint.pth is damaged.*checkpoint_previous.pth is truncated"):
+        checkpoints.load_run(tmp_path)
+
+
+def test_killed_between_the_renames(tmp_path):
+    for step in range(2):
+        checkpoints.save_run(tmp_path, {"step": step})
+    os.replace(tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth")
+    (tmp_path / "checkpoint.pth.new").write_bytes(b"x")
+    (tmp_path / ".checkpoint.pth.new.7.tmp").write_bytes(b"x")
+    assert checkpoints.load_run(tmp_path)[0]["step"] == 1
+    checkpoints.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint_previous.pth"]
+
+
+def test_a_file_that_may_not_grow_any_more_costs_nothing(tmp_path):
+    """RLIMIT_FSIZE: the system refuses to write beyond 100 kB, as a full disk would."""
+    checkpoints.save_run(tmp_path, {"step": 1})
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(WriteError, match="could not be written: .*free some space and run") as error:
+            checkpoints.save_run(tmp_path, {"step": 2, "w": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["checkpoint.pth"]
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and checkpoints.load_run(tmp_path)[0]["step"] == 1
+
+
+def test_optimizers_that_do_not_fit():
+    model, other = ResNet8(4), ResNet8(8)
+    optimizers = [torch.optim.Adam(m.parameters()) for m in (model, other)]
+    for m, optimizer in zip((model, other), optimizers, strict=True):
+        m(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+    checkpoints.load_optimizer(optimizers[0], optimizers[0].state_dict(), "c.pth")
+    short = optimizers[0].state_dict()
+    short["param_groups"] = [{**short["param_groups"][0], "params": [0]}]
+    for state in (optimizers[1].state_dict(), short, {}, {"param_groups": [], "state": {}}):
+        with pytest.raises(UserError, match="optimizer state in c.pth does not fit this model"):
+            checkpoints.load_optimizer(optimizers[0], state, "c.pth")
+
+
+# --- DINO's own ---------------------------------------------------------------------------------------
+
+
+def test_the_converter_lets_plain_data_through_and_nothing_else(tmp_path):
+    """With the flags and paths that DINO pickles; as a user would call it."""
+    weights = ResNet8(4).state_dict()
+    state = {
+        "student": {f"module.backbone.{k}": v + 1 for k, v in weights.items()},
+        "teacher": {f"backbone.{k}": v for k, v in weights.items()} | {"head.mlp.0.weight": torch.zeros(1)},
+        "args": Namespace(arch="x", lr=0.1, output_dir=pathlib.PosixPath("/checkpoint/me")),
+        "epoch": 3,
+    }
+    torch.save(state, tmp_path / "dino.pth")
+    with pytest.raises(UserError, match="could run code"):
+        checkpoints.load_file(tmp_path / "dino.pth")
+    convert = [sys.executable, str(ROOT / "checkpoints.py"), str(tmp_path / "dino.pth")]
+    done = subprocess.run([*convert, str(tmp_path / "plain.pth")], capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(weights)} tensors of the teacher" in done.stdout, done.stderr
+    subprocess.run([*convert, str(tmp_path / "student.pth"), "--key", "student"], check=True, capture_output=True)
+    for name, shift in (("plain", 0), ("student", 1)):
+        found = checkpoints.backbone_weights(checkpoints.load_file(tmp_path / f"{name}.pth"))
+        assert found.keys() == weights.keys() and all(torch.equal(found[k], weights[k] + shift) for k in weights)
+    again = subprocess.run([*convert, str(tmp_path / "plain.pth")], capture_output=True, text=True)
+    assert again.returncode == 2 and "exists: choose another name" in again.stderr
+    torch.save({**state, "args": Attack(tmp_path / "executed")}, tmp_path / "dino.pth")
+    done = subprocess.run([*convert, str(tmp_path / "evil.pth")], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "could run code" in done.stderr
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "evil.pth").exists()

@@ -1,6 +1,9 @@
 """Folders with and without classes, class lists, the order of samples, and views that do not depend on workers."""
 
+import multiprocessing
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,8 +13,17 @@ from PIL import Image
 
 import datasets
 from augmentations import build_views
-from datasets import Batches, Digits, Folder, build_dataset, read_class_list, train_loader
-from utils import UserError
+from datasets import (
+    Batches,
+    Digits,
+    Folder,
+    build_dataset,
+    read_class_list,
+    stop_workers,
+    train_loader,
+    worker_error,
+)
+from utils import UserError, WorkerError
 
 
 def test_class_folders(image_folder):
@@ -224,3 +236,81 @@ def test_batch_larger_than_the_data(image_folder):
     dataset = build_dataset("folder", str(image_folder), "train")
     with pytest.raises(UserError, match="batch of 64 images .* larger than the data set of 48"):
         train_loader(dataset, [], batch_size=64, seed=0, num_workers=0, pin_memory=False)
+
+
+# --- images that cannot be read, workers that cannot read ------------------------------------------------
+
+
+def small_loader(dataset, workers, timeout=0.0):
+    views = build_views("dino", size=16, local_size=8, n_local=0, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
+    return train_loader(
+        dataset, views, batch_size=4, seed=5, num_workers=workers, pin_memory=False, timeout=timeout
+    )  # fmt: skip
+
+
+def test_an_unreadable_image_is_replaced_by_a_drawn_one(tmp_path):
+    """The same one with any number of workers, another one in another epoch."""
+    write_images(tmp_path, 12)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    for i in (2, 7):
+        (tmp_path / names[i]).write_bytes(b"")
+    found = {}
+    for workers in (0, 2):
+        loader = small_loader(Folder(tmp_path), workers)
+        for epoch in range(4):
+            loader.batch_sampler.epoch = epoch
+            found[workers, epoch] = [(used.tolist(), why) for _, _, used, why in loader]
+            order = [i for batch in loader.batch_sampler for _, i in batch]
+            used = [j for js, _ in found[workers, epoch] for j in js]
+            reasons = [r for _, rs in found[workers, epoch] for r in rs]
+            for i, j, why in zip(order, used, reasons, strict=True):
+                assert (i == j and why == "") if i not in (2, 7) else (j not in (2, 7) and f"[{i}, " in why)
+    assert all(found[0, e] == found[2, e] for e in range(4)) and len({str(found[0, e]) for e in range(4)}) == 4
+
+
+def test_a_folder_without_a_readable_image(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="20 images in a row cannot be read; the last: cannot read the image"):
+        next(iter(small_loader(Folder(tmp_path), 0)))
+
+
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
+    import time
+
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")  # 50 kB, 1.2 GB in RGB
+    Image.new("L", (20000, 20)).save(tmp_path / "wide.png")
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="bomb.png: .*pixels"):
+        Folder(tmp_path)[0]
+    assert time.perf_counter() - start < 1
+    assert Folder(tmp_path)[1][0].size == (20000, 20)
+
+
+class Trouble(Folder):
+    """Image 5 ends or stops the process that reads it."""
+
+    how = ""
+
+    def __getitem__(self, i):
+        if i == 5 and self.how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if i == 5 and self.how == "hangs":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, how):
+    write_images(tmp_path, 12)
+    dataset = Trouble(tmp_path)
+    dataset.how = how
+    loader = small_loader(dataset, 2, timeout=3.0)
+    with pytest.raises(RuntimeError) as error:
+        list(loader)
+    told = worker_error(error.value, loader)
+    assert isinstance(told, WorkerError) and told.exit_code == 5 and "\n" not in str(told)
+    assert "while reading 005.jpg" in str(told) or (how == "hangs" and "005.jpg" in str(told)), str(told)
+    stop_workers(loader)
+    assert not [p for p in multiprocessing.active_children() if p.pid in loader.dataset.reading[:, 0].tolist()]
+    assert worker_error(RuntimeError("shapes do not match"), loader) is None
