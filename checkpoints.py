@@ -229,7 +229,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> 
         wrong = True
     if wrong:
         raise UserError(
-            f"the optimizer's state in {what} does not fit this model: check --optimizer, --arch and the sizes"
+            f"the optimizer state in {what} does not fit this model: check --optimizer, --arch and the sizes"
         )
     optimizer.load_state_dict(state)
 
