@@ -206,7 +206,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--max_bad_images {args.max_bad_images:g} must lie between 0 and 1: 0.001 is one in a thousand"
         )
-    args.resume_force = [name.removeprefix("--") for name in args.resume_force]
     unknown = sorted(set(args.resume_force) - set(vars(args)) - {"processes", "data"})
     if unknown:
         raise UserError(f"--resume_force {' '.join(unknown)}: not the name of a flag (or processes, data)")
@@ -270,6 +269,7 @@ class Run:
     bad_images: dict[str, str] = field(default_factory=dict)
     news: dict[str, str] = field(default_factory=dict)
     saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
 
 
 def build(args: argparse.Namespace, device: torch.device) -> Run:
@@ -345,6 +345,8 @@ def train(run: Run) -> dict:
             if stop and run.step < run.last_step:
                 interrupt(run, signals)
     if distributed.is_main():
+        if run.bad_steps.in_a_row:
+            print(f"WARNING: the last {run.bad_steps.in_a_row} steps were not finite and had to be left out")
         print(f"Done: {args.output_dir}/checkpoint.pth" if record else f"Nothing left to do in {args.output_dir}")
     return record
 
@@ -523,8 +525,8 @@ def count(run: Run, outcome: list[float] | None) -> tuple[bool, bool]:
 
 def interrupt(run: Run, signals: StopSignals) -> None:
     raise Interrupted(
-        f"{signals.name or 'another process'} asked to stop: saved after step {run.step} of {run.last_step} in "
-        f"{run.args.output_dir}; the same command goes on from there"
+        f"{signals.name or 'a signal to another process'}: stopped after step {run.step} of {run.last_step}, saved after "
+        f"step {run.saved_step} in {run.args.output_dir}; the same command goes on from there"
     )
 
 
@@ -645,8 +647,11 @@ def refuse_bad_images(run: Run) -> None:
 def save(run: Run) -> None:
     """Everything a continuation needs to come to the same bits. Every rank must call it.
 
-    Raises `WriteError`, and `NonFiniteError` rather than replace a good checkpoint by broken weights. No state of a random generator is in it: every draw is made from (seed, step, rank) or (seed, epoch, sample, view).
+    While steps are being skipped nothing is saved, except at the end of the run: a step that did not look it may have
+    broken the weights. Raises `WriteError`, and `NonFiniteError` for weights that are not finite. No state of a random generator is in it: every draw is made from (seed, step, rank) or (seed, epoch, sample, view).
     """
+    if run.bad_steps.in_a_row and run.step < run.last_step:
+        return
     if not all(p.isfinite().all() for p in run.method.parameters()):
         raise NonFiniteError(
             f"weights became infinite or NaN by step {run.step}: not saved, the checkpoint is from before. Try a lower --lr "
@@ -684,7 +689,7 @@ def save(run: Run) -> None:
             checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
 
     distributed.on_main(write)
-    run.saved_at = time.monotonic()
+    run.saved_at, run.saved_step = time.monotonic(), run.step
 
 
 STATE_KEYS = {"format", "args", "identity", "commit", "epoch", "step", "steps_per_epoch", "model", "optimizer", "scaler",
@@ -731,7 +736,7 @@ def resume(run: Run) -> None:
     checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
     run.scaler.load_state_dict(state["scaler"])
     run.bad_images = state["bad_images"]
-    run.step = state["step"]
+    run.step = run.saved_step = state["step"]
     if state["steps_per_epoch"] == len(run.loader) and "processes" not in differ:
         progress = state["progress"]
         run.meter.load(progress["meter"], run.device)

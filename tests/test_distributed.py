@@ -244,3 +244,26 @@ def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes but 1 GPUs"):
         distributed.init()
+
+
+def test_two_ranks_on_one_gpu_are_refused():
+    def rank(r, host, gpu):
+        return {"rank": r, "host": host, "pid": 1, "device": "cuda:0 H100", "gpu": gpu}
+
+    distributed._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "b", "x")])
+    with pytest.raises(UserError, match="ranks 1 and 2 share cuda:0 H100 on a: start one process a GPU"):
+        distributed._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "a", "y")])
+
+
+def _fail_on_main(rank):
+    def fail():
+        raise UserError("wrong") if rank == 0 else AssertionError("only rank 0 may run this")
+
+    try:
+        distributed.on_main(fail)
+    except UserError as error:
+        return [str(error), distributed.on_main(lambda: rank + 5)]
+
+
+def test_an_error_on_rank_0_reaches_all(tmp_path):
+    assert run_in_processes(tmp_path, _fail_on_main) == [["wrong", 5], ["wrong", 5]]

@@ -13,7 +13,7 @@ from conftest import ROOT
 import checkpoints
 import main_cplearn
 import utils
-from utils import UserError
+from utils import NonFiniteError, UserError
 
 SMALL = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "16",
          "--warmup_epochs", "0", "--num_workers", "0", "--device", "cpu"]  # fmt: skip
@@ -198,6 +198,236 @@ def test_an_overflow_in_half_precision_skips_a_step_and_is_counted(tmp_path, ima
     line = json.loads((tmp_path / "log.txt").read_text())
     assert line["skipped_steps"] == 3 and line["train_loss"] is None
     assert all(v.isfinite().all() for v in model_of(tmp_path).values() if isinstance(v, torch.Tensor))
+
+
+def spoil(monkeypatch, steps):
+    """The pixels of these steps become NaN on the device."""
+    colour, calls = main_cplearn.augmentations.colour, []
+
+    def spoiled(pixels, params, view):
+        calls.append(1)
+        x = colour(pixels, params, view)
+        return x * float("nan") if (len(calls) - 1) // 2 in steps else x  # two views a step
+
+    monkeypatch.setattr(main_cplearn.augmentations, "colour", spoiled)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tmp_path, image_folder, monkeypatch, precision):
+    """Weights, batch norm's statistics, the optimiser's state and the kept code usage."""
+    common = ("--data_path", str(image_folder), "--epochs", "2", "--prior_buffer", "3", "--precision", precision)
+    common += ("--optimizer", "adam", "--embed_dim", "16")
+    train(tmp_path / "two", *common, "--max_steps", "2")
+    spoil(monkeypatch, {2})  # the third of three
+    record = train(tmp_path / "three", *common, "--max_steps", "3")
+    assert record["skipped_steps"] == 1 and record["train_loss"] == log_of(tmp_path / "two")[0]["train_loss"]
+    one, two = (checkpoints.load(tmp_path / name / "checkpoint.pth") for name in ("two", "three"))
+    for a, b in ((one["model"], two["model"]), (one["optimizer"]["state"][0], two["optimizer"]["state"][0])):
+        counters = {k for k in a if k.endswith("num_batches_tracked")}
+        assert same_weights({k: a[k] for k in a.keys() - counters}, {k: b[k] for k in b.keys() - counters})
+    assert train(tmp_path / "three", *common)["skipped_steps"] == 0  # and on it goes
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path, image_folder, monkeypatch):
+    common = ("--data_path", str(image_folder), "--epochs", "3", "--saveckp_minutes", "0")
+    train(tmp_path, *common, "--max_steps", "3")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    spoil(monkeypatch, {0, 1})
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row were not finite \(entropy, grad_norm, .*loss, prior\)"):
+        train(tmp_path, *common, "--max_skipped_steps", "1")
+    report = json.loads((tmp_path / "bad_step.json").read_text())
+    order = [i for i in next(iter(main_cplearn.datasets.Batches(48, 16, 0)))]
+    assert (report["step"], report["in_a_row"], report["loss_scale"]) == (4, 2, 1.0) and len(order) == 16
+    assert report["ranks"][0]["terms"]["loss"] == "nan" and len(report["ranks"][0]["files"]) == 16
+    assert all((image_folder / "train" / name).is_file() for name in report["ranks"][0]["files"])
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_broken_weights_are_not_saved(tmp_path, image_folder):
+    """A finite gradient times an absurd learning rate: weights of 1e35 that are good for nothing, and infinite ones."""
+    common = ("--data_path", str(image_folder), "--epochs", "9", "--optimizer", "sgd", "--clip_grad", "0")
+    with pytest.raises(NonFiniteError, match="21 steps in a row were not finite"):
+        train(tmp_path, *common, "--lr", "1e38", "--max_steps", "27")
+    assert not (tmp_path / "checkpoint.pth").exists() and len(log_of(tmp_path)) == 7
+    args = main_cplearn.parse_args([*SMALL, "--data_path", str(image_folder), "--output_dir", str(tmp_path)])
+    main_cplearn.choose_precision(args, torch.device("cpu"))
+    run = main_cplearn.build(args, torch.device("cpu"))
+    run.method.head.linear.weight.data[3, 2] = float("inf")
+    with pytest.raises(NonFiniteError, match="weights became infinite or NaN by step 0: not saved"):
+        main_cplearn.save(run)
+    assert not (tmp_path / "checkpoint.pth").exists() and not (tmp_path / ".lock").exists()
+
+
+def _train_with_a_bad_rank(rank, out, data, bad_rank):
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == bad_rank:
+            spoil(patch, {1})
+        record = main_cplearn.main([*SMALL, "--data_path", data, "--epochs", "2", "--batch_size_per_gpu", "8",
+                                    "--output_dir", out, "--max_steps", "4"])  # fmt: skip
+    return {"skipped": record["skipped_steps"], "log": record["train_loss"]}
+
+
+@pytest.mark.dist
+def test_one_rank_that_is_not_finite_makes_all_skip(tmp_path, image_folder):
+    from conftest import run_in_processes
+
+    out = tmp_path / "out"
+    both = run_in_processes(tmp_path, _train_with_a_bad_rank, str(out), str(image_folder), 1)
+    assert both[0] == both[1] and both[0]["skipped"] == 0  # the second epoch's
+    assert [r["skipped_steps"] for r in log_of(out)] == [1, 0]
+    assert all(v.isfinite().all() for v in model_of(out).values() if isinstance(v, torch.Tensor))
+
+
+# --- interrupted ------------------------------------------------------------------------------------------
+
+LONG = ["main_cplearn.py", *SMALL, "--arch", "timm:test_vit", "--drop_path_rate", "0.3", "--epochs", "24",
+        "--print_freq", "2", "--saveckp_freq", "0"]  # fmt: skip
+
+
+def interrupted(out, name, count, number, command):
+    """Start, signal rank `number` after `count` checkpoints by time, and return exit code and stderr."""
+    import signal
+    import time
+
+    process = subprocess.Popen(
+        [sys.executable, *command, "--output_dir", str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint_previous.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05 * count)
+    pid = process.pid
+    if number is not None:  # a rank below torchrun
+        children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+        pid = int(sorted(children, key=int)[number])
+    os.kill(pid, getattr(signal, name))
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_same_command_ends_like_an_undisturbed_run(tmp_path, image_folder, name):
+    """In the middle of an epoch, with workers; resumed with another number of them."""
+    command = [*LONG, "--data_path", str(image_folder), "--num_workers", "2"]
+    code, said = interrupted(tmp_path / "cut", name, ord(name[3]) % 7, None, command)
+    assert code == 75 and f"{name}: saving after this step" in said, said
+    assert "the same command goes on from there" in said and len(said.splitlines()) == 2
+    step = checkpoints.load(tmp_path / "cut" / "checkpoint.pth")["step"]
+    assert 6 <= step < 72 and f"stopped after step {step} of 72, saved after step {step} in" in said
+    for out, workers in (("cut", "0"), ("whole", "1")):
+        done = run_script(*command, "--num_workers", workers, "--output_dir", str(tmp_path / out))
+        assert done.returncode == 0, done.stderr
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, image_folder):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, *LONG, "--data_path", str(image_folder), "--batch_size_per_gpu", "8", "--num_workers", "1"]
+    code, said = interrupted(tmp_path / "cut", "SIGUSR1", 3, 1, command)
+    assert code == 1 and said.count("exitcode  : 75") == 2, said
+    for out in ("cut", "whole"):
+        done = run_script(*command, "--output_dir", str(tmp_path / out))
+        assert done.returncode == 0, done.stderr
+        assert "2 processes on 1 host, gloo, 1 MiB summed over all in" in done.stdout and "rank 1: " in done.stdout
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+
+
+def test_a_damaged_checkpoint_costs_one_checkpoint(tmp_path, image_folder, capsys):
+    common = ("--data_path", str(image_folder), "--epochs", "4")
+    train(tmp_path / "whole", *common)
+    train(tmp_path / "cut", *common, "--max_steps", "7")
+    path = tmp_path / "cut" / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    train(tmp_path / "cut", *common)
+    said = capsys.readouterr()
+    assert "WARNING:" in said.err and "checkpoint.pth is truncated" in said.err
+    assert "Resuming the one before it" in said.err and "after epoch 2\n" in said.out
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+
+
+def test_forced_differences(tmp_path, image_folder, capsys):
+    common = ("--data_path", str(image_folder), "--epochs", "2")
+    train(tmp_path, *common, "--max_steps", "4")
+    with pytest.raises(UserError, match="beta 0.25 there, 0.5 here; use another .* or --resume_force beta$"):
+        train(tmp_path, *common, "--lr", "0.1", "--beta", "0.5", "--resume_force", "lr")
+    record = train(tmp_path, *common, "--lr", "0.1", "--beta", "0.5", "--resume_force", "lr", "beta")
+    assert record["step"] == 6 and "forced although different: beta was 0.25, lr was 0.0005" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--resume_force bata: not the name of a flag"):
+        train(tmp_path, *common, "--resume_force", "bata")
+
+
+def test_another_batch_begins_the_epoch_anew(tmp_path, image_folder, capsys):
+    common = ("--data_path", str(image_folder), "--epochs", "3")
+    train(tmp_path, *common, "--max_steps", "5")  # one epoch of three steps, and two
+    train(tmp_path, *common, "--batch_size_per_gpu", "8", "--resume_force", "batch_size_per_gpu", "--max_steps", "18")
+    assert "after epoch 1\n" in capsys.readouterr().out
+    assert [(r["epoch"], r["step"]) for r in log_of(tmp_path)] == [(0, 3), (1, 12), (2, 18)]
+
+
+def test_a_folder_in_use_is_refused(tmp_path, image_folder):
+    from test_run_control import hold
+
+    process = hold(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} is in use by process {process.pid}"):
+        train(tmp_path, "--data_path", str(image_folder))
+    process.kill()
+    process.wait()
+
+
+def test_a_few_unreadable_images_are_replaced_listed_and_counted(tmp_path, image_folder, capsys):
+    import shutil
+
+    shutil.copytree(image_folder, tmp_path / "data")
+    for name in ("ant/000.jpg", "bee/003.jpg"):
+        (tmp_path / "data/train" / name).write_bytes(b"\xff\xd8 broken")
+    common = ("--data_path", str(tmp_path / "data"), "--epochs", "3", "--max_bad_images", "0.1")
+    train(tmp_path / "whole", *common)
+    said = capsys.readouterr()
+    assert said.err.count("WARNING: replaced by another image: cannot read the image") == 2  # once each
+    assert "replaced" in said.out
+    log = log_of(tmp_path / "whole")
+    assert all(2 <= r["replaced_images"] <= 4 for r in log)  # a replacement may be unreadable itself
+    listed = [x.split("\t") for x in (tmp_path / "whole" / "bad_images.txt").read_text().splitlines()]
+    assert sorted(name for name, _ in listed) == ["ant/000.jpg", "bee/003.jpg"]
+    train(tmp_path / "cut", *common, "--num_workers", "2", "--max_steps", "4")
+    capsys.readouterr()
+    train(tmp_path / "cut", *common)
+    assert capsys.readouterr().err == ""  # known already
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(log) == without_time(log_of(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("url", ["env://", "file://"])
+def test_a_rank_that_does_not_come_is_named(tmp_path, url):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    done = run_script("main_cplearn.py", *SMALL, "--dist_timeout", "0.02", "--output_dir", str(tmp_path / "out"),
+                      "--dist_url", url if url == "env://" else f"{url}{tmp_path}/meet",
+                      RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    assert "rank 1, 2 of 3 did not come within 0.02 minutes (1 did, rank 0 on" in done.stderr
+
+
+def test_a_port_that_is_taken(tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("0.0.0.0", 0))
+        s.listen()
+        port = str(s.getsockname()[1])
+        done = run_script("main_cplearn.py", *SMALL, "--dist_timeout", "0.1", "--output_dir", str(tmp_path / "out"),
+                          RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+    assert done.returncode == 2 and "is taken on 127.0.0.1: choose another one" in done.stderr, done.stderr
 
 
 def test_log_lines_of_an_epoch_without_checkpoint_are_written_once(tmp_path, image_folder):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from progress import Meter, Progress
+from progress import Later, Meter, Progress
 
 
 def test_meter_reads_recent_and_averages_all():
@@ -23,6 +23,26 @@ def test_meter_reads_recent_and_averages_all():
     assert meter.read() == {"loss": 11.0}
     meter.add({"loss": torch.tensor(0.0)})  # not read yet, but part of the average
     assert meter.average() == {"loss": 4.0} and meter.average() == {"loss": 4.0}
+
+
+def test_meter_leaves_out_skipped_steps_and_goes_on_from_its_state():
+    meter, other = Meter(), Meter()
+    for value, skipped in ((1.0, False), (float("nan"), True), (3.0, False)):
+        meter.add({"loss": torch.tensor(value)}, torch.tensor(skipped))
+    assert meter.read() == {"loss": 2.0}
+    meter.add({"loss": torch.tensor(5.0)})
+    other.load(meter.state(), torch.device("cpu"))
+    for m in (meter, other):
+        m.add({"loss": torch.tensor(0.1)})
+        assert m.read() == {"loss": pytest.approx(2.55)} and m.average() == {"loss": pytest.approx(9.1 / 4)}
+    meter.add({"loss": torch.tensor(1.0)}, torch.tensor(True))
+    assert meter.read()["loss"] != meter.average()["loss"] and meter.average() == other.average()
+
+
+def test_later_hands_out_the_step_before():
+    later = Later()
+    assert later.flush() is None and later.push(torch.tensor([1.0])) is None and later.waiting
+    assert later.push(torch.tensor([2.0])) == [1.0] and later.flush() == [2.0] and not later.waiting
 
 
 def test_plain_lines_come_at_intervals(capsys):
