@@ -296,9 +296,6 @@ def build(args: argparse.Namespace, device: torch.device) -> Run:
     method = models.build_method(args)
     for size in sorted({view.size for view in views}):
         models.check_image_size(method.backbone, args.arch, size)
-    if args.init_from:
-        state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
-        checkpoints.load_backbone(method.backbone, state, args.init_from)
     method.to(device)
     half = args.precision == "fp16"
     run = Run(
@@ -316,12 +313,12 @@ def build(args: argparse.Namespace, device: torch.device) -> Run:
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir),
     )
-    resume(run)
+    if not resume(run) and args.init_from:
+        state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
+        checkpoints.load_backbone(method.backbone, state, args.init_from)
     run.model = distributed.wrap(method, device)
     lines = distributed.self_check(device)
-    if distributed.is_main():
-        print(*lines, sep="\n", end="\n" * bool(lines))
-        announce(run)
+    distributed.on_main(announce, run, lines)
     return run
 
 
@@ -333,8 +330,7 @@ def train(run: Run) -> dict:
     with StopSignals() as signals:
         while run.step < run.last_step:
             record = train_one_epoch(run, signals)
-            if distributed.is_main():
-                report_epoch(run, record, writer)
+            distributed.on_main(report_epoch, run, record, writer)
             if run.step % len(run.loader) == 0:
                 run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
                 run.waiting = utils.Stopwatch()
@@ -552,8 +548,9 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
 # --- what the run says and keeps ---------------------------------------------------------------------
 
 
-def announce(run: Run) -> None:
-    """Effective arguments, derived values and warnings: printed, and saved as args.json."""
+def announce(run: Run, lines: list[str]) -> None:
+    """Processes, effective arguments, derived values and warnings: printed, and saved as args.json."""
+    print("\n".join([*lines, f"Data: {datasets.summary(run.dataset)}"]))
     args, method, device = run.args, run.method, run.device
     derived = {
         "processes": distributed.world_size(),
@@ -567,7 +564,6 @@ def announce(run: Run) -> None:
         "torch": torch.__version__,
         "commit": utils.git_commit(),
     }
-    print(f"Data: {datasets.summary(run.dataset)}")
     if args.data_path is None:
         print(
             "WARNING: no --data_path, so this trains on the handwritten digits bundled with scikit-learn. "
@@ -579,7 +575,7 @@ def announce(run: Run) -> None:
     for warning in method.warnings():
         print(f"WARNING: {warning}")
     content = json.dumps({"args": vars(args), "derived": derived}, indent=1, sort_keys=True)
-    Path(args.output_dir, "args.json").write_text(content + "\n")
+    utils.write_text(Path(args.output_dir, "args.json"), content + "\n")
     sys.stdout.flush()
 
 
@@ -625,11 +621,10 @@ def share_bad_images(run: Run) -> None:
     fresh = {name: reason for name, reason in sorted(fresh.items()) if name not in run.bad_images}
     run.bad_images.update(fresh)
     run.news = {}
-    if distributed.is_main():
-        for reason in fresh.values():
-            print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
-        lines = [f"{name}\t{reason}\n" for name, reason in run.bad_images.items()]
-        utils.write_text(Path(run.args.output_dir, "bad_images.txt"), "".join(lines))
+    for reason in fresh.values() if distributed.is_main() else ():
+        print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
+    lines = "".join(f"{name}\t{reason}\n" for name, reason in run.bad_images.items())
+    distributed.on_main(utils.write_text, Path(run.args.output_dir, "bad_images.txt"), lines)
 
 
 def too_many_bad_images(run: Run) -> bool:
@@ -696,8 +691,8 @@ STATE_KEYS = {"format", "args", "identity", "commit", "epoch", "step", "steps_pe
               "progress", "bad_images", "log_bytes"}  # fmt: skip
 
 
-def resume(run: Run) -> None:
-    """Go on after the last step in output_dir/checkpoint.pth (or the one before it), if there is one.
+def resume(run: Run) -> bool:
+    """Go on after the last step in output_dir/checkpoint.pth (or the one before it). False if there is none.
 
     Raises `UserError` if it belongs to a run with other settings, unless --resume_force names each that differs.
     """
@@ -717,7 +712,7 @@ def resume(run: Run) -> None:
 
     path = distributed.on_main(choose)
     if path is None:
-        return
+        return False
     state = checkpoints.load(path)
     if state.keys() != STATE_KEYS:
         names = ", ".join(sorted(map(str, state.keys() ^ STATE_KEYS)))
@@ -756,6 +751,7 @@ def resume(run: Run) -> None:
             os.truncate(log, state["log_bytes"])
         elif size < state["log_bytes"]:
             print(f"WARNING: {log} has lost lines: {size} bytes instead of {state['log_bytes']}")
+    return True
 
 
 if __name__ == "__main__":

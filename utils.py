@@ -1,6 +1,7 @@
 """Small things every script needs: user-facing errors, counter-based random bits, schedules, seeding, logging."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -260,6 +261,7 @@ def _json_ready(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@functools.cache  # of the code that was loaded, whatever happens to the files later
 def git_commit() -> str:
     """Commit of this checkout, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
     root = Path(__file__).resolve().parent

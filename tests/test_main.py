@@ -338,6 +338,28 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
+def test_a_worker_that_dies_or_hangs_ends_the_run(tmp_path, image_folder, signal_name):
+    """A real worker of a real run, killed or stopped from outside."""
+    import signal
+    import time
+
+    command = [*LONG, "--data_path", str(image_folder), "--num_workers", "1", "--worker_timeout", "2",
+               "--epochs", "4000", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "log.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "main_cplearn"], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[-1]), getattr(signal, signal_name))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 5 and len(said.splitlines()) == 1, said
+    assert "DataLoader" in said and ("while reading" in said or "between two files" in said) and "--num_workers" in said
+    assert checkpoints.load(tmp_path / "out" / "checkpoint.pth")["step"] >= 3 and not (tmp_path / "out/.lock").exists()
+
+
 def test_a_damaged_checkpoint_costs_one_checkpoint(tmp_path, image_folder, capsys):
     common = ("--data_path", str(image_folder), "--epochs", "4")
     train(tmp_path / "whole", *common)
