@@ -50,12 +50,14 @@ def write(path: str | Path, content: dict) -> None:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+        if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
+            raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown"])[0][:120]
         raise WriteError(
             f"{path} could not be written: {reason}; free some space and run the same command again"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        utils.remove_quietly(temporary)
 
 
 def save_run(folder: str | Path, state: dict) -> None:
@@ -64,22 +66,30 @@ def save_run(folder: str | Path, state: dict) -> None:
     The new file is complete before an old one is touched. Raises `WriteError`.
     """
     folder = Path(folder)
-    new = folder / f"{LATEST}.new"
-    save(new, state)
+    save(folder / f"{LATEST}.new", state)
     try:
-        if (folder / LATEST).exists():
-            os.replace(folder / LATEST, folder / PREVIOUS)
-        os.replace(new, folder / LATEST)  # killed before this line, PREVIOUS is what is resumed
-        _flush_folder(folder)
+        _shift(folder)
     except OSError as error:
-        raise WriteError(f"{folder / LATEST} could not be renamed: {error.strerror}") from error
+        raise WriteError(
+            f"{folder / LATEST} could not be renamed: {error.strerror}; run the same command again"
+        ) from error
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Half-written files of runs that were killed. Only for who holds the folder's lock."""
-    for pattern in (".checkpoint*.tmp", f"{LATEST}.new"):
-        for path in Path(folder).glob(pattern):
-            path.unlink(missing_ok=True)
+def finish_writing(folder: str | Path) -> None:
+    """Clear up after a run that was killed while it saved. Only for who holds the folder's lock."""
+    folder = Path(folder)
+    for path in folder.glob(".checkpoint*.tmp"):
+        utils.remove_quietly(path)
+    if (folder / f"{LATEST}.new").exists():  # whole, or it would not have this name
+        _shift(folder)
+
+
+def _shift(folder: Path) -> None:
+    """latest -> previous, new -> latest. Killed anywhere in between, `finish_writing` does the rest."""
+    if (folder / LATEST).exists():
+        os.replace(folder / LATEST, folder / PREVIOUS)
+    os.replace(folder / f"{LATEST}.new", folder / LATEST)
+    _flush_folder(folder)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -179,7 +189,7 @@ def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
         state = state[key]
     elif isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
     inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     return inner or {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
 
@@ -231,7 +241,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> 
         raise UserError(
             f"the optimizer state in {what} does not fit this model: check --optimizer, --arch and the sizes"
         )
-    optimizer.load_state_dict(state)
+    # Not its options: the schedules set learning rate and decay, and on another device the fused form differs.
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # --- files of others -----------------------------------------------------------------------------------
@@ -260,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if Path(args.target).exists():
         raise UserError(f"{args.target} exists: choose another name")
+    if not Path(args.target).absolute().parent.is_dir():
+        raise UserError(f"the folder of {args.target} does not exist: create it first")
     print(f"{convert_dino(args.source, args.target, args.key)} tensors of the {args.key} written to {args.target}")
 
 

@@ -4,9 +4,9 @@ A data set here has `len`, `ds[i] -> (PIL image in RGB, label)`, `classes` (a li
 are no labels; the label is then -1), `names` (one string an image) and `where` (for the start-up line).
 """
 
+import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -139,6 +139,12 @@ def read_image(path: Path) -> Image.Image:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
             return to_rgb(image)
     except Exception as error:  # a damaged file can make Pillow raise anything
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
+            errno.EMFILE,
+            errno.ENFILE,
+            errno.ENOMEM,
+        ):
+            raise  # not the file's fault
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(str(path), "the file")
         raise LocalError(f"cannot read the image {path}: {reason}; repair it or remove it") from None
 
@@ -371,10 +377,12 @@ def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
 
 def stop_workers(loader: DataLoader) -> None:
     """kill -9: they heed no other signal, may hang, and Python waits for its children before it ends."""
-    pids = {pid for pid, _ in loader.dataset.reading.tolist()}
-    children = [child for child in multiprocessing.active_children() if child.pid in pids]
+    iterator = getattr(loader, "_iterator", None)
+    children = getattr(iterator, "_workers", [])
     if not children:
         return
+    # Its own way of ending waits for locks that a killed worker may hold.
+    iterator._shutdown = True
     here = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here else None  # torch's raises at a worker's death
     for child in children:

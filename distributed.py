@@ -10,14 +10,16 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import PeerError, UserError
+from utils import PeerError, UserError, WriteError
 
 # --- start and stop ------------------------------------------------------------------------------
 
@@ -46,14 +48,21 @@ def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = _store(dist_url, rank, world, timedelta(minutes=minutes))
         check_in(store, rank, world, place, minutes)
-        dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(minutes=30),
-            device_id=place if use_gpu else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if use_gpu else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(minutes=30),
+                device_id=place if use_gpu else None,
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:150]
+            raise PeerError(
+                f"rank {rank} cannot connect to the others ({reason}): see their messages; a file given as "
+                "--dist_url must be a new one"
+            ) from None
     return place
 
 
@@ -157,17 +166,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel, if there is more than one process.
 
     Buffers are not synchronised: batch-norm statistics are the same on all ranks already (see
     `BatchNorm`), and non-persistent buffers such as a frozen dictionary are rebuilt from the flags on
     every rank, so DDP shall not even see them.
+
+    On CPUs DDP is kept from regrouping the gradients after the first step of a process, by the price of looking for
+    unused parameters: with three or more ranks the order of the sums depends on the groups, and a resumed run would
+    differ in the last bit.
     """
     if world_size() == 1:
         return module
@@ -181,7 +189,9 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     # torch 2.15 renamed the switch and warns about the old name.
     renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
     never = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return ddp(module, device_ids=[device] if device.type == "cuda" else None, **never)
+    exact = device.type == "cpu"
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return ddp(module, device_ids=None if exact else [device], find_unused_parameters=exact, **never)
 
 
 def on_main(function: Callable, *args):
@@ -192,6 +202,8 @@ def on_main(function: Callable, *args):
             outcome = (function(*args), None)
         except UserError as error:
             outcome = (None, error)
+        except OSError as error:
+            outcome = (None, WriteError(f"{error.filename or 'a file'}: {error.strerror or error}"))
     if world_size() > 1:
         box = [outcome]
         dist.broadcast_object_list(box)
@@ -200,6 +212,34 @@ def on_main(function: Callable, *args):
     if error is not None:
         raise error
     return value
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A `UserError` that any rank meets inside is raised by all at the end, so that none waits for another."""
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    found = gather_objects(None if mine is None else (socket.gethostname(), mine))
+    first = next((r for r, x in enumerate(found) if x is not None), None)
+    if first is None:
+        return
+    host, error = found[first]
+    raise error if first == 0 else type(error)(f"rank {first} on {host}: {error}")
+
+
+def check_same(what: dict[str, object]) -> None:
+    """Raises `UserError` on every rank that names what differs between the ranks, and where."""
+    for r, (host, theirs) in enumerate(everyone := gather_objects((socket.gethostname(), what))):
+        differ = [k for k in what if theirs.get(k) != everyone[0][1].get(k)]
+        if differ:
+            k = differ[0]
+            raise UserError(
+                f"rank {r} on {host} has {k} {theirs.get(k)}, rank 0 on {everyone[0][0]} {everyone[0][1].get(k)}: "
+                "start all processes with the same command, on the same data"
+            )
 
 
 # --- gather --------------------------------------------------------------------------------------

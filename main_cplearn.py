@@ -7,7 +7,7 @@
         main_cplearn.py ...                                                                    # two nodes
 
 Flags have DINO's names and meaning wherever the concept exists. The same command on the same --output_dir
-resumes at the very step, to the same bits.
+resumes at the very step (on CPUs: to the same bits).
 """
 
 import argparse
@@ -32,7 +32,7 @@ import models
 import utils
 from progress import Later, Meter, Progress
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
-from utils import Interrupted, NonFiniteError, UserError
+from utils import Interrupted, LocalError, NonFiniteError, UserError
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
 NO_TEACHER = "CPLearn has no EMA teacher"
@@ -231,8 +231,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
     distributed.on_main(utils.check_output_dir, args.output_dir)
-    with FolderLock(args.output_dir):
-        run = build(args, device)
+    with FolderLock(args.output_dir) as lock:
+        run = build(args, device, lock)
         try:
             return train(run)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
@@ -257,6 +257,7 @@ class Run:
     scaler: torch.amp.GradScaler
     last_step: int
     bad_steps: BadSteps
+    lock: FolderLock
     step: int = 0  # finished optimiser steps
     # of the current epoch
     meter: Meter = field(default_factory=Meter)
@@ -272,8 +273,24 @@ class Run:
     saved_step: int = 0
 
 
-def build(args: argparse.Namespace, device: torch.device) -> Run:
+def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
     """Data, model and optimiser, and the checkpoint in the folder if there is one."""
+    with distributed.together():
+        run = assemble(args, device, lock)
+    flags = {f"--{k}": v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
+    distributed.check_same({"data": run.identity["data"], **flags})
+    resumed = resume(run)
+    with distributed.together():
+        if args.init_from and not resumed:
+            state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
+            checkpoints.load_backbone(run.method.backbone, state, args.init_from)
+    run.model = distributed.wrap(run.method, device)
+    distributed.on_main(announce, run, distributed.self_check(device))
+    return run
+
+
+def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
+    """A run at its beginning."""
     utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     views = augmentations.build_views(
@@ -298,7 +315,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Run:
         models.check_image_size(method.backbone, args.arch, size)
     method.to(device)
     half = args.precision == "fp16"
-    run = Run(
+    return Run(
         args=args,
         identity={"processes": distributed.world_size(), "data": datasets.fingerprint(dataset)},
         device=device,
@@ -311,15 +328,9 @@ def build(args: argparse.Namespace, device: torch.device) -> Run:
         # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
-        bad_steps=BadSteps(args.max_skipped_steps, args.output_dir),
+        bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
+        lock=lock,
     )
-    if not resume(run) and args.init_from:
-        state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
-        checkpoints.load_backbone(method.backbone, state, args.init_from)
-    run.model = distributed.wrap(method, device)
-    lines = distributed.self_check(device)
-    distributed.on_main(announce, run, lines)
-    return run
 
 
 def train(run: Run) -> dict:
@@ -383,7 +394,7 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
         statistics.restore(skipped)
         method.after_step(skipped)
         run.meter.add(terms, skipped)
-        run.bad_steps.remember(run.step, [str(run.dataset.names[j]) for j in samples], terms)
+        run.bad_steps.remember(run.step, samples, terms)
         run.step += 1
         run.seconds = time.perf_counter() - start
         if (i + 1) % args.print_freq == 0 or i + 1 == len(run.loader):
@@ -432,10 +443,18 @@ def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.d
     kinds = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
         "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=fused),
-        "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused),
+        "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)),
         "lars": lambda: timm.optim.Lars(groups, lr=0.0, momentum=0.9),
     }
     return kinds[args.optimizer]()
+
+
+def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """Momentum from zero, to the same effect. torch's fused form would leave it uninitialised if step 0 is skipped."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def actual_lr(args: argparse.Namespace) -> float:
@@ -494,8 +513,8 @@ def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tenso
 def settle(run: Run, outcome: list[float] | None, signals: StopSignals) -> None:
     """Act on what all ranks agreed on one step ago: count, share, save, stop. The same on every rank."""
     stop, due = count(run, outcome)
-    if run.step % len(run.loader) == 0:
-        return  # the end of an epoch saves, and looks for signals, anyway
+    if run.step % len(run.loader) == 0 or run.step == run.last_step:
+        return  # the end of an epoch, and of the run, saves anyway
     if stop or due or too_many_bad_images(run):
         count(run, run.outcomes.flush())  # of the step just done: a checkpoint has to know
         save(run)
@@ -627,6 +646,18 @@ def share_bad_images(run: Run) -> None:
     distributed.on_main(utils.write_text, Path(run.args.output_dir, "bad_images.txt"), lines)
 
 
+def still_unreadable(run: Run, known: dict[str, str]) -> dict[str, str]:
+    """Of the images that could not be read before, those that were not repaired since."""
+    place = {str(name): i for i, name in enumerate(run.dataset.names)} if known else {}
+    found = {}
+    for name in known.keys() & place.keys():
+        try:
+            run.dataset[place[name]]
+        except LocalError as error:
+            found[name] = str(error)
+    return dict(sorted(found.items()))
+
+
 def too_many_bad_images(run: Run) -> bool:
     return len(run.bad_images) > run.args.max_bad_images * len(run.dataset)
 
@@ -635,7 +666,8 @@ def refuse_bad_images(run: Run) -> None:
     last = next(reversed(run.bad_images.values()))
     raise UserError(
         f"{len(run.bad_images)} of {len(run.dataset)} images cannot be read, more than --max_bad_images "
-        f"{run.args.max_bad_images:g} allows: see {run.args.output_dir}/bad_images.txt; the last: {last}"
+        f"{run.args.max_bad_images:g} allows: repair those in {run.args.output_dir}/bad_images.txt, or allow more; the "
+        f"last: {last}"
     )
 
 
@@ -679,9 +711,10 @@ def save(run: Run) -> None:
             "bad_images": run.bad_images,
             "log_bytes": log.stat().st_size if log.exists() else 0,
         }
-        checkpoints.save_run(folder, state)
-        if run.args.saveckp_freq and rest == 0 and epoch % run.args.saveckp_freq == 0:
+        run.lock.check()
+        if run.args.saveckp_freq and rest == 0 and epoch % run.args.saveckp_freq == 0:  # first: a kill may come between
             checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
+        checkpoints.save_run(folder, state)
 
     distributed.on_main(write)
     run.saved_at, run.saved_step = time.monotonic(), run.step
@@ -699,7 +732,7 @@ def resume(run: Run) -> bool:
     args, log = run.args, Path(run.args.output_dir, "log.txt")
 
     def choose() -> str | None:
-        checkpoints.remove_leftovers(args.output_dir)
+        checkpoints.finish_writing(args.output_dir)
         found = checkpoints.load_run(args.output_dir)
         if found is None:
             if log.exists():  # of a run that was killed before its first checkpoint
@@ -707,32 +740,37 @@ def resume(run: Run) -> bool:
             return None
         _, path, problem = found
         if problem:
+            latest = Path(args.output_dir, checkpoints.LATEST)
+            if latest.exists():  # out of the way of the good one, which is the next to be called previous
+                os.replace(latest, latest.with_name("checkpoint_damaged.pth"))
             print(f"WARNING: {problem}. Resuming the one before it, {path}", file=sys.stderr, flush=True)
         return str(path)
 
     path = distributed.on_main(choose)
     if path is None:
         return False
-    state = checkpoints.load(path)
-    if state.keys() != STATE_KEYS:
-        names = ", ".join(sorted(map(str, state.keys() ^ STATE_KEYS)))
-        raise UserError(f"{path} was written by another version (keys {names}): use another --output_dir")
-    defaults = vars(get_args_parser(args.method).parse_args([]))  # of flags that are younger than the checkpoint
-    mine, theirs = vars(args) | run.identity, defaults | state["args"] | state["identity"]
-    differ = {k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k)}
-    refused = sorted(differ - set(args.resume_force))
-    if refused:
-        raise UserError(
-            f"{path} belongs to another run: "
-            + ", ".join(f"{k} {theirs.get(k)} there, {mine.get(k)} here" for k in refused)
-            + f"; use another --output_dir, the same settings, or --resume_force {' '.join(refused)}"
-        )
-    checkpoints.load_into(run.method, state["model"], path)
-    checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
-    run.scaler.load_state_dict(state["scaler"])
-    run.bad_images = state["bad_images"]
+    with distributed.together():  # each rank reads the file on its own
+        state = checkpoints.load(path)
+        if state.keys() != STATE_KEYS:
+            names = ", ".join(sorted(map(str, state.keys() ^ STATE_KEYS)))
+            raise UserError(f"{path} was written by another version (keys {names}): use another --output_dir")
+        defaults = vars(get_args_parser(args.method).parse_args([]))  # of flags that are younger than the checkpoint
+        mine, theirs = vars(args) | run.identity, defaults | state["args"] | state["identity"]
+        differ = {k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k)}
+        refused = sorted(differ - set(args.resume_force))
+        if refused:
+            raise UserError(
+                f"{path} belongs to another run: "
+                + ", ".join(f"{k} {theirs.get(k)} there, {mine.get(k)} here" for k in refused)
+                + f"; use another --output_dir, the same settings, or --resume_force {' '.join(refused)}"
+            )
+        checkpoints.load_into(run.method, state["model"], path)
+        checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
+        if "precision" not in differ:
+            run.scaler.load_state_dict(state["scaler"])
+    run.bad_images = distributed.on_main(still_unreadable, run, state["bad_images"])
     run.step = run.saved_step = state["step"]
-    if state["steps_per_epoch"] == len(run.loader) and "processes" not in differ:
+    if state["steps_per_epoch"] == len(run.loader) and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ:
         progress = state["progress"]
         run.meter.load(progress["meter"], run.device)
         run.skipped, run.replaced, run.seconds = progress["skipped"], progress["replaced"], progress["seconds"]
@@ -747,7 +785,7 @@ def resume(run: Run) -> bool:
                 f"WARNING: forced although different: {', '.join(f'{k} was {theirs.get(k)}' for k in sorted(differ))}"
             )
         size = log.stat().st_size if log.exists() else 0
-        if size > state["log_bytes"]:  # lines that are going to be written again
+        if size > state["log_bytes"] and run.step < run.last_step:  # lines that are going to be written again
             os.truncate(log, state["log_bytes"])
         elif size < state["log_bytes"]:
             print(f"WARNING: {log} has lost lines: {size} bytes instead of {state['log_bytes']}")

@@ -22,6 +22,7 @@ class Meter:
         for name, value in terms.items():
             if skipped is not None:
                 value = torch.where(skipped, torch.zeros_like(value), value)
+            value = value.double()  # readings at other intervals change no digit that matters
             self.recent[name] = self.recent[name] + value if name in self.recent else value.clone()
 
     def read(self) -> dict[str, float]:
@@ -36,7 +37,7 @@ class Meter:
 
     def _flush(self) -> dict[str, Tensor]:
         names = list(self.recent)
-        stacked = distributed.mean_over_ranks(torch.stack([self.recent[n].double() for n in names]))
+        stacked = distributed.mean_over_ranks(torch.stack([self.recent[n] for n in names]))
         values = dict(zip(names, stacked, strict=True))
         for name, value in values.items():
             self.totals[name] = self.totals[name] + value if name in self.totals else value

@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import distributed
-from utils import NonFiniteError, UserError, WriteError
+from utils import Interrupted, NonFiniteError, UserError, WriteError, remove_quietly
 
 # --- signals -------------------------------------------------------------------------------------------
 
@@ -34,22 +34,24 @@ class StopSignals:
 
     def __init__(self):
         self.name: str | None = None
-        self._since = 0.0
+        self._ctrl_c: float | None = None  # when the first one came
 
     def __enter__(self) -> "StopSignals":
         here = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
         self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS} if here else {}
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind, *_) -> None:
+        for number, handler in self._before.items():  # schedulers signal twice: the way out keeps its exit code
+            signal.signal(number, signal.SIG_IGN if kind is Interrupted else handler)
 
     def _note(self, number: int, frame) -> None:
-        if number == signal.SIGINT and self.name == "SIGINT" and time.monotonic() - self._since > 1:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._ctrl_c is not None and time.monotonic() - self._ctrl_c > 1:
+                raise KeyboardInterrupt
+            self._ctrl_c = self._ctrl_c or time.monotonic()
         if self.name is None:
-            self.name, self._since = signal.Signals(number).name, time.monotonic()
+            self.name = signal.Signals(number).name
             os.write(2, f"{self.name}: saving after this step\n".encode())  # print is not safe here
 
 
@@ -79,11 +81,16 @@ class FolderLock:
         self._stop.set()
         self._thread.join()
         if _read_lock(self.path) == self._mine:
-            self.path.unlink(missing_ok=True)
+            remove_quietly(self.path)
+
+    def check(self) -> None:
+        """Raises `UserError` if another run took the folder over, as it may from one that was stopped for long."""
+        if _read_lock(self.path) != self._mine:
+            raise UserError(f"{self.path} is no longer this run's: another one took {self.path.parent} over")
 
     def _acquire(self) -> None:
         pid = os.getpid()
-        self._mine = {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}
+        self._mine = {"host": socket.gethostname(), "system": system_id(), "pid": pid, "started": process_start(pid)}
         while not self._create():
             other = _read_lock(self.path)
             if other is not None:
@@ -112,10 +119,10 @@ class FolderLock:
         except OSError as error:
             raise WriteError(f"{self.path} cannot be written: {error.strerror}") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            remove_quietly(temporary)
 
     def _refuse_if_alive(self, other: dict) -> None:
-        if other.get("host") == self._mine["host"]:
+        if all(other.get(k) == self._mine[k] for k in ("host", "system")):
             started = process_start(other["pid"])
             alive = started is not None and started == other.get("started")
         else:
@@ -125,7 +132,7 @@ class FolderLock:
             first, end = _mtime(self.path), time.monotonic() + self.QUIET
             while _mtime(self.path) == first and time.monotonic() < end:
                 time.sleep(min(1.0, self.QUIET / 10))
-            alive = _mtime(self.path) != first
+            alive = _mtime(self.path) not in (first, None)  # None: it was given back meanwhile
         if alive:
             raise UserError(
                 f"{self.path.parent} is in use by {_describe(other)}: stop it, or choose another --output_dir"
@@ -140,14 +147,23 @@ class FolderLock:
             return
         if _read_lock(aside) != other:
             os.rename(aside, self.path)
-        aside.unlink(missing_ok=True)
+        remove_quietly(aside)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.BEAT):
             try:
-                os.utime(self.path)
+                if _read_lock(self.path) == self._mine:
+                    os.utime(self.path)
             except OSError:  # the folder is away for a moment, or for good: saving will tell
                 pass
+
+
+def system_id() -> str:
+    """This boot of this machine, and the name space of its process numbers: containers may share a host's name."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def process_start(pid: int) -> str | None:
@@ -219,20 +235,21 @@ class RunningStatistics:
 class BadSteps:
     """Counts skipped steps, and ends the run after more than `limit` in a row with a report of the last."""
 
-    def __init__(self, limit: int, folder: str | Path):
-        self.limit, self.path = limit, Path(folder) / "bad_step.json"
+    def __init__(self, limit: int, folder: str | Path, names: Sequence[str]):
+        self.limit, self.path, self.names = limit, Path(folder) / "bad_step.json", names
         self.in_a_row = 0
         self._seen: deque[tuple] = deque(maxlen=2)  # the host learns one step later which of them was bad
 
-    def remember(self, step: int, files: list[str], terms: dict[str, Tensor]) -> None:
-        self._seen.append((step, files, terms))
+    def remember(self, step: int, samples: Tensor, terms: dict[str, Tensor]) -> None:
+        self._seen.append((step, samples, terms))
 
     def count(self, step: int, skipped: bool, scale: Callable[[], float]) -> None:
         """Every rank calls it with the same values. Raises `NonFiniteError` on all of them together."""
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row <= self.limit:
             return
-        files, terms = next((files, terms) for s, files, terms in self._seen if s == step)
+        samples, terms = next((samples, terms) for s, samples, terms in self._seen if s == step)
+        files = [str(self.names[i]) for i in samples]
         terms = {name: float(value) for name, value in terms.items()}
         ranks = distributed.gather_objects({"terms": terms, "files": files})
         wrong = sorted({name for one in ranks for name, x in one["terms"].items() if not math.isfinite(x)})
@@ -246,5 +263,6 @@ class BadSteps:
                 print(f"{self.path} could not be written: {error.strerror}", file=sys.stderr)
         raise NonFiniteError(
             f"{self.in_a_row} steps in a row were not finite ({', '.join(wrong)}), the last {step}: see {self.path}; "
-            "the checkpoint is from before. Try a lower --lr with --resume_force lr, or --precision bf16 for fp16"
+            "the checkpoint is from before. Try a lower --lr with --resume_force lr, or --precision bf16 for fp16 with "
+            "--resume_force precision use_fp16"
         )

@@ -1,6 +1,7 @@
 """Small things every script needs: user-facing errors, counter-based random bits, schedules, seeding, logging."""
 
 import argparse
+import errno
 import functools
 import json
 import math
@@ -83,6 +84,8 @@ def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
             line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
             label = "" if isinstance(error, Interrupted) else "error: "
             print(f"{Path(sys.argv[0]).name}: {label}{line}", file=sys.stderr)
+        if isinstance(error, Interrupted) and torch.distributed.is_initialized():  # all ranks come here together
+            torch.distributed.destroy_process_group()
         sys.exit(error.exit_code)
     except RuntimeError as error:
         if not torch.distributed.is_initialized() or not any(sign in str(error) for sign in PEER_GONE):
@@ -225,14 +228,18 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
 
     Raises `UserError` with the reason.
     """
+    probe = Path(path) / f".write_test_{os.getpid()}"
     try:
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{os.getpid()}"
+        probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
-        probe.unlink()
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another folder") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        mend = "free some space and run again" if full else "choose another folder"
+        raise (WriteError if full else UserError)(
+            f"{flag} {path} cannot be written: {error.strerror}; {mend}"
+        ) from None
+    finally:
+        remove_quietly(probe)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -243,6 +250,16 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
+    finally:
+        remove_quietly(temporary)
+
+
+def remove_quietly(path: Path) -> None:
+    """If it is there and can be removed; a disk that failed has been reported by then."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass
 
 
 def append_json_line(path: str | Path, record: dict) -> None:

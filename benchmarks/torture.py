@@ -420,7 +420,8 @@ def overhead(folder: Path) -> list[tuple]:
     Path(args.output_dir).mkdir(parents=True)
     stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
     try:
-        run = main_cplearn.build(args, device)
+        lock = main_cplearn.FolderLock(args.output_dir).__enter__()
+        run = main_cplearn.build(args, device, lock)
     finally:
         sys.stdout = stdout
     for p in run.method.parameters():
@@ -432,6 +433,7 @@ def overhead(folder: Path) -> list[tuple]:
         begin = time.perf_counter()
         main_cplearn.save(run)
         seconds.append(time.perf_counter() - begin)
+    lock.__exit__(None)
     size = Path(args.output_dir, "checkpoint.pth").stat().st_size / 2**20
     median = sorted(seconds)[2]
     return [("vit_small, AdamW", f"{size:.0f} MiB", f"{median:.2f} s", f"{median / (60 * args.saveckp_minutes):.3%}")]

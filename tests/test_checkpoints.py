@@ -1,5 +1,6 @@
 """Atomic writing, safe loading, strict keys."""
 
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -143,15 +144,41 @@ def test_the_checkpoint_before_is_kept_and_used_when_the_newest_is_damaged(tmp_p
         checkpoints.load_run(tmp_path)
 
 
-def test_killed_between_the_renames(tmp_path):
-    for step in range(2):
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_killed_at_any_rename(tmp_path, calls, damaged):
+    """A real process that ends, as by kill -9, before the first, second or third rename of its save."""
+    for step in (1, 2):
         checkpoints.save_run(tmp_path, {"step": step})
-    os.replace(tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth")
-    (tmp_path / "checkpoint.pth.new").write_bytes(b"x")
-    (tmp_path / ".checkpoint.pth.new.7.tmp").write_bytes(b"x")
-    assert checkpoints.load_run(tmp_path)[0]["step"] == 1
-    checkpoints.remove_leftovers(tmp_path)
-    assert os.listdir(tmp_path) == ["checkpoint_previous.pth"]
+    if damaged:  # the newest; what is resumed then moves it out of the way
+        os.replace(tmp_path / "checkpoint.pth", tmp_path / "checkpoint_damaged.pth")
+    known = checkpoints.load_run(tmp_path)[0]["step"]
+
+    def save_and_die():
+        rename, done = os.replace, []
+
+        def limited(*args):
+            if len(done) == calls:
+                os._exit(9)
+            done.append(rename(*args))
+
+        os.replace = limited
+        checkpoints.save_run(tmp_path, {"step": 3})
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=save_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == (0 if damaged and calls == 2 else 9)
+    found = checkpoints.load_run(tmp_path)
+    assert found[0]["step"] >= known and found[2] is None
+    checkpoints.finish_writing(tmp_path)
+    assert checkpoints.load_run(tmp_path)[0]["step"] == (3 if calls else known)
+    assert {p.name for p in tmp_path.iterdir()} <= {
+        "checkpoint.pth",
+        "checkpoint_previous.pth",
+        "checkpoint_damaged.pth",
+    }
 
 
 def test_a_file_that_may_not_grow_any_more_costs_nothing(tmp_path):

@@ -312,5 +312,6 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, how):
     assert isinstance(told, WorkerError) and told.exit_code == 5 and "\n" not in str(told)
     assert "while reading 005.jpg" in str(told) or (how == "hangs" and "005.jpg" in str(told)), str(told)
     stop_workers(loader)
-    assert not [p for p in multiprocessing.active_children() if p.pid in loader.dataset.reading[:, 0].tolist()]
+    pids = loader.dataset.reading[:, 0].tolist()
+    assert min(pids) > 0 and not [p for p in multiprocessing.active_children() if p.pid in pids]
     assert worker_error(RuntimeError("shapes do not match"), loader) is None

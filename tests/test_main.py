@@ -251,10 +251,11 @@ def test_broken_weights_are_not_saved(tmp_path, image_folder):
     assert not (tmp_path / "checkpoint.pth").exists() and len(log_of(tmp_path)) == 7
     args = main_cplearn.parse_args([*SMALL, "--data_path", str(image_folder), "--output_dir", str(tmp_path)])
     main_cplearn.choose_precision(args, torch.device("cpu"))
-    run = main_cplearn.build(args, torch.device("cpu"))
-    run.method.head.linear.weight.data[3, 2] = float("inf")
-    with pytest.raises(NonFiniteError, match="weights became infinite or NaN by step 0: not saved"):
-        main_cplearn.save(run)
+    with main_cplearn.FolderLock(tmp_path) as lock:
+        run = main_cplearn.build(args, torch.device("cpu"), lock)
+        run.method.head.linear.weight.data[3, 2] = float("inf")
+        with pytest.raises(NonFiniteError, match="weights became infinite or NaN by step 0: not saved"):
+            main_cplearn.save(run)
     assert not (tmp_path / "checkpoint.pth").exists() and not (tmp_path / ".lock").exists()
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 from torch import nn
 
 import utils
-from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals, process_start
+from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals, process_start, system_id
 from utils import NonFiniteError, UserError
 
 # --- signals -------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_ctrl_c_twice_ends_at_once_but_not_within_a_second(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun passes it on a second time
         assert signals.name == "SIGINT"
-        signals._since -= 2
+        signals._ctrl_c -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
@@ -79,7 +79,7 @@ def test_a_second_process_is_refused_and_a_killed_one_is_replaced(tmp_path, caps
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_run(tmp_path):
-    lock = {"host": socket.gethostname(), "pid": os.getppid(), "started": "1"}
+    lock = {"host": socket.gethostname(), "system": system_id(), "pid": os.getppid(), "started": "1"}
     (tmp_path / ".lock").write_text(json.dumps(lock))
     with FolderLock(tmp_path):
         pass
@@ -109,6 +109,24 @@ def test_a_lock_of_another_host_is_watched(tmp_path, monkeypatch, content):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_a_lock_that_is_given_back_while_it_is_watched_is_free(tmp_path):
+    """The host's name is the same, but its processes cannot be seen from this container."""
+    lock = {
+        "host": socket.gethostname(),
+        "system": "another",
+        "pid": os.getpid(),
+        "started": process_start(os.getpid()),
+    }
+    (tmp_path / ".lock").write_text(json.dumps(lock))
+    threading.Timer(0.3, (tmp_path / ".lock").unlink).start()
+    with FolderLock(tmp_path) as mine:
+        mine.check()
+        (tmp_path / ".lock").write_text(json.dumps(lock))
+        with pytest.raises(UserError, match="no longer this run's: another one took"):
+            mine.check()
+    assert json.loads((tmp_path / ".lock").read_text()) == lock  # and it is left alone
+
+
 def test_the_heart_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(FolderLock, "BEAT", 0.02)
     with FolderLock(tmp_path):
@@ -118,7 +136,8 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 
 
 def test_only_one_of_many_gets_a_dead_lock(tmp_path):
-    (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1"}))
+    dead = {"host": socket.gethostname(), "system": system_id(), "pid": 2**22 + 1, "started": "1"}
+    (tmp_path / ".lock").write_text(json.dumps(dead))
     code = HOLD.format(root=str(ROOT), folder=str(tmp_path))
     many = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -152,11 +171,11 @@ def test_running_statistics_are_as_before_a_skipped_step():
 
 
 def test_bad_steps_are_counted_in_a_row_and_reported(tmp_path):
-    bad = BadSteps(2, tmp_path)
+    bad = BadSteps(2, tmp_path, [f"{i}.jpg" for i in range(6)])
 
     def step(number, skipped):
         terms = {"loss": torch.tensor(float("nan") if skipped else 1.0), "prior": torch.tensor(2.0)}
-        bad.remember(number, [f"{number}.jpg"], terms)
+        bad.remember(number, torch.tensor([number]), terms)
         bad.count(number, skipped, lambda: 8.0)
 
     for number, skipped in enumerate((True, True, False, True, True)):
