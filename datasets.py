@@ -13,6 +13,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -330,12 +331,8 @@ def train_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
-    timeout: float = 0,
 ) -> DataLoader:
-    """Loader of views for this rank. `loader.batch_sampler.epoch` and `.first` choose epoch and first step.
-
-    After `timeout` seconds without a batch from the workers (0: never) it raises the error that `worker_error` reads.
-    """
+    """Loader of views for this rank. `loader.batch_sampler.epoch` and `.first` choose epoch and first step."""
     batches = Batches(len(dataset), batch_size, seed, distributed.rank(), distributed.world_size())
     if len(batches) == 0:
         raise UserError(
@@ -347,7 +344,6 @@ def train_loader(
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        timeout=timeout if num_workers else 0,
         worker_init_fn=_start_worker,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the loader's own, so that it leaves the global one (drop path) alone
@@ -359,6 +355,28 @@ def _start_worker(_: int) -> None:
     get_worker_info().dataset._note(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raises RuntimeError inside after that time; 0 for never. In the main thread, where the loader is read.
+
+    torch's own timeout waits for the begin of a message only, and does not see a worker that is frozen in one.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_) -> None:
+        raise RuntimeError(f"DataLoader timed out after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:

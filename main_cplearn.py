@@ -308,7 +308,6 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
         seed=args.seed,
         num_workers=datasets.default_workers(args.num_workers),
         pin_memory=device.type == "cuda",
-        timeout=args.worker_timeout,
     )
     method = models.build_method(args)
     for size in sorted({view.size for view in views}):
@@ -370,10 +369,11 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
     statistics = RunningStatistics(method)
     progress = Progress(epoch, args.epochs, len(run.loader))
     start = time.perf_counter() - run.seconds
-    batches = iter(run.loader)
+    with datasets.deadline(args.worker_timeout):
+        batches = iter(run.loader)
 
     for i in range(first, last):
-        with run.waiting:
+        with run.waiting, datasets.deadline(args.worker_timeout):
             crops, _, samples, failures = next(batches)
         lr = set_schedules(optimizer, run.step, len(run.loader), args)
         utils.seed_everything(utils.FOR_STEP, args.seed, run.step, distributed.rank())  # drop path

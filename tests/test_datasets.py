@@ -18,6 +18,7 @@ from datasets import (
     Digits,
     Folder,
     build_dataset,
+    deadline,
     read_class_list,
     stop_workers,
     train_loader,
@@ -241,11 +242,9 @@ def test_batch_larger_than_the_data(image_folder):
 # --- images that cannot be read, workers that cannot read ------------------------------------------------
 
 
-def small_loader(dataset, workers, timeout=0.0):
+def small_loader(dataset, workers):
     views = build_views("dino", size=16, local_size=8, n_local=0, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
-    return train_loader(
-        dataset, views, batch_size=4, seed=5, num_workers=workers, pin_memory=False, timeout=timeout
-    )  # fmt: skip
+    return train_loader(dataset, views, batch_size=4, seed=5, num_workers=workers, pin_memory=False)
 
 
 def test_an_unreadable_image_is_replaced_by_a_drawn_one(tmp_path):
@@ -305,8 +304,8 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, how):
     write_images(tmp_path, 12)
     dataset = Trouble(tmp_path)
     dataset.how = how
-    loader = small_loader(dataset, 2, timeout=3.0)
-    with pytest.raises(RuntimeError) as error:
+    loader = small_loader(dataset, 2)
+    with pytest.raises(RuntimeError) as error, deadline(3.0):
         list(loader)
     told = worker_error(error.value, loader)
     assert isinstance(told, WorkerError) and told.exit_code == 5 and "\n" not in str(told)
