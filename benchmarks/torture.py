@@ -2,9 +2,9 @@
 
     python benchmarks/torture.py [--parts kills images checkpoints disk overhead] [--kills 100] [--seed 0]
 
-    kills        1- and 2-process runs killed at random moments, a third of them while a checkpoint is written, and now
-                 and then with the newest checkpoint damaged; each goes on until the next kill, and the last must equal
-                 the run that nobody disturbed, bit for bit
+    kills        runs of 1, 2 and 3 processes killed at random moments, a third of them while a checkpoint is written,
+                 now and then by a signal to stop, or with the newest checkpoint damaged; each goes on until the next
+                 kill, and the last must equal the run that nobody disturbed, bit for bit
     images       files of every odd and damaged kind: read, or refused and replaced, as expected of the kind
     checkpoints  bit flips, cut files, foreign pickles: loaded as saved, or refused in one line, nothing executed
     disk         a file system that is too small (tmpfs, as root)
@@ -51,19 +51,18 @@ FORK = multiprocessing.get_context("fork")
 # Drop path, batch norm, a prior buffer and an optimiser with state: whatever a continuation could get wrong.
 RUN = ["--arch", "timm:test_vit", "--drop_path_rate", "0.3", "--image_size", "32", "--out_dim", "64", "--embed_dim",
        "32", "--epochs", "3", "--warmup_epochs", "1", "--batch_size_per_gpu", "48", "--prior_buffer", "3", 
-       "--print_freq", "7", "--saveckp_freq", "0", "--device", "cpu"]  # fmt: skip
+       "--print_freq", "7", "--saveckp_freq", "1", "--device", "cpu"]  # fmt: skip
 
 
 # --- running and killing -------------------------------------------------------------------------------
 
 
-def start(out: Path, world: int, *more: str) -> list:
-    """`world` processes of main_cplearn.py on the folder `out`. Their output is appended to out/../said.txt."""
-    meeting = tempfile.mktemp(dir=out.parent)
+def start(out: Path, world: int, *more: str, place: Path | None = None) -> list:
+    """`world` processes of main_cplearn.py on the folder `out`. Their output is appended to said.txt, beside it."""
+    place = place or out.parent
+    meeting = tempfile.mktemp(dir=place)
     argv = [*RUN, "--output_dir", str(out), "--dist_url", f"file://{meeting}", "--dist_timeout", "0.3", *more]
-    processes = [
-        FORK.Process(target=_run, args=(rank, world, argv, str(out.parent / "said.txt"))) for rank in range(world)
-    ]
+    processes = [FORK.Process(target=_run, args=(rank, world, argv, str(place / "said.txt"))) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -126,67 +125,106 @@ def same(a, b) -> bool:
 
 
 def same_run(a: Path, b: Path) -> bool:
+    """Weights, optimiser, counters, log lines and the numbered checkpoints, bit by bit."""
     (one, log_one), (two, log_two) = weights_and_log(a), weights_and_log(b)
-    return log_one == log_two and all(same(one[k], two[k]) for k in ("step", "model", "optimizer", "scaler"))
+    numbered = [sorted(p.name for p in out.glob("checkpoint0*.pth")) for out in (a, b)]
+    if numbered[0] != numbered[1]:
+        return False
+    models = [[checkpoints.load(out / name)["model"] for name in numbered[0]] for out in (a, b)]
+    keys = ("step", "epoch", "model", "optimizer", "scaler")
+    return log_one == log_two and same(*models) and all(same(one[k], two[k]) for k in keys)
+
+
+def gone(groups: list[int], seconds: float = 30) -> bool:
+    """Whether nothing is left of these process groups: a loader's workers notice in seconds that their rank died."""
+    end = time.monotonic() + seconds
+    for group in groups:
+        while True:
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                break
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+    return True
+
+
+def disturb(processes: list, rng: random.Random) -> str:
+    """kill -9 of one rank or all, with or without its workers; or a signal to stop, to one rank. Returns which."""
+    victims = processes if rng.random() < 0.5 else [rng.choice(processes)]
+    if rng.random() < 0.2:
+        os.kill(victims[0].pid, rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)))
+        return "signal"
+    with_workers = rng.random() < 0.5
+    for process in victims:
+        os.killpg(process.pid, signal.SIGKILL) if with_workers else os.kill(process.pid, signal.SIGKILL)
+    return "kill"
 
 
 def torture_kills(folder: Path, kills: int, rng: random.Random) -> list[tuple]:
     """One row a setting: kills, where they hit, lost checkpoints, whether the end is the same."""
     rows = []
-    for world, workers in ((1, 0), (1, 2), (2, 0), (2, 1)):
-        name = f"{world} process{'es' * (world > 1)}, {workers} workers each"
-        more = ["--num_workers", str(workers), "--saveckp_minutes", "0.002"]
+    settings = ((1, 0, "adamw"), (1, 2, "sgd"), (2, 0, "adamw"), (2, 1, "lars"), (3, 0, "adamw"))
+    for world, workers, optimizer in settings:
+        name = f"{world} process{'es' * (world > 1)}, {workers} workers each, {optimizer}"
+        more = ["--num_workers", str(workers), "--optimizer", optimizer]
         quiet = folder / f"quiet{world}{workers}" / "run"
         quiet.parent.mkdir(parents=True)
-        codes = finish(start(quiet, world, "--num_workers", str(workers), "--saveckp_minutes", "0"))
+        codes = finish(start(quiet, world, *more, "--saveckp_minutes", "0"))
         if any(codes):
-            raise RuntimeError(f"{name}: the undisturbed run ended with {codes}; see {quiet.parent}/said.txt")
-        done, lost, damaged, equal, finished = 0, 0, 0, 0, 0
+            raise RuntimeError(f"{name}: the undisturbed run ended with {codes}: {said(quiet)}")
+        more += ["--saveckp_minutes", "0.002"]
+        done, signals, lost, damaged, equal, finished = 0, 0, 0, 0, 0, 0
         where: Counter = Counter()
-        target = -(-kills // 4)
+        target = -(-kills // len(settings))
         while done < target:  # a run that was killed often enough comes to its end; then the next one begins
             out = folder / f"killed{world}{workers}_{finished}" / "run"
             out.parent.mkdir(parents=True)
-            reached, chance = 0, rng.uniform(3, 9)
+            reached, chances, groups = 0, rng.randrange(3, 9), []
             while True:
                 processes = start(out, world, *more)
-                last = chance <= 0 or done >= target
-                writing = rng.random() < 1 / 3
-                if not last and kill_when(processes, out, rng.uniform(0.2, 3.0), writing):
-                    victim = rng.choice(processes)
-                    for process in processes if rng.random() < 0.5 else [victim]:
-                        os.killpg(process.pid, signal.SIGKILL)
-                    codes = finish(processes)
-                    if any(code not in (-9, 6, 0) for code in codes):
-                        raise RuntimeError(f"{name}: exit codes {codes} after kill -9; see {out.parent}/said.txt")
-                    if all(code == 0 for code in codes):
-                        continue
-                    done, chance = done + 1, chance - 1
-                    half = any(out.glob(".checkpoint*.tmp")) or (out / "checkpoint.pth.new").exists()
-                    found = checkpoints.load_run(out) if out.exists() else None
-                    step = found[0]["step"] if found else 0
-                    where["checkpoint" if half else "start" if step == reached else "step"] += 1
-                    lost += step < reached
-                    reached = step
-                    if found and rng.random() < 0.1 and (out / "checkpoint_previous.pth").exists():
-                        damage(out / "checkpoint.pth", rng)
-                        damaged += 1
-                        reached = checkpoints.load(out / "checkpoint_previous.pth")["step"]
-                elif not last:
-                    if any(finish(processes)):
-                        raise RuntimeError(f"{name}: ended on its own; see {out.parent}/said.txt")
-                    break
-                else:
+                groups += [process.pid for process in processes]
+                quietly = chances == 0 or done >= target
+                if quietly or not kill_when(processes, out, rng.uniform(0.2, 3.0), rng.random() < 1 / 3):
                     codes = finish(processes)
                     if any(codes):
-                        raise RuntimeError(f"{name}: exit codes {codes}; see {out.parent}/said.txt")
+                        raise RuntimeError(f"{name}: ended on its own with {codes}: {said(out)}")
                     break
+                how = disturb(processes, rng)
+                codes = finish(processes)
+                allowed = (0, -9, 6) if how == "kill" else (0, 75) if len(set(codes)) == 1 else ()
+                early = how == "signal" and all(
+                    code in (-15, -10, -12, 130, 6) for code in codes
+                )  # before the first step
+                if not early and any(code not in allowed for code in codes):
+                    raise RuntimeError(f"{name}: exit codes {codes} after a {how}: {said(out)}")
+                if all(code == 0 for code in codes):
+                    break
+                half = any(out.glob(".checkpoint*.tmp")) or (out / "checkpoint.pth.new").exists()
+                found = checkpoints.load_run(out) if out.exists() else None
+                step = found[0]["step"] if found else 0
+                done, signals, chances = done + (how == "kill"), signals + (how == "signal"), chances - 1
+                if how == "kill":
+                    where["checkpoint" if half else "start" if step == reached else "step"] += 1
+                lost += step < reached
+                reached = step
+                if found and rng.random() < 0.1 and (out / "checkpoint_previous.pth").exists():
+                    damage(out / "checkpoint.pth", rng)
+                    damaged += 1
+                    reached = checkpoints.load(out / "checkpoint_previous.pth")["step"]
+            if not gone(groups):
+                raise RuntimeError(f"{name}: processes are left behind")
             finished += 1
             equal += same_run(quiet, out)
         hits = ", ".join(f"{n} {place}" for place, n in sorted(where.items()))
-        rows.append((name, done, hits, damaged, lost, f"{equal} of {finished}"))
+        rows.append((name, done, hits, signals, damaged, lost, f"{equal} of {finished}"))
         print(f"{name}: {done} kills, {equal} of {finished} runs equal", flush=True)
     return rows
+
+
+def said(out: Path) -> str:
+    return (out.parent / "said.txt").read_text()[-1500:]
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------
@@ -391,22 +429,27 @@ def torture_disk(folder: Path, rng: random.Random) -> list[tuple]:
         finish(start(quiet, 1, *more))
         size = (quiet / "checkpoint.pth").stat().st_size
         out = place / "run"
-        codes, intact = [], True
-        for room in (0.3, 1.4, 2.7):  # checkpoints that fit: not one; one; the latest two but no third being written
+        codes, as_expected = [], True
+        for room in (
+            0,
+            0.5,
+            1.5,
+            2.5,
+            3.5,
+        ):  # in checkpoints; the run writes two kinds, and keeps one before the latest
             shutil.rmtree(out, ignore_errors=True)
             ballast = place / "ballast"
-            free = shutil.disk_usage(place).free
             with open(ballast, "wb") as f:
-                f.write(bytes(int(free - room * size)))
-            codes += finish(start(out, 1, *more))
-            found = checkpoints.load_run(out)
-            steps = found[0]["step"] if found else 0
-            intact &= (found is None) == (room < 1) and (found is None or found[2] is None)
-            print(f"disk with room for {room} checkpoints: exit code {codes[-1]}, step {steps} is kept", flush=True)
+                f.write(bytes(int(shutil.disk_usage(place).free - room * size)))
+            codes += finish(start(out, 1, *more, place=folder))
+            found = checkpoints.load_run(out) if out.exists() else None
+            print(
+                f"room for {room} checkpoints: exit code {codes[-1]}, step {found[0]['step'] if found else 0} is kept"
+            )
+            as_expected &= codes[-1] == 4 and (found is None or found[2] is None)
             ballast.unlink()
-            finish(start(out, 1, *more))
-            intact &= same_run(quiet, out)
-        return [("tmpfs", f"exit codes {codes}", "checkpoints intact, then equal" if intact else "DAMAGED", "")]
+            as_expected &= finish(start(out, 1, *more)) == [0] and same_run(quiet, out)
+        return [("tmpfs", f"exit codes {codes}", "kept, then equal" if as_expected else "DAMAGED", "")]
     finally:
         subprocess.run(["umount", place])
 
@@ -460,8 +503,8 @@ def main() -> None:
             folder.mkdir()
             if part == "kills":
                 rows = torture_kills(folder, args.kills, rng)
-                header = ("setting", "kill -9", "hit", "newest damaged", "lost", "equal to the undisturbed run")
-                wrong |= any(row[4] or row[5].split(" of ")[0] != row[5].split(" of ")[1] for row in rows)
+                header = ("setting", "kill -9", "hit", "signals", "newest damaged", "lost", "equal to the undisturbed")
+                wrong |= any(row[5] or row[6].split(" of ")[0] != row[6].split(" of ")[1] for row in rows)
             elif part == "images":
                 rows = torture_images(folder, args.images, rng)
                 header = ("kind", "files", "read", "refused", "not as expected")

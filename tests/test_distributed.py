@@ -267,3 +267,32 @@ def _fail_on_main(rank):
 
 def test_an_error_on_rank_0_reaches_all(tmp_path):
     assert run_in_processes(tmp_path, _fail_on_main) == [["wrong", 5], ["wrong", 5]]
+
+
+def _raise_together(rank, bad_rank):
+    try:
+        with distributed.together():
+            if rank == bad_rank:
+                raise UserError("no such folder")
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_an_error_of_one_rank_is_told_by_all(tmp_path, bad_rank):
+    told = run_in_processes(tmp_path, _raise_together, bad_rank)
+    assert told[0] == told[1] and told[0].endswith("no such folder")
+    assert told[0].startswith("rank 1 on ") == (bad_rank == 1)
+
+
+def _compare(rank):
+    distributed.check_same({"--lr": 0.1})
+    try:
+        distributed.check_same({"--lr": 0.1, "data": f"{48 + rank} images"})
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_with_other_data_are_refused(tmp_path):
+    told = run_in_processes(tmp_path, _compare)
+    assert told[0] == told[1] and "rank 1 on" in told[0] and "has data 49 images, rank 0 on" in told[0]
