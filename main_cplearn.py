@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm.optim
@@ -30,9 +29,10 @@ import datasets
 import distributed
 import models
 import utils
-from progress import Later, Meter, Progress
+from progress import Meter, Progress
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
-from utils import Interrupted, LocalError, NonFiniteError, UserError
+from run_state import FREE_ON_RESUME, Run, check_bad_images, count, interrupt, resume, save, settle, vote
+from utils import UserError
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
 NO_TEACHER = "CPLearn has no EMA teacher"
@@ -44,25 +44,6 @@ DINO_ONLY = {
     "--norm_last_layer": "the dictionary is frozen, there is no last layer to normalise",
     "--freeze_last_layer": "the dictionary is always frozen",
     "--use_bn_in_head": "the CPLearn head always has batch norm",
-}
-
-# Flags that may differ between a run and its continuation, because they do not change the result.
-FREE_ON_RESUME = {
-    "output_dir",
-    "num_workers",
-    "worker_timeout",
-    "saveckp_freq",
-    "saveckp_minutes",
-    "print_freq",
-    "max_steps",
-    "max_bad_images",
-    "max_skipped_steps",
-    "resume_force",
-    "tensorboard",
-    "device",
-    "dist_url",
-    "dist_timeout",
-    "loss_form",
 }
 
 
@@ -241,45 +222,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
             datasets.stop_workers(run.loader)
 
 
-@dataclass
-class Run:
-    """What a run is made of, and how far it is. `state` and `resume` are its way to disk and back."""
-
-    args: argparse.Namespace
-    identity: dict[str, int | str]  # what else must not differ in a continuation
-    device: torch.device
-    dataset: torch.utils.data.Dataset
-    views: list[augmentations.View]
-    loader: torch.utils.data.DataLoader
-    method: nn.Module
-    model: nn.Module  # the method, in several processes inside DDP
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    last_step: int
-    bad_steps: BadSteps
-    lock: FolderLock
-    step: int = 0  # finished optimiser steps
-    # of the current epoch
-    meter: Meter = field(default_factory=Meter)
-    outcomes: Later = field(default_factory=Later)  # of the last step, on their way to the host
-    skipped: int = 0  # steps
-    replaced: int = 0  # images
-    seconds: float = 0.0
-    waiting: utils.Stopwatch = field(default_factory=utils.Stopwatch)
-    # unreadable images: name -> reason; and those that the other ranks do not know of yet
-    bad_images: dict[str, str] = field(default_factory=dict)
-    news: dict[str, str] = field(default_factory=dict)
-    saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = 0
-
-
 def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
     """Data, model and optimiser, and the checkpoint in the folder if there is one."""
     with distributed.together():
         run = assemble(args, device, lock)
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
     distributed.check_same({"data": run.identity["data"], **flags})
-    resumed = resume(run)
+    # A flag that is younger than the checkpoint had its default there.
+    resumed = resume(run, vars(get_args_parser(args.method).parse_args([])))
     with distributed.together():
         if args.init_from and not resumed:
             state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
@@ -345,8 +295,7 @@ def train(run: Run) -> dict:
                 run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
                 run.waiting = utils.Stopwatch()
                 save(run)
-            if too_many_bad_images(run):
-                refuse_bad_images(run)
+            check_bad_images(run)
             stop = distributed.sum_over_ranks(torch.tensor(float(signals.name is not None), device=run.device))
             if stop and run.step < run.last_step:
                 interrupt(run, signals)
@@ -480,21 +429,6 @@ def set_schedules(optimizer, step: int, steps_per_epoch: int, args) -> float:
     return lr
 
 
-def vote(run: Run, loss: Tensor, signals: StopSignals, failures: list[str]) -> Tensor:
-    """What all ranks have to know of this step, added up: [loss, signals, save due, news of bad images, replaced]. (5,)"""
-    replaced = 0
-    for sample, reason in (failure for text in failures if text for failure in json.loads(text)):
-        replaced += 1
-        name = str(run.dataset.names[sample])
-        if name not in run.bad_images:
-            run.news[name] = reason
-    minutes = (time.monotonic() - run.saved_at) / 60
-    due = distributed.is_main() and 0 < run.args.saveckp_minutes < minutes
-    mine = torch.tensor([signals.name is not None, due, bool(run.news), replaced], dtype=torch.float64)
-    loss = loss.detach().double()[None]
-    return distributed.sum_over_ranks(torch.cat([loss, mine.to(loss.device, non_blocking=True)]))
-
-
 @torch.no_grad()
 def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tensor:
     """Whether the step must be skipped: loss or gradient is not finite on some rank. Unscales the gradients.
@@ -508,41 +442,6 @@ def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tenso
     grads[0].masked_fill_(skipped, math.nan)
     scaler.unscale_(optimizer)
     return skipped
-
-
-def settle(run: Run, outcome: list[float] | None, signals: StopSignals) -> None:
-    """Act on what all ranks agreed on one step ago: count, share, save, stop. The same on every rank."""
-    stop, due = count(run, outcome)
-    if run.step % len(run.loader) == 0 or run.step == run.last_step:
-        return  # the end of an epoch, and of the run, saves anyway
-    if stop or due or too_many_bad_images(run):
-        count(run, run.outcomes.flush())  # of the step just done: a checkpoint has to know
-        save(run)
-    if too_many_bad_images(run):
-        refuse_bad_images(run)
-    if stop:
-        interrupt(run, signals)
-
-
-def count(run: Run, outcome: list[float] | None) -> tuple[bool, bool]:
-    """Add up one step's outcome, if there is one. Returns whether to stop, and to save."""
-    if outcome is None:
-        return False, False
-    skipped, stop, due, news, replaced = outcome
-    run.skipped += int(skipped)
-    run.replaced += int(replaced)
-    if news:
-        share_bad_images(run)
-    counted = run.step - 1 if run.outcomes.waiting else run.step
-    run.bad_steps.count(counted - 1, bool(skipped), run.scaler.get_scale)
-    return bool(stop), bool(due)
-
-
-def interrupt(run: Run, signals: StopSignals) -> None:
-    raise Interrupted(
-        f"{signals.name or 'a signal to another process'}: stopped after step {run.step} of {run.last_step}, saved after "
-        f"step {run.saved_step} in {run.args.output_dir}; the same command goes on from there"
-    )
 
 
 @torch.no_grad()
@@ -632,164 +531,6 @@ def tensorboard_writer(args, epoch: int):
     except ImportError:
         raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
     return SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=epoch)
-
-
-def share_bad_images(run: Run) -> None:
-    """Every rank learns what the others could not read; rank 0 prints and writes it. Every rank must call it."""
-    fresh = {name: reason for news in distributed.gather_objects(run.news) for name, reason in news.items()}
-    fresh = {name: reason for name, reason in sorted(fresh.items()) if name not in run.bad_images}
-    run.bad_images.update(fresh)
-    run.news = {}
-    for reason in fresh.values() if distributed.is_main() else ():
-        print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
-    lines = "".join(f"{name}\t{reason}\n" for name, reason in run.bad_images.items())
-    distributed.on_main(utils.write_text, Path(run.args.output_dir, "bad_images.txt"), lines)
-
-
-def still_unreadable(run: Run, known: dict[str, str]) -> dict[str, str]:
-    """Of the images that could not be read before, those that were not repaired since."""
-    place = {str(name): i for i, name in enumerate(run.dataset.names)} if known else {}
-    found = {}
-    for name in known.keys() & place.keys():
-        try:
-            run.dataset[place[name]]
-        except LocalError as error:
-            found[name] = str(error)
-    return dict(sorted(found.items()))
-
-
-def too_many_bad_images(run: Run) -> bool:
-    return len(run.bad_images) > run.args.max_bad_images * len(run.dataset)
-
-
-def refuse_bad_images(run: Run) -> None:
-    last = next(reversed(run.bad_images.values()))
-    raise UserError(
-        f"{len(run.bad_images)} of {len(run.dataset)} images cannot be read, more than --max_bad_images "
-        f"{run.args.max_bad_images:g} allows: repair those in {run.args.output_dir}/bad_images.txt, or allow more; the "
-        f"last: {last}"
-    )
-
-
-def save(run: Run) -> None:
-    """Everything a continuation needs to come to the same bits. Every rank must call it.
-
-    While steps are being skipped nothing is saved, except at the end of the run: a step that did not look it may have
-    broken the weights. Raises `WriteError`, and `NonFiniteError` for weights that are not finite. No state of a random generator is in it: every draw is made from (seed, step, rank) or (seed, epoch, sample, view).
-    """
-    if run.bad_steps.in_a_row and run.step < run.last_step:
-        return
-    if not all(p.isfinite().all() for p in run.method.parameters()):
-        raise NonFiniteError(
-            f"weights became infinite or NaN by step {run.step}: not saved, the checkpoint is from before. Try a lower --lr "
-            "with --resume_force lr"
-        )
-    meter = run.meter.state()
-    epoch, rest = divmod(run.step, len(run.loader))
-
-    def write() -> None:
-        folder = Path(run.args.output_dir)
-        log = folder / "log.txt"
-        state = {
-            "args": vars(run.args),
-            "identity": run.identity,
-            "commit": utils.git_commit(),
-            "epoch": epoch,  # whole ones
-            "step": run.step,
-            "steps_per_epoch": len(run.loader),
-            "model": run.method.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(),
-            "progress": {
-                "meter": meter,
-                "skipped": run.skipped,
-                "replaced": run.replaced,
-                "in_a_row": run.bad_steps.in_a_row,
-                "seconds": run.seconds,
-                "waiting": run.waiting.seconds,
-            },
-            "bad_images": run.bad_images,
-            "log_bytes": log.stat().st_size if log.exists() else 0,
-        }
-        run.lock.check()
-        if run.args.saveckp_freq and rest == 0 and epoch % run.args.saveckp_freq == 0:  # first: a kill may come between
-            checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
-        checkpoints.save_run(folder, state)
-
-    distributed.on_main(write)
-    run.saved_at, run.saved_step = time.monotonic(), run.step
-
-
-STATE_KEYS = {"format", "args", "identity", "commit", "epoch", "step", "steps_per_epoch", "model", "optimizer", "scaler",
-              "progress", "bad_images", "log_bytes"}  # fmt: skip
-
-
-def resume(run: Run) -> bool:
-    """Go on after the last step in output_dir/checkpoint.pth (or the one before it). False if there is none.
-
-    Raises `UserError` if it belongs to a run with other settings, unless --resume_force names each that differs.
-    """
-    args, log = run.args, Path(run.args.output_dir, "log.txt")
-
-    def choose() -> str | None:
-        checkpoints.finish_writing(args.output_dir)
-        found = checkpoints.load_run(args.output_dir)
-        if found is None:
-            if log.exists():  # of a run that was killed before its first checkpoint
-                os.replace(log, log.with_name("log_old.txt"))
-            return None
-        _, path, problem = found
-        if problem:
-            latest = Path(args.output_dir, checkpoints.LATEST)
-            if latest.exists():  # out of the way of the good one, which is the next to be called previous
-                os.replace(latest, latest.with_name("checkpoint_damaged.pth"))
-            print(f"WARNING: {problem}. Resuming the one before it, {path}", file=sys.stderr, flush=True)
-        return str(path)
-
-    path = distributed.on_main(choose)
-    if path is None:
-        return False
-    with distributed.together():  # each rank reads the file on its own
-        state = checkpoints.load(path)
-        if state.keys() != STATE_KEYS:
-            names = ", ".join(sorted(map(str, state.keys() ^ STATE_KEYS)))
-            raise UserError(f"{path} was written by another version (keys {names}): use another --output_dir")
-        defaults = vars(get_args_parser(args.method).parse_args([]))  # of flags that are younger than the checkpoint
-        mine, theirs = vars(args) | run.identity, defaults | state["args"] | state["identity"]
-        differ = {k for k in mine.keys() | theirs.keys() if k not in FREE_ON_RESUME and mine.get(k) != theirs.get(k)}
-        refused = sorted(differ - set(args.resume_force))
-        if refused:
-            raise UserError(
-                f"{path} belongs to another run: "
-                + ", ".join(f"{k} {theirs.get(k)} there, {mine.get(k)} here" for k in refused)
-                + f"; use another --output_dir, the same settings, or --resume_force {' '.join(refused)}"
-            )
-        checkpoints.load_into(run.method, state["model"], path)
-        checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
-        if "precision" not in differ:
-            run.scaler.load_state_dict(state["scaler"])
-    run.bad_images = distributed.on_main(still_unreadable, run, state["bad_images"])
-    run.step = run.saved_step = state["step"]
-    if state["steps_per_epoch"] == len(run.loader) and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ:
-        progress = state["progress"]
-        run.meter.load(progress["meter"], run.device)
-        run.skipped, run.replaced, run.seconds = progress["skipped"], progress["replaced"], progress["seconds"]
-        run.waiting.seconds, run.bad_steps.in_a_row = progress["waiting"], progress["in_a_row"]
-    else:  # another batch: steps cannot be matched inside an epoch
-        run.step = state["epoch"] * len(run.loader)
-    if distributed.is_main():
-        epoch, rest = divmod(run.step, len(run.loader))
-        print(f"Resuming {path} after epoch {epoch}" + f" and {rest} of {len(run.loader)} steps" * (rest > 0))
-        if differ:
-            print(
-                f"WARNING: forced although different: {', '.join(f'{k} was {theirs.get(k)}' for k in sorted(differ))}"
-            )
-        size = log.stat().st_size if log.exists() else 0
-        if size > state["log_bytes"] and run.step < run.last_step:  # lines that are going to be written again
-            os.truncate(log, state["log_bytes"])
-        elif size < state["log_bytes"]:
-            print(f"WARNING: {log} has lost lines: {size} bytes instead of {state['log_bytes']}")
-    return True
 
 
 if __name__ == "__main__":
