@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint format check bench clean
+.PHONY: help venv demo test lint format check bench torture clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -37,6 +37,9 @@ check: lint test  ## What a change must pass
 bench: venv  ## Measure speed against named peers (about 20 minutes on 2 CPU cores)
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/loss.py
+
+torture:  ## Kill, damage, fill the disk: what a run survives (about 12 minutes)
+	$(BIN)/python benchmarks/torture.py
 
 clean:  ## Remove caches and the demo's output
 	rm -rf output/demo .pytest_cache .ruff_cache
