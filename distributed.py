@@ -10,7 +10,6 @@ import math
 import os
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -173,9 +172,8 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     `BatchNorm`), and non-persistent buffers such as a frozen dictionary are rebuilt from the flags on
     every rank, so DDP shall not even see them.
 
-    On CPUs DDP is kept from regrouping the gradients after the first step of a process, by the price of looking for
-    unused parameters: with three or more ranks the order of the sums depends on the groups, and a resumed run would
-    differ in the last bit.
+    On CPUs gradients are summed in the order of the ranks. DDP regroups them after the first step of a process, and its
+    own sums over three or more ranks depend on the groups: a resumed run would differ in the last bit.
     """
     if world_size() == 1:
         return module
@@ -189,9 +187,22 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     # torch 2.15 renamed the switch and warns about the old name.
     renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
     never = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    exact = device.type == "cpu"
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    return ddp(module, device_ids=None if exact else [device], find_unused_parameters=exact, **never)
+    wrapped = ddp(module, device_ids=[device] if device.type == "cuda" else None, **never)
+    if device.type == "cpu":
+        wrapped.register_comm_hook(None, _mean_in_rank_order)
+    return wrapped
+
+
+def _mean_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's average of a bucket of gradients, the same wherever in it an element lies."""
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(world_size())]
+    dist.all_gather(parts, bucket.buffer())
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    done = torch.futures.Future()
+    done.set_result(total.div_(world_size()))
+    return done
 
 
 def on_main(function: Callable, *args):

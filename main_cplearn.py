@@ -31,7 +31,7 @@ import models
 import utils
 from progress import Meter, Progress
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
-from run_state import FREE_ON_RESUME, Run, check_bad_images, count, interrupt, resume, save, settle, vote
+from run_state import FREE_ON_RESUME, Run, check_bad_images, count, resume, save, settle, stop_if_asked, vote
 from utils import UserError
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
@@ -212,10 +212,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
     distributed.on_main(utils.check_output_dir, args.output_dir)
-    with FolderLock(args.output_dir) as lock:
+    with StopSignals() as signals, FolderLock(args.output_dir) as lock:
         run = build(args, device, lock)
         try:
-            return train(run)
+            return train(run, signals)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
             raise datasets.worker_error(error, run.loader) or error from None
         finally:
@@ -282,23 +282,21 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
     )
 
 
-def train(run: Run) -> dict:
+def train(run: Run, signals: StopSignals) -> dict:
     """Epoch after epoch until `last_step`, or until a signal. Returns the last epoch's log record."""
     args, record = run.args, {}
     writer = tensorboard_writer(args, run.step // len(run.loader))
     run.saved_at = time.monotonic()
-    with StopSignals() as signals:
-        while run.step < run.last_step:
-            record = train_one_epoch(run, signals)
-            distributed.on_main(report_epoch, run, record, writer)
-            if run.step % len(run.loader) == 0:
-                run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
-                run.waiting = utils.Stopwatch()
-                save(run)
-            check_bad_images(run)
-            stop = distributed.sum_over_ranks(torch.tensor(float(signals.name is not None), device=run.device))
-            if stop and run.step < run.last_step:
-                interrupt(run, signals)
+    stop_if_asked(run, signals)  # while it was built
+    while run.step < run.last_step:
+        record = train_one_epoch(run, signals)
+        distributed.on_main(report_epoch, run, record, writer)
+        if run.step % len(run.loader) == 0:
+            run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
+            run.waiting = utils.Stopwatch()
+            save(run)
+        check_bad_images(run)
+        stop_if_asked(run, signals)
     if distributed.is_main():
         if run.bad_steps.in_a_row:
             print(f"WARNING: the last {run.bad_steps.in_a_row} steps were not finite and had to be left out")

@@ -52,7 +52,7 @@ class StopSignals:
             self._ctrl_c = self._ctrl_c or time.monotonic()
         if self.name is None:
             self.name = signal.Signals(number).name
-            os.write(2, f"{self.name}: saving after this step\n".encode())  # print is not safe here
+            os.write(2, f"{self.name}: stopping after this step\n".encode())  # print is not safe here
 
 
 # --- one run, one folder -------------------------------------------------------------------------------

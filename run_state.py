@@ -116,6 +116,13 @@ def count(run: Run, outcome: list[float] | None) -> tuple[bool, bool]:
     return bool(stop), bool(due)
 
 
+def stop_if_asked(run: Run, signals: StopSignals) -> None:
+    """Between two steps: if any rank got a signal, and the run is not at its end, all of them stop."""
+    asked = torch.tensor(float(signals.name is not None), device=run.device)
+    if run.step < run.last_step and distributed.sum_over_ranks(asked):
+        interrupt(run, signals)
+
+
 def interrupt(run: Run, signals: StopSignals) -> None:
     raise Interrupted(
         f"{signals.name or 'a signal to another process'}: stopped after step {run.step} of {run.last_step}, saved "

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,8 @@ def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
     """
     try:
         main(None)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # too late to stop what is done
+            signal.signal(number, signal.SIG_IGN)
         if torch.distributed.is_initialized():  # not after an error: the other ranks may be inside a collective
             torch.distributed.destroy_process_group()
     except UserError as error:

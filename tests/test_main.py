@@ -313,7 +313,7 @@ def test_a_signal_saves_and_the_same_command_ends_like_an_undisturbed_run(tmp_pa
     """In the middle of an epoch, with workers; resumed with another number of them."""
     command = [*LONG, "--data_path", str(image_folder), "--num_workers", "2"]
     code, said = interrupted(tmp_path / "cut", name, ord(name[3]) % 7, None, command)
-    assert code == 75 and f"{name}: saving after this step" in said, said
+    assert code == 75 and f"{name}: stopping after this step" in said, said
     assert "the same command goes on from there" in said and len(said.splitlines()) == 2
     step = checkpoints.load(tmp_path / "cut" / "checkpoint.pth")["step"]
     assert 6 <= step < 72 and f"stopped after step {step} of 72, saved after step {step} in" in said
