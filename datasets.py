@@ -146,7 +146,7 @@ def read_image(path: Path) -> Image.Image:
             errno.ENOMEM,
         ):
             raise  # not the file's fault
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(str(path), "the file")
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {str(path)!r}", "")
         raise LocalError(f"cannot read the image {path}: {reason}; repair it or remove it") from None
 
 

@@ -93,7 +93,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0, help="Of weights, order of images, and views")
     g.add_argument("--num_workers", type=int, default=None, help="Loader processes a process (default: 10, or fewer with fewer cores); 0 for none")
     g.add_argument("--worker_timeout", type=float, default=600.0, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
-    g.add_argument("--max_bad_images", type=float, default=0.001, help="Stop when more than this part of the images cannot be read; fewer are replaced")
+    g.add_argument("--max_bad_images", type=float, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
     g.add_argument("--max_skipped_steps", type=int, default=20, help="Stop after more than so many steps in a row without a finite loss and gradient")
     g.add_argument("--print_freq", type=int, default=10, help="Steps between two readings of the loss")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")

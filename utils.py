@@ -196,7 +196,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Prints a default only where there is one to print."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+        return action.help if action.default in (None, argparse.SUPPRESS, []) else super()._get_help_string(action)
 
 
 def bool_flag(text: str) -> bool:
