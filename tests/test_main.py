@@ -297,7 +297,7 @@ def interrupted(out, name, count, number, command):
     deadline = time.monotonic() + 120
     while not (out / "checkpoint_previous.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.05 * count)
+    time.sleep(0.02 * count)
     pid = process.pid
     if number is not None:  # a rank below torchrun
         children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
