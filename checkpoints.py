@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import errors
 import utils
-from utils import UserError, WriteError
+from errors import UserError, WriteError
 
 FORMAT = "cplearn-1"
 
@@ -277,4 +278,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    errors.run_script(main)

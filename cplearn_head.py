@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import distributed
 from dictionaries import DICTIONARIES, PriorBuffer
 from dictionary_attention import FORMS, block_size, streamed_loss
-from utils import UserError
+from errors import UserError
 
 
 class CPLearnHead(nn.Module):

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import distributed
 from augmentations import View, crop, draw, eval_pixels, rng_for
-from utils import FOR_ORDER, FOR_REPLACEMENT, LocalError, UserError, WorkerError, random_stream
+from errors import LocalError, UserError, WorkerError
+from utils import FOR_ORDER, FOR_REPLACEMENT, random_stream
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}

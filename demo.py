@@ -18,6 +18,7 @@ import numpy as np
 from sklearn.metrics.cluster import contingency_matrix
 
 import checkpoints
+import errors
 import eval_cluster
 import eval_knn
 import eval_linear
@@ -145,4 +146,4 @@ def plot_confusion(out: Path, most: int = 80) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    errors.run_script(main)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UserError, random_bits
+from errors import UserError
+from utils import random_bits
 
 
 class DenseBlock(NamedTuple):

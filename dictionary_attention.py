@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 import distributed
 from dictionaries import Dictionary, HadamardDictionary, PriorBuffer
-from utils import UserError
+from errors import UserError
 
 FORMS = ("auto", "stored", "recomputed", "triton")
 

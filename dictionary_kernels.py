@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dictionary_attention import join, summarise
-from utils import UserError
+from errors import UserError
 
 CHUNK_NUMBERS = 2**24  # coefficients kept at a time: 64 MiB
 

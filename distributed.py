@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import PeerError, UserError, WriteError
+from errors import PeerError, UserError, WriteError
 
 # --- start and stop ------------------------------------------------------------------------------
 

@@ -20,9 +20,10 @@ from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
 import distributed
+import errors
 import evaluation
 import utils
-from utils import UserError
+from errors import UserError
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")
 
@@ -155,4 +156,4 @@ def write_csv(path: str, data: evaluation.Features) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    errors.run_script(main)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
+import errors
 import evaluation
 import utils
-from utils import UserError
+from errors import UserError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -86,4 +87,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    errors.run_script(main)

@@ -22,10 +22,11 @@ import augmentations
 import checkpoints
 import datasets
 import distributed
+import errors
 import evaluation
 import models
 import utils
-from utils import UserError
+from errors import UserError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -240,4 +241,4 @@ def resume_file(args, found: list[evaluation.Features]) -> Path:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    errors.run_script(main)

@@ -15,7 +15,7 @@ import datasets
 import distributed
 import models
 import utils
-from utils import UserError
+from errors import UserError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -27,12 +27,13 @@ import augmentations
 import checkpoints
 import datasets
 import distributed
+import errors
 import models
 import utils
+from errors import UserError
 from progress import Meter, Progress
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
-from run_state import FREE_ON_RESUME, Run, check_bad_images, count, resume, save, settle, stop_if_asked, vote
-from utils import UserError
+from run_state import Run, check_bad_images, count, resume, save, settle, stop_if_asked, vote
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
 NO_TEACHER = "CPLearn has no EMA teacher"
@@ -226,7 +227,7 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> R
     """Data, model and optimiser, and the checkpoint in the folder if there is one."""
     with distributed.together():
         run = assemble(args, device, lock)
-    flags = {f"--{k}": v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
+    flags = {f"--{k}": v for k, v in vars(args).items() if k not in ("num_workers", "dist_url")}
     distributed.check_same({"data": run.identity["data"], **flags})
     # A flag that is younger than the checkpoint had its default there.
     resumed = resume(run, vars(get_args_parser(args.method).parse_args([])))
@@ -532,4 +533,4 @@ def tensorboard_writer(args, epoch: int):
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    errors.run_script(main)

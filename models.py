@@ -9,8 +9,8 @@ from torch import nn
 
 import distributed
 from cplearn_head import CPLearn
+from errors import UserError
 from resnet import ResNet8, resnet18_cifar
-from utils import UserError
 from vision_transformer import SIZES, ViT
 
 METHODS = {"cplearn": CPLearn}

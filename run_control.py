@@ -1,6 +1,6 @@
 """What can stop a run from outside or inside: signals, a second process on the same folder, steps that are not finite.
 
-Exit codes are those of the errors in `utils.py`; README lists them.
+Exit codes are those of `errors.py`; README lists them.
 """
 
 import json
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import distributed
-from utils import Interrupted, NonFiniteError, UserError, WriteError, remove_quietly
+from errors import Interrupted, NonFiniteError, UserError, WriteError
+from utils import remove_quietly
 
 # --- signals -------------------------------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ import checkpoints
 import distributed
 import utils
 from augmentations import View
+from errors import Interrupted, LocalError, NonFiniteError, UserError
 from progress import Later, Meter
 from run_control import BadSteps, FolderLock, StopSignals
-from utils import Interrupted, LocalError, NonFiniteError, UserError
 
 # Flags that may differ between a run and its continuation, because they do not change the result.
 FREE_ON_RESUME = {

@@ -42,9 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints  # noqa: E402
 import datasets  # noqa: E402
+import errors  # noqa: E402
 import main_cplearn  # noqa: E402
-import utils  # noqa: E402
-from utils import LocalError, UserError, format_table, git_commit  # noqa: E402
+from errors import LocalError, UserError  # noqa: E402
+from utils import format_table, git_commit  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
@@ -78,7 +79,7 @@ def _run(rank: int, world: int, argv: list[str], said: str) -> None:
     if world > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     sys.argv = ["main_cplearn.py"]
-    utils.run_script(lambda _: main_cplearn.main(argv))
+    errors.run_script(lambda _: main_cplearn.main(argv))
     sys.stdout.flush()
 
 

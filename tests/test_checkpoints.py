@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 
 import checkpoints
+from errors import UserError, WriteError
 from resnet import ResNet8
-from utils import UserError, WriteError
 
 
 class Attack:

@@ -18,8 +18,8 @@ from cplearn_head import (
     prior_reverse,
     reference_losses,
 )
+from errors import UserError
 from resnet import ResNet8
-from utils import UserError
 
 
 def cross_entropy(p, q):

@@ -24,7 +24,7 @@ from datasets import (
     train_loader,
     worker_error,
 )
-from utils import UserError, WorkerError
+from errors import UserError, WorkerError
 
 
 def test_class_folders(image_folder):

@@ -21,7 +21,8 @@ from dictionaries import (
     sylvester,
 )
 from dictionary_attention import streamed_loss
-from utils import UserError, hash64, random_bits, random_normal
+from errors import UserError
+from utils import hash64, random_bits, random_normal
 
 
 def splitmix64(x: int) -> int:

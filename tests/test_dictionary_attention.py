@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cplearn_head import CPLearn, CPLearnHead, cplearn_loss
 from dictionaries import DICTIONARIES, Dictionary, HadamardDictionary, PriorBuffer
 from dictionary_attention import block_size, pick_form, streamed_loss
+from errors import UserError
 from resnet import ResNet8
-from utils import UserError
 
 
 def embeddings(views=2, n=6, width=32, dtype=torch.float64, seed=0):

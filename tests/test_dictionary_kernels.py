@@ -11,7 +11,7 @@ from conftest import ROOT
 from cplearn_head import CPLearnHead, cplearn_loss
 from dictionaries import DICTIONARIES, Dictionary, PriorBuffer
 from dictionary_attention import streamed_loss
-from utils import UserError
+from errors import UserError
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

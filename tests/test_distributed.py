@@ -10,8 +10,8 @@ import models
 from cplearn_head import CPLearn, cplearn_loss
 from dictionaries import Dictionary
 from dictionary_attention import streamed_loss
+from errors import UserError
 from resnet import ResNet8, resnet18_cifar
-from utils import UserError
 
 pytestmark = pytest.mark.dist
 

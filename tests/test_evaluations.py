@@ -15,7 +15,7 @@ import eval_knn
 import eval_linear
 import main_cplearn
 import models
-from utils import UserError
+from errors import UserError
 
 TRAIN = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "16", "--epochs", "2",
          "--warmup_epochs", "0", "--num_workers", "0", "--device", "cpu"]  # fmt: skip

@@ -13,7 +13,7 @@ from conftest import ROOT
 import checkpoints
 import main_cplearn
 import utils
-from utils import NonFiniteError, UserError
+from errors import NonFiniteError, UserError
 
 SMALL = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "16",
          "--warmup_epochs", "0", "--num_workers", "0", "--device", "cpu"]  # fmt: skip

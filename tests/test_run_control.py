@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-import utils
+import errors
+from errors import NonFiniteError, UserError
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals, process_start, system_id
-from utils import NonFiniteError, UserError
 
 # --- signals -------------------------------------------------------------------------------------------------
 
@@ -193,8 +193,8 @@ def test_bad_steps_are_counted_in_a_row_and_reported(tmp_path):
 
 
 def test_every_error_has_its_own_exit_code():
-    errors = [x for x in vars(utils).values() if isinstance(x, type) and issubclass(x, UserError)]
-    codes = {error.__name__: error.exit_code for error in errors}
+    kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, UserError)]
+    codes = {error.__name__: error.exit_code for error in kinds}
     assert codes == {
         "UserError": 2,
         "LocalError": 2,

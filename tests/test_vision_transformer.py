@@ -6,8 +6,8 @@ from torch import nn
 
 import checkpoints
 import models
+from errors import UserError
 from resnet import ResNet8
-from utils import UserError
 from vision_transformer import ViT
 
 
