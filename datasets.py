@@ -351,6 +351,11 @@ def train_loader(
     )
 
 
+def read_failures(texts: list[str]) -> list[tuple[int, str]]:
+    """Sample and reason of each image that could not be read for a batch, from its fourth entry."""
+    return [(sample, reason) for text in texts if text for sample, reason in json.loads(text)]
+
+
 def _start_worker(_: int) -> None:
     """A scheduler signals every process of a job, but the workers are still needed while the parent ends its step."""
     get_worker_info().dataset._note(-1)

@@ -26,7 +26,7 @@ import errors
 import evaluation
 import models
 import utils
-from errors import UserError
+from errors import LocalError, UserError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -185,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             loader.batch_sampler.epoch = epoch
-            for ((pixels, params),), labels, _ in loader:
+            for ((pixels, params),), labels, _, failures in loader:
+                for _, reason in datasets.read_failures(failures):
+                    raise LocalError(reason)  # a probe on other images than the user's would be another probe
                 with torch.no_grad():
                     x = augmentations.colour(pixels.to(device, non_blocking=True), params, view)
                     x = evaluation.backbone_features(model.backbone, x, n_blocks)

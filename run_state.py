@@ -1,7 +1,6 @@
 """A run: what it is made of and how far it is; what its ranks agree on at each step; its way to disk and back."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoints
+import datasets
 import distributed
 import utils
 from augmentations import View
@@ -77,7 +77,7 @@ class Run:
 def vote(run: Run, loss: Tensor, signals: StopSignals, failures: list[str]) -> Tensor:
     """What all ranks must know of this step, added up: [loss, signals, save due, news of bad images, replaced]. (5,)"""
     replaced = 0
-    for sample, reason in (failure for text in failures if text for failure in json.loads(text)):
+    for sample, reason in datasets.read_failures(failures):
         replaced += 1
         name = str(run.dataset.names[sample])
         if name not in run.bad_images:

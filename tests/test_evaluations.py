@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -197,6 +198,15 @@ def test_linear_probe_resumes_to_the_same_result(run, tmp_path, augment, monkeyp
     a, b = checkpoints.load(a), checkpoints.load(b)
     assert a["history"] == b["history"] and len(a["history"]) == 4
     assert all(torch.equal(v, b["classifier"][k]) for k, v in a["classifier"].items())
+
+
+@pytest.mark.parametrize("augment", ["true", "false"])
+def test_a_probe_never_trains_on_other_images_than_asked_for(run, tmp_path, image_folder, augment):
+    shutil.copytree(image_folder, tmp_path / "data")
+    (tmp_path / "data/train/bee/004.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot read the image .*bee/004.jpg"):
+        eval_linear.main(flags(run, tmp_path / "out", "--epochs", "1", "--augment", augment, "--batch_size_per_gpu", "16",
+                               "--data_path", str(tmp_path / "data")))  # fmt: skip
 
 
 def test_a_finished_probe_is_not_taken_for_another_data_set(run, tmp_path, image_folder):
