@@ -205,7 +205,8 @@ def test_a_probe_never_trains_on_other_images_than_asked_for(run, tmp_path, imag
     shutil.copytree(image_folder, tmp_path / "data")
     (tmp_path / "data/train/bee/004.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="cannot read the image .*bee/004.jpg"):
-        eval_linear.main(flags(run, tmp_path / "out", "--epochs", "1", "--augment", augment, "--batch_size_per_gpu", "16",
+        eval_linear.main(flags(run, tmp_path / "out", "--epochs", "1", "--augment", augment,
+                               "--batch_size_per_gpu", "16",
                                "--data_path", str(tmp_path / "data")))  # fmt: skip
 
 
