@@ -9,6 +9,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def write(path: str | Path, content: dict) -> None:
         if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
             raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown"])[0][:120]
+        if shutil.disk_usage(path.parent).free < 2**20:  # torch's own words are about positions in the file
+            reason = "no space left on the disk"
         raise WriteError(
             f"{path} could not be written: {reason}; free some space and run the same command again"
         ) from error
@@ -175,7 +178,12 @@ def load_run(folder: str | Path) -> tuple[dict, Path, str | None] | None:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError(
+            "; ".join(
+                problem.removesuffix(": use another copy").removesuffix("; use another copy") for problem in problems
+            )
+            + "; copy a numbered checkpoint over checkpoint.pth, or use another --output_dir"
+        )
     return None
 
 

@@ -148,6 +148,7 @@ def read_image(path: Path) -> Image.Image:
         ):
             raise  # not the file's fault
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {str(path)!r}", "")
+        reason = reason.strip(" :") or type(error).__name__
         raise LocalError(f"cannot read the image {path}: {reason}; repair it or remove it") from None
 
 
@@ -299,7 +300,7 @@ class ViewDataset(Dataset):
             try:
                 return *self.dataset[j], j, failures
             except LocalError as error:
-                failures.append((j, str(error)))
+                failures.append((j, str(error).partition("; repair it")[0]))
             others = others or random_stream(FOR_REPLACEMENT, self.seed, epoch, i)
             j = int(others.integers(len(self.dataset)))
         raise LocalError(f"{self.TRIES} images in a row cannot be read; the last: {failures[-1][1]}")

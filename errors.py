@@ -82,8 +82,9 @@ def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
     except RuntimeError as error:
         if not torch.distributed.is_initialized() or not any(sign in str(error) for sign in PEER_GONE):
             raise
-        reason = " ".join(str(error).split())[:150]
-        print(f"{Path(sys.argv[0]).name}: error: another process of the run ended or hangs ({reason})", file=sys.stderr)
+        reason = next(sign for sign in PEER_GONE if sign in str(error))
+        line = f"another process of the run ended or hangs ({reason}): look for its own message, then run again"
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(PeerError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -301,7 +301,11 @@ def train(run: Run, signals: StopSignals) -> dict:
     if distributed.is_main():
         if run.bad_steps.in_a_row:
             print(f"WARNING: the last {run.bad_steps.in_a_row} steps were not finite and had to be left out")
-        print(f"Done: {args.output_dir}/checkpoint.pth" if record else f"Nothing left to do in {args.output_dir}")
+        print(
+            f"Done: {args.output_dir}/checkpoint.pth"
+            if record
+            else f"Nothing left to do in {args.output_dir}: step {run.step} is its last"
+        )
     return record
 
 
@@ -492,7 +496,8 @@ def announce(run: Run, lines: list[str]) -> None:
     for warning in method.warnings():
         print(f"WARNING: {warning}")
     content = json.dumps({"args": vars(args), "derived": derived}, indent=1, sort_keys=True)
-    utils.write_text(Path(args.output_dir, "args.json"), content + "\n")
+    if run.step < run.last_step:
+        utils.write_text(Path(args.output_dir, "args.json"), content + "\n")
     sys.stdout.flush()
 
 

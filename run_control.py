@@ -53,7 +53,9 @@ class StopSignals:
             self._ctrl_c = self._ctrl_c or time.monotonic()
         if self.name is None:
             self.name = signal.Signals(number).name
-            os.write(2, f"{self.name}: stopping after this step\n".encode())  # print is not safe here
+            os.write(
+                2, f"{self.name}: stopping after this step (Ctrl-C again: at once)\n".encode()
+            )  # print is not safe here
 
 
 # --- one run, one folder -------------------------------------------------------------------------------

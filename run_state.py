@@ -124,9 +124,10 @@ def stop_if_asked(run: Run, signals: StopSignals) -> None:
 
 
 def interrupt(run: Run, signals: StopSignals) -> None:
+    saved = f"saved after step {run.saved_step} in {run.args.output_dir}" if run.saved_step else "nothing to save yet"
     raise Interrupted(
-        f"{signals.name or 'a signal to another process'}: stopped after step {run.step} of {run.last_step}, saved "
-        f"after step {run.saved_step} in {run.args.output_dir}; the same command goes on from there"
+        f"{signals.name or 'a signal to another process'}: stopped after step {run.step} of {run.last_step}, {saved}; "
+        "the same command goes on from there"
     )
 
 
@@ -141,8 +142,12 @@ def share_bad_images(run: Run) -> None:
     run.news = {}
     for reason in fresh.values() if distributed.is_main() else ():
         print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
+    distributed.on_main(list_bad_images, run)
+
+
+def list_bad_images(run: Run) -> None:
     lines = "".join(f"{name}\t{reason}\n" for name, reason in run.bad_images.items())
-    distributed.on_main(utils.write_text, Path(run.args.output_dir, "bad_images.txt"), lines)
+    utils.write_text(Path(run.args.output_dir, "bad_images.txt"), lines)
 
 
 def still_unreadable(run: Run, known: dict[str, str]) -> dict[str, str]:
@@ -153,7 +158,7 @@ def still_unreadable(run: Run, known: dict[str, str]) -> dict[str, str]:
         try:
             run.dataset[place[name]]
         except LocalError as error:
-            found[name] = str(error)
+            found[name] = str(error).partition("; repair it")[0]
     return dict(sorted(found.items()))
 
 
@@ -167,8 +172,8 @@ def check_bad_images(run: Run) -> None:
         last = next(reversed(run.bad_images.values()))
         raise UserError(
             f"{len(run.bad_images)} of {len(run.dataset)} images cannot be read, more than --max_bad_images "
-            f"{run.args.max_bad_images:g} allows: repair those in {run.args.output_dir}/bad_images.txt, or allow more; "
-            f"the last: {last}"
+            f"{run.args.max_bad_images:g} allows ({int(run.args.max_bad_images * len(run.dataset))}): repair those in "
+            f"{run.args.output_dir}/bad_images.txt, or allow more; the last: {last}"
         )
 
 
@@ -275,6 +280,8 @@ def resume(run: Run, defaults: dict) -> bool:
         if "precision" not in differ:
             run.scaler.load_state_dict(state["scaler"])
     run.bad_images = distributed.on_main(still_unreadable, run, state["bad_images"])
+    if state["bad_images"]:
+        distributed.on_main(list_bad_images, run)
     run.step = run.saved_step = state["step"]
     if state["steps_per_epoch"] == len(run.loader) and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ:
         progress = state["progress"]

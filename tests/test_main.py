@@ -668,7 +668,22 @@ def test_too_many_unreadable_images_end_the_run_in_one_line(tmp_path, image_fold
     assert done.returncode == UserError.exit_code
     warning, error = done.stderr.splitlines()
     assert warning.startswith("WARNING: replaced by another image: cannot read the image") and "000.jpg" in warning
-    assert "1 of 48 images cannot be read, more than --max_bad_images 0.001 allows" in error and "000.jpg" in error
+    assert "1 of 48 images cannot be read, more than --max_bad_images 0.001 allows (0)" in error and "000.jpg" in error
+
+
+def test_a_repaired_image_is_taken_off_the_list(tmp_path, image_folder):
+    import shutil
+
+    shutil.copytree(image_folder, tmp_path / "data")
+    image = tmp_path / "data/train/ant/000.jpg"
+    whole_image = image.read_bytes()
+    image.write_bytes(b"broken")
+    common = ("--data_path", str(tmp_path / "data"), "--max_bad_images", "0.1", "--epochs", "2")
+    train(tmp_path / "out", *common, "--max_steps", "6")
+    assert (tmp_path / "out/bad_images.txt").read_text().count("000.jpg") == 2  # its name and the reason
+    image.write_bytes(whole_image)
+    train(tmp_path / "out", *common)
+    assert (tmp_path / "out/bad_images.txt").read_text() == ""
 
 
 def test_changed_images_are_refused_on_resume(tmp_path, image_folder):
