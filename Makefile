@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint format check bench torture clean
+.PHONY: help venv demo test test-slurm lint format check bench torture clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -22,7 +22,10 @@ demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (about 4 mi
 	$(BIN)/python demo.py --output_dir output/demo
 
 test: venv  ## Run the tests (CPU, no network)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slurm"
+
+test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 10 minutes; skipped where there is none)
+	$(BIN)/python -m pytest -q -rs -m slurm
 
 lint: venv  ## Check style
 	$(BIN)/ruff check .

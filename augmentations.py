@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from errors import UserError
-from utils import FOR_VIEWS, random_normal, random_stream
+from random_streams import FOR_VIEWS, random_normal, random_stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in DINO
 

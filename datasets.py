@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import distributed
 from augmentations import View, crop, draw, eval_pixels, rng_for
 from errors import LocalError, UserError, WorkerError
-from utils import FOR_ORDER, FOR_REPLACEMENT, random_stream
+from random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -358,8 +358,12 @@ def read_failures(texts: list[str]) -> list[tuple[int, str]]:
 
 
 def _start_worker(_: int) -> None:
-    """A scheduler signals every process of a job, but the workers are still needed while the parent ends its step."""
     get_worker_info().dataset._note(-1)
+    _leave_signals_to_parent(_)
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """A scheduler signals every process of a job, but the workers are still needed while the parent ends its step."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
@@ -427,6 +431,7 @@ def eval_loader(
         batch_size=batch_size,
         sampler=mine,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_parent,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from utils import random_bits
+from random_streams import random_bits
 
 
 class DenseBlock(NamedTuple):

@@ -10,15 +10,18 @@ import math
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import PeerError, UserError, WriteError
+from utils import format_table, remove_quietly, write_text
 
 # --- start and stop ------------------------------------------------------------------------------
 
@@ -47,6 +50,8 @@ def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = _store(dist_url, rank, world, timedelta(minutes=minutes))
         check_in(store, rank, world, place, minutes)
+        if dist_url.startswith("file://") and rank == 0:
+            remove_quietly(Path(dist_url.removeprefix("file://")))
         try:
             dist.init_process_group(
                 "nccl" if use_gpu else "gloo",
@@ -58,17 +63,14 @@ def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -
             )
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:150]
-            raise PeerError(
-                f"rank {rank} cannot connect to the others ({reason}): see their messages; a file given as "
-                "--dist_url must be a new one"
-            ) from None
+            raise PeerError(f"rank {rank} cannot connect to the others ({reason}): see their messages") from None
     return place
 
 
 def _store(dist_url: str, rank: int, world: int, timeout: timedelta) -> dist.Store:
     """Where the ranks meet. Unlike torch's own rendezvous it does not wait for all of them: `check_in` does."""
     if dist_url.startswith("file://"):
-        return dist.FileStore(dist_url.removeprefix("file://"), world)
+        return _store_named_in(Path(dist_url.removeprefix("file://")), rank, world, timeout)
     if dist_url.startswith("tcp://"):
         host, _, port = dist_url.removeprefix("tcp://").partition(":")
     else:
@@ -89,12 +91,42 @@ def _store(dist_url: str, rank: int, world: int, timeout: timedelta) -> dist.Sto
     return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def _store_named_in(path: Path, rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """Rank 0 listens on a free port and writes into the file where; the others read it there.
+
+    No port is fixed, nothing is locked, and a file left by an earlier start does no harm: its address answers no more,
+    or not with the number that is in the file. `check_in` removes it.
+    """
+    if rank == 0:
+        here = {"host": host_name(), "number": uuid.uuid4().hex}
+        store = dist.TCPStore(here["host"], 0, world, True, timeout, wait_for_workers=False)
+        store.set("number", here["number"])
+        write_text(path, json.dumps({**here, "port": store.port}))
+        return store
+    end = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            there = json.loads(path.read_text())
+            store = dist.TCPStore(
+                there["host"], there["port"], world, False, timedelta(seconds=10), wait_for_workers=False
+            )
+            if store.check(["number"]) and store.get("number").decode() == there["number"]:
+                store.set_timeout(timeout)
+                return store
+        except (OSError, ValueError, KeyError, RuntimeError):  # not there yet, or left by an earlier start
+            pass
+        if time.monotonic() > end:
+            raise PeerError(f"rank {rank} has not found rank 0's address in {path}: see rank 0's own log")
+        time.sleep(0.2)
+
+
 _everyone: list[dict] = []  # who takes part, by rank
 
 
 def check_in(store: dist.Store, rank: int, world: int, place: torch.device, minutes: float) -> None:
     """Tell the others who is here, and wait for them. Raises `PeerError` that names the ranks which did not come."""
-    me = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "device": "cpu"}
+    me = {"rank": rank, "host": host_name(), "local": os.environ.get("LOCAL_RANK", "0"), "pid": os.getpid()}
+    me["device"] = "cpu"
     if place.type == "cuda":
         properties = torch.cuda.get_device_properties(place)
         me["device"] = f"cuda:{place.index} {properties.name}"
@@ -141,11 +173,17 @@ def self_check(device: torch.device) -> list[str]:
         raise PeerError(f"a sum over {world_size()} processes gave {x[0].item():g}: the network or a GPU is broken")
     milliseconds = 1e3 * (time.perf_counter() - start)
     hosts = len({one["host"] for one in _everyone})
+    columns = ("rank", "host", "local", "device", "pid")
     head = f"{world_size()} processes on {hosts} host{'s' * (hosts > 1)}, {dist.get_backend()}"
     return [
         f"{head}, 1 MiB summed over all in {milliseconds:.2f} ms",
-        *(f"  rank {one['rank']}: {one['host']}, pid {one['pid']}, {one['device']}" for one in _everyone),
+        format_table([[one[name] for name in columns] for one in _everyone], columns),
     ]
+
+
+def host_name() -> str:
+    """This machine's name, or that of its node in SLURM."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def world_size() -> int:
@@ -233,7 +271,7 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         mine = error
-    found = gather_objects(None if mine is None else (socket.gethostname(), mine))
+    found = gather_objects(None if mine is None else (host_name(), mine))
     first = next((r for r, x in enumerate(found) if x is not None), None)
     if first is None:
         return
@@ -243,7 +281,7 @@ def together() -> Iterator[None]:
 
 def check_same(what: dict[str, object]) -> None:
     """Raises `UserError` on every rank that names what differs between the ranks, and where."""
-    for r, (host, theirs) in enumerate(everyone := gather_objects((socket.gethostname(), what))):
+    for r, (host, theirs) in enumerate(everyone := gather_objects((host_name(), what))):
         differ = [k for k in what if theirs.get(k) != everyone[0][1].get(k)]
         if differ:
             k = differ[0]

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 
 class UserError(ValueError):
     """Wrong input that the user can mend: shown as one line, without a traceback."""
@@ -60,31 +58,53 @@ PEER_GONE = (
 )
 
 
-def run_script(main: Callable[[Sequence[str] | None], object]) -> None:
+def judge(error: BaseException) -> tuple[int, str]:
+    """Exit code and the line to show. Code 1 is a bug, of which the traceback tells more."""
+    if isinstance(error, UserError):
+        return error.exit_code, str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "Ctrl-C"
+    if isinstance(error, SystemExit):
+        return (error.code, "see its log") if isinstance(error.code, int) else (1, str(error.code))
+    sign = next((sign for sign in PEER_GONE if sign in str(error)), None)
+    if isinstance(error, RuntimeError) and sign and in_group():
+        line = f"another process of the run ended or hangs ({sign}): look for its own message, then run again"
+        return PeerError.exit_code, line
+    return 1, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def in_group() -> bool:
+    torch = sys.modules.get("torch")  # not imported here: what a launcher needs should load at once
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def leave_group() -> None:
+    if in_group():
+        sys.modules["torch"].distributed.destroy_process_group()
+
+
+def run_script(
+    main: Callable[[Sequence[str] | None], object], report: Callable[[int, str], None] = lambda code, line: None
+) -> None:
     """Run an entry point; a `UserError` becomes one line on stderr and its exit code.
 
-    What all ranks meet alike is printed by rank 0 only.
+    What all ranks meet alike is printed by rank 0 only. `report` hears code and line before the process ends.
     """
     try:
         main(None)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # too late to stop what is done
             signal.signal(number, signal.SIG_IGN)
-        if torch.distributed.is_initialized():  # not after an error: the other ranks may be inside a collective
-            torch.distributed.destroy_process_group()
-    except UserError as error:
-        if isinstance(error, LocalError) or int(os.environ.get("RANK", "0")) == 0:
-            line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
+        leave_group()  # not after an error: the other ranks may be inside a collective
+    except BaseException as error:
+        code, line = judge(error)
+        report(code, line)
+        if code == 1 or isinstance(error, SystemExit):
+            raise
+        alone = isinstance(error, LocalError) or not isinstance(error, UserError)
+        if code != 130 and (alone or int(os.environ.get("RANK", "0")) == 0):
             label = "" if isinstance(error, Interrupted) else "error: "
             print(f"{Path(sys.argv[0]).name}: {label}{line}", file=sys.stderr)
-        if isinstance(error, Interrupted) and torch.distributed.is_initialized():  # all ranks come here together
-            torch.distributed.destroy_process_group()
-        sys.exit(error.exit_code)
-    except RuntimeError as error:
-        if not torch.distributed.is_initialized() or not any(sign in str(error) for sign in PEER_GONE):
-            raise
-        reason = next(sign for sign in PEER_GONE if sign in str(error))
-        line = f"another process of the run ended or hangs ({reason}): look for its own message, then run again"
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(PeerError.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        if isinstance(error, Interrupted):  # all ranks come here together
+            leave_group()
+        sys.exit(code)
+    report(0, "")

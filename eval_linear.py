@@ -25,6 +25,7 @@ import distributed
 import errors
 import evaluation
 import models
+import random_streams
 import utils
 from errors import LocalError, UserError
 
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     if args.standardise is None:
         args.standardise = not models.is_vit(val.arch)
-    utils.seed_everything(utils.FOR_PROBE, args.seed)
+    random_streams.seed_everything(random_streams.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)
     checkpoint = resume_file(args, found)
     if checkpoint.exists():

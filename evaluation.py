@@ -14,6 +14,7 @@ import checkpoints
 import datasets
 import distributed
 import models
+import random_streams
 import utils
 from errors import UserError
 
@@ -117,7 +118,9 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
             args.class_list = theirs.class_list
         args.arch, args.patch_size = theirs.arch, theirs.patch_size
         image_size = args.image_size or theirs.image_size
-        utils.seed_everything(utils.FOR_WEIGHTS, theirs.seed)  # --random_init: where the run started from
+        random_streams.seed_everything(
+            random_streams.FOR_WEIGHTS, theirs.seed
+        )  # --random_init: where the run started from
         method = models.build_method(theirs)
         if not args.random_init:
             checkpoints.load_into(method, state["model"], args.pretrained_weights)
@@ -129,7 +132,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         args.patch_size = args.patch_size or 16
         args.dataset = args.dataset or ("folder" if args.data_path else "digits")
         image_size = args.image_size or datasets.NATIVE_SIZE.get(args.dataset, 224)
-        utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
+        random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
         backbone = models.build_backbone(args.arch, patch_size=args.patch_size, image_size=image_size)
         if not args.random_init:
             checkpoints.load_backbone(backbone, state, args.pretrained_weights, args.checkpoint_key)
@@ -217,7 +220,7 @@ def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: i
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over batches
         norm.train()
-    order = utils.random_stream(utils.FOR_ORDER, seed).permutation(len(dataset))[:images]
+    order = random_streams.random_stream(random_streams.FOR_ORDER, seed).permutation(len(dataset))[:images]
     view = datasets.EvalDataset(dataset, model.image_size)
     for start in range(0, len(order), 256):
         pixels = torch.stack([view[int(i)][0] for i in order[start : start + 256]]).to(device)

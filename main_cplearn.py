@@ -29,6 +29,7 @@ import datasets
 import distributed
 import errors
 import models
+import random_streams
 import utils
 from errors import UserError
 from progress import Meter, Progress
@@ -242,7 +243,7 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> R
 
 def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
     """A run at its beginning."""
-    utils.seed_everything(utils.FOR_WEIGHTS, args.seed)
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     views = augmentations.build_views(
         args.augmentation,
@@ -328,7 +329,7 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
         with run.waiting, datasets.deadline(args.worker_timeout):
             crops, _, samples, failures = next(batches)
         lr = set_schedules(optimizer, run.step, len(run.loader), args)
-        utils.seed_everything(utils.FOR_STEP, args.seed, run.step, distributed.rank())  # drop path
+        random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, distributed.rank())  # drop path
         images = [
             augmentations.colour(pixels.to(device, non_blocking=True), params, view)
             for (pixels, params), view in zip(crops, run.views, strict=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import distributed
 from errors import Interrupted, NonFiniteError, UserError, WriteError
-from utils import remove_quietly
+from utils import process_start, remove_quietly
 
 # --- signals -------------------------------------------------------------------------------------------
 
@@ -53,9 +53,8 @@ class StopSignals:
             self._ctrl_c = self._ctrl_c or time.monotonic()
         if self.name is None:
             self.name = signal.Signals(number).name
-            os.write(
-                2, f"{self.name}: stopping after this step (Ctrl-C again: at once)\n".encode()
-            )  # print is not safe here
+            more = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            os.write(2, f"{self.name}: stopping after this step{more}\n".encode())  # print is not safe here
 
 
 # --- one run, one folder -------------------------------------------------------------------------------
@@ -167,24 +166,6 @@ def system_id() -> str:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this machine started (a constant on systems without /proc); None if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        return None if stat.rpartition(")")[2].split()[0] == "Z" else stat.rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return "alive"
 
 
 def _read_lock(path: Path) -> dict | None:

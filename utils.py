@@ -1,4 +1,4 @@
-"""Small things every script needs: user-facing errors, counter-based random bits, schedules, seeding, logging."""
+"""Small things every script needs: schedules, flags, files, tables. Needs nothing but Python, so it loads at once."""
 
 import argparse
 import errno
@@ -6,78 +6,13 @@ import functools
 import json
 import math
 import os
-import random
 import shlex
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from errors import UserError, WriteError
-
-# --- random numbers with an owner ----------------------------------------------------------------
-
-
-def hash64(x: Tensor) -> Tensor:
-    """SplitMix64 finaliser (Steele et al. 2014) of 64-bit counters: the same bits on every device.
-
-    Shape: x int64 (any shape) -> int64 of the same shape, read as 64 random bits. Integer products wrap
-    modulo 2^64 in torch, which is what the function is defined with.
-    """
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's >> on int64 copies the sign bit, so those copies are masked away."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def random_bits(seed: Tensor | int, counter: Tensor) -> Tensor:
-    """64 random bits for each counter of the stream `seed`: a pure function, so any block can be redrawn.
-
-    Shape: counter int64, seed an int or an int64 tensor that broadcasts against it -> int64.
-    """
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=counter.device)
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, SplitMix64's increment
-    return hash64(hash64(seed * golden + golden) + (counter + 1) * golden)
-
-
-def random_normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, one independent stream a row, from `random_bits` (Box-Muller).
-
-    Shape: seed int64 (n,) -> float32 (n, *shape), on the seeds' device.
-    """
-    size = math.prod(shape)
-    counter = torch.arange(size, device=seed.device)
-    bits = random_bits(seed[:, None], counter[None])
-    u1 = ((bits & 0xFFFFFF) + 1).to(torch.float32) / 2**24  # (0, 1]: 24 bits, exact in float32
-    u2 = (_shift_right(bits, 24) & 0xFFFFFF).to(torch.float32) / 2**24
-    return ((-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()).reshape(len(seed), *shape)
-
-
-# What a stream of random numbers is for. NumPy pads short seeds with zeros, so (seed, epoch) alone would be the
-# same stream as (seed, epoch, sample 0, view 0).
-FOR_VIEWS, FOR_ORDER, FOR_WEIGHTS, FOR_STEP, FOR_PROBE, FOR_REPLACEMENT = range(1, 7)
-
-
-def random_stream(purpose: int, *key: int) -> np.random.Generator:
-    """A generator of its own for (purpose, *key), with Philox, whose stream NumPy guarantees."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((purpose, *key))))
-
-
-def seed_everything(purpose: int, *key: int) -> None:
-    """Seed torch, NumPy and Python from (purpose, *key), for instance (FOR_STEP, seed, step, rank)."""
-    value = int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.manual_seed(value)
-    np.random.seed(value % 2**32)
-    random.seed(value)
-
 
 # --- schedules -----------------------------------------------------------------------------------
 
@@ -182,6 +117,24 @@ def remove_quietly(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         pass
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started (a constant on systems without /proc); None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return None if stat.rpartition(")")[2].split()[0] == "Z" else stat.rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return "alive"
 
 
 def append_json_line(path: str | Path, record: dict) -> None:

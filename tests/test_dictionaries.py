@@ -22,7 +22,7 @@ from dictionaries import (
 )
 from dictionary_attention import streamed_loss
 from errors import UserError
-from utils import hash64, random_bits, random_normal
+from random_streams import hash64, random_bits, random_normal
 
 
 def splitmix64(x: int) -> int:

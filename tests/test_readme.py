@@ -11,6 +11,7 @@ import eval_cluster
 import eval_knn
 import eval_linear
 import main_cplearn
+import run_with_submitit
 
 README = (ROOT / "README.md").read_text()
 PARSERS = {
@@ -43,6 +44,9 @@ def test_commands_parse(command, monkeypatch):
     if script == "main_cplearn.py":
         args = main_cplearn.parse_args(flags)
         assert args.out_dim > 1
+    elif script == "run_with_submitit.py":
+        args, rest = run_with_submitit.parse_args(flags)
+        assert args.status or run_with_submitit.check_flags(args.script, rest)
     elif script in PARSERS:
         PARSERS[script](flags)
     else:
@@ -51,7 +55,7 @@ def test_commands_parse(command, monkeypatch):
 
 def test_the_readme_shows_commands_of_every_script():
     text = "\n".join(commands(README))
-    for script in ("main_cplearn.py", *PARSERS):
+    for script in ("main_cplearn.py", "run_with_submitit.py", *PARSERS):
         assert script in text
     assert "torchrun main_cplearn.py --arch vit_small --out_dim 131072" in text
     assert callable(demo.main)
@@ -64,5 +68,5 @@ def test_the_readme_lists_every_file():
 
 
 def test_make_targets_of_the_readme_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert set(re.findall(r"make ([a-z]+)\b", README)) - {"sure"} <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)\b", README)) - {"sure"} <= targets

@@ -1,0 +1,293 @@
+"""What a submitted job does where it runs, what it writes down there, and what can be told of it afterwards.
+
+`run_with_submitit.py` submits; everything about a job lies in output_dir/slurm/:
+
+    jobs.jsonl            one line a submission: job number, entry point, flags, size
+    JOB_submission.sh     the batch script
+    JOB_RANK_log.out      what each process printed, over all requeues
+    JOB_RANK_end.json     how each process ended the last time: exit code, line, host
+"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import errors
+from errors import Interrupted, PeerError, UserError
+from utils import process_start, remove_quietly, write_text
+
+ROOT = Path(__file__).resolve().parent
+FOLDER = "slurm"  # in output_dir
+# Exit code that makes submitit's local executor start the tasks again.
+LOCAL_REQUEUE = 144
+
+
+# --- where the job runs ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """What every process of a job runs: an entry point with its flags."""
+
+    script: str  # module name
+    argv: list[str]  # %j is the job number
+    folder: str  # output_dir/slurm
+    max_requeues: int
+
+    def __call__(self) -> None:
+        import submitit
+
+        env = submitit.JobEnvironment()
+        job, rank = env.job_id, env.global_rank
+        local = env.cluster == "local"
+        folder = Path(self.folder.replace("%j", job))
+        end = folder / f"{job}_{rank}_end.json"
+        restarts = _read_json(end).get("restarts", -1) + 1 if local else restart_count()
+        remove_quietly(end)
+
+        def report(code: int, line: str) -> None:
+            content = {"code": code, "line": line, "rank": rank, "host": node_name(), "restarts": restarts}
+            try:
+                write_text(end, json.dumps({**content, "time": time.time()}) + "\n")
+            except UserError as error:  # a full disk, perhaps the very reason of the end
+                print(error, file=sys.stderr)
+
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # until training takes them over
+            signal.signal(number, _stop_before_the_run)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before others; submitit prints a warning
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(env.num_tasks),
+            LOCAL_RANK=str(env.local_rank),
+            LOCAL_WORLD_SIZE=str(env.num_tasks // env.num_nodes),
+        )
+        sys.path.insert(0, str(ROOT))  # before the folder of the submission, which may have a utils.py of its own
+        meet = folder / f"{job}_{restarts}_rank0_address"
+        sys.argv = [f"{self.script}.py", "--dist_url", f"file://{meet}", *(x.replace("%j", job) for x in self.argv)]
+        if rank == 0:
+            again = f", requeue {restarts} of {self.max_requeues} at most" * (restarts > 0)
+            print(f"job {job}{again}: {shlex.join(sys.argv)}", flush=True)
+        try:
+            errors.run_script(lambda argv: importlib.import_module(self.script).main(argv), report)
+        except SystemExit as ended:
+            if ended.code != Interrupted.exit_code:
+                raise
+            # The other processes are still on their way out: a code other than 0 would have them killed.
+            if local and _read_json(end)["line"].startswith("SIGUSR2") and restarts < self.max_requeues:
+                sys.exit(LOCAL_REQUEUE)
+
+
+def _stop_before_the_run(number: int, frame) -> None:
+    raise Interrupted(f"{signal.Signals(number).name}: stopped before there was anything to save")
+
+
+def restart_count() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+# --- when all processes have ended ----------------------------------------------------------------------
+
+
+def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
+    """The batch script's last line: requeue the job if it was told to stop, or lost a process. Returns its exit code.
+
+    Here and not in a process of the job, because any of those may be the one that died.
+    """
+    job, processes = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_NTASKS", "1"))
+    ends = read_ends(folder, job)
+    if srun_code == 0 and [end["code"] for end in ends] == [0] * processes:
+        return 0
+    failed = the_cause(ends)
+    if failed and failed["code"] != PeerError.exit_code:
+        print(f"job {job} failed on rank {failed['rank']}: {failed['line']}", flush=True)
+        return failed["code"]
+    if not ends and srun_code in (2, 3, 4, 5):  # the disk was too full to say so
+        return srun_code
+    now = show_job(job)
+    if now.get("JobState", "RUNNING") != "RUNNING":  # cancelled, or requeued by Slurm itself
+        return Interrupted.exit_code
+    stopped = [end["line"] for end in ends if end["code"] == Interrupted.exit_code]
+    if stopped:
+        code, why = Interrupted.exit_code, stopped[0]
+    else:
+        silent = sorted(set(range(processes)) - {end["rank"] for end in ends})
+        why = f"rank {', '.join(map(str, silent)) or '?'} of {processes} died without a word"
+        code = PeerError.exit_code
+        if not _saved_since(folder.parent / "checkpoint.pth", now.get("StartTime", "")):
+            print(f"job {job}: {why} before anything was saved: not requeued (srun's code {srun_code})", flush=True)
+            return code
+    if restart_count() >= max_requeues:
+        print(f"job {job}: {why}; not requeued: --max_requeues {max_requeues} is reached, submit again", flush=True)
+        return code
+    print(f"job {job}: {why}; requeueing it, {restart_count() + 1} of {max_requeues}", flush=True)
+    try:
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        print(f"job {job} could not be requeued ({reason}): submit the same command again", flush=True)
+    return code
+
+
+def _saved_since(checkpoint: Path, start: str) -> bool:
+    try:
+        return checkpoint.stat().st_mtime > datetime.fromisoformat(start).timestamp()
+    except (OSError, ValueError):
+        return False
+
+
+# --- what is known of a job ------------------------------------------------------------------------------
+
+
+def read_ends(folder: Path, job: str) -> list[dict]:
+    """How the processes of a job ended, in the order of time. Those that are missing run, or died without a word."""
+    ends = [_read_json(path) for path in folder.glob(f"{job}_*_end.json")]
+    return sorted((end for end in ends if end), key=lambda end: end["time"])
+
+
+def the_cause(ends: list[dict]) -> dict | None:
+    """The failure to tell: the first that is not about another process, which only follows from it."""
+    failed = [end for end in ends if end["code"] not in (0, Interrupted.exit_code)]
+    own = [end for end in failed if end["code"] != PeerError.exit_code]
+    return next(iter(own or failed), None)
+
+
+def show_job(job: str) -> dict[str, str]:
+    """What Slurm knows: of scontrol, or, when it has forgotten, of sacct. {} if neither knows."""
+    found = ask("scontrol", "show", "job", "-o", job)
+    if found:
+        return dict(re.findall(r"(\w+)=(\S*)", found))
+    found = ask("sacct", "-j", job, "-X", "-n", "-P", "-o", "State,ExitCode,NodeList,Elapsed,Restarts")
+    if not found.strip():
+        return {}
+    values = found.splitlines()[-1].split("|")
+    names = ("JobState", "ExitCode", "NodeList", "RunTime", "Restarts")
+    return dict(zip(names, [values[0].split()[0], *values[1:]], strict=False))
+
+
+def ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def submissions(folder: Path) -> list[dict]:
+    """Lines of jobs.jsonl, oldest first."""
+    try:
+        return [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines() if line.strip()]
+    except FileNotFoundError:
+        return []
+
+
+def job_state(folder: Path, entry: dict) -> dict[str, str]:
+    """JobState and what else is known (Reason, NodeList, RunTime, Restarts), from Slurm or from what the job wrote."""
+    job = entry["job"]
+    ends = read_ends(folder, job)
+    restarts = {"Restarts": str(max([end["restarts"] for end in ends], default=0))}
+    if entry["cluster"] == "slurm":
+        known = show_job(job)
+        if known:
+            return restarts | known
+    elif process_start(int(job)) == entry["started"]:
+        return restarts | {"JobState": "RUNNING"}
+    codes = {end["code"] for end in ends}
+    if len(ends) < entry["processes"]:
+        return restarts | {"JobState": "GONE"}  # and nobody says how
+    ended = "COMPLETED" if codes == {0} else "FAILED" if the_cause(ends) else "INTERRUPTED"
+    return restarts | {"JobState": ended}
+
+
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
+
+
+def status(output_dir: str) -> list[str]:
+    """A line for each job of a folder: state, progress, requeues, last error. Raises `UserError` if there is none."""
+    folder = Path(output_dir) / FOLDER
+    found = submissions(folder)
+    if not found:
+        raise UserError(f"{folder} has no jobs: was it submitted with this --output_dir?")
+    lines = []
+    for entry in found:
+        job, now = entry["job"], job_state(folder, entry)
+        state, restarts = now["JobState"], int(now.get("Restarts") or 0)
+        line = f"{job:>8}  {entry['script']:<12}  {state:<10}"
+        if state == "PENDING":
+            line += f"  ({now.get('Reason', 'None')})"
+        elif state in LIVE and now.get("NodeList", "(null)") not in ("(null)", ""):
+            line += f"  on {now['NodeList']} for {now.get('RunTime', '?')}"
+        line += f"  requeued {restarts} time{'s' * (restarts > 1)}" * (restarts > 0)
+        if entry["script"] == "main_cplearn":
+            line += f"  {progress(folder, job, running=state == 'RUNNING')}"
+        if state not in (*LIVE, "COMPLETED"):
+            line += f"  {last_error(folder, entry, now)}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def progress(folder: Path, job: str, *, running: bool) -> str:
+    """Epoch, step and remaining time, from log.txt, args.json and the last line that the job printed."""
+    args = _read_json(folder.parent / "args.json")
+    if not args:
+        return "nothing trained yet"
+    epochs, steps = args["args"]["epochs"], args["derived"]["steps_per_epoch"]
+    last = min(epochs * steps, args["args"]["max_steps"] or epochs * steps)
+    record = _last_json_line(folder.parent / "log.txt")
+    done = record.get("step", 0)
+    shown = re.findall(r"(?m)^epoch (\d+)/\d+  step (\d+)/\d+", _tail(folder / f"{job}_0_log.out"))
+    if shown and running:
+        done = max(done, (int(shown[-1][0]) - 1) * steps + int(shown[-1][1]))
+    line = f"epoch {done // steps} of {epochs}" + f" and {done % steps} of {steps} steps" * (done % steps > 0)
+    if record and running:
+        seconds = (last - done) * record["seconds"] / record["steps"]
+        line += f"  ETA {seconds / 3600:.1f} h" if seconds >= 3600 else f"  ETA {seconds / 60:.1f} min"
+    return line
+
+
+def last_error(folder: Path, entry: dict, now: dict[str, str]) -> str:
+    """Why a job is no more, in one line, and where to read on."""
+    ends, job = read_ends(folder, entry["job"]), entry["job"]
+    told = the_cause(ends) or next((end for end in reversed(ends) if end["code"]), None)
+    if told:
+        return f"exit {told['code']} on rank {told['rank']} ({told['host']}): {told['line']}"
+    lines = [line for line in _tail(folder / f"{job}_0_log.out").splitlines() if line.strip()]
+    code = f"exit {now['ExitCode']}  " if now.get("ExitCode", "0:0") != "0:0" else ""
+    return f"{code}last line of {folder}/{job}_0_log.out: {lines[-1].strip() if lines else '(none)'}"
+
+
+def _tail(path: Path, size: int = 20_000) -> str:
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, path.stat().st_size - size))
+            return f.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _last_json_line(path: Path) -> dict:
+    lines = _tail(path).splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+if __name__ == "__main__":
+    sys.exit(finish(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

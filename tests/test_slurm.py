@@ -1,0 +1,308 @@
+"""Jobs on a real Slurm of two nodes: submitted, preempted, out of time, crashed, killed, followed by evaluations.
+
+`make test-slurm` where sbatch works. The partition `preemptible`, below the default one, is used if it is there.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+from test_main import log_of, run_script, same_state, without_time
+
+import run_with_submitit
+import slurm_jobs
+from errors import UserError
+
+
+def slurm_answers() -> str | None:
+    """Why these tests cannot run here, if so."""
+    if shutil.which("sbatch") is None:
+        return "no Slurm here"
+    nodes = slurm_jobs.ask("sinfo", "-h", "-N", "-o", "%N")
+    return None if len(set(nodes.split())) >= 2 else "no Slurm of two nodes answers"
+
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(slurm_answers() is not None, reason=slurm_answers() or ""),
+]
+
+SIZE = ["--cpu", "--nodes", "2", "--ngpus", "2", "--cpus_per_task", "1", "--mem", "2G", "--timeout", "20"]
+TRAIN = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "1", "--epochs", "12",
+         "--warmup_epochs", "0", "--saveckp_freq", "0", "--print_freq", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, image_folder):
+    return under_torchrun(tmp_path_factory.mktemp("undisturbed"), image_folder)
+
+
+def under_torchrun(out, image_folder, *more):
+    """The same run in four processes which nobody disturbs."""
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "main_cplearn.py", *TRAIN,
+                      "--data_path", str(image_folder), "--device", "cpu", "--num_workers", "0",
+                      "--output_dir", str(out), *more)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(autouse=True)
+def no_jobs_left():
+    yield
+    mine = slurm_jobs.ask("squeue", "-h", "-o", "%A", "-u", str(os.getuid())).split()
+    subprocess.run(["scancel", *mine]) if mine else None
+    wait_for(lambda: not slurm_jobs.ask("squeue", "-h", "-u", str(os.getuid())).strip(), "an empty queue")
+
+
+def submit(out, image_folder, *more) -> list[str]:
+    argv = [*SIZE, *TRAIN, "--data_path", str(image_folder), "--output_dir", str(out), *more]
+    return run_with_submitit.main([str(x) for x in argv])
+
+
+def wait_for(condition, what: str, seconds: float = 240):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.2)
+    return found
+
+
+def wait_end(job: str, out) -> dict:
+    """scontrol's words on a job that ended; fails with what --status and the log say if it does not."""
+    try:
+        return wait_for(lambda: (now := slurm_jobs.show_job(job))["JobState"] not in slurm_jobs.LIVE and now, job)
+    except AssertionError:
+        raise AssertionError("\n".join([*slurm_jobs.status(out), log(out, job)])) from None
+
+
+def log(out, job: str, rank: int = 0) -> str:
+    path = out / "slurm" / f"{job}_{rank}_log.out"
+    return path.read_text() if path.exists() else ""
+
+
+def wait_step(out, job: str, epoch: int) -> None:
+    wait_for(lambda: re.search(rf"(?m)^epoch {epoch}/\d+  loss", log(out, job)), f"epoch {epoch}: {log(out, job)}")
+
+
+def the_line(out, job: str) -> str:
+    return next(line for line in slurm_jobs.status(out) if line.split()[0] == job)
+
+
+def assert_as_undisturbed(out, undisturbed) -> None:
+    assert same_state(out, undisturbed)
+    assert without_time(log_of(out)) == without_time(log_of(undisturbed))
+
+
+def test_two_nodes_to_the_end_like_torchrun(tmp_path, image_folder, undisturbed):
+    argv = [*SIZE, *TRAIN, "--data_path", str(image_folder), "--output_dir", str(tmp_path)]
+    shown = run_script("run_with_submitit.py", *argv, "--dry_run")
+    assert shown.returncode == 0 and not (tmp_path / "slurm").exists()
+    done = run_script("run_with_submitit.py", *argv)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"Submitted job (\d+): main_cplearn, 2 x 2 processes", done.stdout)[1]
+    assert (tmp_path / "slurm" / f"{job}_submission.sh").read_text() in shown.stdout
+    assert "PENDING" in the_line(tmp_path, job) or "RUNNING" in the_line(tmp_path, job)
+    wait_step(tmp_path, job, 2)
+    assert re.search(r"RUNNING +on \S+ for \S+  epoch \d+ of 12.*  ETA [\d.]+ min", the_line(tmp_path, job))
+    with pytest.raises(UserError, match=f"has job {job}, which is RUNNING: scancel {job}, or choose"):
+        submit(tmp_path, image_folder)
+    ended = wait_end(job, tmp_path)
+    assert ended["JobState"] == "COMPLETED" and ended["ExitCode"] == "0:0", log(tmp_path, job)
+    assert the_line(tmp_path, job).split() == f"{job} main_cplearn COMPLETED epoch 12 of 12".split()
+    hosts = re.findall(r"(?m)^\| (\d) +\| +(\S+) \| +(\d) \|", log(tmp_path, job))
+    assert [(rank, local) for rank, _, local in hosts] == [("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")]
+    assert hosts[0][1] == hosts[1][1] != hosts[2][1] == hosts[3][1]
+    assert_as_undisturbed(tmp_path, undisturbed)
+    assert not list(tmp_path.glob("slurm/*address"))
+    assert "Nothing left to do" in again(tmp_path, image_folder)
+
+
+def again(out, image_folder) -> str:
+    (job,) = submit(out, image_folder)
+    assert wait_end(job, out)["JobState"] == "COMPLETED"
+    return log(out, job)
+
+
+@pytest.mark.parametrize("how", ["USR2", "TERM", "scontrol requeue"])
+def test_a_signal_in_mid_epoch_requeues_and_ends_like_an_undisturbed_run(tmp_path, image_folder, undisturbed, how):
+    (job,) = submit(tmp_path, image_folder)
+    wait_step(tmp_path, job, 2)
+    time.sleep(0.7)
+    subprocess.run(["scontrol", "requeue", job] if how == "scontrol requeue" else ["scancel", f"--signal={how}", job])
+    wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue")
+    ended = wait_end(job, tmp_path)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
+    text = log(tmp_path, job)
+    saved = int(re.search(r"saved after step (\d+)", text)[1])
+    assert saved > 24 and saved % 12, "the signal should come inside an epoch"  # or nothing is shown of mid-epoch
+    assert f"after epoch {saved // 12} and {saved % 12} of 12 steps" in text
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_time_limit_requeues(tmp_path, image_folder):
+    longer = ("--batch_size_per_gpu", "2", "--epochs", "60")
+    (job,) = submit(tmp_path / "out", image_folder, *longer, "--timeout", "1", "--signal_delay_s", "30")
+    ended = wait_end(job, tmp_path / "out")
+    assert ended["JobState"] == "COMPLETED", log(tmp_path / "out", job)
+    assert int(ended["Restarts"]) > 0, "the run ended before its time limit: it should be longer"
+    assert "SIGUSR2: stopped after step" in log(tmp_path / "out", job)
+    assert_as_undisturbed(tmp_path / "out", under_torchrun(tmp_path / "undisturbed", image_folder, *longer))
+
+
+def test_a_real_preemption(tmp_path, image_folder, undisturbed):
+    if "preemptible" not in slurm_jobs.ask("sinfo", "-h", "-o", "%P"):
+        pytest.skip("no partition called preemptible")
+    (job,) = submit(tmp_path, image_folder, "--partition", "preemptible")
+    wait_step(tmp_path, job, 2)
+    other = subprocess.run(["sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"],
+                           capture_output=True, text=True).stdout.strip()  # fmt: skip
+    wait_for(lambda: "PENDING" in the_line(tmp_path, job), "the preemption")
+    wait_for(lambda: slurm_jobs.show_job(other)["JobState"] == "COMPLETED", "the other job")
+    ended = wait_end(job, tmp_path)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_node_that_fails(tmp_path, image_folder, undisturbed):
+    (job,) = submit(tmp_path, image_folder)
+    wait_step(tmp_path, job, 2)
+    node = slurm_jobs.ask("scontrol", "show", "hostnames", slurm_jobs.show_job(job)["NodeList"]).split()[1]
+    down = subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], capture_output=True)
+    if down.returncode:
+        pytest.skip("only the administrator may take a node away")
+    try:
+        wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue")
+    finally:
+        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
+    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def kill_a_rank(out, job: str) -> None:
+    """kill -9 to the last one, wherever Slurm has put it: the table at the start names node and process."""
+    node, pid = re.search(r"(?m)^\| 3 +\| +(\S+) \| +1 \| +cpu \| +(\d+) \|", log(out, job)).groups()
+    subprocess.run(["srun", f"--jobid={job}", "--overlap", "-N1", "-n1", "-w", node, "kill", "-9", pid], check=True)
+
+
+def test_a_killed_process_requeues_what_was_saved(tmp_path, image_folder, undisturbed):
+    (job,) = submit(tmp_path, image_folder)
+    wait_step(tmp_path, job, 3)
+    kill_a_rank(tmp_path, job)
+    ended = wait_end(job, tmp_path)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
+    assert "rank 3 of 4 died without a word; requeueing it, 1 of 20" in log(tmp_path, job)
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_process_killed_before_anything_is_saved_fails(tmp_path, image_folder):
+    (job,) = submit(tmp_path, image_folder, "--epochs", "1000", "--saveckp_minutes", "0", "--batch_size_per_gpu", "4",
+                    "--arch", "vit_tiny", "--patch_size", "4")  # fmt: skip
+    wait_for(lambda: "steps_per_epoch" in log(tmp_path, job), "the start")
+    kill_a_rank(tmp_path, job)
+    assert wait_end(job, tmp_path)["JobState"] == "FAILED"
+    assert "died without a word before anything was saved: not requeued" in log(tmp_path, job)
+    assert "FAILED" in the_line(tmp_path, job) and "exit 6" in the_line(tmp_path, job)
+
+
+def test_a_crash_is_reported(tmp_path, image_folder):
+    jobs = submit(tmp_path / "out", image_folder, "--data_path", tmp_path / "nowhere", "--then", "eval")
+    ended = wait_end(jobs[0], tmp_path / "out")
+    assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "2:0"
+    line = the_line(tmp_path / "out", jobs[0])
+    assert "FAILED" in line and f"exit 2 on rank 0 ({ended['NodeList'].replace('[1-2]', '1')}): --data_path" in line
+    for job in jobs[1:]:
+        assert wait_end(job, tmp_path / "out")["JobState"] == "CANCELLED"
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_the_limit_of_requeues(tmp_path, image_folder, undisturbed):
+    (job,) = submit(tmp_path, image_folder, "--max_requeues", "0")
+    wait_step(tmp_path, job, 2)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    ended = wait_end(job, tmp_path)
+    assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "75:0"
+    assert "not requeued: --max_requeues 0 is reached, submit again" in log(tmp_path, job)
+    assert re.search(r"FAILED .*exit 75 .*: SIGUSR2: stopped after step \d+", the_line(tmp_path, job))
+    (job,) = submit(tmp_path, image_folder)
+    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED"
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_cancelled_job_stays_cancelled_and_its_state_is_saved(tmp_path, image_folder, undisturbed):
+    (job,) = submit(tmp_path, image_folder)
+    wait_step(tmp_path, job, 2)
+    subprocess.run(["scancel", job], check=True)
+    assert wait_end(job, tmp_path)["JobState"] == "CANCELLED"
+    assert "SIGTERM: stopped after step" in the_line(tmp_path, job)
+    (job,) = submit(tmp_path, image_folder)
+    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED"
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_two_jobs_at_once_and_the_job_number_in_the_folder(tmp_path, image_folder, undisturbed):
+    found = [submit(tmp_path / "%j", image_folder)[0] for _ in range(2)]
+    for job in found:
+        assert wait_end(job, tmp_path / job)["JobState"] == "COMPLETED", log(tmp_path / job, job)
+        assert_as_undisturbed(tmp_path / job, undisturbed)
+    assert {path.name for path in tmp_path.iterdir()} == set(found)
+
+
+def test_evaluations_follow(tmp_path, image_folder):
+    more = ("--then", "eval", "--nodes", "1", "--epochs", "2")
+    jobs = submit(tmp_path, image_folder, *more)
+    assert len(jobs) == 4 and "PENDING     (Dependency)" in the_line(tmp_path, jobs[1])
+    for job in jobs:
+        assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [one["script"] for one in results] == ["eval_knn", "eval_linear", "eval_cluster"]
+    assert all(one["weights"] == f"{tmp_path}/checkpoint.pth" and one["epoch"] == 2 for one in results)
+    single = run_script("eval_knn.py", "--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--device", "cpu",
+                        "--output_dir", str(tmp_path / "single"))  # fmt: skip
+    assert single.returncode == 0, single.stderr
+    there = json.loads((tmp_path / "single" / "results.jsonl").read_text())
+    assert there["metrics"] == results[0]["metrics"]
+
+
+def test_an_evaluation_told_to_stop_starts_again(tmp_path, image_folder, undisturbed):
+    argv = ["--script", "eval_linear", "--pretrained_weights", undisturbed / "checkpoint.pth", "--output_dir", tmp_path]
+    argv += ["--epochs", "3000", *SIZE[:1], "--ngpus", "2", "--cpus_per_task", "1", "--mem", "2G"]
+    (job,) = run_with_submitit.main([str(x) for x in argv])
+    wait_for(lambda: "epoch " in log(tmp_path, job), "the probe")
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue")
+    wait_for(lambda: "Resuming" in log(tmp_path, job), "the second start")
+    assert "SIGUSR2: stopped before there was anything to save; requeueing it, 1 of 20" in log(tmp_path, job)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--nodes", "99"), "--nodes 99: partition .* gives a job .* at most"),
+        (("--partition", "nope"), "Slurm refused the job: invalid partition specified: nope"),
+        (("--mem", "9999T"), "Slurm refused the job: Memory specification can not be satisfied"),
+        (("--constraint", "h900"), "Slurm refused the job: Invalid feature specification"),
+        (("--exclude", "nowhere"), "Slurm refused the job: Invalid node name specified"),
+    ],
+)
+def test_what_slurm_cannot_do_is_one_line(tmp_path, image_folder, capfd, more, words):
+    with pytest.raises(UserError, match=words) as caught:
+        submit(tmp_path / "out", image_folder, *more)
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpus_that_are_not_there(tmp_path, image_folder):
+    """The batch asks for GPUs; a node without any fails at once instead of training on its CPU."""
+    import torch
+
+    if torch.cuda.is_available() or "gpu" not in slurm_jobs.ask("sinfo", "-h", "-o", "%G"):
+        pytest.skip("needs a Slurm that promises GPUs which torch does not see")
+    argv = ["--ngpus", "1", "--mem", "2G", *TRAIN, "--data_path", str(image_folder), "--output_dir", str(tmp_path)]
+    (job,) = run_with_submitit.main(argv)
+    assert wait_end(job, tmp_path)["JobState"] == "FAILED"
+    assert "--device cuda, but torch sees no GPU" in the_line(tmp_path, job)
