@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     """Submit, or tell of what was submitted; returns the job numbers."""
     args, rest = parse_args(argv)
     if args.status:
-        for folder in args.status:
-            print("\n".join([f"{folder}:" * (len(args.status) > 1), *slurm_jobs.status(folder)]).strip("\n"))
+        show_status(args.status)
         return []
     if not args.local and not args.dry_run and shutil.which("sbatch") is None:
         raise UserError(
@@ -122,6 +121,18 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
         print(f"Watch: tail -F {where}/slurm/{jobs[0]}_0_log.out")
         print(f"       {Path(sys.argv[0]).name} --status {where}")
     return jobs
+
+
+def show_status(folders: list[str]) -> None:
+    if len(folders) == 1:
+        print("\n".join(slurm_jobs.status(folders[0])))
+        return
+    for folder in folders:
+        try:
+            lines = slurm_jobs.status(folder)
+        except UserError as error:  # of output/*
+            lines = [f"          {error}"]
+        print("\n".join([f"{folder}:", *lines]))
 
 
 # --- before anything is submitted -----------------------------------------------------------------------
@@ -230,6 +241,8 @@ def submit(args: argparse.Namespace, script: str, argv: list[str], output_dir: P
         raise UserError(f"Slurm refused the job: {_reason(str(error))}") from None
     except OSError as error:
         raise errors.WriteError(f"{error.filename or folder}: {error.strerror or error}") from None
+    for path in set(start.glob(".submission_file*")) - before:  # links to the script, of no further use
+        utils.remove_quietly(path)
     folder = Path(str(folder).replace("%j", job.job_id))
     size = {"nodes": args.nodes, "processes": args.nodes * args.ngpus}
     entry = {"job": job.job_id, "cluster": "local" if args.local else "slurm", "script": script, "argv": argv, **size}

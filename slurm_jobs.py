@@ -8,6 +8,7 @@
     JOB_RANK_end.json     how each process ended the last time: exit code, line, host
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import errors
 from errors import Interrupted, PeerError, UserError
-from utils import process_start, remove_quietly, write_text
+from utils import check_output_dir, process_start, remove_quietly, write_text
 
 ROOT = Path(__file__).resolve().parent
 FOLDER = "slurm"  # in output_dir
@@ -107,24 +108,27 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
     Here and not in a process of the job, because any of those may be the one that died.
     """
     job, processes = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_NTASKS", "1"))
-    ends = read_ends(folder, job)
-    if srun_code == 0 and [end["code"] for end in ends] == [0] * processes:
+    with contextlib.suppress(UserError):  # to write into a folder makes NFS look what others have written there
+        check_output_dir(str(folder))
+    ends = [end for end in read_ends(folder, job) if end["restarts"] == restart_count()]
+    silent = sorted(set(range(processes)) - {end["rank"] for end in ends})
+    if all(end["code"] == 0 for end in ends) and (srun_code == 0 or not silent):
         return 0
     failed = the_cause(ends)
     if failed and failed["code"] != PeerError.exit_code:
         print(f"job {job} failed on rank {failed['rank']}: {failed['line']}", flush=True)
         return failed["code"]
-    if not ends and srun_code in (2, 3, 4, 5):  # the disk was too full to say so
+    if 0 < srun_code < PeerError.exit_code:  # the disk was too full to say more
         return srun_code
     now = show_job(job)
     if now.get("JobState", "RUNNING") != "RUNNING":  # cancelled, or requeued by Slurm itself
         return Interrupted.exit_code
     stopped = [end["line"] for end in ends if end["code"] == Interrupted.exit_code]
-    if stopped:
+    if stopped and (srun_code == 0 or not silent):
         code, why = Interrupted.exit_code, stopped[0]
     else:
-        silent = sorted(set(range(processes)) - {end["rank"] for end in ends})
-        why = f"rank {', '.join(map(str, silent)) or '?'} of {processes} died without a word"
+        ranks = ", ".join(map(str, silent))
+        why = f"no last word of rank {ranks} of {processes}, see srun's lines above" if silent else failed["line"]
         code = PeerError.exit_code
         if not _saved_since(folder.parent / "checkpoint.pth", now.get("StartTime", "")):
             print(f"job {job}: {why} before anything was saved: not requeued (srun's code {srun_code})", flush=True)
@@ -152,9 +156,11 @@ def _saved_since(checkpoint: Path, start: str) -> bool:
 
 
 def read_ends(folder: Path, job: str) -> list[dict]:
-    """How the processes of a job ended, in the order of time. Those that are missing run, or died without a word."""
-    ends = [_read_json(path) for path in folder.glob(f"{job}_*_end.json")]
-    return sorted((end for end in ends if end), key=lambda end: end["time"])
+    """How the processes of a job ended since its last requeue, in the order of time. Some may be missing: they run, or
+    died without a word."""
+    ends = [end for path in folder.glob(f"{job}_*_end.json") if (end := _read_json(path))]
+    last = max((end["restarts"] for end in ends), default=0)
+    return sorted((end for end in ends if end["restarts"] == last), key=lambda end: end["time"])
 
 
 def the_cause(ends: list[dict]) -> dict | None:

@@ -1,5 +1,7 @@
 """Two real gloo processes against one process with the concatenated batch."""
 
+import json
+
 import pytest
 import torch
 from conftest import run_in_processes
@@ -296,3 +298,20 @@ def _compare(rank):
 def test_ranks_with_other_data_are_refused(tmp_path):
     told = run_in_processes(tmp_path, _compare)
     assert told[0] == told[1] and "rank 1 on" in told[0] and "has data 49 images, rank 0 on" in told[0]
+
+
+def _sum_of_ranks(rank):
+    return distributed.sum_over_ranks(torch.tensor(rank + 1.0)).item()
+
+
+@pytest.mark.parametrize("left", ["nobody listens", "somebody else listens", "cut"])
+def test_an_address_left_by_an_earlier_start_does_no_harm(tmp_path, left):
+    """The file of --dist_url file:// is there already, and rank 1 may read it before rank 0 has replaced it."""
+    other = torch.distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    other.set("number", "theirs")
+    port = other.port if left == "somebody else listens" else 9
+    address = json.dumps({"host": "127.0.0.1", "port": port, "number": "mine"})
+    file = tmp_path / f"init_{_sum_of_ranks.__name__}"
+    file.write_text(address[:20] if left == "cut" else address)
+    assert run_in_processes(tmp_path, _sum_of_ranks) == [3.0, 3.0]
+    assert not file.exists()

@@ -27,8 +27,8 @@ def test_no_flag_means_two_things():
 def test_the_batch_script_of_8_gpus(tmp_path):
     out = tmp_path / "in100"
     done = run_script("run_with_submitit.py", "@recipes/imagenet100_cplearn.txt", "--nodes", "2", "--partition", "gpu",
-                      "--constraint", "a100", "--account", "vision", "--qos", "long", "--exclude", "n[1-2]", "--dry_run",
-                      "--comment", "for the paper", "--output_dir", str(out), "--data_path", str(tmp_path),
+                      "--constraint", "a100", "--account", "vision", "--qos", "long", "--exclude", "n[1-2]",
+                      "--comment", "for the paper", "--dry_run", "--output_dir", str(out), "--data_path", str(tmp_path),
                       "--then", "eval", PATH=f"{os.path.dirname(sys.executable)}:/bin")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not out.exists()
