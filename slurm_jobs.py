@@ -173,14 +173,16 @@ def the_cause(ends: list[dict]) -> dict | None:
 def show_job(job: str) -> dict[str, str]:
     """What Slurm knows: of scontrol, or, when it has forgotten, of sacct. {} if neither knows."""
     found = ask("scontrol", "show", "job", "-o", job)
-    if found:
-        return dict(re.findall(r"(\w+)=(\S*)", found))
-    found = ask("sacct", "-j", job, "-X", "-n", "-P", "-o", "State,ExitCode,NodeList,Elapsed,Restarts")
+    return dict(re.findall(r"(\w+)=(\S*)", found)) if found else account_of(job)
+
+
+def account_of(job: str) -> dict[str, str]:
+    """The accounting's words for the same. {} where there is no accounting."""
+    found = ask("sacct", "-j", job, "-X", "-n", "-P", "-o", "State,ExitCode,NodeList,Elapsed")
     if not found.strip():
         return {}
-    values = found.splitlines()[-1].split("|")
-    names = ("JobState", "ExitCode", "NodeList", "RunTime", "Restarts")
-    return dict(zip(names, [values[0].split()[0], *values[1:]], strict=False))
+    state, code, nodes, elapsed = found.splitlines()[-1].split("|")
+    return {"JobState": state.split()[0], "ExitCode": code, "NodeList": nodes, "RunTime": elapsed}
 
 
 def ask(*command: str) -> str:

@@ -216,6 +216,9 @@ def test_a_crash_is_reported(tmp_path, image_folder):
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "2:0"
     line = the_line(tmp_path / "out", jobs[0])
     assert "FAILED" in line and re.search(r"exit 2 on rank \d \(\S+\): .*--data_path .* is not a folder", line)
+    if slurm_jobs.ask("sacct"):  # what is left when scontrol has forgotten
+        account = wait_for(lambda: slurm_jobs.account_of(jobs[0]), "the accounting")
+        assert account["JobState"] == "FAILED" and account["ExitCode"] == "2:0"
     for job in jobs[1:]:
         assert wait_end(job, tmp_path / "out")["JobState"] == "CANCELLED"
     assert not (tmp_path / "out" / "results.jsonl").exists()
