@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import errors
-from errors import Interrupted, PeerError, UserError
-from utils import check_output_dir, process_start, remove_quietly, write_text
-
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # a job looks into the folder of the submission first, which may have its own utils.py
+
+import errors  # noqa: E402
+from errors import Interrupted, PeerError, UserError  # noqa: E402
+from utils import check_output_dir, process_start, remove_quietly, write_text  # noqa: E402
+
 FOLDER = "slurm"  # in output_dir
 # Exit code that makes submitit's local executor start the tasks again.
 LOCAL_REQUEUE = 144
@@ -71,7 +73,6 @@ class Task:
             LOCAL_RANK=str(env.local_rank),
             LOCAL_WORLD_SIZE=str(env.num_tasks // env.num_nodes),
         )
-        sys.path.insert(0, str(ROOT))  # before the folder of the submission, which may have a utils.py of its own
         meet = folder / f"{job}_{restarts}_rank0_address"
         sys.argv = [f"{self.script}.py", "--dist_url", f"file://{meet}", *(x.replace("%j", job) for x in self.argv)]
         if rank == 0:
@@ -83,7 +84,7 @@ class Task:
             if ended.code != Interrupted.exit_code:
                 raise
             # The other processes are still on their way out: a code other than 0 would have them killed.
-            if local and _read_json(end)["line"].startswith("SIGUSR2") and restarts < self.max_requeues:
+            if local and _read_json(end).get("line", "").startswith("SIGUSR2") and restarts < self.max_requeues:
                 sys.exit(LOCAL_REQUEUE)
 
 

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+from conftest import ROOT
 from test_main import SMALL, log_of, run_script, same_state, train, without_time
 
 import run_with_submitit
@@ -179,3 +181,14 @@ def test_a_local_job_that_fails_says_why(tmp_path):
     line = wait_end(out, job)
     assert re.search(r"FAILED .* exit 2 on rank [01] .*--data_path .* is not a folder", line)
     assert utils.process_start(int(job)) is None
+
+
+def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
+    for name in ("utils.py", "errors.py", "datasets.py"):
+        (tmp_path / name).write_text("raise RuntimeError('a module of another project')\n")
+    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
+    command += ["--data_path", str(image_folder), "--max_steps", "1", "--output_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"Submitted job (\d+)", done.stdout)[1]
+    assert "COMPLETED" in wait_end(tmp_path / "out", job)
