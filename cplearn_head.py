@@ -17,7 +17,6 @@ The loss here is the plain form, which stores the (n, c) logits: the definition.
 
 import math
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ import distributed
 from dictionaries import DICTIONARIES, PriorBuffer
 from dictionary_attention import FORMS, block_size, streamed_loss
 from errors import UserError
+from method import Method, ReferenceLosses, float32, forward_by_size
 
 
 class CPLearnHead(nn.Module):
@@ -81,7 +81,7 @@ class CPLearnHead(nn.Module):
 
         Shape: h (n, f_h) -> (n, c) float32.
         """
-        h = _float32(h)
+        h = float32(h)
         return F.linear(h * (self.scale * self.kappa), self.dictionary.codes(dtype=h.dtype))
 
     @torch.no_grad()
@@ -111,11 +111,6 @@ class CPLearnHead(nn.Module):
         """
         norm = 1.0 if self.activation == "l2" else math.sqrt(0.39429 * self.dictionary.embed_dim)
         return self.scale * self.kappa * norm
-
-
-def _float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays, for gradient checks."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # --- loss terms ------------------------------------------------------------------------------------
@@ -181,7 +176,7 @@ def cplearn_loss(
         raise ValueError(f"cplearn_loss needs two or more views, got {len(logits)} with {n_global} global")
     if prior not in PRIORS or prior_group not in ("global", "local"):
         raise ValueError(f"prior {prior!r} / prior_group {prior_group!r} is unknown")
-    log_probs = [F.log_softmax(_float32(x), dim=1) for x in logits]
+    log_probs = [F.log_softmax(float32(x), dim=1) for x in logits]
     inv = invariance(log_probs, n_global)
     log_means = [log_mean_probs(lp, prior_group) for lp in log_probs[:n_global]]
     mixed = log_means if buffer is None else [buffer.mix(x) for x in log_means]
@@ -192,14 +187,6 @@ def cplearn_loss(
         entropy = sum(-(lp.exp() * lp).sum(1).mean() for lp in log_probs[:n_global]) / n_global
     terms = {"loss": loss, "invariance": inv, "prior": pri, "entropy": entropy}
     return loss, {name: value.detach() for name, value in terms.items()}, usage
-
-
-class ReferenceLosses(NamedTuple):
-    """What the loss is worth in known states, for one batch (nats)."""
-
-    uniform: float  # every assignment uniform: nothing learnt yet, or representation collapse
-    one_code: float  # every image on one and the same code: cluster collapse
-    floor: float  # lower bound for a batch of n images
 
 
 def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") -> ReferenceLosses:
@@ -219,15 +206,8 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
 # --- the method --------------------------------------------------------------------------------------
 
 
-class CPLearn(nn.Module):
-    """Algorithm 1 as a method: views in, loss out.
-
-    A method is a module with `backbone`; `forward(views) -> (loss, terms)`; `predict(features) -> codes`;
-    `after_step(skipped)`, called after each optimiser step with a bool on the device that tells whether the step was
-    left out for a gradient that is not finite; and `describe(n) -> dict`, which is printed before training. Whatever implements these can be trained by `main_cplearn.py` and read by the evaluations.
-    """
-
-    N_GLOBAL = 2
+class CPLearn(Method):
+    """Algorithm 1 as a method: views in, loss out."""
 
     def __init__(
         self,
@@ -277,7 +257,6 @@ class CPLearn(nn.Module):
 
     @staticmethod
     def add_flags(parser) -> None:
-        """The flags that belong to this method alone."""
         # fmt: off
         group = parser.add_argument_group("CPLearn")
         group.add_argument("--beta", type=float, default=0.25, help="Weight of the invariance term. Above 1 all images drift to one code; smaller for more codes or weaker augmentation")
@@ -318,7 +297,7 @@ class CPLearn(nn.Module):
         """Shape: V tensors (n, 3, H_v, W_v), the two global crops first -> scalar loss, named terms."""
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            h = [self.head(_float32(z)) for z in features]  # batch norm sees one view at a time
+            h = [self.head(float32(z)) for z in features]  # batch norm sees one view at a time
             options = {"prior": self.prior, "prior_group": self.prior_group, "n_global": self.N_GLOBAL}
             if self.loss_form == "plain":
                 logits = [self.head.logits(x) for x in h]
@@ -384,15 +363,3 @@ class CPLearn(nn.Module):
         if self.buffer is not None and self.buffer.ring.nbytes > 2**28:
             found.append(f"--prior_buffer keeps {self.buffer.ring.nbytes / 2**20:.0f} MiB, also in every checkpoint")
         return found
-
-
-def forward_by_size(backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
-    """One backbone pass for each run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f)."""
-    features: list[Tensor] = []
-    while len(features) < len(views):
-        first = len(features)
-        last = first
-        while last < len(views) and views[last].shape == views[first].shape:
-            last += 1
-        features += backbone(torch.cat(views[first:last])).chunk(last - first)
-    return features

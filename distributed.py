@@ -381,6 +381,20 @@ def log_mean_over_ranks(local: Tensor) -> Tensor:
     return value + weight * (local - local.detach())
 
 
+def logsumexp_over_ranks(x: Tensor) -> Tensor:
+    """log of the sum over the rows of all ranks of exp(x), with gradient to all of them.
+
+    For losses that differ between ranks; `log_mean_over_ranks` needs no collective backward, but the same loss on all.
+    Shape: (n, c) -> (c,).
+    """
+    local = x.logsumexp(0)
+    if world_size() == 1:
+        return local
+    top = local.detach().clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return top + _SumOverRanks.apply((local - top).exp()).log()
+
+
 def convert_batch_norm(module: nn.Module) -> nn.Module:
     """Replace torch's batch norms inside `module` by `BatchNorm`; names and values stay.
 

@@ -24,7 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     g = parser.add_argument_group("weights")
     g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
-    g.add_argument("--checkpoint_key", default="teacher", help="Network to take from a DINO checkpoint: teacher or student")
+    g.add_argument("--checkpoint_key", default="teacher", help="Network to evaluate where there are two (DINO): teacher or student")
     g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialisation: the baseline every result needs")
     g.add_argument("--arch", default=None, help="For weights that do not say (default: the checkpoint's)")
     g.add_argument("--patch_size", type=int, default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
@@ -124,7 +124,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         method = models.build_method(theirs)
         if not args.random_init:
             checkpoints.load_into(method, state["model"], args.pretrained_weights)
-        backbone, epoch = method.backbone, state["epoch"]
+        method.use(args.checkpoint_key)
+        backbone, epoch = method.evaluated, state["epoch"]
         args.method = theirs.method
     else:
         if args.arch is None:

@@ -36,16 +36,15 @@ from progress import Meter, Progress
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
 from run_state import Run, check_bad_images, count, resume, save, settle, stop_if_asked, vote
 
-# Flags of DINO's script that a user may bring along, and why they have no meaning for CPLearn.
-NO_TEACHER = "CPLearn has no EMA teacher"
+# Flags of DINO's script that a user may bring along, and why they have no meaning for another method.
 DINO_ONLY = {
-    "--momentum_teacher": NO_TEACHER,
-    "--teacher_temp": f"{NO_TEACHER}; the logit scale is set by --n_ref",
-    "--warmup_teacher_temp": f"{NO_TEACHER}; the logit scale is set by --n_ref",
-    "--warmup_teacher_temp_epochs": f"{NO_TEACHER}; the logit scale is set by --n_ref",
-    "--norm_last_layer": "the dictionary is frozen, there is no last layer to normalise",
-    "--freeze_last_layer": "the dictionary is always frozen",
-    "--use_bn_in_head": "the CPLearn head always has batch norm",
+    "--momentum_teacher": "only DINO has an EMA teacher",
+    "--teacher_temp": "only DINO has an EMA teacher",
+    "--warmup_teacher_temp": "only DINO has an EMA teacher",
+    "--warmup_teacher_temp_epochs": "only DINO has an EMA teacher",
+    "--norm_last_layer": "it is about DINO's prototypes",
+    "--freeze_last_layer": "it is about DINO's prototypes",
+    "--use_bn_in_head": "it is about DINO's head; the others have batch norm always",
 }
 
 
@@ -236,6 +235,8 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> R
         if args.init_from and not resumed:
             state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
             checkpoints.load_backbone(run.method.backbone, state, args.init_from)
+    if not resumed:
+        run.method.begin()
     run.model = distributed.wrap(run.method, device)
     distributed.on_main(announce, run, distributed.self_check(device))
     return run
@@ -334,11 +335,13 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
             augmentations.colour(pixels.to(device, non_blocking=True), params, view)
             for (pixels, params), view in zip(crops, run.views, strict=True)
         ]
+        method.before_step(run.step, len(run.loader), args.epochs)
         statistics.keep()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss, terms = run.model(images)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        method.after_backward()
         votes = vote(run, loss, signals, failures)
         skipped = check_gradients(method, votes[0], optimizer, scaler)
         terms["grad_norm"] = clip_gradients(method, args.clip_grad)

@@ -8,12 +8,24 @@ import torch
 from torch import nn
 
 import distributed
+from baselines.barlow_twins import BarlowTwins
+from baselines.dino import DINO
+from baselines.gedi import GEDI
+from baselines.self_classifier import SelfClassifier
+from baselines.swav import SwAV
 from cplearn_head import CPLearn
 from errors import UserError
 from resnet import ResNet8, resnet18_cifar
 from vision_transformer import SIZES, ViT
 
-METHODS = {"cplearn": CPLearn}
+METHODS = {
+    "cplearn": CPLearn,
+    "dino": DINO,
+    "swav": SwAV,
+    "barlow_twins": BarlowTwins,
+    "gedi": GEDI,
+    "self_classifier": SelfClassifier,
+}
 
 ARCHS = (*SIZES, "resnet8", "resnet8bn", "resnet8_wWIDTH", "resnet8bn_wWIDTH", "resnet18", "timm:NAME")
 

@@ -11,7 +11,6 @@ from cplearn_head import (
     CPLearn,
     CPLearnHead,
     cplearn_loss,
-    forward_by_size,
     invariance,
     log_mean_probs,
     prior_forward,
@@ -19,6 +18,7 @@ from cplearn_head import (
     reference_losses,
 )
 from errors import UserError
+from method import forward_by_size
 from resnet import ResNet8
 
 

@@ -1,0 +1,82 @@
+"""GEDI without its generative term (Sansone and Manhaeve 2022-2024; the paper's "GEDI no gen").
+
+The same losses as CPLearn on a learned projector f -> 2048 -> c with batch norm and ReLU, temperature 0.1. Two readings:
+
+    mean (the equations)   beta * invariance + CE(uniform, mean p), both directions, all ranks: `cplearn_loss`
+    sum (published code)   1/2 beta * CE(p^2, p^1) + 1/2 sum_j -log mean p^1_j, one direction, each rank for itself
+
+The sum makes the prior c times stronger.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import distributed
+from cplearn_head import cplearn_loss, log_mean_probs, prior_forward, reference_losses
+from errors import UserError
+from method import Method, ReferenceLosses, float32, forward_by_size
+
+
+def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The `sum` reading; every other view predicts the first. Shape: V x (n, c) -> scalar, detached terms."""
+    first, *others = [F.log_softmax(float32(x), dim=1) for x in logits]
+    invariance = sum(-(x.exp() * first).sum(1).mean() for x in others) / len(others)
+    prior = first.shape[1] * prior_forward(log_mean_probs(first, "local"))
+    loss = 0.5 * beta * invariance + 0.5 * prior
+    return loss, {"loss": loss.detach(), "invariance": invariance.detach(), "prior": prior.detach()}
+
+
+class GEDI(Method):
+    TEMPERATURE = 0.1
+
+    def __init__(self, backbone: nn.Module, *, out_dim: int, beta: float, reduction: str, hidden: int = 2048):
+        super().__init__()
+        if beta <= 0:
+            raise UserError(f"--beta {beta:g} must be positive")
+        if out_dim < 2:
+            raise UserError(f"--out_dim {out_dim} must be at least 2")
+        self.backbone, self.out_dim, self.beta, self.reduction = backbone, out_dim, beta, reduction
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.num_features, hidden),
+            distributed.BatchNorm(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out_dim),
+        )
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        # fmt: off
+        g = parser.add_argument_group("GEDI")
+        g.add_argument("--beta", type=float, default=0.25, help="Weight of the invariance term")
+        g.add_argument("--gedi_prior_reduction", default="mean", choices=("mean", "sum"), help="Of the prior over codes: mean is the equation, sum the published code (a prior c times stronger; there --beta 0.1)")
+        # fmt: on
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "GEDI":
+        return cls(backbone, out_dim=args.out_dim, beta=args.beta, reduction=args.gedi_prior_reduction)
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        features = forward_by_size(self.backbone, views)
+        with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
+            logits = [self.projector(float32(z)) / self.TEMPERATURE for z in features]  # one view at a time
+            if self.reduction == "sum":
+                return gedi_loss_as_published(logits, self.beta)
+            loss, terms, _ = cplearn_loss(logits, self.beta, prior="forward", n_global=self.N_GLOBAL)
+        return loss, terms
+
+    def predict(self, features: Tensor) -> Tensor:
+        return self.projector(float32(features)).argmax(1)
+
+    def references(self, n: int) -> ReferenceLosses:
+        if self.reduction == "mean":
+            return reference_losses(self.beta, self.out_dim, n * distributed.world_size(), "forward")
+        c, log_c = self.out_dim, math.log(self.out_dim)
+        return ReferenceLosses(0.5 * (self.beta + c) * log_c, math.inf, 0.5 * c * log_c)
+
+    def describe(self, n: int) -> dict[str, float | str]:
+        refs = self.references(n)
+        parameters = sum(p.numel() for p in self.projector.parameters())
+        return {"head_parameters": parameters, "loss_uniform": refs.uniform, "loss_floor": refs.floor}

@@ -1,0 +1,120 @@
+"""Self-Classifier (Amrani, Karlinsky and Bronstein, "Self-Supervised Classification Network", ECCV 2022), one head.
+
+    T_ij = softmax over the N images of all ranks of l^a_ij / tau_col, then each row divided by its sum
+    S_ij = softmax over the codes of l^b_ij / tau_row, then each column divided by its sum over all N images
+    loss = mean over pairs of -(1/n) sum_ij T_ij log(N/c S_ij + 1e-12)
+
+No teacher and no stop-gradient. `--head cplearn` puts the same loss on CPLearn's projector and frozen dictionary, which
+is what the sizes in the paper's Table 8 fit.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import distributed
+from cplearn_head import CPLearnHead
+from errors import UserError
+from method import Method, ReferenceLosses, float32, forward_by_size
+
+
+def self_classifier_loss(
+    logits: list[Tensor], n_global: int = 2, row_temp: float = 0.1, col_temp: float = 0.05, eps: float = 1e-12
+) -> Tensor:
+    """All ordered pairs of different views but local-local ones. Shape: V x (n, c) -> scalar."""
+    n, c = logits[0].shape
+    population = n * distributed.world_size()
+    # log T and log(N/c S): both normalised over the images of all ranks, with gradient
+    targets = [F.softmax(x / col_temp - distributed.logsumexp_over_ranks(x / col_temp), dim=1) for x in logits]
+    predictions = []
+    for x in logits:
+        rows = F.log_softmax(x / row_temp, dim=1)
+        rows = rows - distributed.logsumexp_over_ranks(rows) + math.log(population / c)
+        predictions.append(torch.logaddexp(rows, rows.new_tensor(math.log(eps))))
+    loss, pairs = 0.0, 0
+    for a, target in enumerate(targets):
+        for b, prediction in enumerate(predictions):
+            if a != b and (a < n_global or b < n_global):
+                loss = loss - (target * prediction).sum() / n
+                pairs += 1
+    return loss / pairs
+
+
+class SelfClassifier(Method):
+    WIDTH = 128
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        out_dim: int,
+        head: str,
+        row_temp: float,
+        col_temp: float,
+        dictionary_seed: int = 0,
+    ):
+        super().__init__()
+        if row_temp <= 0 or col_temp <= 0:
+            raise UserError(f"--row_temp {row_temp:g} and --col_temp {col_temp:g} must be positive: 0.1 and 0.05")
+        if out_dim < 2:
+            raise UserError(f"--out_dim {out_dim} must be at least 2")
+        self.backbone, self.out_dim, self.row_temp, self.col_temp = backbone, out_dim, row_temp, col_temp
+        if head == "cplearn":
+            self.frozen_head = CPLearnHead(backbone.num_features, out_dim, eps=0.5 / out_dim, seed=dictionary_seed)
+        else:
+            self.frozen_head = None
+            self.projector = nn.Sequential(
+                nn.Linear(backbone.num_features, 4096), distributed.BatchNorm(4096), nn.LeakyReLU(),
+                nn.Linear(4096, self.WIDTH),
+            )  # fmt: skip
+            self.classifier = nn.Linear(self.WIDTH, out_dim, bias=False)  # rows are brought to length 1
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        # fmt: off
+        g = parser.add_argument_group("Self-Classifier")
+        g.add_argument("--head", default="selfclassifier", choices=("selfclassifier", "cplearn"), help="Its own, or CPLearn's projector and frozen dictionary")
+        g.add_argument("--row_temp", type=float, default=0.1, help="Temperature of the softmax over codes")
+        g.add_argument("--col_temp", type=float, default=0.05, help="Temperature of the softmax over images")
+        g.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes of --head cplearn")
+        # fmt: on
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "SelfClassifier":
+        return cls(backbone, out_dim=args.out_dim, head=args.head, row_temp=args.row_temp, col_temp=args.col_temp,
+                   dictionary_seed=args.dictionary_seed)  # fmt: skip
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Cosines. Shape: (n, f) -> (n, c)."""
+        if self.frozen_head is not None:
+            return self.frozen_head.logits(self.frozen_head(z)) / self.frozen_head.scale
+        return F.normalize(self.projector(z), dim=1) @ F.normalize(self.classifier.weight, dim=1).T
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        features = forward_by_size(self.backbone, views)
+        with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
+            logits = [self.logits(float32(z)) for z in features]  # batch norm sees one view at a time
+            loss = self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp)
+        return loss, {"loss": loss.detach()}
+
+    def predict(self, features: Tensor) -> Tensor:
+        if self.frozen_head is not None:
+            return self.frozen_head.assign(self.frozen_head(float32(features)))
+        return self.logits(float32(features)).argmax(1)
+
+    def references(self, n: int) -> ReferenceLosses:
+        """The same logits for every image give log c, whatever they are. The floor: N/c S is at most N/c, and 1."""
+        log_c = math.log(self.out_dim)
+        floor = max(0.0, math.log(self.out_dim / (n * distributed.world_size())))
+        return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
+
+    def describe(self, n: int) -> dict[str, float | str]:
+        head = self.frozen_head or nn.ModuleList([self.projector, self.classifier])
+        refs = self.references(n)
+        return {
+            "head_parameters": sum(p.numel() for p in head.parameters()),
+            "loss_uniform": refs.uniform,
+            "loss_floor": refs.floor,
+        }

@@ -1,0 +1,150 @@
+"""SwAV (Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020).
+
+scores    S^v = z^v C^T       unit embeddings, unit prototypes
+targets   Q^a = Sinkhorn(S^a / eps) over all images of all ranks (and the queue), a a global view, no gradient
+loss      mean over pairs a != b of CE(Q^a, softmax(S^b / tau))
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import distributed
+from baselines.soft_targets import soft_target_loss
+from errors import UserError
+from method import Method, ReferenceLosses, float32, forward_by_size
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, iterations: int = 3) -> Tensor:
+    """Assignments of equal mass a code, by turns of columns and rows, in log space: exp(1 / 0.05) overflows fp16.
+
+    Columns run over the rows of all ranks, so all hold parts of one matrix; constant factors of a column are undone
+    by its next row step. Shape: S / eps (n, c) -> (n, c), rows sum to 1.
+    """
+    q = float32(scores).clone()
+    for _ in range(iterations):
+        q -= distributed.log_mean_over_ranks(q.logsumexp(0))
+        q -= q.logsumexp(1, keepdim=True)
+    return q.exp_()
+
+
+class SwAV(Method):
+    TEMPERATURE, WIDTH = 0.1, 128
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        out_dim: int,
+        epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        queue_length: int = 3840,
+        epoch_queue_starts: int = 15,
+        freeze_prototypes_epochs: int = 1,
+    ):
+        super().__init__()
+        if out_dim < 2:
+            raise UserError(f"--out_dim {out_dim} must be at least 2")
+        if epsilon <= 0 or sinkhorn_iterations < 1:
+            raise UserError(f"--epsilon {epsilon:g} and --sinkhorn_iterations {sinkhorn_iterations} must be positive")
+        if queue_length < 0:
+            raise UserError(f"--queue_length {queue_length} must not be negative: 0 for none")
+        self.backbone, self.out_dim = backbone, out_dim
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.num_features, 2048), distributed.BatchNorm(2048), nn.ReLU(), nn.Linear(2048, self.WIDTH)
+        )
+        self.prototypes = nn.Linear(self.WIDTH, out_dim, bias=False)
+        # Embeddings of the last images, of all ranks and the same on all, newest first: one queue a global view.
+        self.register_buffer("queue", torch.zeros(self.N_GLOBAL, queue_length, self.WIDTH))
+        self.epsilon, self.iterations = epsilon, sinkhorn_iterations
+        self.epoch_queue_starts, self.freeze_epochs = epoch_queue_starts, freeze_prototypes_epochs
+        self.before_step(0, 1, 1)
+        self._normalise()
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        # fmt: off
+        g = parser.add_argument_group("SwAV")
+        g.add_argument("--epsilon", type=float, default=0.05, help="Of Sinkhorn: smaller is harder. 0.03 if the loss sticks at log c")
+        g.add_argument("--sinkhorn_iterations", type=int, default=3)
+        g.add_argument("--queue_length", type=int, default=3840, help="Embeddings of earlier images in Sinkhorn, over all processes; 0 for none")
+        g.add_argument("--epoch_queue_starts", type=int, default=15, help="First epoch (from 0) that fills the queue; it is used when it is full")
+        g.add_argument("--freeze_prototypes_epochs", type=int, default=1, help="Epochs during which the prototypes are kept fixed")
+        # fmt: on
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "SwAV":
+        names = ("epsilon", "sinkhorn_iterations", "queue_length", "epoch_queue_starts", "freeze_prototypes_epochs")
+        return cls(backbone, out_dim=args.out_dim, **{name: getattr(args, name) for name in names})
+
+    @torch.no_grad()
+    def _normalise(self) -> None:
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+    def begin(self) -> None:
+        self._normalise()
+
+    def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
+        self.frozen = step < self.freeze_epochs * steps_per_epoch
+        self.steps_of_queue = step - self.epoch_queue_starts * steps_per_epoch
+
+    def embed(self, z: Tensor) -> Tensor:
+        """Shape: (n, f) -> (n, 128), of unit length."""
+        return F.normalize(self.projector(z), dim=1)
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        features = forward_by_size(self.backbone, views)
+        with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
+            x = [self.embed(float32(z)) for z in features]  # batch norm sees one view at a time
+            prototypes = self.prototypes.weight
+            with torch.no_grad():
+                targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
+                self._fresh = torch.stack([distributed.gather_rows(x[a].detach()) for a in range(self.N_GLOBAL)])
+                total = sum(targets)
+            loss = 0.0
+            for b, embedding in enumerate(x):
+                others = total - targets[b] if b < self.N_GLOBAL else total
+                loss = loss + soft_target_loss(embedding, prototypes, others, 1 / self.TEMPERATURE)
+            loss = loss / (self.N_GLOBAL * (len(x) - 1) * len(x[0]))
+            with torch.no_grad():
+                entropy = sum(torch.special.entr(q).sum(1).mean() for q in targets) / self.N_GLOBAL
+        return loss, {"loss": loss.detach(), "target_entropy": entropy}
+
+    def targets(self, a: int, x: Tensor) -> Tensor:
+        """Q^a of this rank's images; each rank brings its share of the queue. Shape: (n, 128) -> (n, c)."""
+        rows = x
+        n, length = len(x) * distributed.world_size(), self.queue.shape[1]
+        if length and self.steps_of_queue * n >= length:
+            share = self.queue[a, distributed.rank() :: distributed.world_size()]
+            rows = torch.cat([x, share.to(x.dtype)])
+        return sinkhorn(rows @ self.prototypes.weight.T / self.epsilon, self.iterations)[: len(x)]
+
+    def after_backward(self) -> None:
+        if self.frozen:
+            self.prototypes.weight.grad = None
+
+    @torch.no_grad()
+    def after_step(self, skipped: Tensor) -> None:
+        self._normalise()
+        length = self.queue.shape[1]
+        if length and self.steps_of_queue >= 0:
+            pushed = torch.cat([self._fresh.to(self.queue.dtype), self.queue], dim=1)[:, :length]
+            self.queue.copy_(torch.where(skipped, self.queue, pushed))
+
+    def predict(self, features: Tensor) -> Tensor:
+        """The best prototype, without Sinkhorn."""
+        return (self.embed(float32(features)) @ self.prototypes.weight.T).argmax(1)
+
+    def references(self, n: int) -> ReferenceLosses:
+        """With equal mass a code no target is above N / c, so targets have at least the entropy log(c / N)."""
+        population = n * distributed.world_size() + self.queue.shape[1]
+        floor = max(0.0, math.log(self.out_dim / population))
+        return ReferenceLosses(uniform=math.log(self.out_dim), one_code=math.log(self.out_dim), floor=floor)
+
+    def describe(self, n: int) -> dict[str, float | str]:
+        refs = self.references(n)
+        parameters = sum(p.numel() for m in (self.projector, self.prototypes) for p in m.parameters())
+        return {"head_parameters": parameters, "loss_uniform": refs.uniform, "loss_floor": refs.floor}

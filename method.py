@@ -1,0 +1,92 @@
+"""What every method of the comparison is to the training loop and the evaluations: one interface."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ReferenceLosses(NamedTuple):
+    """What the loss is worth in known states, for one batch (nats)."""
+
+    uniform: float  # every assignment uniform: nothing learnt yet, or representation collapse
+    one_code: float  # every image on one and the same code: cluster collapse
+    floor: float  # lower bound for a batch of n images
+
+
+class Method(nn.Module):
+    """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
+
+    A method defines `add_flags`, `from_args`, `forward`, `predict`, `references` and `describe`; the other functions do
+    nothing unless it needs them. The order of a step is `before_step`, `forward`, backward, `after_backward`, the
+    optimiser's step, `after_step`.
+    """
+
+    N_GLOBAL = 2  # global crops, the first of the views
+    backbone: nn.Module  # trained; num_features wide
+    out_dim: int
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        """The flags that belong to this method alone."""
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "Method":
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Once, before the first step of a run that does not resume, when the weights are those it starts from."""
+
+    def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
+        """Schedules of the method's own."""
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shape: V tensors (n, 3, H_v, W_v), the global crops first -> scalar loss, named terms (detached scalars)."""
+        raise NotImplementedError
+
+    def after_backward(self) -> None:
+        """Gradients that this step shall not apply."""
+
+    def after_step(self, skipped: Tensor) -> None:
+        """After the optimiser's step. `skipped`, a bool on the device: it was left out, its gradient was not finite."""
+
+    def use(self, network: str) -> None:
+        """Choose what is evaluated, `teacher` or `student`, where there are two."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The backbone that is evaluated."""
+        return self.backbone
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Code of each image from the features of the evaluated backbone. Shape: (n, f) -> (n,) int64."""
+        raise NotImplementedError
+
+    def references(self, n: int) -> ReferenceLosses:
+        """Reference losses for n images a rank."""
+        raise NotImplementedError
+
+    def describe(self, n: int) -> dict[str, float | str]:
+        """Derived values that decide a run of n images a rank: printed before training."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed but known to train badly."""
+        return []
+
+
+def forward_by_size(backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    """One backbone pass for each run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f)."""
+    features: list[Tensor] = []
+    while len(features) < len(views):
+        first = len(features)
+        last = first
+        while last < len(views) and views[last].shape == views[first].shape:
+            last += 1
+        features += backbone(torch.cat(views[first:last])).chunk(last - first)
+    return features
+
+
+def float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays, for gradient checks."""
+    return x if x.dtype == torch.float64 else x.float()
