@@ -11,6 +11,7 @@ import distributed
 from baselines.barlow_twins import BarlowTwins
 from baselines.dino import DINO
 from baselines.gedi import GEDI
+from baselines.gedi_gen import GEDIGen
 from baselines.self_classifier import SelfClassifier
 from baselines.swav import SwAV
 from cplearn_head import CPLearn
@@ -24,6 +25,7 @@ METHODS = {
     "swav": SwAV,
     "barlow_twins": BarlowTwins,
     "gedi": GEDI,
+    "gedi_gen": GEDIGen,
     "self_classifier": SelfClassifier,
 }
 

@@ -9,9 +9,13 @@ from conftest import run_in_processes
 from lightly.loss import BarlowTwinsLoss, DINOLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from lightly.models.modules.heads import DINOProjectionHead
+from test_main import log_of, same_state, train, without_time
 from torch import nn
 
+import augmentations
 import distributed
+import eval_cluster
+import eval_knn
 import models
 from baselines.barlow_twins import BarlowTwins, barlow_loss, barlow_loss_explicit
 from baselines.dino import DINOHead, dino_loss, teacher_targets
@@ -22,7 +26,7 @@ from baselines.swav import SwAV, sinkhorn
 from cplearn_head import cplearn_loss
 from errors import UserError
 
-BASELINES = ("dino", "swav", "barlow_twins", "gedi", "self_classifier")
+BASELINES = ("dino", "swav", "barlow_twins", "gedi", "gedi_gen", "self_classifier")
 
 
 def randn(*shape, seed=0):
@@ -32,7 +36,8 @@ def randn(*shape, seed=0):
 def arguments(method, *more):
     import main_cplearn
 
-    return main_cplearn.parse_args(["--method", method, "--arch", "resnet8_w16", "--out_dim", "30", *more])
+    small = ["--image_size", "16", "--sgld_buffer", "40", "--sgld_steps", "2"] if method == "gedi_gen" else []
+    return main_cplearn.parse_args(["--method", method, "--arch", "resnet8_w16", "--out_dim", "30", *small, *more])
 
 
 def make(method, *more):
@@ -356,6 +361,53 @@ def test_self_classifier_on_either_head():
     assert not any("packed" in k for k in borrowed.state_dict())
 
 
+# --- GEDI's generative term ---------------------------------------------------------------------------------
+
+
+GEN = ["--out_dim", "6"]
+
+
+def test_sgld_goes_down_the_energy_from_uniform_pixels():
+    still = make("gedi_gen", *GEN, "--sgld_step_size", "0", "--sgld_noise", "0", "--sgld_restart", "1")
+    moving = make("gedi_gen", *GEN, "--sgld_step_size", "0.5", "--sgld_noise", "0", "--sgld_restart", "1")
+    like = randn(8, 3, 16, 16)
+    start, noise = still.sample(like)
+    pixels = augmentations.normalise(torch.zeros(1, 3, 1, 1)), augmentations.normalise(torch.ones(1, 3, 1, 1))
+    assert (start >= pixels[0]).all() and (start <= pixels[1]).all() and start.std() > 1
+    assert abs(noise.std() - 1) < 0.05
+    x = start
+    for _ in range(2):
+        x = x.detach().requires_grad_()
+        energy = -(moving.backbone(x) @ moving.energy.weight[0]).sum()
+        x = x - 0.5 * torch.autograd.grad(energy, x)[0]
+    assert torch.allclose(moving.sample(like)[0], x.detach(), atol=1e-12)
+    noisy = make("gedi_gen", *GEN, "--sgld_step_size", "0", "--sgld_noise", "0.3", "--sgld_restart", "1")
+    assert abs((noisy.sample(like)[0] - start).std() / (0.3 * math.sqrt(2)) - 1) < 0.05  # two steps
+
+
+def test_gedi_gen_loss_replay_and_limit():
+    method, plain = make("gedi_gen", *GEN), make("gedi", "--out_dim", "6")
+    plain.load_state_dict({k: v for k, v in method.state_dict().items() if k in plain.state_dict()})
+    views = [randn(8, 3, 16, 16, seed=v) for v in range(2)]
+    loss, terms = method(views)
+    samples, noise = method.sample(views[0])  # of the same step: the same
+    energy = [-(method.backbone(x) @ method.energy.weight[0]).mean() for x in (views[0] + 0.03 * noise, samples)]
+    assert torch.allclose(loss, plain(views)[0] + 0.02 * 0.25 * (energy[0] - energy[1]))
+    assert torch.allclose(terms["generative"], energy[0] - energy[1])
+    assert not method.replay.any()
+    method.after_step(torch.tensor(True))
+    assert not method.replay.any()
+    method.after_step(torch.tensor(False))
+    written = method.replay.flatten(1).any(1)
+    assert written.sum() == 8 and torch.equal(method.replay[method._drawn[0]], samples)
+    method.gen_limit = 0.0
+    assert method(views)[0].isnan()
+    with pytest.raises(UserError, match="--sgld_buffer 40 is smaller than a batch of 48 images"):
+        method([randn(48, 3, 16, 16)] * 2)
+    with pytest.raises(UserError, match="gedi_gen samples images .* use --arch resnet8"):
+        make("gedi_gen", "--arch", "resnet8bn_w16")
+
+
 # --- all of them ------------------------------------------------------------------------------------------
 
 
@@ -368,7 +420,7 @@ def step(rank, world, method_name, more):
         views = [randn(8, 3, s, s, seed=10 * i + v) for v, s in enumerate((16, 16, 8))]
         method.zero_grad()
         method.before_step(i + 1, 1, 10)
-        loss, _ = model([v[rank * 8 // world : (rank + 1) * 8 // world] for v in views])
+        loss, _ = model([v[rank::world] for v in views])
         loss.backward()
         losses.append(distributed.mean_over_ranks(loss.detach()))
         with torch.no_grad():
@@ -378,7 +430,7 @@ def step(rank, world, method_name, more):
         method.after_step(torch.tensor(False))
     state = {k: v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     grads = [p.grad for p in method.parameters() if p.grad is not None]
-    queue = state.pop("queue", None)  # holds the same rows in another order
+    queue = state.pop("queue", state.pop("replay", None))  # hold the same rows in another order
     return {"losses": torch.stack(losses), "grads": torch.cat([g.flatten() for g in grads]), "state": state,
             "queue": None if queue is None else queue.sum(1)}  # fmt: skip
 
@@ -393,6 +445,7 @@ def step(rank, world, method_name, more):
         ("gedi", []),
         ("self_classifier", []),
         ("self_classifier", ["--head", "cplearn"]),
+        ("gedi_gen", GEN),
     ],
 )
 def test_two_processes_equal_one(tmp_path, name, more):
@@ -421,3 +474,31 @@ def test_half_precision_features_give_float32_losses(name):
 def test_reference_losses_are_finite_and_ordered(name):
     refs = make(name).references(8)
     assert math.isfinite(refs.uniform) and math.isfinite(refs.floor) and refs.floor < refs.uniform
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASELINES)
+def test_interrupted_equals_uninterrupted_and_all_evaluations_read_it(tmp_path, image_folder, name, capsys):
+    small = ("--image_size", "32", "--sgld_buffer", "40", "--sgld_steps", "2") if name == "gedi_gen" else ()
+    more = {"dino": ("--momentum_teacher", "0.9", "--warmup_teacher_temp_epochs", "3", "--teacher_temp", "0.07"),
+            "swav": ("--queue_length", "20", "--epoch_queue_starts", "1")}.get(name, ())  # fmt: skip
+    common = ("--method", name, "--data_path", str(image_folder), "--epochs", "4", *small, *more)
+    train(tmp_path / "whole", *common)
+    train(tmp_path / "cut", *common, "--max_steps", "7")
+    train(tmp_path / "cut", *common)
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+    weights = ["--pretrained_weights", str(tmp_path / "whole" / "checkpoint.pth"), "--num_workers", "0"]
+    rows = eval_cluster.main([*weights, "--shuffles", "2"])
+    assert {"codes", "codes_shuffled", "kmeans"} <= rows.keys() and rows["codes"]["used_codes"] >= 1
+    assert 0 <= eval_knn.main([*weights, "--nb_knn", "3"])["knn3_top1"] <= 1
+
+
+def test_flags_of_another_method_are_refused():
+    for method in ("cplearn", "swav", "barlow_twins", "gedi", "self_classifier"):
+        with pytest.raises(UserError, match=f"--teacher_temp makes no sense with --method {method}: only DINO"):
+            arguments(method, "--teacher_temp", "0.07")
+    with pytest.raises(SystemExit):
+        arguments("dino", "--beta", "0.1")
+    with pytest.raises(UserError, match="--method moco is unknown: cplearn, dino, swav, barlow_twins, gedi, gedi_gen"):
+        arguments("moco")
