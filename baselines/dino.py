@@ -64,10 +64,8 @@ def dino_loss(bottlenecks: list[Tensor], prototypes: Tensor, targets: Tensor, st
     """
     n_global, n = targets.shape[:2]
     total = targets.sum(0)
-    loss = 0.0
-    for b, x in enumerate(bottlenecks):
-        others = total - targets[b] if b < n_global else total
-        loss = loss + soft_target_loss(x, prototypes, others, 1 / student_temp)
+    others = (total - targets[b] if b < n_global else total for b in range(len(bottlenecks)))
+    loss = soft_target_loss(bottlenecks, prototypes, others, 1 / student_temp)
     return loss / (n_global * (len(bottlenecks) - 1) * n)
 
 

@@ -104,10 +104,8 @@ class SwAV(Method):
                 targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
                 self._fresh = torch.stack([distributed.gather_rows(x[a].detach()) for a in range(self.N_GLOBAL)])
                 total = sum(targets)
-            loss = 0.0
-            for b, embedding in enumerate(x):
-                others = total - targets[b] if b < self.N_GLOBAL else total
-                loss = loss + soft_target_loss(embedding, prototypes, others, 1 / self.TEMPERATURE)
+            others = (total - targets[b] if b < self.N_GLOBAL else total for b in range(len(x)))
+            loss = soft_target_loss(x, prototypes, others, 1 / self.TEMPERATURE)
             loss = loss / (self.N_GLOBAL * (len(x) - 1) * len(x[0]))
             with torch.no_grad():
                 entropy = sum(torch.special.entr(q).sum(1).mean() for q in targets) / self.N_GLOBAL

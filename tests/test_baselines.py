@@ -58,13 +58,13 @@ def same(got, expected, tolerance=1e-10):
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_soft_target_loss_is_the_plain_one(scale):
-    x, weight = randn(5, 7).requires_grad_(), randn(11, 7, seed=1).requires_grad_()
-    target = randn(5, 11, seed=2).softmax(1) * torch.arange(5)[:, None]  # rows of any sum
-    plain = -(target * (scale * x @ weight.T).log_softmax(1)).sum()
-    fast = soft_target_loss(x, weight, target, scale)
+    x, y, weight = (randn(n, 7, seed=n).requires_grad_() for n in (5, 5, 11))
+    targets = [randn(5, 11, seed=s).softmax(1) * torch.arange(5)[:, None] for s in (2, 3)]  # rows of any sum
+    plain = -sum((t * (scale * v @ weight.T).log_softmax(1)).sum() for v, t in zip((x, y), targets, strict=True))
+    fast = soft_target_loss([x, y], weight, iter(targets), scale)
     assert torch.allclose(plain, fast, rtol=1e-12)
-    assert same(gradients(3 * fast, x, weight), gradients(3 * plain, x, weight))
-    assert torch.autograd.gradcheck(lambda x, w: soft_target_loss(x, w, target, scale), (x, weight))
+    assert same(gradients(3 * fast, x, y, weight), gradients(3 * plain, x, y, weight))
+    assert torch.autograd.gradcheck(lambda x, y, w: soft_target_loss([x, y], w, targets, scale), (x, y, weight))
 
 
 # --- DINO ------------------------------------------------------------------------------------------------
