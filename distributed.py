@@ -133,15 +133,20 @@ def check_in(store: dist.Store, rank: int, world: int, place: torch.device, minu
         me["gpu"] = str(getattr(properties, "uuid", place.index))
     store.set(f"here{rank}", json.dumps(me))
     keys = [f"here{r}" for r in range(world)]
+    end = time.monotonic() + 60 * minutes
     try:
-        store.wait(keys, timedelta(minutes=minutes))
-    except (dist.DistError, RuntimeError):
-        missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
-        raise PeerError(
-            f"rank {', '.join(missing)} of {world} did not come within {minutes:g} minutes "
-            f"({world - len(missing)} did, rank {rank} on {me['host']} is one): see its own log"
-        ) from None
-    everyone = [json.loads(store.get(key)) for key in keys]
+        while not store.check(keys):  # store.wait would be deaf to signals
+            if time.monotonic() > end:
+                missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
+                raise PeerError(
+                    f"rank {', '.join(missing)} of {world} did not come within {minutes:g} minutes "
+                    f"({world - len(missing)} did, rank {rank} on {me['host']} is one): see its own log"
+                )
+            time.sleep(0.05)
+        everyone = [json.loads(store.get(key)) for key in keys]
+    except (dist.DistError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0][:150]
+        raise PeerError(f"rank {rank} has lost rank 0, which ended ({reason}): see its own log") from None
     _refuse_shared_gpus(everyone)
     _everyone[:] = everyone
 

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import importlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -36,6 +37,7 @@ EVALUATIONS = [name for name in ("eval_knn", "eval_linear", "eval_cluster", "eva
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    env = {x.removeprefix("SBATCH_"): value for x, value in os.environ.items() if x.startswith("SBATCH_")}.get
     # fmt: off
     p = utils.ArgumentParser(prog="run_with_submitit.py", description=__doc__)
     p.add_argument("--script", default="main_cplearn", choices=SCRIPTS, help="Entry point; every other flag is its own")
@@ -47,12 +49,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--mem", default=None, help="Memory a node in SLURM's notation, 320G (default: 40G a GPU; with --cpu the partition's)")
     g.add_argument("--timeout", type=int, default=2800, help="Minutes until the job is stopped, saved and requeued")
     g = p.add_argument_group("queue")
-    g.add_argument("--partition", default=None, help="Where to submit (default: the cluster's)")
-    g.add_argument("--account", default=None)
-    g.add_argument("--qos", default=None)
-    g.add_argument("--constraint", default=None, help="Features of the nodes, e.g. a100")
+    g.add_argument("--partition", default=env("PARTITION"), help="Where to submit (default: the cluster's). SBATCH_PARTITION, _ACCOUNT, _QOS and _CONSTRAINT are defaults as for sbatch")
+    g.add_argument("--account", default=env("ACCOUNT"))
+    g.add_argument("--qos", default=env("QOS"))
+    g.add_argument("--constraint", default=env("CONSTRAINT"), help="Features of the nodes, e.g. a100")
     g.add_argument("--exclude", default=None, help="Nodes not to use")
     g.add_argument("--comment", default=None, help="For the scheduler")
+    g.add_argument("--sbatch", nargs="+", default=[], metavar="OPTION=VALUE", help="Any other option of sbatch: reservation=x, mail-type=END, exclusive")
     g.add_argument("--name", default=None, help="Of the job (default: the output folder's)")
     g.add_argument("--max_requeues", type=int, default=20, help="After so many the job ends as FAILED; the same command again goes on")
     g.add_argument("--signal_delay_s", type=int, default=120, help="Seconds before the time limit at which to save")
@@ -83,6 +86,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         raise UserError(f"--local has one machine: leave out --nodes {args.nodes}")
     if args.local and args.then:
         raise UserError("--local knows no dependencies: run the evaluations when it is done, leave out --then")
+    if "--time" in rest:
+        raise UserError("--time is called --timeout here, and counts minutes")
+    wrong = [x for x in args.sbatch if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", x)]
+    if wrong:
+        raise UserError(f"--sbatch {wrong[0]} is not OPTION=VALUE or OPTION, without dashes: mail-type=END")
     if args.status and rest:
         raise UserError(f"--status takes folders only: leave out {' '.join(rest)}")
     return args, rest
@@ -99,14 +107,15 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
             "no Slurm here (no sbatch on PATH): submit on a login node, or run on this machine with --local, "
             f"or torchrun --nproc_per_node={args.ngpus} {args.script}.py"
         )
-    output_dir = check_flags(args.script, rest)
-    if not args.local and not args.dry_run:
-        check_partition(args)
-    folder = Path(output_dir.replace("%j", f"local{os.getpid()}") if args.local else output_dir).absolute()
-    if args.local:
+    if args.local:  # its job has no number in advance
         rest = [x.replace("%j", f"local{os.getpid()}") for x in rest]
+    folder = Path(os.path.abspath(check_flags(args, rest)))
+    if args.script == "main_cplearn":
+        rest = with_output_dir(rest, folder)  # whatever becomes of the folder it was submitted from
+    if not args.local:
+        check_partition(args)
     if not args.dry_run:
-        refuse_twice(folder, args.script)
+        refuse_twice(folder, args)
     jobs = [submit(args, args.script, rest, folder)]
     if args.then:
         folder = Path(str(folder).replace("%j", jobs[0]))
@@ -117,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
             dependency = f"afterok:{jobs[0]}" + f",afterany:{jobs[-1]}" * (len(jobs) > 1)
             jobs.append(submit(one_node, script, weights, folder, dependency))
     if not args.dry_run:
-        where = Path(str(folder).replace("%j", jobs[0]))
-        print(f"Watch: tail -F {where}/slurm/{jobs[0]}_0_log.out")
-        print(f"       {Path(sys.argv[0]).name} --status {where}")
+        where = str(folder).replace("%j", jobs[0])
+        print(f"Watch: tail -F {shlex.quote(f'{where}/{slurm_jobs.FOLDER}/{jobs[0]}_0_log.out')}")
+        print(f"       {Path(sys.argv[0]).name} --status {shlex.quote(where)}")
     return jobs
 
 
@@ -138,25 +147,55 @@ def show_status(folders: list[str]) -> None:
 # --- before anything is submitted -----------------------------------------------------------------------
 
 
-def check_flags(script: str, argv: list[str]) -> str:
+def check_flags(args: argparse.Namespace, argv: list[str]) -> str:
     """The entry point's own check of its flags, here and not after hours in a queue. Returns its output folder."""
-    module = importlib.import_module(script)
+    module = importlib.import_module(args.script)
     parse = getattr(module, "parse_args", None) or module.get_args_parser().parse_args
-    args = parse([x.replace("%j", "0") for x in argv])
-    for name in ("data_path", "pretrained_weights", "init_from"):
-        path = getattr(args, name, None)
-        if path and "%j" not in " ".join(argv) and not os.path.exists(os.path.expanduser(path)):
-            print(f"WARNING: --{name} {path} does not exist on this machine", file=sys.stderr)
-    found = [b for a, b in zip(argv, argv[1:], strict=False) if a == "--output_dir"]
-    found += [x.removeprefix("--output_dir=") for x in argv if x.startswith("--output_dir=")]
-    if found:
-        return os.path.expanduser(found[-1])  # as given: %j is not known yet
-    if args.output_dir:
-        return args.output_dir
-    source = getattr(args, "load_features", None) or getattr(args, "pretrained_weights", None)
-    if source is None:
-        raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
-    return source if getattr(args, "load_features", None) else str(Path(source).parent)
+    theirs = parse([x.replace("%j", "0") for x in argv])
+    given = {name: os.path.expanduser(value) for name, value in vars(theirs).items() if value and name in PATHS}
+    numbered = "%j" in " ".join(argv)
+    for name in ("pretrained_weights", "load_features", "init_from"):
+        if name in given and not numbered and not os.path.exists(given[name]):
+            raise UserError(f"--{name} {given[name]} does not exist: check the path")
+    if "data_path" in given and not os.path.exists(given["data_path"]):
+        print(f"WARNING: --data_path {given['data_path']} does not exist on this machine", file=sys.stderr)
+    elif args.then and "data_path" in given and theirs.dataset == "folder":
+        if not any(os.path.isdir(os.path.join(given["data_path"], split)) for split in ("val", "test")):
+            raise UserError(f"--then eval needs a val or test folder with classes in --data_path {given['data_path']}")
+    output_dir = _value_of("--output_dir", argv)  # as given: %j is not known yet
+    if output_dir is None:
+        source = given.get("load_features") or str(Path(given.get("pretrained_weights", ".")).parent)
+        output_dir = given.get("output_dir") or source
+        if args.script != "main_cplearn" and not {"load_features", "pretrained_weights"} & given.keys():
+            raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
+    if not output_dir.strip():
+        raise UserError("--output_dir is empty: name a folder")
+    if "%" in output_dir.replace("%j", ""):
+        raise UserError(f"--output_dir {output_dir}: only %j, the job's number, is understood after %")
+    return os.path.expanduser(output_dir)
+
+
+PATHS = ("data_path", "pretrained_weights", "load_features", "init_from", "output_dir")
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """The last one counts, as for argparse."""
+    found = None
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if word == flag:
+            found = following
+        elif word.startswith(f"{flag}="):
+            found = word.removeprefix(f"{flag}=")
+    return found
+
+
+def with_output_dir(argv: list[str], folder: Path) -> list[str]:
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != "--output_dir" and not word.startswith("--output_dir="):
+            kept.append(word)
+        skip = word == "--output_dir"
+    return [*kept, "--output_dir", str(folder)]
 
 
 def check_partition(args: argparse.Namespace) -> None:
@@ -191,15 +230,19 @@ def _minutes(text: str) -> float:
     return 24 * 60 * int(days or 0) + 60 * hours + minutes + seconds / 60
 
 
-def refuse_twice(output_dir: Path, script: str) -> None:
+def refuse_twice(output_dir: Path, args: argparse.Namespace) -> None:
+    """One pre-training a folder, and with --then one set of evaluations. An evaluation alone may go beside others."""
+    if args.script != "main_cplearn":
+        return
     folder = output_dir / slurm_jobs.FOLDER
     for entry in slurm_jobs.submissions(folder):
-        if entry["script"] == script == "main_cplearn":
+        if entry["script"] == "main_cplearn" or args.then:
             state = slurm_jobs.job_state(folder, entry)["JobState"]
             if state in slurm_jobs.LIVE:
                 stop = f"kill {entry['job']}" if entry["cluster"] == "local" else f"scancel {entry['job']}"
                 raise UserError(
-                    f"{output_dir} has job {entry['job']}, which is {state}: {stop}, or choose another --output_dir"
+                    f"{output_dir} has job {entry['job']} ({entry['script']}), which is {state}: {stop}, "
+                    "or choose another --output_dir"
                 )
 
 
@@ -230,7 +273,7 @@ def submit(args: argparse.Namespace, script: str, argv: list[str], output_dir: P
     try:
         # Without the variables of a job in which this was typed.
         with submitit.helpers.clean_env(), submitit.core.utils.environment_variables(**here):
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stderr(said), _without_terminal() if args.local else contextlib.nullcontext():
                 job = executor.submit(task)
     except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
         for path in set(start.glob("*")) - before:
@@ -240,7 +283,7 @@ def submit(args: argparse.Namespace, script: str, argv: list[str], output_dir: P
             start.parent.rmdir()
         raise UserError(f"Slurm refused the job: {_reason(str(error))}") from None
     except OSError as error:
-        raise errors.WriteError(f"{error.filename or folder}: {error.strerror or error}") from None
+        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from None
     for path in set(start.glob(".submission_file*")) - before:  # links to the script, of no further use
         utils.remove_quietly(path)
     folder = Path(str(folder).replace("%j", job.job_id))
@@ -256,6 +299,23 @@ def submit(args: argparse.Namespace, script: str, argv: list[str], output_dir: P
         )
     )
     return job.job_id
+
+
+@contextlib.contextmanager
+def _without_terminal():
+    """What is started inside has its own standard streams: a pipe to this command would wait for a job's end."""
+    sys.stdout.flush()
+    kept = [os.dup(fd) for fd in range(3)]
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        for fd in range(3):
+            os.dup2(null, fd)
+        yield
+    finally:
+        for fd, before in enumerate(kept):
+            os.dup2(before, fd)
+            os.close(before)
+        os.close(null)
 
 
 def own_flags(args: argparse.Namespace, argv: list[str]) -> list[str]:
@@ -309,9 +369,10 @@ def make_executor(args: argparse.Namespace, folder: Path, script: str, dependenc
         ],
         # One process that fails ends the others; and srun, unlike sbatch, has to be told of the cores.
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
-        teardown=[f"{shlex.join(finish).replace('%j', '$SLURM_JOB_ID')} $?"],
+        teardown=[f"{shlex.join(finish)} $?"],
         additional_parameters={
             "requeue": True,
+            **{x.partition("=")[0]: x.partition("=")[2] or True for x in args.sbatch},
             **({"mem": memory} if memory else {}),
             **({"kill-on-invalid-dep": "yes"} if dependency else {}),
         },

@@ -6,9 +6,11 @@
     JOB_submission.sh     the batch script
     JOB_RANK_log.out      what each process printed, over all requeues
     JOB_RANK_end.json     how each process ended the last time: exit code, line, host
+    JOB_end.json          what the batch script made of it
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a job looks into the folder of the submission first, which may have its own utils.py
 
 import errors  # noqa: E402
-from errors import Interrupted, PeerError, UserError  # noqa: E402
+from errors import Interrupted, PeerError, UserError, WriteError  # noqa: E402
 from utils import check_output_dir, process_start, remove_quietly, write_text  # noqa: E402
 
 FOLDER = "slurm"  # in output_dir
@@ -64,8 +66,14 @@ class Task:
             except UserError as error:  # a full disk, perhaps the very reason of the end
                 print(error, file=sys.stderr)
 
+        early: list[str] = []
+
+        def stop_before_the_run(number: int, frame) -> None:
+            early.append(signal.Signals(number).name)
+            raise Interrupted(f"{early[0]}: stopped before there was anything to save")
+
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # until training takes them over
-            signal.signal(number, _stop_before_the_run)
+            signal.signal(number, stop_before_the_run)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it before others; submitit prints a warning
         os.environ.update(
             RANK=str(rank),
@@ -75,21 +83,25 @@ class Task:
         )
         meet = folder / f"{job}_{restarts}_rank0_address"
         sys.argv = [f"{self.script}.py", "--dist_url", f"file://{meet}", *(x.replace("%j", job) for x in self.argv)]
+        if local:
+            _end_with_the_parent()
         if rank == 0:
             again = f", requeue {restarts} of {self.max_requeues} at most" * (restarts > 0)
             print(f"job {job}{again}: {shlex.join(sys.argv)}", flush=True)
         try:
             errors.run_script(lambda argv: importlib.import_module(self.script).main(argv), report)
         except SystemExit as ended:
-            if ended.code != Interrupted.exit_code:
-                raise
-            # The other processes are still on their way out: a code other than 0 would have them killed.
+            if ended.code != Interrupted.exit_code or (early and not local):
+                raise  # and srun ends the others, which may be waiting for this one
+            # All stop after the same step and are on their way out: a code other than 0 would have them killed.
             if local and _read_json(end).get("line", "").startswith("SIGUSR2") and restarts < self.max_requeues:
                 sys.exit(LOCAL_REQUEUE)
 
 
-def _stop_before_the_run(number: int, frame) -> None:
-    raise Interrupted(f"{signal.Signals(number).name}: stopped before there was anything to save")
+def _end_with_the_parent() -> None:
+    """If submitit's controller is killed, nobody else would end its processes. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def restart_count() -> int:
@@ -109,15 +121,28 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
     Here and not in a process of the job, because any of those may be the one that died.
     """
     job, processes = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_NTASKS", "1"))
-    with contextlib.suppress(UserError):  # to write into a folder makes NFS look what others have written there
-        check_output_dir(str(folder))
+    folder = Path(str(folder).replace("%j", job))
+
+    def say(line: str) -> None:
+        print(f"job {job}: {line}", flush=True)
+        with contextlib.suppress(UserError):
+            write_text(folder / f"{job}_end.json", json.dumps({"restarts": restart_count(), "line": line}) + "\n")
+
+    if not folder.is_dir():
+        say(f"{folder} is gone")
+        return WriteError.exit_code
+    try:
+        check_output_dir(str(folder))  # to write into a folder also makes NFS look what others have written there
+    except UserError as error:
+        say(str(error))
+        return WriteError.exit_code
     ends = [end for end in read_ends(folder, job) if end["restarts"] == restart_count()]
     silent = sorted(set(range(processes)) - {end["rank"] for end in ends})
-    if all(end["code"] == 0 for end in ends) and (srun_code == 0 or not silent):
+    if ends and all(end["code"] == 0 for end in ends) and (srun_code == 0 or not silent):
         return 0
     failed = the_cause(ends)
     if failed and failed["code"] != PeerError.exit_code:
-        print(f"job {job} failed on rank {failed['rank']}: {failed['line']}", flush=True)
+        say(f"failed on rank {failed['rank']} with exit code {failed['code']}: {failed['line']}")
         return failed["code"]
     if 0 < srun_code < PeerError.exit_code:  # the disk was too full to say more
         return srun_code
@@ -125,24 +150,25 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
     if now.get("JobState", "RUNNING") != "RUNNING":  # cancelled, or requeued by Slurm itself
         return Interrupted.exit_code
     stopped = [end["line"] for end in ends if end["code"] == Interrupted.exit_code]
-    if stopped and (srun_code == 0 or not silent):
+    stopped.sort(key=lambda line: not line.startswith("SIGUSR"))  # srun sends SIGTERM, too, when one has died
+    if stopped and (srun_code == 0 or not silent or stopped[0].startswith("SIGUSR")):
         code, why = Interrupted.exit_code, stopped[0]
     else:
         ranks = ", ".join(map(str, silent))
         why = f"no last word of rank {ranks} of {processes}, see srun's lines above" if silent else failed["line"]
         code = PeerError.exit_code
         if not _saved_since(folder.parent / "checkpoint.pth", now.get("StartTime", "")):
-            print(f"job {job}: {why} before anything was saved: not requeued (srun's code {srun_code})", flush=True)
+            say(f"{why} before anything was saved: not requeued (srun's code {srun_code})")
             return code
     if restart_count() >= max_requeues:
-        print(f"job {job}: {why}; not requeued: --max_requeues {max_requeues} is reached, submit again", flush=True)
+        say(f"{why}; not requeued: --max_requeues {max_requeues} is reached, submit again")
         return code
-    print(f"job {job}: {why}; requeueing it, {restart_count() + 1} of {max_requeues}", flush=True)
+    say(f"{why}; requeueing it, {restart_count() + 1} of {max_requeues}")
     try:
         subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
-        print(f"job {job} could not be requeued ({reason}): submit the same command again", flush=True)
+        say(f"{why}; could not be requeued ({reason}): submit the same command again")
     return code
 
 
@@ -198,7 +224,7 @@ def submissions(folder: Path) -> list[dict]:
     """Lines of jobs.jsonl, oldest first."""
     try:
         return [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines() if line.strip()]
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return []
 
 
@@ -229,7 +255,7 @@ def status(output_dir: str) -> list[str]:
     found = submissions(folder)
     if not found:
         raise UserError(f"{folder} has no jobs: was it submitted with this --output_dir?")
-    lines = []
+    lines, latest = [], [entry["job"] for entry in found if entry["script"] == "main_cplearn"][-1:]
     for entry in found:
         job, now = entry["job"], job_state(folder, entry)
         state, restarts = now["JobState"], int(now.get("Restarts") or 0)
@@ -239,7 +265,7 @@ def status(output_dir: str) -> list[str]:
         elif state in LIVE and now.get("NodeList", "(null)") not in ("(null)", ""):
             line += f"  on {now['NodeList']} for {now.get('RunTime', '?')}"
         line += f"  requeued {restarts} time{'s' * (restarts > 1)}" * (restarts > 0)
-        if entry["script"] == "main_cplearn":
+        if job in latest:  # what is in the folder is the newest job's
             line += f"  {progress(folder, job, running=state == 'RUNNING')}"
         if state not in (*LIVE, "COMPLETED"):
             line += f"  {last_error(folder, entry, now)}"
@@ -270,11 +296,24 @@ def last_error(folder: Path, entry: dict, now: dict[str, str]) -> str:
     """Why a job is no more, in one line, and where to read on."""
     ends, job = read_ends(folder, entry["job"]), entry["job"]
     told = the_cause(ends) or next((end for end in reversed(ends) if end["code"]), None)
-    if told:
+    batch = _read_json(folder / f"{job}_end.json")
+    if told and not ("not requeued" in batch.get("line", "") and told["restarts"] == batch["restarts"]):
         return f"exit {told['code']} on rank {told['rank']} ({told['host']}): {told['line']}"
-    lines = [line for line in _tail(folder / f"{job}_0_log.out").splitlines() if line.strip()]
-    code = f"exit {now['ExitCode']}  " if now.get("ExitCode", "0:0") != "0:0" else ""
-    return f"{code}last line of {folder}/{job}_0_log.out: {lines[-1].strip() if lines else '(none)'}"
+    code = f"exit {now['ExitCode'].removesuffix(':0')}: " if now.get("ExitCode", "0:0") != "0:0" else ""
+    if batch:
+        return code + batch["line"]
+    logs = [folder / f"{job}_{rank}_log.out" for rank in range(entry["processes"])]
+    if not any(log.exists() for log in logs):
+        dependency = "Dependency" in now.get("Reason", "") or "afterok" in now.get("Dependency", "")
+        return f"{code}never started" + ": the job before it did not end well" * dependency
+    for log in logs:  # of the job itself, if any
+        lines = [x.strip() for x in _tail(log).splitlines() if x.strip() and not x.startswith(_NOT_OURS)]
+        if lines:
+            return f"{code}last line of {log}: {lines[-1]}"
+    return f"{code}nothing in {logs[0]}"
+
+
+_NOT_OURS = ("srun:", "slurmstepd", "submitit ", "job ")
 
 
 def _tail(path: Path, size: int = 20_000) -> str:
@@ -287,8 +326,10 @@ def _tail(path: Path, size: int = 20_000) -> str:
 
 
 def _last_json_line(path: Path) -> dict:
-    lines = _tail(path).splitlines()
-    return json.loads(lines[-1]) if lines else {}
+    for line in reversed(_tail(path).splitlines()):
+        with contextlib.suppress(ValueError):  # half written
+            return json.loads(line)
+    return {}
 
 
 def _read_json(path: Path) -> dict:

@@ -1,6 +1,11 @@
 """Two real gloo processes against one process with the concatenated batch."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -315,3 +320,20 @@ def test_an_address_left_by_an_earlier_start_does_no_harm(tmp_path, left):
     file.write_text(address[:20] if left == "cut" else address)
     assert run_in_processes(tmp_path, _sum_of_ranks) == [3.0, 3.0]
     assert not file.exists()
+
+
+def test_a_rank_that_waits_for_others_hears_signals(tmp_path):
+    program = """
+import os, signal, sys
+import distributed
+def leave(*_): sys.exit(7)
+signal.signal(signal.SIGUSR2, leave)
+distributed.init(f"file://{sys.argv[1]}", "cpu", 5.0)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "meet")]
+    process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
+    while not (tmp_path / "meet").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=10) == 7

@@ -30,7 +30,8 @@ def test_the_batch_script_of_8_gpus(tmp_path):
     out = tmp_path / "in100"
     done = run_script("run_with_submitit.py", "@recipes/imagenet100_cplearn.txt", "--nodes", "2", "--partition", "gpu",
                       "--constraint", "a100", "--account", "vision", "--qos", "long", "--exclude", "n[1-2]",
-                      "--comment", "for the paper", "--dry_run", "--output_dir", str(out), "--data_path", str(tmp_path),
+                      "--sbatch", "reservation=r1", "exclusive", "--comment", "for the paper", "--dry_run",
+                      "--output_dir", str(out), "--data_path", str(tmp_path / "imagenet"),
                       "--then", "eval", PATH=f"{os.path.dirname(sys.executable)}:/bin")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not out.exists()
@@ -40,7 +41,7 @@ def test_the_batch_script_of_8_gpus(tmp_path):
         "account": "vision", "comment": "'for the paper'", "constraint": "a100", "cpus-per-task": "10",
         "exclude": "'n[1-2]'", "gpus-per-node": "8", "job-name": "in100", "mem": "320G", "nodes": "2",
         "ntasks-per-node": "8", "open-mode": "append", "output": f"{out}/slurm/%j_0_log.out", "partition": "gpu",
-        "qos": "long", "requeue": "", "signal": "USR2@120", "time": "2800",
+        "qos": "long", "requeue": "", "reservation": "r1", "exclusive": "", "signal": "USR2@120", "time": "2800",
     }  # fmt: skip
     command = re.search(r"# Every process then runs: (.*)", first)[1]
     assert "--class_list imagenet100.txt --arch vit_small" in command  # the recipe, written out
@@ -65,6 +66,12 @@ def test_the_batch_script_of_8_gpus(tmp_path):
         (["--status", "out", "--lr", "1"], "--status takes folders only: leave out --lr 1"),
         (["--status", "/nowhere"], "/nowhere/slurm has no jobs"),
         (["--dry_run", "--lr", "-1"], "--lr -1 must be positive"),
+        (["--dry_run", "--time", "60"], "--time is called --timeout here"),
+        (["--dry_run", "--output_dir", "out/%u_%j"], "only %j, the job's number, is understood"),
+        (["--dry_run", "--output_dir", " "], "--output_dir is empty"),
+        (["--sbatch", "Mail=x"], "--sbatch Mail=x is not OPTION=VALUE"),
+        (["--script", "eval_knn", "--pretrained_weights", "/nowhere.pth"], "/nowhere.pth does not exist"),
+        (["--script", "eval_knn", "--load_features", "/nowhere"], "--load_features /nowhere does not exist"),
         (["--dry_run", "--momentum_teacher", "0.99"], "--momentum_teacher makes no sense"),
     ],
 )
@@ -130,7 +137,7 @@ def reap(job: str) -> None:
 def test_a_local_job_trains_and_equals_torchrun(tmp_path, image_folder):
     data = ("--data_path", str(image_folder), "--epochs", "2")
     job = submit(tmp_path / "out", *data)
-    with pytest.raises(UserError, match=f"has job {job}, which is RUNNING: kill {job}"):
+    with pytest.raises(UserError, match=rf"has job {job} \(main_cplearn\), which is RUNNING: kill {job}"):
         submit(tmp_path / "out", *data)
     assert wait_end(tmp_path / "out", job).split() == f"{job} main_cplearn COMPLETED epoch 2 of 2".split()
     done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
@@ -192,3 +199,34 @@ def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
     assert done.returncode == 0, done.stderr
     job = re.search(r"Submitted job (\d+)", done.stdout)[1]
     assert "COMPLETED" in wait_end(tmp_path / "out", job)
+
+
+def test_defaults_of_the_site_come_from_sbatchs_variables(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SBATCH_PARTITION", "mine")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    run_with_submitit.main(["--dry_run", "--account", "other", "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "#SBATCH --partition=mine\n" in said and "#SBATCH --account=other\n" in said
+
+
+def test_evaluations_that_could_not_run_are_refused_before_pre_training(tmp_path, image_folder):
+    flat = image_folder / "train"
+    with pytest.raises(UserError, match="--then eval needs a val or test folder with classes in --data_path"):
+        run_with_submitit.main(["--dry_run", "--then", "eval", "--data_path", str(flat)])
+
+
+def test_a_local_job_does_not_hold_the_pipe_of_its_launcher_and_ends_with_its_controller(tmp_path, image_folder):
+    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
+    command += ["--data_path", str(image_folder), "--epochs", "100000", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)  # until all have closed the pipe
+    job = re.search(r"Submitted job (\d+)", done.stdout)[1]
+    log = tmp_path / f"out/slurm/{job}_0_log.out"
+    end = time.monotonic() + 60
+    while not log.exists() or "epoch 2/" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(int(job), signal.SIGKILL)
+    while not (tmp_path / f"out/slurm/{job}_0_end.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert "INTERRUPTED" in slurm_jobs.status(tmp_path / "out")[0]

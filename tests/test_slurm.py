@@ -110,7 +110,7 @@ def test_two_nodes_to_the_end_like_torchrun(tmp_path, image_folder, undisturbed)
     assert "PENDING" in the_line(tmp_path, job) or "RUNNING" in the_line(tmp_path, job)
     wait_step(tmp_path, job, 2)
     assert re.search(r"RUNNING +on \S+ for \S+  epoch \d+ of 12.*  ETA [\d.]+ min", the_line(tmp_path, job))
-    with pytest.raises(UserError, match=f"has job {job}, which is RUNNING: scancel {job}, or choose"):
+    with pytest.raises(UserError, match=rf"has job {job} \(main_cplearn\), which is RUNNING: scancel {job}, or"):
         submit(tmp_path, image_folder)
     ended = wait_end(job, tmp_path)
     assert ended["JobState"] == "COMPLETED" and ended["ExitCode"] == "0:0", log(tmp_path, job)
@@ -131,18 +131,20 @@ def again(out, image_folder) -> str:
 
 @pytest.mark.parametrize("how", ["USR2", "TERM", "scontrol requeue"])
 def test_a_signal_in_mid_epoch_requeues_and_ends_like_an_undisturbed_run(tmp_path, image_folder, undisturbed, how):
-    (job,) = submit(tmp_path, image_folder)
-    wait_step(tmp_path, job, 2)
+    (job,) = submit(tmp_path / "with a space" / "%j", image_folder)
+    out = tmp_path / "with a space" / job
+    wait_step(out, job, 2)
     time.sleep(0.7)
     subprocess.run(["scontrol", "requeue", job] if how == "scontrol requeue" else ["scancel", f"--signal={how}", job])
-    wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue")
-    ended = wait_end(job, tmp_path)
-    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
-    text = log(tmp_path, job)
+    wait_for(lambda: "requeued 1 time" in the_line(out, job), "the requeue")
+    ended = wait_end(job, out)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(out, job)
+    text = log(out, job)
     saved = int(re.search(r"saved after step (\d+)", text)[1])
     assert saved > 24 and saved % 12, "the signal should come inside an epoch"  # or nothing is shown of mid-epoch
     assert f"after epoch {saved // 12} and {saved % 12} of 12 steps" in text
-    assert_as_undisturbed(tmp_path, undisturbed)
+    assert_as_undisturbed(out, undisturbed)
+    assert [path.name for path in out.parent.iterdir()] == [job]
 
 
 def test_a_time_limit_requeues(tmp_path, image_folder):
@@ -221,6 +223,7 @@ def test_a_crash_is_reported(tmp_path, image_folder):
         assert account["JobState"] == "FAILED" and account["ExitCode"] == "2:0"
     for job in jobs[1:]:
         assert wait_end(job, tmp_path / "out")["JobState"] == "CANCELLED"
+        assert "never started: the job before it did not end well" in the_line(tmp_path / "out", job)
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
@@ -231,10 +234,36 @@ def test_the_limit_of_requeues(tmp_path, image_folder, undisturbed):
     ended = wait_end(job, tmp_path)
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "75:0"
     assert "not requeued: --max_requeues 0 is reached, submit again" in log(tmp_path, job)
-    assert re.search(r"FAILED .*exit 75 .*: SIGUSR2: stopped after step \d+", the_line(tmp_path, job))
+    assert re.search(r"FAILED .*exit 75: SIGUSR2: stopped after step .*--max_requeues 0 is", the_line(tmp_path, job))
     (job,) = submit(tmp_path, image_folder)
     assert wait_end(job, tmp_path)["JobState"] == "COMPLETED"
     assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_signal_while_ranks_wait_for_one_another_requeues(tmp_path, image_folder, undisturbed):
+    """Rank 3 is frozen before it has come, the others wait for it; all are told to stop."""
+    (job,) = submit(tmp_path, image_folder)
+    wait_for(lambda: "submitit" in log(tmp_path, job, 3), "the start")
+    find = f"tr '\\0' '\\n' < /proc/$p/environ | grep -qx SLURM_JOB_ID={job} && " \
+           "tr '\\0' '\\n' < /proc/$p/environ | grep -qx SLURM_PROCID=3"  # fmt: skip
+    loop = "for p in $(pgrep -f submitit.core._submit); do " + find + " && kill -{} $p; done; true"
+    subprocess.run(["bash", "-c", loop.format("STOP")], check=True)
+    time.sleep(12)
+    if "steps_per_epoch" in log(tmp_path, job):
+        pytest.skip("rank 3 is on another machine, or had come already")
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    subprocess.run(["bash", "-c", loop.format("CONT")], check=True)
+    wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue", 30)
+    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_any_more(tmp_path, image_folder):
+    (job,) = submit(tmp_path / "out", image_folder)
+    wait_step(tmp_path / "out", job, 2)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert wait_end(job, tmp_path / "elsewhere")["JobState"] == "FAILED"
+    assert not (tmp_path / "out" / "slurm").exists()
 
 
 def test_a_cancelled_job_stays_cancelled_and_its_state_is_saved(tmp_path, image_folder, undisturbed):
@@ -302,6 +331,7 @@ def test_an_evaluation_told_to_stop_starts_again(tmp_path, more_images, undistur
         (("--mem", "9999T"), "Slurm refused the job: Memory specification can not be satisfied"),
         (("--constraint", "h900"), "Slurm refused the job: Invalid feature specification"),
         (("--exclude", "nowhere"), "Slurm refused the job: Invalid node name specified"),
+        (("--sbatch", "reservation=none"), "Slurm refused the job: .*[Rr]eservation"),
     ],
 )
 def test_what_slurm_cannot_do_is_one_line(tmp_path, image_folder, capfd, more, words):
