@@ -265,6 +265,7 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
     method = models.build_method(args)
     for size in sorted({view.size for view in views}):
         models.check_image_size(method.backbone, args.arch, size)
+    check_memory(method, args, len(views), device)
     method.to(device)
     half = args.precision == "fp16"
     return Run(
@@ -382,6 +383,29 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
     }
 
 
+def expected_memory(method: nn.Module, args: argparse.Namespace, views: int) -> tuple[int, int]:
+    """Bytes a process of weights, gradients and optimiser states; and of head and loss. Without activations."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    fixed = sum(t.nbytes for t in [*method.parameters(), *method.buffers()]) - 4 * trained
+    states = 2 if args.optimizer.startswith("adam") else 1
+    return 4 * trained * (2 + states) + fixed, method.loss_memory(args.batch_size_per_gpu, views)
+
+
+def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device: torch.device) -> None:
+    """Raises `UserError`, with numbers, for what cannot fit."""
+    weights, loss = expected_memory(method, args, views)
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    else:
+        have = utils.physical_memory() // distributed.local_world_size()
+    if weights + loss > have:
+        raise UserError(
+            f"--method {args.method} --out_dim {args.out_dim}: weights, gradients and optimiser states take "
+            f"{weights / 1e9:.1f} GB, head and loss {loss / 1e9:.1f} GB for {args.batch_size_per_gpu} images and {views} "
+            f"views, and a process has {have / 1e9:.1f} GB: smaller --out_dim or --batch_size_per_gpu, or another machine"
+        )
+
+
 # --- the step's parts --------------------------------------------------------------------------------
 
 
@@ -484,6 +508,7 @@ def announce(run: Run, lines: list[str]) -> None:
         "actual_lr": actual_lr(args),
         "steps_per_epoch": len(run.loader),
         "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
+        "expected_memory_gb": sum(expected_memory(method, args, len(run.views))) / 1e9,
         "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
         **method.describe(args.batch_size_per_gpu),
         "torch": torch.__version__,

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
+from utils import physical_memory
+
 
 class ReferenceLosses(NamedTuple):
     """What the loss is worth in known states, for one batch (nats)."""
@@ -70,9 +73,23 @@ class Method(nn.Module):
         """Derived values that decide a run of n images a rank: printed before training."""
         return {}
 
+    def loss_memory(self, n: int, views: int) -> int:
+        """Bytes that head and loss hold at once for n images a rank, beside weights; 0 if that is little."""
+        return 0
+
     def warnings(self) -> list[str]:
         """Settings that are allowed but known to train badly."""
         return []
+
+
+def refuse_too_large(what: str, weights: int) -> None:
+    """Before they are made. Raises `UserError` if this machine cannot hold so many weights even once."""
+    have = physical_memory()
+    if 4 * weights > have:
+        raise UserError(
+            f"{what}: {weights:,} weights take {4 * weights / 1e9:.0f} GB, this machine has {have / 1e9:.0f} GB: "
+            "make it smaller"
+        )
 
 
 def forward_by_size(backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:

@@ -178,6 +178,11 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def physical_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Stopwatch:
     """Wall-clock seconds spent in a `with` block, added up."""
 

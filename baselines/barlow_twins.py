@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import distributed
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size
+from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
 
 
 def barlow_loss_explicit(a: Tensor, b: Tensor, lambd: float) -> Tensor:
@@ -68,6 +68,10 @@ class BarlowTwins(Method):
                 raise UserError(f"--{name} {value:g} must be positive")
         if out_dim < 2:
             raise UserError(f"--out_dim {out_dim} must be at least 2")
+        refuse_too_large(
+            f"--method barlow_twins --out_dim {out_dim} --projector_width {hidden}",
+            hidden * (backbone.num_features + hidden + out_dim),
+        )
         self.backbone, self.out_dim, self.lambd, self.scale_loss = backbone, out_dim, lambd, scale_loss
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, hidden, bias=False), distributed.BatchNorm(hidden), nn.ReLU(),
@@ -109,6 +113,11 @@ class BarlowTwins(Method):
         unrelated = c * (1 + 1 / population) + lambd * c * (c - 1) / population
         floor = lambd * max(0, c - population + 1)
         return ReferenceLosses(self.scale_loss * unrelated, float("inf"), self.scale_loss * floor)
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """zhat of all ranks, its gradient and a product's copy for each view, and the Gram matrices; never c x c."""
+        population = n * distributed.world_size()
+        return 4 * views * (3 * population * self.out_dim + population**2)
 
     def describe(self, n: int) -> dict[str, float | str]:
         refs = self.references(n)

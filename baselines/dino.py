@@ -19,7 +19,7 @@ import distributed
 import utils
 from baselines.soft_targets import soft_target_loss
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size
+from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
 
 
 class DINOHead(nn.Module):
@@ -93,6 +93,7 @@ class DINO(Method):
                 raise UserError(f"--{name} {value:g} must be positive: 0.04 is DINO's")
         if out_dim < 2:
             raise UserError(f"--out_dim {out_dim} must be at least 2")
+        refuse_too_large(f"--method dino --out_dim {out_dim}", 2 * 256 * out_dim)
         self.backbone, self.out_dim = backbone, out_dim
         self.head = DINOHead(backbone.num_features, out_dim, use_bn_in_head, norm_last_layer)
         self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(backbone), "head": copy.deepcopy(self.head)})
@@ -190,6 +191,10 @@ class DINO(Method):
     def references(self, n: int) -> ReferenceLosses:
         """Uniform targets and predictions; one code for all images, which centring is against."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=0.0, floor=0.0)
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """Teacher's logits and targets, their sum, one view's targets and logits; gradient of the prototypes twice."""
+        return 4 * self.out_dim * ((2 * self.N_GLOBAL + 3) * n + 2 * 256)
 
     def describe(self, n: int) -> dict[str, float | str]:
         refs = self.references(n)

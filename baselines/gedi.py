@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import distributed
 from cplearn_head import cplearn_loss, log_mean_probs, prior_forward, reference_losses
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size
+from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
 
 
 def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,6 +38,7 @@ class GEDI(Method):
             raise UserError(f"--beta {beta:g} must be positive")
         if out_dim < 2:
             raise UserError(f"--out_dim {out_dim} must be at least 2")
+        refuse_too_large(f"--method gedi --out_dim {out_dim}", hidden * out_dim)
         self.backbone, self.out_dim, self.beta, self.reduction = backbone, out_dim, beta, reduction
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, hidden),
@@ -75,6 +76,10 @@ class GEDI(Method):
             return reference_losses(self.beta, self.out_dim, n * distributed.world_size(), "forward")
         c, log_c = self.out_dim, math.log(self.out_dim)
         return ReferenceLosses(0.5 * (self.beta + c) * log_c, math.inf, 0.5 * c * log_c)
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """Logits, log-probabilities, a product's copy and a gradient for each view: gradient runs through both sides."""
+        return 4 * 4 * views * n * self.out_dim
 
     def describe(self, n: int) -> dict[str, float | str]:
         refs = self.references(n)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import distributed
 from cplearn_head import CPLearnHead
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size
+from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
 
 
 def self_classifier_loss(
@@ -60,6 +60,7 @@ class SelfClassifier(Method):
             raise UserError(f"--row_temp {row_temp:g} and --col_temp {col_temp:g} must be positive: 0.1 and 0.05")
         if out_dim < 2:
             raise UserError(f"--out_dim {out_dim} must be at least 2")
+        refuse_too_large(f"--method self_classifier --out_dim {out_dim}", self.WIDTH * out_dim)
         self.backbone, self.out_dim, self.row_temp, self.col_temp = backbone, out_dim, row_temp, col_temp
         if head == "cplearn":
             self.frozen_head = CPLearnHead(backbone.num_features, out_dim, eps=0.5 / out_dim, seed=dictionary_seed)
@@ -109,6 +110,10 @@ class SelfClassifier(Method):
         log_c = math.log(self.out_dim)
         floor = max(0.0, math.log(self.out_dim / (n * distributed.world_size())))
         return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """Logits, targets, predictions and their gradients for each view: gradient runs through both sides."""
+        return 4 * 6 * views * n * self.out_dim
 
     def describe(self, n: int) -> dict[str, float | str]:
         head = self.frozen_head or nn.ModuleList([self.projector, self.classifier])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import distributed
 from baselines.soft_targets import soft_target_loss
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size
+from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
 
 
 @torch.no_grad()
@@ -52,6 +52,7 @@ class SwAV(Method):
             raise UserError(f"--epsilon {epsilon:g} and --sinkhorn_iterations {sinkhorn_iterations} must be positive")
         if queue_length < 0:
             raise UserError(f"--queue_length {queue_length} must not be negative: 0 for none")
+        refuse_too_large(f"--method swav --out_dim {out_dim}", self.WIDTH * out_dim)
         self.backbone, self.out_dim = backbone, out_dim
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, 2048), distributed.BatchNorm(2048), nn.ReLU(), nn.Linear(2048, self.WIDTH)
@@ -141,6 +142,11 @@ class SwAV(Method):
         population = n * distributed.world_size() + self.queue.shape[1]
         floor = max(0.0, math.log(self.out_dim / population))
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=math.log(self.out_dim), floor=floor)
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """Scores of images and queue twice in Sinkhorn, the targets, one view's targets and logits."""
+        queue = self.queue.shape[1] // distributed.world_size()
+        return 4 * self.out_dim * (2 * (n + queue) + (self.N_GLOBAL + 3) * n + 2 * self.WIDTH)
 
     def describe(self, n: int) -> dict[str, float | str]:
         refs = self.references(n)

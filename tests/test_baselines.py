@@ -16,6 +16,8 @@ import augmentations
 import distributed
 import eval_cluster
 import eval_knn
+import main_cplearn
+import method as method_module
 import models
 from baselines.barlow_twins import BarlowTwins, barlow_loss, barlow_loss_explicit
 from baselines.dino import DINOHead, dino_loss, teacher_targets
@@ -34,8 +36,6 @@ def randn(*shape, seed=0):
 
 
 def arguments(method, *more):
-    import main_cplearn
-
     small = ["--image_size", "16", "--sgld_buffer", "40", "--sgld_steps", "2"] if method == "gedi_gen" else []
     return main_cplearn.parse_args(["--method", method, "--arch", "resnet8_w16", "--out_dim", "30", *small, *more])
 
@@ -502,3 +502,33 @@ def test_flags_of_another_method_are_refused():
         arguments("dino", "--beta", "0.1")
     with pytest.raises(UserError, match="--method moco is unknown: cplearn, dino, swav, barlow_twins, gedi, gedi_gen"):
         arguments("moco")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("barlow_twins", ("--out_dim", "4000000"), "4,000,000|weights take 33 GB"),
+        ("dino", ("--out_dim", "100000000"), "--method dino --out_dim 100000000: 51,200,000,000 weights take 205 GB"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_is_made(monkeypatch, name, more, words):
+    monkeypatch.setattr(method_module, "physical_memory", lambda: 24 * 10**9)
+    with pytest.raises(UserError, match=words):
+        make(name, *more)
+
+
+def test_what_cannot_fit_with_its_optimiser_is_refused_with_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(main_cplearn.utils, "physical_memory", lambda: 2 * 10**9)
+    with pytest.raises(
+        UserError, match="barlow_twins --out_dim 65536: weights, .* take 2.2 GB, head and loss 0.0 GB for"
+    ):
+        train(tmp_path, "--method", "barlow_twins", "--out_dim", "65536")
+
+
+def test_barlow_needs_no_square_of_the_width():
+    """131072 outputs: the matrix C would take 69 GB."""
+    z = [torch.randn(8, 131072, generator=torch.Generator().manual_seed(v)).requires_grad_() for v in range(2)]
+    loss, _ = barlow_loss([F.batch_norm(x, None, None, training=True) for x in z], 0.0051)
+    loss.backward()
+    assert loss.isfinite() and z[0].grad.isfinite().all()
+    assert loss > 0.0051 * (131072 - 8 + 1)  # the floor
