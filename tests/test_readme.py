@@ -21,6 +21,9 @@ PARSERS = {
 }
 
 
+BENCHMARKS = ("benchmarks/loss.py", "benchmarks/augment.py", "benchmarks/methods.py", "benchmarks/torture.py")
+
+
 def commands(text: str) -> list[str]:
     """Lines that start python or torchrun, continuation lines joined, comment marks removed."""
     lines = re.sub(r"^#\s?", "", text, flags=re.MULTILINE)
@@ -50,7 +53,7 @@ def test_commands_parse(command, monkeypatch):
     elif script in PARSERS:
         PARSERS[script](flags)
     else:
-        assert (ROOT / script).is_file() and script in ("demo.py", "benchmarks/loss.py", "benchmarks/augment.py")
+        assert (ROOT / script).is_file() and script in ("demo.py", *BENCHMARKS)
 
 
 def test_the_readme_shows_commands_of_every_script():
