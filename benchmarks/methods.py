@@ -122,10 +122,10 @@ def cost(args) -> None:
 
 
 def compare(args) -> None:
-    budget = ["--data_path", args.data_path, "--image_size", "32", "--augmentation", "cifar_strong", "--arch", args.arch,
-              "--batch_size_per_gpu", "64", "--epochs", str(args.epochs), "--warmup_epochs", "1",
-              "--optimizer", "adam", "--lr", args.lr, "--min_lr", "1e-5", "--weight_decay", "0", "--weight_decay_end", "0",
-              "--saveckp_freq", "0", "--num_workers", "0"]  # fmt: skip
+    fixed = "--image_size 32 --augmentation cifar_strong --batch_size_per_gpu 64 --warmup_epochs 1 --optimizer adam"
+    fixed += " --min_lr 1e-5 --weight_decay 0 --weight_decay_end 0 --saveckp_freq 0 --num_workers 0"
+    budget = [*fixed.split(), "--data_path", args.data_path, "--arch", args.arch, "--epochs", str(args.epochs)]
+    budget += ["--lr", args.lr]
     table = {}
     for seed in args.seeds:
         for c in args.out_dim:

@@ -49,7 +49,7 @@ def test_commands_parse(command, monkeypatch):
         assert args.out_dim > 1
     elif script == "run_with_submitit.py":
         args, rest = run_with_submitit.parse_args(flags)
-        assert args.status or run_with_submitit.check_flags(args.script, rest)
+        assert args.status or run_with_submitit.check_flags(args, rest)
     elif script in PARSERS:
         PARSERS[script](flags)
     else:
