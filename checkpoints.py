@@ -194,6 +194,8 @@ def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
     """
     if is_ours(state):
         state = state["model"]
+        of_two = {k.removeprefix(f"{key}."): v for k, v in state.items() if k.startswith(f"{key}.backbone.")}
+        state = of_two or state  # DINO's teacher, in a checkpoint of ours
     elif isinstance(state.get(key), dict):
         state = state[key]
     elif isinstance(state.get("state_dict"), dict):

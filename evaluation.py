@@ -24,7 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     g = parser.add_argument_group("weights")
     g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
-    g.add_argument("--checkpoint_key", default="teacher", help="Network to evaluate where there are two (DINO): teacher or student")
+    g.add_argument("--checkpoint_key", default=None, help="Network to evaluate where there are two (DINO): teacher (default) or student")
     g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialisation: the baseline every result needs")
     g.add_argument("--arch", default=None, help="For weights that do not say (default: the checkpoint's)")
     g.add_argument("--patch_size", type=int, default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
@@ -70,6 +70,7 @@ def start(args: argparse.Namespace) -> torch.device:
             "data_path",
             "class_list",
             "dump_features",
+            "checkpoint_key",
         )
         given = [f"--{name}" for name in fixed if getattr(args, name)]
         if given:
@@ -124,7 +125,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         method = models.build_method(theirs)
         if not args.random_init:
             checkpoints.load_into(method, state["model"], args.pretrained_weights)
-        method.use(args.checkpoint_key)
+        method.use(args.checkpoint_key or "teacher")
         backbone, epoch = method.evaluated, state["epoch"]
         args.method = theirs.method
     else:
@@ -136,7 +137,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
         backbone = models.build_backbone(args.arch, patch_size=args.patch_size, image_size=image_size)
         if not args.random_init:
-            checkpoints.load_backbone(backbone, state, args.pretrained_weights, args.checkpoint_key)
+            checkpoints.load_backbone(backbone, state, args.pretrained_weights, args.checkpoint_key or "teacher")
         method, epoch, args.method = None, None, None
     args.dataset = args.dataset or ("folder" if args.data_path else "digits")
     args.image_size = image_size
@@ -223,7 +224,7 @@ def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: i
         norm.train()
     order = random_streams.random_stream(random_streams.FOR_ORDER, seed).permutation(len(dataset))[:images]
     view = datasets.EvalDataset(dataset, model.image_size)
-    for start in range(0, len(order), 256):
+    for start in range(0, max(1, len(order) - 1), 256):  # no batch of one image, of which there are no statistics
         pixels = torch.stack([view[int(i)][0] for i in order[start : start + 256]]).to(device)
         features = model.backbone(augmentations.normalise(augmentations.to_float(pixels)))
         if model.method is not None:
@@ -280,6 +281,7 @@ def extract_features(model: Model, dataset, args, device: torch.device, n_last_b
             "weights_sha256": file_sha256(args.pretrained_weights),
             "epoch": model.epoch,
             "random_init": args.random_init,
+            **({"network": args.checkpoint_key or "teacher"} if hasattr(model.method, "network") else {}),
             "data": dataset.where,
             "image_size": model.image_size,
         },

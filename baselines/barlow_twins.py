@@ -111,7 +111,7 @@ class BarlowTwins(Method):
         population = n * distributed.world_size()
         c, lambd = self.out_dim, self.lambd
         unrelated = c * (1 + 1 / population) + lambd * c * (c - 1) / population
-        floor = lambd * max(0, c - population + 1)
+        floor = min(1.0, lambd) * max(0, c - population + 1)
         return ReferenceLosses(self.scale_loss * unrelated, float("inf"), self.scale_loss * floor)
 
     def loss_memory(self, n: int, views: int) -> int:

@@ -5,7 +5,8 @@
     loss      mean over pairs a != b of CE(q^a, p^b)
     after the step   theta_t <- lambda theta_t + (1 - lambda) theta_s,   m <- 0.9 m + 0.1 mean l_t
 
-The mean behind the centre m runs over both global views and all ranks. The evaluated network is the teacher.
+The mean behind the centre m runs over both global views and all ranks. The evaluated network is the teacher. A step that
+is skipped moves neither teacher nor centre, unlike the original's under fp16.
 """
 
 import copy
@@ -91,6 +92,12 @@ class DINO(Method):
         for name, value in (("warmup_teacher_temp", warmup_teacher_temp), ("teacher_temp", teacher_temp)):
             if value <= 0:
                 raise UserError(f"--{name} {value:g} must be positive: 0.04 is DINO's")
+        for name, epochs in (
+            ("freeze_last_layer", freeze_last_layer),
+            ("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs),
+        ):
+            if epochs < 0:
+                raise UserError(f"--{name} {epochs} must not be negative")
         if out_dim < 2:
             raise UserError(f"--out_dim {out_dim} must be at least 2")
         refuse_too_large(f"--method dino --out_dim {out_dim}", 2 * 256 * out_dim)
@@ -124,14 +131,17 @@ class DINO(Method):
     def from_args(cls, backbone: nn.Module, args) -> "DINO":
         names = ("momentum_teacher", "warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs",
                  "norm_last_layer", "freeze_last_layer", "use_bn_in_head")  # fmt: skip
+        warmup = args.warmup_teacher_temp_epochs
+        if warmup > args.epochs:
+            raise UserError(f"--warmup_teacher_temp_epochs {warmup} exceeds --epochs {args.epochs}: shorten it")
         return cls(backbone, out_dim=args.out_dim, **{name: getattr(args, name) for name in names})
 
     # --- a step ---
 
     @torch.no_grad()
     def begin(self) -> None:
-        for teacher, student in self._pairs():
-            teacher.copy_(student)
+        self.teacher["backbone"].load_state_dict(self.backbone.state_dict())
+        self.teacher["head"].load_state_dict(self.head.state_dict())
 
     def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         epoch = step // steps_per_epoch
@@ -163,7 +173,8 @@ class DINO(Method):
     @torch.no_grad()
     def after_step(self, skipped: Tensor) -> None:
         taken = (~skipped).to(self.center.dtype)
-        self.center.lerp_(self._mean_logits.to(self.center.dtype), taken * (1 - self.CENTER_MOMENTUM))
+        moved = self.center.lerp(self._mean_logits.to(self.center.dtype), 1 - self.CENTER_MOMENTUM)
+        self.center.copy_(torch.where(skipped, self.center, moved))  # 0 * NaN would be NaN
         teachers, students = zip(*self._pairs(), strict=True)
         way = torch._foreach_sub(students, teachers)
         torch._foreach_mul_(way, taken * (1 - self.momentum))
@@ -199,7 +210,7 @@ class DINO(Method):
     def describe(self, n: int) -> dict[str, float | str]:
         refs = self.references(n)
         return {
-            "head_parameters": sum(p.numel() for p in self.head.parameters()),
+            "head_parameters": sum(p.numel() for p in self.head.parameters() if p.requires_grad),
             "teacher_temp": "{:g} to {:g} over {} epochs".format(*self.temperatures),
             "loss_uniform": refs.uniform,
             "loss_floor": refs.floor,

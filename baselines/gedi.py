@@ -78,8 +78,13 @@ class GEDI(Method):
         return ReferenceLosses(0.5 * (self.beta + c) * log_c, math.inf, 0.5 * c * log_c)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Logits, log-probabilities, a product's copy and a gradient for each view: gradient runs through both sides."""
-        return 4 * 4 * views * n * self.out_dim
+        """Measured: nine tensors of images x codes a view, as gradient runs through both sides, and a weight gradient."""
+        return 4 * self.out_dim * (9 * views * n + self.projector[-1].in_features)
+
+    def warnings(self) -> list[str]:
+        if self.beta > 1:
+            return [f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction"]
+        return []
 
     def describe(self, n: int) -> dict[str, float | str]:
         refs = self.references(n)

@@ -42,9 +42,17 @@ class GEDIGen(GEDI):
             raise UserError(
                 "--method gedi_gen samples images with the backbone, whose batch norm would see them: use --arch resnet8"
             )
-        for name, value in (("sgld_steps", sgld_steps), ("sgld_buffer", sgld_buffer)):
+        for name, value in (
+            ("gen_weight", gen_weight or 0.0),
+            ("input_noise", input_noise),
+            ("sgld_step_size", sgld_step_size),
+            ("sgld_noise", sgld_noise),
+        ):
+            if value < 0:
+                raise UserError(f"--{name} {value:g} must not be negative")
+        for name, value in (("sgld_steps", sgld_steps), ("sgld_buffer", sgld_buffer), ("gen_limit", gen_limit)):
             if value < 1:
-                raise UserError(f"--{name} {value} must be positive")
+                raise UserError(f"--{name} {value:g} must be at least 1")
         if not 0 <= sgld_restart <= 1:
             raise UserError(f"--sgld_restart {sgld_restart:g} must lie between 0 and 1")
         self.gen_weight = 0.02 * self.beta if gen_weight is None else gen_weight
@@ -62,7 +70,7 @@ class GEDIGen(GEDI):
         g = parser.add_argument_group("GEDI's generative term (constants of ours: the authors' code is not public)")
         g.add_argument("--gen_weight", type=float, default=None, help="Weight of the term (default: 0.02 * beta)")
         g.add_argument("--gen_limit", type=float, default=1e3, help="A step whose term is beyond this, or below minus this, counts as not finite and is skipped")
-        g.add_argument("--input_noise", type=float, default=0.03, help="Standard deviation of the noise on real images (the paper's Table 6)")
+        g.add_argument("--input_noise", type=float, default=None, help="Standard deviation of the noise on real images, whose pixels go from 0 to 1 (default: the paper's 0.03, or 0 with --augmentation cifar, which adds it itself)")
         g.add_argument("--sgld_steps", type=int, default=20, help="Steps of Langevin dynamics a training step")
         g.add_argument("--sgld_step_size", type=float, default=1.0)
         g.add_argument("--sgld_noise", type=float, default=0.01)
@@ -74,6 +82,8 @@ class GEDIGen(GEDI):
     def from_args(cls, backbone: nn.Module, args) -> "GEDIGen":
         names = ("image_size", "seed", "gen_weight", "gen_limit", "input_noise", "sgld_steps", "sgld_step_size",
                  "sgld_noise", "sgld_buffer", "sgld_restart")  # fmt: skip
+        if args.input_noise is None:
+            args.input_noise = 0.0 if args.augmentation == "cifar" else 0.03
         return cls(backbone, out_dim=args.out_dim, beta=args.beta, reduction=args.gedi_prior_reduction,
                    **{name: getattr(args, name) for name in names})  # fmt: skip
 
@@ -85,12 +95,14 @@ class GEDIGen(GEDI):
             views = [v if v.dtype == torch.float64 else v.float() for v in views]
             loss, terms = super().forward(views)
             samples, noise = self.sample(views[0])
-            energies = -self.energy(self.backbone(torch.cat([views[0] + self.input_noise * noise, samples])))
+            noise = self.input_noise * (normalise(noise) - normalise(torch.zeros_like(noise)))  # in units of pixels
+            energies = -self.energy(self.backbone(torch.cat([views[0] + noise, samples])))
             real, fake = energies.chunk(2)
             generative = real.mean() - fake.mean()
             loss = loss + self.gen_weight * generative
             # All ranks skip such a step together, and the run ends after too many of them.
-            loss = torch.where(generative.abs() > self.gen_limit, torch.nan, loss)
+            beyond = distributed.mean_over_ranks(generative.detach()).abs() > self.gen_limit
+            loss = torch.where(beyond, torch.nan, loss)
         return loss, {**terms, "loss": loss.detach(), "generative": generative.detach()}
 
     def sample(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@
     S_ij = softmax over the codes of l^b_ij / tau_row, then each column divided by its sum over all N images
     loss = mean over pairs of -(1/n) sum_ij T_ij log(N/c S_ij + 1e-12)
 
-No teacher and no stop-gradient. `--head cplearn` puts the same loss on CPLearn's projector and frozen dictionary, which
-is what the sizes in the paper's Table 8 fit.
+No teacher and no stop-gradient. The original's queue of nearest neighbours is left out. `--head cplearn` puts the same
+loss on CPLearn's projector and frozen dictionary; with its default width of 2048 the sizes in the paper's Table 8 fit.
 """
 
 import math
@@ -54,6 +54,8 @@ class SelfClassifier(Method):
         row_temp: float,
         col_temp: float,
         dictionary_seed: int = 0,
+        embed_dim: int = 2048,
+        activation: str = "l2",
     ):
         super().__init__()
         if row_temp <= 0 or col_temp <= 0:
@@ -63,7 +65,9 @@ class SelfClassifier(Method):
         refuse_too_large(f"--method self_classifier --out_dim {out_dim}", self.WIDTH * out_dim)
         self.backbone, self.out_dim, self.row_temp, self.col_temp = backbone, out_dim, row_temp, col_temp
         if head == "cplearn":
-            self.frozen_head = CPLearnHead(backbone.num_features, out_dim, eps=0.5 / out_dim, seed=dictionary_seed)
+            self.frozen_head = CPLearnHead(
+                backbone.num_features, out_dim, embed_dim, activation, eps=0.5 / out_dim, seed=dictionary_seed
+            )
         else:
             self.frozen_head = None
             self.projector = nn.Sequential(
@@ -79,13 +83,16 @@ class SelfClassifier(Method):
         g.add_argument("--head", default="selfclassifier", choices=("selfclassifier", "cplearn"), help="Its own, or CPLearn's projector and frozen dictionary")
         g.add_argument("--row_temp", type=float, default=0.1, help="Temperature of the softmax over codes")
         g.add_argument("--col_temp", type=float, default=0.05, help="Temperature of the softmax over images")
+        g.add_argument("--embed_dim", type=int, default=2048, help="Width of the embedding and the codes of --head cplearn")
+        g.add_argument("--activation", default="l2", choices=("tanh", "l2"), help="Last step of the projector of --head cplearn")
         g.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes of --head cplearn")
         # fmt: on
 
     @classmethod
     def from_args(cls, backbone: nn.Module, args) -> "SelfClassifier":
         return cls(backbone, out_dim=args.out_dim, head=args.head, row_temp=args.row_temp, col_temp=args.col_temp,
-                   dictionary_seed=args.dictionary_seed)  # fmt: skip
+                   dictionary_seed=args.dictionary_seed, embed_dim=args.embed_dim,
+                   activation=args.activation)  # fmt: skip
 
     def logits(self, z: Tensor) -> Tensor:
         """Cosines. Shape: (n, f) -> (n, c)."""
@@ -112,8 +119,8 @@ class SelfClassifier(Method):
         return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Logits, targets, predictions and their gradients for each view: gradient runs through both sides."""
-        return 4 * 6 * views * n * self.out_dim
+        """Measured: ten tensors of images x codes a view, as gradient runs through both sides."""
+        return 4 * 10 * views * n * self.out_dim
 
     def describe(self, n: int) -> dict[str, float | str]:
         head = self.frozen_head or nn.ModuleList([self.projector, self.classifier])

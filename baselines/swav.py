@@ -3,6 +3,8 @@
 scores    S^v = z^v C^T       unit embeddings, unit prototypes
 targets   Q^a = Sinkhorn(S^a / eps) over all images of all ranks (and the queue), a a global view, no gradient
 loss      mean over pairs a != b of CE(Q^a, softmax(S^b / tau))
+
+Batch norm in the projector sees one view at a time, as in the other methods here; the original pools all crops.
 """
 
 import math
@@ -50,8 +52,13 @@ class SwAV(Method):
             raise UserError(f"--out_dim {out_dim} must be at least 2")
         if epsilon <= 0 or sinkhorn_iterations < 1:
             raise UserError(f"--epsilon {epsilon:g} and --sinkhorn_iterations {sinkhorn_iterations} must be positive")
-        if queue_length < 0:
-            raise UserError(f"--queue_length {queue_length} must not be negative: 0 for none")
+        for name, value in (
+            ("queue_length", queue_length),
+            ("epoch_queue_starts", epoch_queue_starts),
+            ("freeze_prototypes_epochs", freeze_prototypes_epochs),
+        ):
+            if value < 0:
+                raise UserError(f"--{name} {value} must not be negative")
         refuse_too_large(f"--method swav --out_dim {out_dim}", self.WIDTH * out_dim)
         self.backbone, self.out_dim = backbone, out_dim
         self.projector = nn.Sequential(
@@ -60,6 +67,7 @@ class SwAV(Method):
         self.prototypes = nn.Linear(self.WIDTH, out_dim, bias=False)
         # Embeddings of the last images, of all ranks and the same on all, newest first: one queue a global view.
         self.register_buffer("queue", torch.zeros(self.N_GLOBAL, queue_length, self.WIDTH))
+        self._queue_is_full = False
         self.epsilon, self.iterations = epsilon, sinkhorn_iterations
         self.epoch_queue_starts, self.freeze_epochs = epoch_queue_starts, freeze_prototypes_epochs
         self.before_step(0, 1, 1)
@@ -90,7 +98,9 @@ class SwAV(Method):
 
     def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         self.frozen = step < self.freeze_epochs * steps_per_epoch
-        self.steps_of_queue = step - self.epoch_queue_starts * steps_per_epoch
+        self.fill_queue = self.queue.shape[1] > 0 and step >= self.epoch_queue_starts * steps_per_epoch
+        if self.fill_queue and not self._queue_is_full:  # until then this waits for the device once a step
+            self._queue_is_full = bool(self.queue[:, -1].any())
 
     def embed(self, z: Tensor) -> Tensor:
         """Shape: (n, f) -> (n, 128), of unit length."""
@@ -103,7 +113,8 @@ class SwAV(Method):
             prototypes = self.prototypes.weight
             with torch.no_grad():
                 targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
-                self._fresh = torch.stack([distributed.gather_rows(x[a].detach()) for a in range(self.N_GLOBAL)])
+                if self.fill_queue:
+                    self._fresh = torch.stack([distributed.gather_rows(x[a].detach()) for a in range(self.N_GLOBAL)])
                 total = sum(targets)
             others = (total - targets[b] if b < self.N_GLOBAL else total for b in range(len(x)))
             loss = soft_target_loss(x, prototypes, others, 1 / self.TEMPERATURE)
@@ -115,8 +126,7 @@ class SwAV(Method):
     def targets(self, a: int, x: Tensor) -> Tensor:
         """Q^a of this rank's images; each rank brings its share of the queue. Shape: (n, 128) -> (n, c)."""
         rows = x
-        n, length = len(x) * distributed.world_size(), self.queue.shape[1]
-        if length and self.steps_of_queue * n >= length:
+        if self._queue_is_full:
             share = self.queue[a, distributed.rank() :: distributed.world_size()]
             rows = torch.cat([x, share.to(x.dtype)])
         return sinkhorn(rows @ self.prototypes.weight.T / self.epsilon, self.iterations)[: len(x)]
@@ -128,9 +138,8 @@ class SwAV(Method):
     @torch.no_grad()
     def after_step(self, skipped: Tensor) -> None:
         self._normalise()
-        length = self.queue.shape[1]
-        if length and self.steps_of_queue >= 0:
-            pushed = torch.cat([self._fresh.to(self.queue.dtype), self.queue], dim=1)[:, :length]
+        if self.fill_queue:
+            pushed = torch.cat([self._fresh.to(self.queue.dtype), self.queue], dim=1)[:, : self.queue.shape[1]]
             self.queue.copy_(torch.where(skipped, self.queue, pushed))
 
     def predict(self, features: Tensor) -> Tensor:
@@ -138,15 +147,13 @@ class SwAV(Method):
         return (self.embed(float32(features)) @ self.prototypes.weight.T).argmax(1)
 
     def references(self, n: int) -> ReferenceLosses:
-        """With equal mass a code no target is above N / c, so targets have at least the entropy log(c / N)."""
-        population = n * distributed.world_size() + self.queue.shape[1]
-        floor = max(0.0, math.log(self.out_dim / population))
-        return ReferenceLosses(uniform=math.log(self.out_dim), one_code=math.log(self.out_dim), floor=floor)
+        """With exactly equal mass a code the floor would be log(c / N); three iterations leave room below that."""
+        return ReferenceLosses(uniform=math.log(self.out_dim), one_code=math.inf, floor=0.0)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Scores of images and queue twice in Sinkhorn, the targets, one view's targets and logits."""
+        """Scores of images and queue four times in Sinkhorn, the targets, one view's targets and logits."""
         queue = self.queue.shape[1] // distributed.world_size()
-        return 4 * self.out_dim * (2 * (n + queue) + (self.N_GLOBAL + 3) * n + 2 * self.WIDTH)
+        return 4 * self.out_dim * (4 * (n + queue) + (self.N_GLOBAL + 3) * n + 2 * self.WIDTH)
 
     def describe(self, n: int) -> dict[str, float | str]:
         refs = self.references(n)

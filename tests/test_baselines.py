@@ -9,10 +9,11 @@ from conftest import run_in_processes
 from lightly.loss import BarlowTwinsLoss, DINOLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from lightly.models.modules.heads import DINOProjectionHead
-from test_main import log_of, same_state, train, without_time
+from test_main import log_of, same_state, same_weights, spoil, train, without_time
 from torch import nn
 
 import augmentations
+import checkpoints
 import distributed
 import eval_cluster
 import eval_knn
@@ -214,20 +215,22 @@ def test_swav_loss_equals_lightly(local):
 def test_swav_queue_is_used_when_full_and_changes_the_targets_only():
     method = make("swav", "--queue_length", "16", "--epoch_queue_starts", "1")
     batch = [[randn(8, 3, 16, 16, seed=10 * i + v) for v in range(2)] for i in range(4)]
+    with pytest.raises(UserError, match="--epoch_queue_starts -1 must not be negative"):
+        make("swav", "--epoch_queue_starts", "-1")
+    method.before_step(5, 1, 10)  # steps alone, skipped or of another process, fill nothing
+    assert not method._queue_is_full
     embeddings, used = [], []
     for i, views in enumerate(batch):
         method.before_step(i + 1, 1, 10)  # one step an epoch: the queue starts at once
         embeddings.append([method.embed(method.backbone(v)).detach() for v in views])
-        steps = method.steps_of_queue
         q = method.targets(0, embeddings[-1][0])
         alone = sinkhorn(embeddings[-1][0] @ method.prototypes.weight.T / 0.05)
         used.append(not torch.equal(q, alone))
         if used[-1]:
             rows = torch.cat([embeddings[i][0], embeddings[i - 1][0], embeddings[i - 2][0]])
             assert torch.allclose(q, sinkhorn(rows @ method.prototypes.weight.T / 0.05)[:8], atol=1e-10)
-        assert steps == i
         method(views)
-        method.after_step(torch.tensor(i == 9))
+        method.after_step(torch.tensor(False))
     assert used == [False, False, True, True]
     kept = method.queue.clone()
     method.after_step(torch.tensor(True))
@@ -391,7 +394,8 @@ def test_gedi_gen_loss_replay_and_limit():
     views = [randn(8, 3, 16, 16, seed=v) for v in range(2)]
     loss, terms = method(views)
     samples, noise = method.sample(views[0])  # of the same step: the same
-    energy = [-(method.backbone(x) @ method.energy.weight[0]).mean() for x in (views[0] + 0.03 * noise, samples)]
+    noise = 0.03 * noise / torch.tensor(augmentations.STD).double().view(1, 3, 1, 1)
+    energy = [-(method.backbone(x) @ method.energy.weight[0]).mean() for x in (views[0] + noise, samples)]
     assert torch.allclose(loss, plain(views)[0] + 0.02 * 0.25 * (energy[0] - energy[1]))
     assert torch.allclose(terms["generative"], energy[0] - energy[1])
     assert not method.replay.any()
@@ -534,3 +538,65 @@ def test_barlow_needs_no_square_of_the_width():
     loss.backward()
     assert loss.isfinite() and z[0].grad.isfinite().all()
     assert loss > 0.0051 * (131072 - 8 + 1)  # the floor
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tmp_path, image_folder, monkeypatch, name):
+    common = ("--method", name, "--data_path", str(image_folder), "--epochs", "2", "--image_size", "32",
+              *{"swav": ("--queue_length", "40", "--epoch_queue_starts", "0"), "dino": ("--momentum_teacher", "0.9"),
+                "gedi_gen": ("--sgld_buffer", "40", "--sgld_steps", "2")}.get(name, ()))  # fmt: skip
+    train(tmp_path / "two", *common, "--max_steps", "2")
+    with monkeypatch.context() as patch:
+        spoil(patch, {2})  # the third of three
+        assert train(tmp_path / "three", *common, "--max_steps", "3")["skipped_steps"] == 1
+    two, three = (checkpoints.load(tmp_path / x / "checkpoint.pth")["model"] for x in ("two", "three"))
+    counters = {k for k in two if k.endswith("num_batches_tracked")}
+    assert same_weights(*({k: v for k, v in x.items() if k not in counters} for x in (two, three)))
+    assert train(tmp_path / "three", *common)["skipped_steps"] == 0  # and on it goes
+
+
+def test_kept_features_say_which_network_they_are_of(tmp_path, image_folder):
+    train(tmp_path / "run", "--method", "dino", "--data_path", str(image_folder), "--epochs", "1")
+    weights = ["--pretrained_weights", str(tmp_path / "run" / "checkpoint.pth"), "--num_workers", "0", "--nb_knn", "3"]
+    kept = ["--dump_features", str(tmp_path / "kept")]
+    eval_knn.main([*weights, *kept, "--checkpoint_key", "student"])
+    assert checkpoints.load(tmp_path / "kept/features_val_last1.pth")["source"]["network"] == "student"
+    with pytest.raises(UserError, match="--checkpoint_key cannot change kept features"):
+        eval_knn.main(["--load_features", str(tmp_path / "kept"), "--checkpoint_key", "teacher"])
+    state = checkpoints.load(tmp_path / "run" / "checkpoint.pth")
+    teacher = {
+        k.removeprefix("teacher.backbone."): v for k, v in state["model"].items() if k.startswith("teacher.backb")
+    }
+    found = checkpoints.backbone_weights(state)
+    assert found.keys() == teacher.keys() and all(torch.equal(v, teacher[k]) for k, v in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("dino", ("--freeze_last_layer", "-1")),
+        ("dino", ("--warmup_teacher_temp_epochs", "500")),
+        ("dino", ("--momentum_teacher", "1.5")),
+        ("dino", ("--teacher_temp", "0")),
+        ("swav", ("--freeze_prototypes_epochs", "-1")),
+        ("swav", ("--epsilon", "0")),
+        ("swav", ("--queue_length", "-1")),
+        ("barlow_twins", ("--projector_width", "0")),
+        ("barlow_twins", ("--lambd", "0")),
+        ("gedi", ("--beta", "0")),
+        ("gedi_gen", ("--gen_weight", "-1")),
+        ("gedi_gen", ("--sgld_step_size", "-1")),
+        ("gedi_gen", ("--gen_limit", "-5")),
+        ("self_classifier", ("--row_temp", "0")),
+        ("self_classifier", ("--out_dim", "1")),
+    ],
+)
+def test_bad_values_are_refused_by_name(name, flags):
+    with pytest.raises(UserError, match=flags[0]):
+        make(name, *flags)
+
+
+def test_references_at_lambda_above_one_and_gedis_warning():
+    barlow = BarlowTwins(FakeBackbone(4), out_dim=40, hidden=8, lambd=3.0)
+    assert barlow.references(8).floor == 40 - 8 + 1  # min(1, lambda) times what rank N - 1 leaves
+    assert "above 1" in make("gedi", "--beta", "5").warnings()[0] and not make("gedi").warnings()
