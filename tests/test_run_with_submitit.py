@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from test_main import SMALL, log_of, run_script, same_state, train, without_time
+from test_main import SMALL, log_of, run_script, same_state, without_time
 
 import run_with_submitit
 import slurm_jobs
@@ -177,7 +177,9 @@ def test_a_local_job_out_of_time_goes_on(tmp_path, image_folder):
     job = submit(tmp_path / "out", *data, "--ngpus", "1", "--timeout", "1", "--signal_delay_s", "50")
     assert re.search("COMPLETED +requeued [1-9] time", wait_end(tmp_path / "out", job))
     assert "SIGUSR2: stopped after step" in (tmp_path / f"out/slurm/{job}_0_log.out").read_text()
-    train(tmp_path / "whole", *data, "--max_steps", "10000")
+    # With as many threads as the job had.
+    done = run_script("main_cplearn.py", *SMALL, *data, "--output_dir", str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
     assert same_state(tmp_path / "out", tmp_path / "whole")
 
 
