@@ -24,7 +24,7 @@ demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (about 4 mi
 test: venv  ## Run the tests (CPU, no network)
 	$(BIN)/python -m pytest -q -m "not slurm"
 
-test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 10 minutes; skipped where there is none)
+test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 15 minutes; skipped where there is none)
 	$(BIN)/python -m pytest -q -rs -m slurm
 
 lint: venv  ## Check style
