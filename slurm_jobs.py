@@ -147,7 +147,7 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
     if 0 < srun_code < PeerError.exit_code:  # the disk was too full to say more
         return srun_code
     now = show_job(job)
-    if now.get("JobState", "RUNNING") != "RUNNING":  # cancelled, or requeued by Slurm itself
+    if now.get("JobState", "RUNNING") not in AT_WORK:  # cancelled, or requeued by Slurm itself
         return Interrupted.exit_code
     stopped = [end["line"] for end in ends if end["code"] == Interrupted.exit_code]
     stopped.sort(key=lambda line: not line.startswith("SIGUSR"))  # srun sends SIGTERM, too, when one has died
@@ -246,7 +246,9 @@ def job_state(folder: Path, entry: dict) -> dict[str, str]:
     return restarts | {"JobState": ended}
 
 
-LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
+AT_WORK = ("RUNNING", "SIGNALING", "RESIZING", "CONFIGURING")  # SIGNALING: for the moment in which a signal is sent
+LIVE = (*AT_WORK, "PENDING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+        "RESV_DEL_HOLD", "SPECIAL_EXIT")  # fmt: skip
 
 
 def status(output_dir: str) -> list[str]:
@@ -266,7 +268,7 @@ def status(output_dir: str) -> list[str]:
             line += f"  on {now['NodeList']} for {now.get('RunTime', '?')}"
         line += f"  requeued {restarts} time{'s' * (restarts > 1)}" * (restarts > 0)
         if job in latest:  # what is in the folder is the newest job's
-            line += f"  {progress(folder, job, running=state == 'RUNNING')}"
+            line += f"  {progress(folder, job, running=state in AT_WORK)}"
         if state not in (*LIVE, "COMPLETED"):
             line += f"  {last_error(folder, entry, now)}"
         lines.append(line.rstrip())
