@@ -246,9 +246,19 @@ def job_state(folder: Path, entry: dict) -> dict[str, str]:
     return restarts | {"JobState": ended}
 
 
-AT_WORK = ("RUNNING", "SIGNALING", "RESIZING", "CONFIGURING")  # SIGNALING: for the moment in which a signal is sent
-LIVE = (*AT_WORK, "PENDING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
-        "RESV_DEL_HOLD", "SPECIAL_EXIT")  # fmt: skip
+# SIGNALING: for the moment in which a signal is sent
+AT_WORK = ("RUNNING", "SIGNALING", "RESIZING", "CONFIGURING")
+WAITING = (
+    "PENDING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "RESV_DEL_HOLD",
+    "SPECIAL_EXIT",
+    "SUSPENDED",
+    "STOPPED",
+)
+LIVE = (*AT_WORK, *WAITING, "COMPLETING", "STAGE_OUT")
 
 
 def status(output_dir: str) -> list[str]:
