@@ -248,17 +248,8 @@ def job_state(folder: Path, entry: dict) -> dict[str, str]:
 
 # SIGNALING: for the moment in which a signal is sent
 AT_WORK = ("RUNNING", "SIGNALING", "RESIZING", "CONFIGURING")
-WAITING = (
-    "PENDING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "REQUEUE_FED",
-    "RESV_DEL_HOLD",
-    "SPECIAL_EXIT",
-    "SUSPENDED",
-    "STOPPED",
-)
-LIVE = (*AT_WORK, *WAITING, "COMPLETING", "STAGE_OUT")
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "SUSPENDED")
+LIVE = (*AT_WORK, *WAITING, "STOPPED", "COMPLETING", "STAGE_OUT")
 
 
 def status(output_dir: str) -> list[str]:
