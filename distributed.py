@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import PeerError, UserError, WriteError
-from utils import format_table, remove_quietly, write_text
+from utils import format_table, host_name, remove_quietly, write_text
 
 # --- start and stop ------------------------------------------------------------------------------
 
@@ -184,11 +183,6 @@ def self_check(device: torch.device) -> list[str]:
         f"{head}, 1 MiB summed over all in {milliseconds:.2f} ms",
         format_table([[one[name] for name in columns] for one in _everyone], columns),
     ]
-
-
-def host_name() -> str:
-    """This machine's name, or that of its node in SLURM."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def world_size() -> int:

@@ -545,8 +545,7 @@ def report_epoch(run: Run, record: dict, writer) -> None:
         + f"  {record['images_per_second']:.0f} img/s  wait {record['data_wait']:.0%}"
         + f"  skipped {record['skipped_steps']} steps" * (record["skipped_steps"] > 0)
         + f"  replaced {record['replaced_images']} unreadable images" * (record["replaced_images"] > 0)
-        + f"  ETA {remaining / 3600:.1f} h" * (remaining >= 3600)
-        + f"  ETA {remaining / 60:.1f} min" * (remaining < 3600),
+        + f"  ETA {utils.format_duration(remaining)}",
         flush=True,
     )
     utils.append_json_line(Path(args.output_dir, "log.txt"), record)

@@ -71,7 +71,11 @@ class Method(nn.Module):
 
     def describe(self, n: int) -> dict[str, float | str]:
         """Derived values that decide a run of n images a rank: printed before training."""
-        return {}
+        trained, backbone = (
+            sum(p.numel() for p in module.parameters() if p.requires_grad) for module in (self, self.backbone)
+        )
+        refs = self.references(n)
+        return {"head_parameters": trained - backbone, "loss_uniform": refs.uniform, "loss_floor": refs.floor}
 
     def loss_memory(self, n: int, views: int) -> int:
         """Bytes that head and loss hold at once for n images a rank, beside weights; 0 if that is little."""
@@ -82,13 +86,16 @@ class Method(nn.Module):
         return []
 
 
-def refuse_too_large(what: str, weights: int) -> None:
-    """Before they are made. Raises `UserError` if this machine cannot hold so many weights even once."""
+def check_out_dim(method: str, out_dim: int, weights: int, more: str = "") -> None:
+    """Before anything is made. Raises `UserError` for less than two codes, and if this machine cannot hold so many
+    weights even once."""
+    if out_dim < 2:
+        raise UserError(f"--out_dim {out_dim} must be at least 2")
     have = physical_memory()
     if 4 * weights > have:
         raise UserError(
-            f"{what}: {weights:,} weights take {4 * weights / 1e9:.0f} GB, this machine has {have / 1e9:.0f} GB: "
-            "make it smaller"
+            f"--method {method} --out_dim {out_dim}{more}: {weights:,} weights take {4 * weights / 1e9:.0f} GB, "
+            f"this machine has {have / 1e9:.0f} GB: make it smaller"
         )
 
 

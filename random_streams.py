@@ -60,9 +60,14 @@ def random_stream(purpose: int, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((purpose, *key))))
 
 
+def seed_of(purpose: int, *key: int) -> int:
+    """63 bits for torch's generators."""
+    return int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def seed_everything(purpose: int, *key: int) -> None:
     """Seed torch, NumPy and Python from (purpose, *key), for instance (FOR_STEP, seed, step, rank)."""
-    value = int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    value = seed_of(purpose, *key)
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)

@@ -189,8 +189,7 @@ def save(run: Run) -> None:
     """
     if run.bad_steps.in_a_row and run.step < run.last_step:
         return
-    state = [t for t in run.method.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
-    if not all(t.isfinite().all() for t in state):
+    if not all(t.isfinite().all() for t in [*run.method.parameters(), *run.method.buffers()]):
         raise NonFiniteError(
             f"weights became infinite or NaN by step {run.step}: not saved, the checkpoint is from before. Try a lower "
             "--lr with --resume_force lr"

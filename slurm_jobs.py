@@ -29,7 +29,14 @@ sys.path.insert(0, str(ROOT))  # a job looks into the folder of the submission f
 
 import errors  # noqa: E402
 from errors import Interrupted, PeerError, UserError, WriteError  # noqa: E402
-from utils import check_output_dir, process_start, remove_quietly, write_text  # noqa: E402
+from utils import (  # noqa: E402
+    check_output_dir,
+    format_duration,
+    host_name,
+    process_start,
+    remove_quietly,
+    write_text,
+)
 
 FOLDER = "slurm"  # in output_dir
 # Exit code that makes submitit's local executor start the tasks again.
@@ -60,7 +67,7 @@ class Task:
         remove_quietly(end)
 
         def report(code: int, line: str) -> None:
-            content = {"code": code, "line": line, "rank": rank, "host": node_name(), "restarts": restarts}
+            content = {"code": code, "line": line, "rank": rank, "host": host_name(), "restarts": restarts}
             try:
                 write_text(end, json.dumps({**content, "time": time.time()}) + "\n")
             except UserError as error:  # a full disk, perhaps the very reason of the end
@@ -106,10 +113,6 @@ def _end_with_the_parent() -> None:
 
 def restart_count() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 # --- when all processes have ended ----------------------------------------------------------------------
@@ -291,7 +294,7 @@ def progress(folder: Path, job: str, *, running: bool) -> str:
     line = f"epoch {done // steps} of {epochs}" + f" and {done % steps} of {steps} steps" * (done % steps > 0)
     if record and running:
         seconds = (last - done) * record["seconds"] / record["steps"]
-        line += f"  ETA {seconds / 3600:.1f} h" if seconds >= 3600 else f"  ETA {seconds / 60:.1f} min"
+        line += f"  ETA {format_duration(seconds)}"
     return line
 
 

@@ -164,6 +164,15 @@ def git_commit() -> str:
         return "unknown"
 
 
+def format_duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def host_name() -> str:
+    """This machine's name, or that of its node in SLURM."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     """Plain-text table, which is also a Markdown one; floats get four digits after the point."""
     text = [[f"{x:.4f}" if isinstance(x, float) else "" if x is None else str(x) for x in row] for row in rows]

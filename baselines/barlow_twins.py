@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import distributed
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
+from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
 
 def barlow_loss_explicit(a: Tensor, b: Tensor, lambd: float) -> Tensor:
@@ -66,12 +66,8 @@ class BarlowTwins(Method):
         for name, value in (("lambd", lambd), ("scale_loss", scale_loss), ("projector_width", hidden)):
             if value <= 0:
                 raise UserError(f"--{name} {value:g} must be positive")
-        if out_dim < 2:
-            raise UserError(f"--out_dim {out_dim} must be at least 2")
-        refuse_too_large(
-            f"--method barlow_twins --out_dim {out_dim} --projector_width {hidden}",
-            hidden * (backbone.num_features + hidden + out_dim),
-        )
+        weights = hidden * (backbone.num_features + hidden + out_dim)
+        check_out_dim("barlow_twins", out_dim, weights, f" --projector_width {hidden}")
         self.backbone, self.out_dim, self.lambd, self.scale_loss = backbone, out_dim, lambd, scale_loss
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, hidden, bias=False), distributed.BatchNorm(hidden), nn.ReLU(),

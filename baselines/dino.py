@@ -20,7 +20,7 @@ import distributed
 import utils
 from baselines.soft_targets import soft_target_loss
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
+from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
 
 class DINOHead(nn.Module):
@@ -98,9 +98,7 @@ class DINO(Method):
         ):
             if epochs < 0:
                 raise UserError(f"--{name} {epochs} must not be negative")
-        if out_dim < 2:
-            raise UserError(f"--out_dim {out_dim} must be at least 2")
-        refuse_too_large(f"--method dino --out_dim {out_dim}", 2 * 256 * out_dim)
+        check_out_dim("dino", out_dim, 2 * 256 * out_dim)
         self.backbone, self.out_dim = backbone, out_dim
         self.head = DINOHead(backbone.num_features, out_dim, use_bn_in_head, norm_last_layer)
         self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(backbone), "head": copy.deepcopy(self.head)})
@@ -208,13 +206,7 @@ class DINO(Method):
         return 4 * self.out_dim * ((2 * self.N_GLOBAL + 3) * n + 2 * 256)
 
     def describe(self, n: int) -> dict[str, float | str]:
-        refs = self.references(n)
-        return {
-            "head_parameters": sum(p.numel() for p in self.head.parameters() if p.requires_grad),
-            "teacher_temp": "{:g} to {:g} over {} epochs".format(*self.temperatures),
-            "loss_uniform": refs.uniform,
-            "loss_floor": refs.floor,
-        }
+        return super().describe(n) | {"teacher_temp": "{:g} to {:g} over {} epochs".format(*self.temperatures)}
 
     def warnings(self) -> list[str]:
         if self.temperatures[1] > 0.07:

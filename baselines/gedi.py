@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import distributed
 from cplearn_head import cplearn_loss, log_mean_probs, prior_forward, reference_losses
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
+from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
 
 def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,9 +36,7 @@ class GEDI(Method):
         super().__init__()
         if beta <= 0:
             raise UserError(f"--beta {beta:g} must be positive")
-        if out_dim < 2:
-            raise UserError(f"--out_dim {out_dim} must be at least 2")
-        refuse_too_large(f"--method gedi --out_dim {out_dim}", hidden * out_dim)
+        check_out_dim("gedi", out_dim, hidden * out_dim)
         self.backbone, self.out_dim, self.beta, self.reduction = backbone, out_dim, beta, reduction
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, hidden),
@@ -85,8 +83,3 @@ class GEDI(Method):
         if self.beta > 1:
             return [f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction"]
         return []
-
-    def describe(self, n: int) -> dict[str, float | str]:
-        refs = self.references(n)
-        parameters = sum(p.numel() for p in self.projector.parameters())
-        return {"head_parameters": parameters, "loss_uniform": refs.uniform, "loss_floor": refs.floor}

@@ -9,7 +9,6 @@ The authors' code for this term is not public. The form is the usual one of join
 here is a flag whose default is a choice of ours, not of theirs.
 """
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -112,8 +111,8 @@ class GEDIGen(GEDI):
         """
         n, world = len(like), distributed.world_size()
         mine = slice(distributed.rank(), n * world, world)
-        key = np.random.SeedSequence((random_streams.FOR_SGLD, self.seed, self.step))
-        generator = torch.Generator(like.device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seed = random_streams.seed_of(random_streams.FOR_SGLD, self.seed, self.step)
+        generator = torch.Generator(like.device).manual_seed(seed)
         shape = (n * world, *self.replay.shape[1:])
 
         def draw(function):

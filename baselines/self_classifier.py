@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import distributed
 from cplearn_head import CPLearnHead
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
+from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
 
 def self_classifier_loss(
@@ -60,9 +60,7 @@ class SelfClassifier(Method):
         super().__init__()
         if row_temp <= 0 or col_temp <= 0:
             raise UserError(f"--row_temp {row_temp:g} and --col_temp {col_temp:g} must be positive: 0.1 and 0.05")
-        if out_dim < 2:
-            raise UserError(f"--out_dim {out_dim} must be at least 2")
-        refuse_too_large(f"--method self_classifier --out_dim {out_dim}", self.WIDTH * out_dim)
+        check_out_dim("self_classifier", out_dim, self.WIDTH * out_dim)
         self.backbone, self.out_dim, self.row_temp, self.col_temp = backbone, out_dim, row_temp, col_temp
         if head == "cplearn":
             self.frozen_head = CPLearnHead(
@@ -121,12 +119,3 @@ class SelfClassifier(Method):
     def loss_memory(self, n: int, views: int) -> int:
         """Measured: ten tensors of images x codes a view, as gradient runs through both sides."""
         return 4 * 10 * views * n * self.out_dim
-
-    def describe(self, n: int) -> dict[str, float | str]:
-        head = self.frozen_head or nn.ModuleList([self.projector, self.classifier])
-        refs = self.references(n)
-        return {
-            "head_parameters": sum(p.numel() for p in head.parameters()),
-            "loss_uniform": refs.uniform,
-            "loss_floor": refs.floor,
-        }

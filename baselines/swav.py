@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import distributed
 from baselines.soft_targets import soft_target_loss
 from errors import UserError
-from method import Method, ReferenceLosses, float32, forward_by_size, refuse_too_large
+from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
 
 @torch.no_grad()
@@ -48,8 +48,6 @@ class SwAV(Method):
         freeze_prototypes_epochs: int = 1,
     ):
         super().__init__()
-        if out_dim < 2:
-            raise UserError(f"--out_dim {out_dim} must be at least 2")
         if epsilon <= 0 or sinkhorn_iterations < 1:
             raise UserError(f"--epsilon {epsilon:g} and --sinkhorn_iterations {sinkhorn_iterations} must be positive")
         for name, value in (
@@ -59,7 +57,7 @@ class SwAV(Method):
         ):
             if value < 0:
                 raise UserError(f"--{name} {value} must not be negative")
-        refuse_too_large(f"--method swav --out_dim {out_dim}", self.WIDTH * out_dim)
+        check_out_dim("swav", out_dim, self.WIDTH * out_dim)
         self.backbone, self.out_dim = backbone, out_dim
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, 2048), distributed.BatchNorm(2048), nn.ReLU(), nn.Linear(2048, self.WIDTH)
@@ -154,8 +152,3 @@ class SwAV(Method):
         """Scores of images and queue four times in Sinkhorn, the targets, one view's targets and logits."""
         queue = self.queue.shape[1] // distributed.world_size()
         return 4 * self.out_dim * (4 * (n + queue) + (self.N_GLOBAL + 3) * n + 2 * self.WIDTH)
-
-    def describe(self, n: int) -> dict[str, float | str]:
-        refs = self.references(n)
-        parameters = sum(p.numel() for m in (self.projector, self.prototypes) for p in m.parameters())
-        return {"head_parameters": parameters, "loss_uniform": refs.uniform, "loss_floor": refs.floor}
