@@ -109,8 +109,8 @@ def cost(args) -> None:
                 continue
             x = json.loads(done.stdout.splitlines()[-1])
             reference = reference or x  # cplearn comes first
-            rows.append((c, method, round(x["head"], 2), round(x["ms"]), x["ms"] / reference["ms"], round(x["mib"]),
-                         x["mib"] / reference["mib"], ""))  # fmt: skip
+            rows.append((c, method, f"{x['head']:.2f}", round(x["ms"]), f"{x['ms'] / reference['ms']:.2f}",
+                         round(x["mib"]), f"{x['mib'] / reference['mib']:.2f}", ""))  # fmt: skip
             print(".", end="", file=sys.stderr, flush=True)
     header = ("out_dim", "method", "head, M weights", "ms a step", "time / CPLearn", "peak MiB", "memory / CPLearn", "")
     print(f"\n{args.arch}, {args.views} views of {args.n} images, {args.image_size} pixels, {args.device}, "
