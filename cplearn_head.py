@@ -313,17 +313,22 @@ class CPLearn(Method):
                     precision=self.product_precision,
                     **options,
                 )
-        self._usage = usage
+        self.usage = usage
         return loss, terms
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Code of each image from its backbone features. Shape: (n, f) -> (n,) int64."""
-        return self.head.assign(self.head(features))
+    def embed(self, features: Tensor) -> Tensor:
+        return self.head(float32(features))
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        return self.head.assign(embedding)
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        return self.head.dictionary.select(codes)
 
     def after_step(self, skipped: Tensor) -> None:
         """Keeps the step's code usage for the prior, if it does; no teacher to move, no prototypes to normalise."""
         if self.buffer is not None:
-            self.buffer.push(self._usage, skipped)
+            self.buffer.push(self.usage, skipped)
 
     def references(self, n: int) -> ReferenceLosses:
         """Reference losses for n images a rank.

@@ -109,6 +109,10 @@ class Dictionary(nn.Module):
         """Codes start..stop-1 as numbers. Shape: -> (stop - start, f_h), entries -1 and +1."""
         return unpack(self.packed[start:stop], self.embed_dim, dtype)
 
+    def select(self, index: Tensor) -> Tensor:
+        """The codes of these numbers. Shape: int64 (n,) -> (n, f_h), entries -1 and +1."""
+        return unpack(self.packed[index], self.embed_dim, torch.float32)
+
     def reader(self, size: int, dtype: torch.dtype = torch.float32) -> Callable[[int, int], DenseBlock]:
         """`read(start, stop)`: up to `size` codes, ready to be multiplied with, until the next read overwrites them."""
         count = min(size, self.out_dim) * self.packed.shape[1]

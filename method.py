@@ -20,7 +20,7 @@ class ReferenceLosses(NamedTuple):
 class Method(nn.Module):
     """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
 
-    A method defines `add_flags`, `from_args`, `forward`, `predict`, `references` and `describe`; the other functions do
+    A method defines `add_flags`, `from_args`, `forward`, `embed`, `assign` and `references`; the other functions do
     nothing unless it needs them. The order of a step is `before_step`, `forward`, backward, `after_backward`, the
     optimiser's step, `after_step`.
     """
@@ -28,6 +28,9 @@ class Method(nn.Module):
     N_GLOBAL = 2  # global crops, the first of the views
     backbone: nn.Module  # trained; num_features wide
     out_dim: int
+    # Mean assignment of the last batch's global crops, detached (c,), of this rank's images or those of all. None for
+    # methods whose loss has no such thing. Where there is one, `forward`'s terms have its mean `entropy` (nats).
+    usage: Tensor | None = None
 
     @staticmethod
     def add_flags(parser) -> None:
@@ -61,9 +64,20 @@ class Method(nn.Module):
         """The backbone that is evaluated."""
         return self.backbone
 
+    def embed(self, features: Tensor) -> Tensor:
+        """Embedding of each image: the last vectors of the head before its codes. Shape: (n, f) -> (n, d) float32."""
+        raise NotImplementedError
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        """Code of each embedding. Shape: (n, d) -> (n,) int64."""
+        raise NotImplementedError
+
     def predict(self, features: Tensor) -> Tensor:
         """Code of each image from the features of the evaluated backbone. Shape: (n, f) -> (n,) int64."""
-        raise NotImplementedError
+        return self.assign(self.embed(features))
+
+    def code_vectors(self, codes: Tensor) -> Tensor | None:
+        """Where these codes lie in the space of the embeddings, if they do. Shape: (n,) -> (n, d)."""
 
     def references(self, n: int) -> ReferenceLosses:
         """Reference losses for n images a rank."""

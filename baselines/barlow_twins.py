@@ -98,9 +98,13 @@ class BarlowTwins(Method):
             loss = self.scale_loss * loss
         return loss, {"loss": loss.detach(), **terms}
 
-    def predict(self, features: Tensor) -> Tensor:
+    def embed(self, features: Tensor) -> Tensor:
+        """The last hidden layer, as wide for any `out_dim`."""
+        return self.projector[:-1](float32(features))
+
+    def assign(self, embedding: Tensor) -> Tensor:
         """The largest standardised output. Barlow Twins is no clustering method: this is the convention of the paper."""
-        return self.norm(self.projector(float32(features))).argmax(1)
+        return self.norm(self.projector[-1](embedding)).argmax(1)
 
     def references(self, n: int) -> ReferenceLosses:
         """`uniform`: outputs of independent images, C_jk of variance 1/N. The floor: C has a rank below N."""

@@ -159,9 +159,10 @@ class DINO(Method):
                 targets = teacher_targets(logits.unflatten(0, (self.N_GLOBAL, -1)), self.center, self.teacher_temp)
             bottlenecks = self.head(torch.cat([float32(z) for z in features])).chunk(len(features))
             loss = dino_loss(list(bottlenecks), self.head.prototypes(), targets, self.STUDENT_TEMP)
-            with torch.no_grad():
+            with torch.no_grad():  # of the teacher
                 entropy = torch.special.entr(targets).sum(-1).mean()
-        return loss, {"loss": loss.detach(), "teacher_entropy": entropy}
+                self.usage = targets.mean((0, 1))
+        return loss, {"loss": loss.detach(), "entropy": entropy}
 
     def after_backward(self) -> None:
         if self.frozen:
@@ -193,9 +194,18 @@ class DINO(Method):
     def evaluated(self) -> nn.Module:
         return self.teacher["backbone"] if self.network == "teacher" else self.backbone
 
-    def predict(self, features: Tensor) -> Tensor:
-        head = self.teacher["head"] if self.network == "teacher" else self.head
-        return head.logits(float32(features)).argmax(1)
+    @property
+    def _evaluated_head(self) -> DINOHead:
+        return self.teacher["head"] if self.network == "teacher" else self.head
+
+    def embed(self, features: Tensor) -> Tensor:
+        return self._evaluated_head(float32(features))
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        return (embedding @ self._evaluated_head.prototypes().T).argmax(1)
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        return self._evaluated_head.prototypes()[codes]
 
     def references(self, n: int) -> ReferenceLosses:
         """Uniform targets and predictions; one code for all images, which centring is against."""

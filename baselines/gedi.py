@@ -20,13 +20,19 @@ from errors import UserError
 from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
 
-def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The `sum` reading; every other view predicts the first. Shape: V x (n, c) -> scalar, detached terms."""
+def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The `sum` reading; every other view predicts the first.
+
+    Shape: V x (n, c) -> scalar loss, detached terms, detached mean assignment of the first view (c,).
+    """
     first, *others = [F.log_softmax(float32(x), dim=1) for x in logits]
     invariance = sum(-(x.exp() * first).sum(1).mean() for x in others) / len(others)
-    prior = first.shape[1] * prior_forward(log_mean_probs(first, "local"))
+    log_mean = log_mean_probs(first, "local")
+    prior = first.shape[1] * prior_forward(log_mean)
     loss = 0.5 * beta * invariance + 0.5 * prior
-    return loss, {"loss": loss.detach(), "invariance": invariance.detach(), "prior": prior.detach()}
+    entropy = -(first.exp() * first).sum(1).mean()
+    terms = {"loss": loss, "invariance": invariance, "prior": prior, "entropy": entropy}
+    return loss, {name: value.detach() for name, value in terms.items()}, log_mean.detach().exp()
 
 
 class GEDI(Method):
@@ -62,12 +68,20 @@ class GEDI(Method):
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             logits = [self.projector(float32(z)) / self.TEMPERATURE for z in features]  # one view at a time
             if self.reduction == "sum":
-                return gedi_loss_as_published(logits, self.beta)
-            loss, terms, _ = cplearn_loss(logits, self.beta, prior="forward", n_global=self.N_GLOBAL)
+                loss, terms, self.usage = gedi_loss_as_published(logits, self.beta)
+            else:
+                loss, terms, self.usage = cplearn_loss(logits, self.beta, prior="forward", n_global=self.N_GLOBAL)
         return loss, terms
 
-    def predict(self, features: Tensor) -> Tensor:
-        return self.projector(float32(features)).argmax(1)
+    def embed(self, features: Tensor) -> Tensor:
+        """The last hidden layer."""
+        return self.projector[:-1](float32(features))
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        return self.projector[-1](embedding).argmax(1)
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        return self.projector[-1].weight[codes]
 
     def references(self, n: int) -> ReferenceLosses:
         if self.reduction == "mean":

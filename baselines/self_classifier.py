@@ -22,15 +22,24 @@ from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_s
 
 def self_classifier_loss(
     logits: list[Tensor], n_global: int = 2, row_temp: float = 0.1, col_temp: float = 0.05, eps: float = 1e-12
-) -> Tensor:
-    """All ordered pairs of different views but local-local ones. Shape: V x (n, c) -> scalar."""
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """All ordered pairs of different views but local-local ones.
+
+    Shape: V x (n, c) -> scalar loss; detached loss and mean entropy of the row softmax of the global crops; its detached
+    mean over this rank's images (c,).
+    """
     n, c = logits[0].shape
     population = n * distributed.world_size()
     # log T and log(N/c S): both normalised over the images of all ranks, with gradient
     targets = [F.softmax(x / col_temp - distributed.logsumexp_over_ranks(x / col_temp), dim=1) for x in logits]
-    predictions = []
-    for x in logits:
+    predictions, usage, entropy = [], logits[0].new_zeros(c), logits[0].new_zeros(())
+    for v, x in enumerate(logits):
         rows = F.log_softmax(x / row_temp, dim=1)
+        if v < n_global:
+            with torch.no_grad():
+                p = rows.exp()
+                usage += p.mean(0) / n_global
+                entropy -= torch.dot(p.flatten(), rows.flatten()) / (n * n_global)
         rows = rows - distributed.logsumexp_over_ranks(rows) + math.log(population / c)
         predictions.append(torch.logaddexp(rows, rows.new_tensor(math.log(eps))))
     loss, pairs = 0.0, 0
@@ -39,7 +48,8 @@ def self_classifier_loss(
             if a != b and (a < n_global or b < n_global):
                 loss = loss - (target * prediction).sum() / n
                 pairs += 1
-    return loss / pairs
+    loss = loss / pairs
+    return loss, {"loss": loss.detach(), "entropy": entropy}, usage
 
 
 class SelfClassifier(Method):
@@ -92,23 +102,33 @@ class SelfClassifier(Method):
                    dictionary_seed=args.dictionary_seed, embed_dim=args.embed_dim,
                    activation=args.activation)  # fmt: skip
 
+    def embed(self, features: Tensor) -> Tensor:
+        """Shape: (n, f) -> (n, 128), of unit length; or CPLearn's (n, embed_dim)."""
+        z = float32(features)
+        return F.normalize(self.projector(z), dim=1) if self.frozen_head is None else self.frozen_head(z)
+
     def logits(self, z: Tensor) -> Tensor:
         """Cosines. Shape: (n, f) -> (n, c)."""
         if self.frozen_head is not None:
-            return self.frozen_head.logits(self.frozen_head(z)) / self.frozen_head.scale
-        return F.normalize(self.projector(z), dim=1) @ F.normalize(self.classifier.weight, dim=1).T
+            return self.frozen_head.logits(self.embed(z)) / self.frozen_head.scale
+        return self.embed(z) @ F.normalize(self.classifier.weight, dim=1).T
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            logits = [self.logits(float32(z)) for z in features]  # batch norm sees one view at a time
-            loss = self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp)
-        return loss, {"loss": loss.detach()}
+            logits = [self.logits(z) for z in features]  # batch norm sees one view at a time
+            loss, terms, self.usage = self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp)
+        return loss, terms
 
-    def predict(self, features: Tensor) -> Tensor:
+    def assign(self, embedding: Tensor) -> Tensor:
         if self.frozen_head is not None:
-            return self.frozen_head.assign(self.frozen_head(float32(features)))
-        return self.logits(float32(features)).argmax(1)
+            return self.frozen_head.assign(embedding)
+        return (embedding @ F.normalize(self.classifier.weight, dim=1).T).argmax(1)
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        if self.frozen_head is not None:
+            return self.frozen_head.dictionary.select(codes)
+        return self.classifier.weight[codes]
 
     def references(self, n: int) -> ReferenceLosses:
         """The same logits for every image give log c, whatever they are. The floor: N/c S is at most N/c, and 1."""

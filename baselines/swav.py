@@ -102,12 +102,12 @@ class SwAV(Method):
 
     def embed(self, z: Tensor) -> Tensor:
         """Shape: (n, f) -> (n, 128), of unit length."""
-        return F.normalize(self.projector(z), dim=1)
+        return F.normalize(self.projector(float32(z)), dim=1)
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            x = [self.embed(float32(z)) for z in features]  # batch norm sees one view at a time
+            x = [self.embed(z) for z in features]  # batch norm sees one view at a time
             prototypes = self.prototypes.weight
             with torch.no_grad():
                 targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
@@ -119,7 +119,7 @@ class SwAV(Method):
             loss = loss / (self.N_GLOBAL * (len(x) - 1) * len(x[0]))
             with torch.no_grad():
                 entropy = sum(torch.special.entr(q).sum(1).mean() for q in targets) / self.N_GLOBAL
-        return loss, {"loss": loss.detach(), "target_entropy": entropy}
+        return loss, {"loss": loss.detach(), "entropy": entropy}
 
     def targets(self, a: int, x: Tensor) -> Tensor:
         """Q^a of this rank's images; each rank brings its share of the queue. Shape: (n, 128) -> (n, c)."""
@@ -140,9 +140,12 @@ class SwAV(Method):
             pushed = torch.cat([self._fresh.to(self.queue.dtype), self.queue], dim=1)[:, : self.queue.shape[1]]
             self.queue.copy_(torch.where(skipped, self.queue, pushed))
 
-    def predict(self, features: Tensor) -> Tensor:
+    def assign(self, embedding: Tensor) -> Tensor:
         """The best prototype, without Sinkhorn."""
-        return (self.embed(float32(features)) @ self.prototypes.weight.T).argmax(1)
+        return (embedding @ self.prototypes.weight.T).argmax(1)
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        return self.prototypes.weight[codes]
 
     def references(self, n: int) -> ReferenceLosses:
         """With exactly equal mass a code the floor would be log(c / N); three iterations leave room below that."""

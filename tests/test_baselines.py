@@ -307,9 +307,10 @@ def test_gedi_in_both_readings():
     ce = -(p2 * p1.log()).sum(1).mean()
     back = -(p1 * p2.log()).sum(1).mean()
     published = 0.5 * -p1.mean(0).log().sum() + 0.5 * 0.1 * ce
-    ours, terms = gedi_loss_as_published(logits, 0.1)
+    ours, terms, usage = gedi_loss_as_published(logits, 0.1)
     assert torch.allclose(ours, published) and same(gradients(ours, *logits), gradients(published, *logits))
-    assert torch.allclose(terms["invariance"], ce)
+    assert torch.allclose(terms["invariance"], ce) and torch.allclose(usage, p1.mean(0))
+    assert torch.allclose(terms["entropy"], -(p1 * p1.log()).sum(1).mean())
     equations = 0.25 * (ce + back) / 2 - (p1.mean(0).log().mean() + p2.mean(0).log().mean()) / 2
     assert torch.allclose(cplearn_loss(logits, 0.25, prior="forward")[0], equations)
     views = [randn(6, 3, 16, 16, seed=v) for v in range(2)]
@@ -342,12 +343,16 @@ def naive_self_classifier(logits, n_global, row=0.1, col=0.05, eps=1e-12):
 @pytest.mark.parametrize("views", [2, 4])
 def test_self_classifier_loss_is_the_formula(views):
     logits = [(randn(7, 5, seed=v) / 3).requires_grad_() for v in range(views)]
-    ours, expected = self_classifier_loss(logits), naive_self_classifier(logits, 2)
+    (ours, terms, usage), expected = self_classifier_loss(logits), naive_self_classifier(logits, 2)
+    rows = torch.cat([(x / 0.1).softmax(1) for x in logits[:2]])
+    assert torch.allclose(usage, rows.mean(0)) and torch.allclose(
+        terms["entropy"], torch.special.entr(rows).sum(1).mean()
+    )
     assert torch.allclose(ours, expected) and same(gradients(ours, *logits), gradients(expected, *logits), 1e-8)
     same_for_all = [randn(1, 5).expand(7, 5)] * 2
-    assert math.isclose(self_classifier_loss(same_for_all).item(), math.log(5), rel_tol=1e-9)
+    assert math.isclose(self_classifier_loss(same_for_all)[0].item(), math.log(5), rel_tol=1e-9)
     perfect = [100 * torch.eye(5, dtype=torch.float64).repeat(2, 1)] * 2
-    assert abs(self_classifier_loss(perfect)) < 1e-9
+    assert abs(self_classifier_loss(perfect)[0]) < 1e-9
 
 
 def test_self_classifier_on_either_head():
