@@ -228,8 +228,8 @@ class CPLearn(Method):
         loss_precision: str = "fp32",
     ):
         super().__init__()
-        if beta <= 0:
-            raise UserError(f"beta {beta:g} must be positive: 0.25 is the paper's value for ImageNet-100")
+        if beta < 0:
+            raise UserError(f"beta {beta:g} must not be negative: 0.25 is the paper's value for ImageNet-100")
         if prior_buffer < 0:
             raise UserError(f"prior_buffer {prior_buffer} must not be negative: 0 for none")
         if prior_buffer and prior_group == "local":
@@ -363,6 +363,8 @@ class CPLearn(Method):
                 f"the logits start with a standard deviation of {std:.2f}, outside 0.5 to 3: assignments start "
                 f"{'almost one-hot' if std > 3 else 'almost uniform'}; --n_ref {(1.6 / std) ** 2 * self.head.n_ref:.3g} would start at 1.6"
             )
+        if self.beta == 0:
+            found.append("--beta 0 has no invariance term: nothing ties the views of an image together")
         if self.beta > 1:
             found.append(f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction")
         if self.buffer is not None and self.buffer.ring.nbytes > 2**28:

@@ -32,6 +32,7 @@ import models
 import random_streams
 import utils
 from errors import UserError
+from monitor import Monitor
 from progress import Meter, Progress
 from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
 from run_state import Run, check_bad_images, count, resume, save, settle, stop_if_asked, vote
@@ -97,6 +98,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--max_bad_images", type=float, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
     g.add_argument("--max_skipped_steps", type=int, default=20, help="Stop after more than so many steps in a row without a finite loss and gradient")
     g.add_argument("--print_freq", type=int, default=10, help="Steps between two readings of the loss")
+    g.add_argument("--knn_freq", type=int, default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
@@ -177,6 +179,7 @@ def check_args(args: argparse.Namespace) -> None:
         "saveckp_minutes",
         "worker_timeout",
         "max_skipped_steps",
+        "knn_freq",
     ):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name):g} must not be negative")
@@ -246,6 +249,8 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
     """A run at its beginning."""
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
+    if args.knn_freq and not dataset.classes:
+        raise UserError(f"--knn_freq {args.knn_freq} needs labels, but these images do not lie in class folders")
     views = augmentations.build_views(
         args.augmentation,
         size=args.image_size,
@@ -281,6 +286,7 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
         # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
+        monitor=Monitor(dataset, views, args.seed, args.knn_freq),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
         lock=lock,
     )
@@ -294,6 +300,8 @@ def train(run: Run, signals: StopSignals) -> dict:
     stop_if_asked(run, signals)  # while it was built
     while run.step < run.last_step:
         record = train_one_epoch(run, signals)
+        if run.step % len(run.loader) == 0:
+            record |= run.monitor.end_epoch(run, record)
         distributed.on_main(report_epoch, run, record, writer)
         if run.step % len(run.loader) == 0:
             run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
@@ -351,11 +359,12 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
         statistics.restore(skipped)
         method.after_step(skipped)
         run.meter.add(terms, skipped)
+        run.monitor.add(method, batch, skipped)
         run.bad_steps.remember(run.step, samples, terms)
         run.step += 1
         run.seconds = time.perf_counter() - start
         if (i + 1) % args.print_freq == 0 or i + 1 == len(run.loader):
-            values = run.meter.read()
+            values = run.meter.read() | run.monitor.use.read()
             progress.show(i + 1, values, lr, (i + 1) * batch / run.seconds, run.waiting.seconds / run.seconds)
         settle(run, run.outcomes.push(torch.cat([skipped[None], votes[1:]])), signals)
 
@@ -551,7 +560,8 @@ def report_epoch(run: Run, record: dict, writer) -> None:
     utils.append_json_line(Path(args.output_dir, "log.txt"), record)
     if writer is not None:
         for name, value in record.items():
-            writer.add_scalar(name, value, record["epoch"])
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, record["epoch"])
         writer.flush()
 
 

@@ -16,6 +16,7 @@ import distributed
 import utils
 from augmentations import View
 from errors import Interrupted, LocalError, NonFiniteError, UserError
+from monitor import Monitor
 from progress import Later, Meter
 from run_control import BadSteps, FolderLock, StopSignals
 
@@ -30,6 +31,7 @@ FREE_ON_RESUME = {
     "max_steps",
     "max_bad_images",
     "max_skipped_steps",
+    "knn_freq",
     "resume_force",
     "tensorboard",
     "device",
@@ -55,6 +57,7 @@ class Run:
     scaler: torch.amp.GradScaler
     last_step: int
     bad_steps: BadSteps
+    monitor: Monitor
     lock: FolderLock
     step: int = 0  # finished optimiser steps
     # of the current epoch
@@ -194,7 +197,7 @@ def save(run: Run) -> None:
             f"weights became infinite or NaN by step {run.step}: not saved, the checkpoint is from before. Try a lower "
             "--lr with --resume_force lr"
         )
-    meter = run.meter.state()
+    meter, code_use = run.meter.state(), run.monitor.use.state()
     epoch, rest = divmod(run.step, len(run.loader))
 
     def write() -> None:
@@ -212,6 +215,7 @@ def save(run: Run) -> None:
             "scaler": run.scaler.state_dict(),
             "progress": {
                 "meter": meter,
+                "code_use": code_use,
                 "skipped": run.skipped,
                 "replaced": run.replaced,
                 "in_a_row": run.bad_steps.in_a_row,
@@ -286,6 +290,8 @@ def resume(run: Run, defaults: dict) -> bool:
     if state["steps_per_epoch"] == len(run.loader) and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ:
         progress = state["progress"]
         run.meter.load(progress["meter"], run.device)
+        if "code_use" in progress:  # not in checkpoints of earlier versions
+            run.monitor.use.load(progress["code_use"], run.device)
         run.skipped, run.replaced, run.seconds = progress["skipped"], progress["replaced"], progress["seconds"]
         run.waiting.seconds, run.bad_steps.in_a_row = progress["waiting"], progress["in_a_row"]
     else:  # another batch: steps cannot be matched inside an epoch

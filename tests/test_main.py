@@ -60,7 +60,10 @@ def same_state(a, b):
 
 
 def without_time(records):
-    return [{k: v for k, v in r.items() if k not in ("images_per_second", "data_wait", "seconds")} for r in records]
+    return [
+        {k: v for k, v in r.items() if k not in ("images_per_second", "data_wait", "seconds", "monitor_seconds")}
+        for r in records
+    ]
 
 
 def run_script(*command, **env):

@@ -1,0 +1,103 @@
+"""Numbers that tell a collapse from health, and the verdict on them.
+
+The four collapses of the paper (section 1): *representation* (all images get the same features), *dimensional* (the
+embedding lies in few dimensions), *cluster* (all images get the same code), *intracluster* (images of one code get the
+same features). And *stuck at uniform*, which is no collapse but looks like one in k-NN: the loss has found nothing yet.
+
+Everything here is a pure function of arrays on the CPU; `monitor.py` calls it during training, `eval_collapse.py`
+afterwards.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rankme(x: Tensor) -> float:
+    """Effective rank: exp(entropy of the singular values as shares of their sum), from 1 to min(n, d).
+
+    RankMe (Garrido et al., ICML 2023, eq. 1 and 2), of the vectors as they are, not centred. Shape: (n, d).
+    """
+    sigma = torch.linalg.svdvals(x.double())
+    total = sigma.sum()
+    if total == 0:
+        return 1.0
+    return math.exp(torch.special.entr(sigma / total).sum().item())
+
+
+def covariance_spectrum(x: Tensor) -> Tensor:
+    """Singular values (eigenvalues) of the covariance over images, largest first. Shape: (n, d) -> (min(n, d),)."""
+    x = x.double()
+    return torch.linalg.svdvals(x - x.mean(0)).square() / max(1, len(x) - 1)
+
+
+def mean_cosine(x: Tensor) -> float:
+    """Mean cosine of two different rows; 1 if all point the same way. Shape: (n, d)."""
+    u = F.normalize(x.double(), dim=1)
+    n = len(u)
+    return ((u.sum(0).square().sum() - u.square().sum()) / max(1, n * (n - 1))).item()
+
+
+def within_code_share(x: Tensor, codes: Tensor) -> float | None:
+    """Variance of images of the same code, as a share of the variance of all: 1 if codes say nothing, 0 if images of a
+    code are alike. Both unbiased; codes of one image are left out. None if every code has just one, or all one vector.
+
+    Shape: (n, d), int64 (n,).
+    """
+    x = x.double()
+    _, code, count = codes.unique(return_inverse=True, return_counts=True)
+    freedom = (count - 1).sum().item()
+    total = (x - x.mean(0)).square().sum().item() / max(1, len(x) - 1)
+    if not freedom or total == 0:
+        return None
+    sums = torch.zeros(len(count), x.shape[1], dtype=x.dtype).index_add_(0, code, x)
+    inside = (x - (sums / count[:, None])[code]).square().sum().item() / freedom
+    return inside / total
+
+
+def code_usage(codes: Tensor) -> tuple[int, float]:
+    """Number of codes in use, and perplexity of their shares. Shape: int64 (n,)."""
+    share = codes.unique(return_counts=True)[1].double() / len(codes)
+    return len(share), math.exp(torch.special.entr(share).sum().item())
+
+
+def probe_metrics(
+    features: Tensor, embedding: Tensor, codes: Tensor, vectors: Tensor | None, other_codes: Tensor
+) -> dict[str, float | int | None | list[float]]:
+    """What one view of the probe's images, and the codes of another view of them, say about collapse.
+
+    Shape: features (n, f), embedding (n, d), codes int64 (n,), vectors of those codes (n, d) or None, other_codes int64
+    (n,) -> names as in the log, without its prefix.
+    """
+    used, perplexity = code_usage(codes)
+    share = codes.unique(return_counts=True)[1].double() / len(codes)
+    unit = F.normalize(features.double(), dim=1)
+    return {
+        "images": len(features),
+        "features_rank": rankme(features),
+        "features_std": unit.std(0).mean().item() * math.sqrt(features.shape[1]),
+        "features_cosine": mean_cosine(features),
+        "features_spectrum": shape_of_spectrum(features),
+        "embedding_rank": rankme(embedding),
+        "embedding_cosine": mean_cosine(embedding),
+        "embedding_spectrum": shape_of_spectrum(embedding),
+        "code_cosine": None
+        if vectors is None
+        else F.cosine_similarity(embedding.double(), vectors.double(), dim=1).abs().mean().item(),
+        "within_code": within_code_share(features, codes),
+        "agreement": (codes == other_codes).double().mean().item(),
+        "agreement_chance": share.square().sum().item(),
+        "codes_used": used,
+        "codes_perplexity": perplexity,
+    }
+
+
+def shape_of_spectrum(x: Tensor) -> list[float]:
+    """The 1st, 2nd, 4th, 8th ... singular value of the covariance, in units of the first. All of them are in
+    `eval_collapse.py`'s files."""
+    values = covariance_spectrum(x)
+    ranks = [2**k - 1 for k in range(min(len(x) - 1, x.shape[1]).bit_length())]  # n points span n - 1 dimensions
+    first = values[0].clamp(min=torch.finfo(values.dtype).tiny)
+    return [float(f"{(values[r] / first).item():.4g}") for r in ranks]

@@ -1,0 +1,188 @@
+"""Numbers of collapse against brute force, collapsed cases, and the analysis script on real runs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_evaluations import TRAIN, flags
+
+import collapse
+import eval_collapse
+import main_cplearn
+from errors import UserError
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, image_folder):
+    out = tmp_path_factory.mktemp("run")
+    main_cplearn.main([*TRAIN, "--data_path", str(image_folder), "--output_dir", str(out)])
+    return out
+
+
+# --- numbers ---------------------------------------------------------------------------------------------
+
+
+def test_rankme_counts_equal_directions_and_is_the_formula():
+    assert collapse.rankme(3 * torch.eye(7)[:5]) == pytest.approx(5)
+    assert collapse.rankme(torch.ones(9, 4)) == pytest.approx(1)
+    assert collapse.rankme(torch.zeros(9, 4)) == 1
+    x = randn(20, 6)
+    share = np.linalg.svd(x.numpy())[1]
+    share = share / share.sum()
+    assert collapse.rankme(x) == pytest.approx(math.exp(-(share * np.log(share)).sum()))
+
+
+def test_covariance_spectrum_is_numpys():
+    x = randn(30, 8) * torch.arange(1, 9)
+    expected = np.linalg.eigvalsh(np.cov(x.numpy().T))[::-1]
+    assert np.allclose(collapse.covariance_spectrum(x), expected)
+    assert np.allclose(eval_collapse.covariance_of(x, rows=7), np.cov(x.numpy().T))
+    assert collapse.shape_of_spectrum(x) == pytest.approx(expected[[0, 1, 3, 7]] / expected[0], rel=1e-3)
+
+
+def test_mean_cosine_is_a_double_loop():
+    x = randn(12, 5)
+    pairs = [F.cosine_similarity(x[i], x[j], dim=0).item() for i in range(12) for j in range(12) if i != j]
+    assert collapse.mean_cosine(x) == pytest.approx(np.mean(pairs))
+    assert collapse.mean_cosine(torch.ones(4, 3)) == pytest.approx(1)
+
+
+def test_within_code_share_against_loops_and_in_known_cases():
+    x, codes = randn(40, 3), torch.arange(40) % 7
+    codes[0] = 99  # a code of one image (99 % 7 is 1)
+    inside = freedom = 0
+    for code in codes.unique():
+        rows = x[codes == code]
+        inside += (rows - rows.mean(0)).square().sum().item()
+        freedom += len(rows) - 1
+    total = (x - x.mean(0)).square().sum().item() / 39
+    assert collapse.within_code_share(x, codes) == pytest.approx(inside / freedom / total)
+    assert collapse.within_code_share(x, torch.zeros(40, dtype=torch.int64)) == pytest.approx(1)
+    assert collapse.within_code_share(x[codes % 7], codes) == pytest.approx(0, abs=1e-12)  # one vector a code
+    assert collapse.within_code_share(x, torch.arange(40)) is None
+    assert collapse.within_code_share(torch.ones(40, 3), codes) is None
+
+
+def test_probe_metrics_of_collapsed_probes_are_finite():
+    n, constant, one = 30, torch.ones(30, 4), torch.zeros(30, dtype=torch.int64)
+    found = collapse.probe_metrics(constant, constant, one, None, one)
+    assert found["features_rank"] == pytest.approx(1) and found["features_std"] == pytest.approx(0, abs=1e-9)
+    assert (found["codes_used"], found["codes_perplexity"]) == (1, 1)
+    assert found["agreement"] == found["agreement_chance"] == 1
+    assert found["code_cosine"] is None and found["within_code"] is None and found["images"] == n
+    numbers = [v for v in found.values() if isinstance(v, float)] + found["features_spectrum"]
+    assert np.isfinite(numbers).all()
+    vectors = torch.sign(randn(n, 4)).float()
+    found = collapse.probe_metrics(randn(n, 4), -3 * vectors, torch.arange(n), vectors, torch.arange(n).flip(0))
+    assert found["code_cosine"] == pytest.approx(1) and found["agreement"] == 0
+    assert found["agreement_chance"] == pytest.approx(1 / n) and found["codes_perplexity"] == pytest.approx(n)
+
+
+# --- eval_collapse.py ----------------------------------------------------------------------------------------
+
+
+def test_off_diagonal_energy():
+    x = randn(400, 3) * torch.tensor([1, 2, 3])
+    c = np.cov(x.numpy().T)
+    off, chance = eval_collapse.off_diagonal_energy(x)
+    assert off == pytest.approx(1 - (np.diag(c) ** 2).sum() / (c**2).sum()) and chance == pytest.approx(2 / 402)
+    together = randn(50, 1).expand(50, 4)
+    assert eval_collapse.off_diagonal_energy(together)[0] == pytest.approx(0.75)
+    assert eval_collapse.off_diagonal_energy(torch.ones(9, 4))[0] == 0
+    measured = [eval_collapse.off_diagonal_energy(randn(60, 40, seed=s))[0] for s in range(20)]
+    assert np.mean(measured) == pytest.approx(39 / 99, abs=0.03)  # what `chance` claims
+
+
+@pytest.mark.parametrize("d", [3, 50])
+def test_block_energy_is_that_of_the_whole_matrix(d):
+    x, codes = randn(40, d), torch.arange(40) % 6
+    squares = (F.normalize(x, dim=1) @ F.normalize(x, dim=1).T).square()
+    same, different = codes[:, None] == codes, ~torch.eye(40, dtype=torch.bool)
+    found = eval_collapse.block_energy(x, codes)
+    assert found["same_code_cos2"] == pytest.approx(squares[same & different].mean().item())
+    assert found["other_code_cos2"] == pytest.approx(squares[~same].mean().item())
+    assert eval_collapse.block_energy(x, torch.arange(40))["same_code_cos2"] is None
+    assert eval_collapse.block_energy(x, torch.zeros(40))["other_code_cos2"] is None
+
+
+def test_mixture_entropy_of_a_gaussian_is_the_closed_form():
+    std = np.array([0.5, 1.0, 2.0])
+    x = randn(4000, 3).numpy() * std
+    entropy, fit = eval_collapse.mixture_entropy(x, 1, samples=20_000, seed=0)
+    assert fit == "ok" and entropy == pytest.approx((0.5 * np.log(2 * np.pi * np.e * std**2)).mean(), abs=0.03)
+    apart = np.concatenate([x, x + 1000])  # two of them, far from each other: log 2 more
+    entropy_of_two, _ = eval_collapse.mixture_entropy(apart, 2, samples=20_000, seed=0)
+    assert 3 * (entropy_of_two - entropy) == pytest.approx(math.log(2), abs=0.1)
+
+
+def test_a_mixture_that_cannot_be_fitted_is_a_marked_gap():
+    x = randn(30, 3).numpy()
+    assert eval_collapse.mixture_entropy(x, 31, samples=10, seed=0) == (None, "more components than the 30 images")
+    entropy, fit = eval_collapse.mixture_entropy(x, 10, samples=10, seed=0)
+    assert entropy is not None and "3.0 images a component" in fit
+    x[3, 1] = np.nan
+    entropy, fit = eval_collapse.mixture_entropy(x, 2, samples=10, seed=0)
+    assert entropy is None and "NaN" in fit
+
+
+def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):
+    both = [str(run / "checkpoint.pth"), str(run / "checkpoint_previous.pth")]
+    common = flags(run, tmp_path)[2:]
+    results = eval_collapse.main(
+        ["--checkpoints", *both, "--labels", "last", "before", *common, "--components", "2", "20", "--mc_samples", "50"]
+    )
+    assert list(results) == ["last", "before", "random init"]
+    said = capsys.readouterr().out
+    assert "mixture of 20: more components than the 12 images" in said
+    assert "codes.png, matrices.png, mixture.png, spectrum.png, tsne.png" in said
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [x["metrics"]["label"] for x in lines] == list(results) and lines[-1]["random_init"]
+    assert lines[0]["metrics"]["images"] == 12 and lines[0]["metrics"]["mixture20_entropy"] is None
+    for name in eval_collapse.FIGURES:
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 300
+            assert len(image.convert("L").getcolors()) > 10  # something is drawn
+    spectrum = (tmp_path / "spectrum.csv").read_text().splitlines()
+    assert spectrum[0] == "network,of,index,singular value" and len(spectrum) == 1 + 3 * (8 + 8)
+    cosines = np.loadtxt(tmp_path / "matrices_random_init_cosines.csv", delimiter=",")
+    assert cosines.shape == (12, 12) and np.allclose(np.diag(cosines), 1)
+    assert len((tmp_path / "tsne.csv").read_text().splitlines()) == 1 + 3 * 12
+
+
+def test_the_baseline_and_slow_parts_can_be_left_out(run, tmp_path):
+    results = eval_collapse.main(
+        [*flags(run, tmp_path), "--baseline", "false", "--components", "--tsne_images", "0", "--split", "train"]
+    )
+    ((_, found),) = results.items()
+    assert found["images"] == 48 and found["codes_used"] <= 40 and not any("mixture" in k for k in found)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["codes.png", "matrices.png", "spectrum.png"]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--labels", "a", "b"), "--labels names 2 networks, there are 1"),
+        (("--labels", "random init"), "they must differ"),
+        (("--components", "0"), "--components 0 must be positive"),
+        (("--mc_samples", "1"), "--mc_samples 1 must be at least 2"),
+        (("--tsne_images", "-1"), "--tsne_images -1 must not be negative"),
+        (("--checkpoints", "x.pth"), "give one of them"),
+    ],
+)
+def test_wrong_flags_are_refused(run, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        eval_collapse.main([*flags(run, tmp_path), *more])
+
+
+def test_networks_are_named_by_what_tells_them_apart():
+    assert eval_collapse.names_of(["/a/b/checkpoint.pth"]) == ["b"]
+    assert eval_collapse.names_of(["/a/x/c.pth", "/b/x/c.pth"]) == ["a/x", "b/x"]
+    assert eval_collapse.names_of(["/a/x/1.pth", "/a/x/2.pth"]) == ["1: 1.pth", "2: 2.pth"]

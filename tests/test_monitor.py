@@ -1,0 +1,218 @@
+"""The use of codes over windows against a loop; the probe of a real run; that looking changes nothing."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_in_processes
+from test_main import log_of, model_of, same_weights, train
+
+import augmentations
+import checkpoints
+import datasets
+import main_cplearn
+import monitor
+from errors import UserError
+from monitor import CodeUse, Probe
+
+NOT, SKIPPED = torch.tensor(False), torch.tensor(True)
+
+
+def assignments(steps, codes=6, seed=0):
+    x = torch.randn(steps, codes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (3 * x).softmax(1)
+
+
+def entropy_of(shares):
+    return -(shares * shares.log()).sum().item()
+
+
+# --- the use of codes ---------------------------------------------------------------------------------------
+
+
+def test_windows_against_a_loop():
+    use, rows = CodeUse(), assignments(2 * CodeUse.STEPS + 7)
+    for row in rows:
+        use.add(row, 4, NOT)
+    windows = [rows[:20].mean(0), rows[20:40].mean(0)]  # the seven steps after them are left out
+    used = [(80 * w >= 0.5).sum().item() for w in windows]
+    found = use.average()
+    assert found["usage_entropy"] == pytest.approx(np.mean([entropy_of(w) for w in windows]))
+    assert found["codes_used"] == pytest.approx(np.mean(used))
+
+
+def test_a_short_epoch_is_one_window_and_skipped_steps_do_not_count():
+    rows = assignments(5)
+    use = CodeUse()
+    for i, row in enumerate(rows):
+        use.add(row if i != 2 else torch.full_like(row, math.nan), 4, SKIPPED if i == 2 else NOT)
+    assert use.average()["usage_entropy"] == pytest.approx(entropy_of(rows[[0, 1, 3, 4]].mean(0)))
+    use = CodeUse()
+    for row in rows:
+        use.add(row, 4, SKIPPED)
+    assert math.isnan(use.average()["usage_entropy"])
+    assert CodeUse().average() == {} and CodeUse().read() == {}
+
+
+def test_one_code_has_entropy_zero_and_uniform_has_log_c():
+    for row, entropy, used in ((torch.eye(8)[3], 0.0, 1), (torch.full((8,), 1 / 8), math.log(8), 8)):
+        use = CodeUse()
+        for _ in range(CodeUse.STEPS):
+            use.add(row, 16, NOT)
+        found = use.read()
+        assert found["usage_entropy"] == pytest.approx(entropy, abs=1e-6) and found["codes_used"] == used
+
+
+@pytest.mark.parametrize("cut", [7, 20, 33])
+def test_the_use_of_codes_goes_on_where_it_was(cut):
+    rows, whole, before, after = assignments(45).float(), CodeUse(), CodeUse(), CodeUse()
+    for row in rows:
+        whole.add(row, 4, NOT)
+    for row in rows[:cut]:
+        before.add(row, 4, NOT)
+    after.load(before.state(), torch.device("cpu"))
+    for row in rows[cut:]:
+        after.add(row, 4, NOT)
+    assert after.average() == whole.average()
+
+
+def _use_of_two(rank):
+    use, rows = CodeUse(), assignments(2 * CodeUse.STEPS).float()
+    for row in rows[rank::2]:
+        use.add(row, 8, NOT)
+    return use.average()
+
+
+def test_two_processes_count_together(tmp_path):
+    results = run_in_processes(tmp_path, _use_of_two)
+    expected = assignments(40).mean(0)
+    assert results[0] == results[1]
+    assert results[0]["usage_entropy"] == pytest.approx(entropy_of(expected), abs=1e-6)
+    assert results[0]["codes_used"] == (8 * 20 * expected >= 0.5).sum()
+
+
+# --- the probe ----------------------------------------------------------------------------------------------
+
+
+class Images(torch.utils.data.Dataset):
+    """So many random images; `broken` cannot be read."""
+
+    def __init__(self, count, broken=()):
+        self.names, self.labels, self.count, self.broken = [str(i) for i in range(count)], [0] * count, count, broken
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if i in self.broken:
+            raise datasets.LocalError("cannot read")
+        from PIL import Image
+
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), i % 3
+
+
+def probe_of(count, local=0, size=32, **more):
+    views = augmentations.build_views(
+        "dino", size=size, local_size=size // 2, n_local=local, global_scale=(0.4, 1), local_scale=(0.05, 0.4)
+    )
+    return Probe(Images(count, **more), views, seed=0)
+
+
+@pytest.mark.parametrize("count", [100, 1_000, 10_000, 50_000, 200_000])
+@pytest.mark.parametrize("local", [0, 8])
+def test_the_probe_costs_no_more_than_it_may(count, local):
+    probe = probe_of(count, local)
+    n = len(probe.samples)
+    assert len(set(probe.samples)) == n and min(256, count) <= n <= 2000
+    work = 3 * count * (2 + local / 4)  # forward and backward of an epoch, in forward passes of a global crop
+    assert 2 * n / probe.every <= 0.021 * work
+    assert probe.every == 1 or n == min(256, count)
+    assert probe.due(1) and [probe.due(e) for e in range(2, 3 + probe.every)].count(True) == 1 + (probe.every == 1)
+
+
+def test_large_crops_are_kept_in_bounded_memory():
+    probe = probe_of(1_000_000, size=224)
+    assert 500 < len(probe.samples) and 2 * len(probe.samples) * 3 * 224**2 <= 2**28
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_probe():
+    probe = probe_of(10, broken=(2, 5))
+    assert len(probe._read()) == 8
+    again = probe_of(10)
+    same = [i for i in range(10) if i not in (2, 5)]
+    for (crops, _), i in zip(probe._read(), same, strict=True):
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(crops, again._read()[i][0], strict=True))
+
+
+def test_knn_of_the_probe_is_leave_one_out():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 5, generator=generator), torch.randint(0, 4, (60,), generator=generator)
+    codes = torch.zeros(60, dtype=torch.int64)
+    look = monitor.Look(x, x, None, codes, codes, labels)
+    hits = 0
+    for i in range(60):
+        cosine = torch.nn.functional.cosine_similarity(x[i : i + 1], x)
+        cosine[i] = -9
+        votes = [0.0] * 4
+        for j in cosine.argsort(descending=True)[:20].tolist():
+            votes[labels[j]] += math.exp(cosine[j].item() / 0.07)
+        hits += max(range(4), key=lambda c: votes[c]) == labels[i]
+    assert look.knn() == pytest.approx(hits / 60)
+
+
+# --- in a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["cplearn", "dino", "swav", "barlow_twins", "gedi", "self_classifier"])
+def test_every_method_is_monitored(tmp_path, image_folder, method):
+    train(tmp_path, "--data_path", str(image_folder), "--epochs", "1", "--method", method, "--knn_freq", "1")
+    (record,) = log_of(tmp_path)
+    assert record["probe_images"] == 48 and 0 <= record["probe_knn20"] <= 1
+    assert 1 <= record["probe_features_rank"] <= 8 and 1 <= record["probe_codes_used"] <= 40
+    assert ("usage_perplexity" in record) == (method not in ("swav", "barlow_twins"))
+    if "usage_perplexity" in record:
+        assert 1 <= record["usage_perplexity"] <= 40.001 and -1e-6 <= record["information"] <= math.log(40)
+    assert (record["probe_code_cosine"] is None) == (method == "barlow_twins")
+
+
+def test_looking_changes_no_bit(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "3", "--arch", "vit_tiny", "--drop_path_rate", "0.5")
+    train(tmp_path / "often", *common, "--knn_freq", "1")
+    train(tmp_path / "once", *common)
+    assert ["probe_images" in r for r in log_of(tmp_path / "often")] == [True, True, True]
+    assert ["probe_images" in r for r in log_of(tmp_path / "once")] == [True, False, False]
+    assert same_weights(model_of(tmp_path / "often"), model_of(tmp_path / "once"))
+
+
+def test_the_probe_sees_the_weights_of_its_epoch(tmp_path, image_folder):
+    record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "1")
+    args = main_cplearn.parse_args(["--data_path", str(image_folder), "--arch", "resnet8_w8"])
+    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    method = main_cplearn.models.build_method(main_cplearn.argparse.Namespace(**state["args"]))
+    checkpoints.load_into(method, state["model"], "it")
+    dataset = datasets.build_dataset("folder", str(image_folder), "train", None)
+    views = augmentations.build_views(
+        state["args"]["augmentation"],
+        size=32,
+        local_size=14,
+        n_local=0,
+        global_scale=tuple(state["args"]["global_crops_scale"]),
+        local_scale=tuple(args.local_crops_scale),
+    )
+    found = Probe(dataset, views, state["args"]["seed"]).look(method, torch.device("cpu"), batch=7).metrics()
+    assert method.training
+    for name in ("features_rank", "features_cosine", "within_code", "agreement", "code_cosine"):
+        assert record[f"probe_{name}"] == pytest.approx(found[name], rel=1e-4), name
+
+
+def test_knn_needs_labels(tmp_path, image_folder):
+    import shutil
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(image_folder.glob("train/*/*.jpg"))):
+        shutil.copy(file, flat / f"{i}.jpg")
+    with pytest.raises(UserError, match="--knn_freq"):
+        train(tmp_path / "out", "--data_path", str(flat), "--knn_freq", "1")
