@@ -9,6 +9,7 @@ afterwards.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ def covariance_spectrum(x: Tensor) -> Tensor:
     """Singular values (eigenvalues) of the covariance over images, largest first. Shape: (n, d) -> (min(n, d),)."""
     x = x.double()
     return torch.linalg.svdvals(x - x.mean(0)).square() / max(1, len(x) - 1)
+
+
+def dimensions(x: Tensor) -> float:
+    """Participation ratio (sum of l)^2 / sum of l^2 of the covariance's singular values l: in how many directions the
+    vectors vary, from 1 to min(n - 1, d). Small singular values hardly count, unlike in `rankme`. Shape: (n, d)."""
+    values = covariance_spectrum(x)
+    total = values.sum().item()
+    return total**2 / values.square().sum().item() if total else 1.0
 
 
 def mean_cosine(x: Tensor) -> float:
@@ -77,10 +86,12 @@ def probe_metrics(
     return {
         "images": len(features),
         "features_rank": rankme(features),
+        "features_dimensions": dimensions(features),
         "features_std": unit.std(0).mean().item() * math.sqrt(features.shape[1]),
         "features_cosine": mean_cosine(features),
         "features_spectrum": shape_of_spectrum(features),
         "embedding_rank": rankme(embedding),
+        "embedding_dimensions": dimensions(embedding),
         "embedding_cosine": mean_cosine(embedding),
         "embedding_spectrum": shape_of_spectrum(embedding),
         "code_cosine": None
@@ -101,3 +112,69 @@ def shape_of_spectrum(x: Tensor) -> list[float]:
     ranks = [2**k - 1 for k in range(min(len(x) - 1, x.shape[1]).bit_length())]  # n points span n - 1 dimensions
     first = values[0].clamp(min=torch.finfo(values.dtype).tiny)
     return [float(f"{(values[r] / first).item():.4g}") for r in ranks]
+
+
+# --- the verdict -----------------------------------------------------------------------------------------
+
+# Between what healthy and collapsed runs show (RESULTS.md, "Collapse, forced and named").
+MAX_COSINE = 0.995  # mean cosine of the features of two images
+MIN_PERPLEXITY = 0.3  # of the codes, as a share of min(out_dim, 10); and at least 1.5
+MIN_INFORMATION = 0.01  # nats that an assignment tells about its image
+MIN_DIMENSIONS = 1.5  # in which embeddings vary
+MIN_WITHIN = 0.02  # share of the variance that is between images of one code
+
+KNOBS = {
+    "representation": "a lower --lr",
+    "cluster": "a smaller --beta, 1 at most",
+    "stuck at uniform": "a larger --lr, --beta or logit scale (--n_ref; start-up prints initial_logit_std: 0.5 to 3)",
+    "dimensional": "a larger --out_dim: embeddings spread over no more dimensions than there are codes",
+    "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`healthy`, or the first of the states in `KNOBS` for which there is evidence."""
+
+    name: str
+    evidence: str
+
+    def __str__(self) -> str:
+        if self.name == "healthy":
+            return f"healthy: {self.evidence}"
+        kind = self.name if self.name == "stuck at uniform" else f"{self.name} collapse"
+        return f"{kind}: {self.evidence}. Try {KNOBS[self.name]}"
+
+
+def verdict(found: dict, out_dim: int) -> Verdict | None:
+    """What an epoch's numbers, with their names in the log, mean. None if there are none.
+
+    Without those of the probe only `cluster` and `stuck at uniform` can be told.
+    """
+    information, perplexity = found.get("information"), found.get("usage_perplexity", math.inf)
+    least = max(1.5, MIN_PERPLEXITY * min(out_dim, 10))
+    probe = {k.removeprefix("probe_"): v for k, v in found.items() if k.startswith("probe_")}
+    if not probe and information is None:
+        return None
+    if probe and not probe["features_cosine"] < MAX_COSINE:
+        return Verdict("representation", f"features of two images have a cosine of {probe['features_cosine']:.4f}")
+    if information is not None and information < MIN_INFORMATION and not perplexity < least:
+        return Verdict("stuck at uniform", f"an assignment tells {information:.4f} nats about its image")
+    if probe:
+        perplexity = min(perplexity, probe["codes_perplexity"])
+    if perplexity < least:
+        return Verdict("cluster", f"perplexity of the codes {perplexity:.1f}, of {out_dim}")
+    if not probe:
+        said = f"perplexity of the codes {perplexity:.0f}, an assignment tells {information:.2f} nats about its image"
+        return Verdict("healthy", said)
+    chance, within = probe["agreement_chance"], probe["within_code"]
+    agreement = f"codes of two views agree in {probe['agreement']:.1%} (chance {chance:.1%})"
+    if probe["agreement"] <= chance + 3 * math.sqrt(chance * (1 - chance) / probe["images"]):
+        return Verdict("stuck at uniform", agreement)
+    if probe["embedding_dimensions"] < MIN_DIMENSIONS:
+        return Verdict("dimensional", f"embeddings vary in {probe['embedding_dimensions']:.1f} dimensions")
+    if within is not None and within < MIN_WITHIN:
+        return Verdict("intracluster", f"{within:.1%} of the variance is between images of one code")
+    said = f"{agreement}, {probe['codes_used']} codes for {probe['images']} images, effective rank "
+    said += f"{probe['features_rank']:.0f} (features), {probe['embedding_rank']:.0f} (embedding)"
+    return Verdict("healthy", said if within is None else f"{said}, {within:.0%} of the variance inside codes")

@@ -41,6 +41,12 @@ class PeerError(LocalError):
     exit_code = 6
 
 
+class CollapseError(UserError):
+    """--on_collapse stop: the run collapsed. Saved, as after every epoch."""
+
+    exit_code = 7
+
+
 class Interrupted(UserError):
     """Told to stop by a signal, after saving. EX_TEMPFAIL of sysexits.h: run the same command again."""
 

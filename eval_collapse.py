@@ -121,6 +121,7 @@ def numbers(network: Network) -> dict[str, float | int | None]:
         "images": len(x),
         "features_dim": x.shape[1],
         "features_rank": collapse.rankme(x),
+        "features_dimensions": collapse.dimensions(x),
         "features_cosine": collapse.mean_cosine(x),
         "features_off_diagonal": off_diagonal_energy(x)[0],
     }
@@ -132,6 +133,7 @@ def numbers(network: Network) -> dict[str, float | int | None]:
     return found | {
         "embedding_dim": h.shape[1],
         "embedding_rank": collapse.rankme(h),
+        "embedding_dimensions": collapse.dimensions(h),
         "embedding_cosine": collapse.mean_cosine(h),
         "embedding_off_diagonal": off,
         "embedding_off_diagonal_chance": chance,

@@ -98,6 +98,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--max_bad_images", type=float, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
     g.add_argument("--max_skipped_steps", type=int, default=20, help="Stop after more than so many steps in a row without a finite loss and gradient")
     g.add_argument("--print_freq", type=int, default=10, help="Steps between two readings of the loss")
+    g.add_argument("--on_collapse", default="warn", choices=("warn", "stop"), help="After two epochs in a row whose verdict is not healthy: go on, or save and end with exit code 7")
     g.add_argument("--knn_freq", type=int, default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -307,6 +308,8 @@ def train(run: Run, signals: StopSignals) -> dict:
             run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
             run.waiting = utils.Stopwatch()
             save(run)
+            if args.on_collapse == "stop":
+                run.monitor.check(record)
         check_bad_images(run)
         stop_if_asked(run, signals)
     if distributed.is_main():
@@ -557,6 +560,9 @@ def report_epoch(run: Run, record: dict, writer) -> None:
         + f"  ETA {utils.format_duration(remaining)}",
         flush=True,
     )
+    if "verdict" in record:
+        mark = "" if record["verdict"] == "healthy" else "WARNING: "
+        print(f"  {mark}{record['verdict_line']}", flush=True)
     utils.append_json_line(Path(args.output_dir, "log.txt"), record)
     if writer is not None:
         for name, value in record.items():

@@ -15,7 +15,7 @@ import augmentations
 import collapse
 import distributed
 import random_streams
-from errors import LocalError
+from errors import CollapseError, LocalError
 from method import Method, forward_by_size
 from progress import Meter
 
@@ -171,8 +171,11 @@ class Look:
 class Monitor:
     """What a run keeps of both, and its verdict after each epoch."""
 
+    PATIENCE = 2  # epochs in a row with an alarm, before --on_collapse stop does
+
     def __init__(self, dataset, views: list[augmentations.View], seed: int, knn_freq: int = 0):
         self.use, self.probe, self.knn_freq = CodeUse(), Probe(dataset, views, seed), knn_freq
+        self.alarms = 0  # epochs in a row
 
     def add(self, method: Method, images: int, skipped: Tensor) -> None:
         if method.usage is not None:
@@ -193,4 +196,16 @@ class Monitor:
             found |= {f"probe_{name}": value for name, value in look.metrics().items()}
             if knn:
                 found["probe_knn20"] = look.knn()
+        verdict = collapse.verdict(found, run.method.out_dim)
+        if verdict is not None:
+            self.alarms = 0 if verdict.name == "healthy" else self.alarms + 1
+            found |= {"verdict": verdict.name, "verdict_line": str(verdict)}
         return found | {"monitor_seconds": time.perf_counter() - start}
+
+    def check(self, record: dict) -> None:
+        """Raises `CollapseError` if there was an alarm in each of the last epochs."""
+        if self.alarms >= self.PATIENCE:
+            raise CollapseError(
+                f"--on_collapse stop: {record['verdict_line']}. In {self.alarms} epochs in a row; it is saved, and "
+                "--on_collapse warn goes on"
+            )

@@ -32,6 +32,7 @@ FREE_ON_RESUME = {
     "max_bad_images",
     "max_skipped_steps",
     "knn_freq",
+    "on_collapse",
     "resume_force",
     "tensorboard",
     "device",
@@ -216,6 +217,7 @@ def save(run: Run) -> None:
             "progress": {
                 "meter": meter,
                 "code_use": code_use,
+                "alarms": run.monitor.alarms,
                 "skipped": run.skipped,
                 "replaced": run.replaced,
                 "in_a_row": run.bad_steps.in_a_row,
@@ -292,6 +294,7 @@ def resume(run: Run, defaults: dict) -> bool:
         run.meter.load(progress["meter"], run.device)
         if "code_use" in progress:  # not in checkpoints of earlier versions
             run.monitor.use.load(progress["code_use"], run.device)
+            run.monitor.alarms = progress["alarms"]
         run.skipped, run.replaced, run.seconds = progress["skipped"], progress["replaced"], progress["seconds"]
         run.waiting.seconds, run.bad_steps.in_a_row = progress["waiting"], progress["in_a_row"]
     else:  # another batch: steps cannot be matched inside an epoch

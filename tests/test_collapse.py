@@ -48,6 +48,15 @@ def test_covariance_spectrum_is_numpys():
     assert collapse.shape_of_spectrum(x) == pytest.approx(expected[[0, 1, 3, 7]] / expected[0], rel=1e-3)
 
 
+def test_dimensions_is_the_participation_ratio():
+    assert collapse.dimensions(torch.cat([torch.eye(6), -torch.eye(6)])) == pytest.approx(6)
+    line = randn(50, 1) * randn(1, 8, seed=1)
+    assert collapse.dimensions(line) == pytest.approx(1) and collapse.dimensions(torch.ones(5, 3)) == 1
+    x = randn(30, 5) * torch.arange(1, 6)
+    values = np.linalg.eigvalsh(np.cov(x.numpy().T))
+    assert collapse.dimensions(x) == pytest.approx(values.sum() ** 2 / (values**2).sum())
+
+
 def test_mean_cosine_is_a_double_loop():
     x = randn(12, 5)
     pairs = [F.cosine_similarity(x[i], x[j], dim=0).item() for i in range(12) for j in range(12) if i != j]
@@ -186,3 +195,48 @@ def test_networks_are_named_by_what_tells_them_apart():
     assert eval_collapse.names_of(["/a/b/checkpoint.pth"]) == ["b"]
     assert eval_collapse.names_of(["/a/x/c.pth", "/b/x/c.pth"]) == ["a/x", "b/x"]
     assert eval_collapse.names_of(["/a/x/1.pth", "/a/x/2.pth"]) == ["1: 1.pth", "2: 2.pth"]
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------
+
+HEALTHY = {
+    "usage_perplexity": 900.0, "information": 0.9, "probe_images": 256, "probe_features_cosine": 0.4,
+    "probe_features_rank": 100.0, "probe_embedding_rank": 60.0, "probe_embedding_dimensions": 5.0, "probe_codes_perplexity": 150.0,
+    "probe_codes_used": 170, "probe_within_code": 0.3, "probe_agreement": 0.1, "probe_agreement_chance": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, changed, number, knob",
+    [
+        ("representation", {"probe_features_cosine": 0.9991}, "0.9991", "--lr"),
+        ("representation", {"probe_features_cosine": math.nan}, "nan", "--lr"),
+        ("cluster", {"usage_perplexity": 1.02}, "1.0, of 1024", "--beta"),
+        ("cluster", {"probe_codes_perplexity": 1.3}, "1.3, of 1024", "--beta"),
+        ("cluster", {"usage_perplexity": 1.0, "information": 0.0}, "1.0, of 1024", "--beta"),
+        ("stuck at uniform", {"usage_perplexity": 1024.0, "information": 0.003}, "0.0030 nats", "--n_ref"),
+        ("stuck at uniform", {"probe_agreement": 0.012}, "1.2% (chance 1.0%)", "--beta"),
+        ("dimensional", {"probe_embedding_dimensions": 1.2}, "vary in 1.2 dimensions", "--out_dim"),
+        ("intracluster", {"probe_within_code": 0.004}, "0.4% of the variance", "--out_dim"),
+    ],
+)
+def test_verdicts_name_the_collapse_its_evidence_and_the_knob(name, changed, number, knob):
+    found = collapse.verdict(HEALTHY | changed, 1024)
+    assert found.name == name and number in found.evidence
+    assert knob in str(found) and ("collapse" in str(found)) == (name != "stuck at uniform")
+
+
+def test_verdicts_on_little():
+    assert collapse.verdict(HEALTHY, 1024).name == "healthy" and "170 codes for 256 images" in str(
+        collapse.verdict(HEALTHY, 1024)
+    )
+    assert collapse.verdict(HEALTHY | {"probe_within_code": None}, 1024).name == "healthy"
+    assert collapse.verdict({}, 1024) is None  # no probe in this epoch, and a method without assignments
+    window = {k: v for k, v in HEALTHY.items() if not k.startswith("probe_")}
+    assert collapse.verdict(window, 1024).name == "healthy"
+    assert collapse.verdict(window | {"usage_perplexity": 1.1}, 1024).name == "cluster"
+    probe = {k: v for k, v in HEALTHY.items() if k.startswith("probe_")}
+    assert collapse.verdict(probe, 1024).name == "healthy"
+    both = HEALTHY | {"usage_perplexity": 2.0, "probe_codes_perplexity": 2.0, "probe_agreement": 0.9}
+    assert collapse.verdict(both, 2).name == "healthy"  # two codes are all there are
+    assert collapse.verdict(both, 1024).name == "cluster"

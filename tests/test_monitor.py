@@ -13,7 +13,7 @@ import checkpoints
 import datasets
 import main_cplearn
 import monitor
-from errors import UserError
+from errors import CollapseError, UserError
 from monitor import CodeUse, Probe
 
 NOT, SKIPPED = torch.tensor(False), torch.tensor(True)
@@ -216,3 +216,38 @@ def test_knn_needs_labels(tmp_path, image_folder):
         shutil.copy(file, flat / f"{i}.jpg")
     with pytest.raises(UserError, match="--knn_freq"):
         train(tmp_path / "out", "--data_path", str(flat), "--knn_freq", "1")
+
+
+# --- the verdict in a run ------------------------------------------------------------------------------------
+
+
+def test_a_run_says_its_verdict_each_epoch(tmp_path, image_folder, capsys):
+    train(tmp_path, "--data_path", str(image_folder), "--epochs", "2")
+    said = capsys.readouterr().out.splitlines()
+    lines = [r["verdict_line"] for r in log_of(tmp_path)]
+    assert len(lines) == 2 and all(any(line in x for x in said) for line in lines)
+
+
+def test_a_backbone_that_sees_nothing_is_named_and_stopped(tmp_path, image_folder, monkeypatch, capsys):
+    import torch.nn as nn
+
+    class Blind(nn.Module):
+        num_features = 8
+
+        def __init__(self):
+            super().__init__()
+            self.same = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return self.same.expand(len(x), 8)
+
+    monkeypatch.setattr(main_cplearn.models, "build_backbone", lambda *_, **__: Blind())
+    flags = ("--data_path", str(image_folder), "--epochs", "4", "--knn_freq", "1")
+    with pytest.raises(CollapseError, match="representation collapse.*In 2 epochs in a row"):
+        train(tmp_path, *flags, "--on_collapse", "stop")
+    assert [r["verdict"] for r in log_of(tmp_path)] == ["representation"] * 2
+    assert "WARNING: representation collapse" in capsys.readouterr().out
+    assert checkpoints.load(tmp_path / "checkpoint.pth")["epoch"] == 2  # nothing is lost
+    with pytest.raises(CollapseError, match="In 3 epochs in a row"):
+        train(tmp_path, *flags, "--on_collapse", "stop")
+    assert train(tmp_path, *flags)["epoch"] == 3  # warn goes on to the end
