@@ -48,6 +48,9 @@ FORCED = {
     "beta 0": "--out_dim 1024 --beta 0 --n_ref 4",
     "c = 10": "--out_dim 10 --beta 0.5",
     "c = 2": "--out_dim 2 --beta 0.5",
+    "barlow_twins, lambd 0": "--method barlow_twins --out_dim 512 --lambd 1e-12",
+    "self_classifier, c = 2": "--method self_classifier --out_dim 2",
+    "gedi, beta 10": "--method gedi --out_dim 128 --beta 10",
     "logits of nothing": "--out_dim 1024 --beta 0.25 --n_ref 0.0001",
     "learning rate x 500": "--out_dim 1024 --beta 0.25 --arch resnet8_w32 --lr 2 --clip_grad 0",
     "dino, hot teacher": "--method dino --out_dim 1024 --warmup_teacher_temp 1 --teacher_temp 1",
@@ -58,7 +61,7 @@ FORCED = {
 def verdicts(args) -> None:
     data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
     rows, pairs = [], {}
-    for group, settings in (("healthy", HEALTHY), ("forced", FORCED)):
+    for group, settings in (("forced", FORCED), ("healthy", HEALTHY)):
         for name, flags in settings.items():
             out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name))
             command = ["main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--epochs", str(args.epochs),
@@ -73,14 +76,14 @@ def verdicts(args) -> None:
             last = log[-1]
             rows.append((group, name, seen[-1] if seen else "", alarms[0] if alarms else None,
                          last["probe_knn20"], last["probe_features_cosine"], last["probe_features_rank"],
-                         last["probe_embedding_rank"], last["probe_codes_perplexity"], last["probe_within_code"],
+                         last["probe_embedding_dimensions"], last["probe_codes_perplexity"], last["probe_within_code"],
                          last["probe_agreement"], last.get("information")))  # fmt: skip
             for r in log:
-                for key in ("probe_features_rank", "probe_embedding_rank", "probe_features_std", "probe_codes_perplexity",
+                for key in ("probe_features_dimensions", "probe_embedding_dimensions", "probe_features_rank", "probe_embedding_rank", "probe_features_std", "probe_codes_perplexity",
                             "probe_within_code", "information", "score"):  # fmt: skip
                     if r.get(key) is not None:
                         pairs.setdefault(key, []).append((r[key], r["probe_knn20"]))
-    header = ("", "run", "verdict", "first alarm", "20-NN", "cosine", "rank", "embedding rank", "perplexity",
+    header = ("", "run", "verdict", "first alarm", "20-NN", "cosine", "rank", "dimensions", "perplexity",
               "within code", "agreement", "information")  # fmt: skip
     print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
     print(format_table(rows, header))
