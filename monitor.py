@@ -155,6 +155,8 @@ class Look:
         self.features, self.embedding, self.vectors = features, embedding, vectors
         self.codes, self.others, self.labels = codes, others, labels
 
+        self.finite = bool(features.isfinite().all() and embedding.isfinite().all())
+
     def metrics(self) -> dict:
         return collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
 
@@ -186,16 +188,19 @@ class Monitor:
         start = time.perf_counter()
         found: dict = self.use.average()
         self.use = CodeUse()
-        if found:
+        if not math.isfinite(found.get("usage_entropy", math.nan)):  # none, or every step was skipped
+            found = {}
+        else:
             found["usage_perplexity"] = math.exp(found["usage_entropy"])
             found["information"] = found["usage_entropy"] - record["train_entropy"]
         done = record["epoch"] + 1
         knn = self.knn_freq and done % self.knn_freq == 0
         if self.probe.due(done) or knn:
             look = self.probe.look(run.method, run.device)
-            found |= {f"probe_{name}": value for name, value in look.metrics().items()}
-            if knn:
-                found["probe_knn20"] = look.knn()
+            if look.finite:  # else the weights are broken, which is said when they are to be saved
+                found |= {f"probe_{name}": value for name, value in look.metrics().items()}
+                if knn:
+                    found["probe_knn20"] = look.knn()
         verdict = collapse.verdict(found, run.method.out_dim)
         if verdict is not None:
             self.alarms = 0 if verdict.name == "healthy" else self.alarms + 1

@@ -36,7 +36,7 @@ FLAGS = {
     "gedi": lambda c: ["--beta", "0.5" if c <= 128 else "0.25"],
     "gedi_gen": lambda c: ["--beta", "0.5" if c <= 128 else "0.25"],
     "dino": lambda c: ["--momentum_teacher", "0.99"],  # 12 epochs are too few for 0.996
-    "swav": lambda c: ["--epoch_queue_starts", "3"],
+    "swav": lambda c: ["--epoch_queue_starts", "3", "--queue_length", "960"],  # 15 batches
 }
 
 
