@@ -16,12 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def singular_values(x: Tensor) -> Tensor:
+    """Largest first, from the smaller of the two Gram matrices, in float64: exact to 1e-8 of the largest, and several
+    times faster than a decomposition of x. Shape: (n, d) -> (min(n, d),)."""
+    x = x.double()
+    gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+
+
 def rankme(x: Tensor) -> float:
     """Effective rank: exp(entropy of the singular values as shares of their sum), from 1 to min(n, d).
 
     RankMe (Garrido et al., ICML 2023, eq. 1 and 2), of the vectors as they are, not centred. Shape: (n, d).
     """
-    sigma = torch.linalg.svdvals(x.double())
+    sigma = singular_values(x)
     total = sigma.sum()
     if total == 0:
         return 1.0
@@ -30,8 +38,7 @@ def rankme(x: Tensor) -> float:
 
 def covariance_spectrum(x: Tensor) -> Tensor:
     """Singular values (eigenvalues) of the covariance over images, largest first. Shape: (n, d) -> (min(n, d),)."""
-    x = x.double()
-    return torch.linalg.svdvals(x - x.mean(0)).square() / max(1, len(x) - 1)
+    return singular_values(x - x.mean(0)).square() / max(1, len(x) - 1)
 
 
 def dimensions(x: Tensor) -> float:

@@ -35,6 +35,8 @@ def test_rankme_counts_equal_directions_and_is_the_formula():
     assert collapse.rankme(torch.ones(9, 4)) == pytest.approx(1)
     assert collapse.rankme(torch.zeros(9, 4)) == 1
     x = randn(20, 6)
+    for y in (x, x.T):
+        assert np.allclose(collapse.singular_values(y), np.linalg.svd(y.numpy())[1])
     share = np.linalg.svd(x.numpy())[1]
     share = share / share.sum()
     assert collapse.rankme(x) == pytest.approx(math.exp(-(share * np.log(share)).sum()))
