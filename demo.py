@@ -20,6 +20,7 @@ from sklearn.metrics.cluster import contingency_matrix
 import checkpoints
 import errors
 import eval_cluster
+import eval_collapse
 import eval_knn
 import eval_linear
 import main_cplearn
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     plot_losses(out)
     plot_code_usage(out)
     plot_confusion(out)
+    analyse_collapse(out)
     print(f"\nDigits held out from training, {out}/checkpoint.pth, {time.perf_counter() - start:.0f} s in all:\n")
     columns = list(rows["trained"])
     print(
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             [(c, rows["trained"][c], rows["random"][c]) for c in columns], ("", "trained", "random init")
         )
     )
-    print(f"\nPlots: {out}/losses.png, {out}/code_usage.png, {out}/confusion.png")
+    print(f"\nPlots: {out}/losses.png, code_usage.png, confusion.png; of collapse: {out}/collapse/*.png")
     return rows
 
 
@@ -76,6 +78,18 @@ def evaluate(out: Path, name: str) -> dict[str, float]:
         "codes NMI, labels shuffled": cluster["codes_shuffled"]["nmi"],
         "codes used": cluster["codes"]["used_codes"],
     }
+
+
+def analyse_collapse(out: Path) -> None:
+    """The figures of eval_collapse.py on the training images; its own output goes to eval_collapse.txt."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        eval_collapse.main(
+            ["--pretrained_weights", f"{out}/checkpoint.pth", "--output_dir", f"{out}/collapse", "--labels", "trained",
+             "--split", "train", "--components", "10", "20", "50", "100", "--mc_samples", "2000",
+             "--tsne_images", "1000"]
+        )  # fmt: skip
+    (out / "eval_collapse.txt").write_text(said.getvalue())
 
 
 def plot_losses(out: Path) -> None:

@@ -13,13 +13,16 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from monitor import CodeUse  # noqa: E402
 from utils import format_table, git_commit  # noqa: E402
 
 COMMON = "--image_size 32 --batch_size_per_gpu 64 --warmup_epochs 1 --optimizer adam --lr 0.004 --min_lr 1e-5 "
@@ -57,6 +60,9 @@ FORCED = {
     "dino, sharp teacher": "--method dino --out_dim 1024 --warmup_teacher_temp 0.001 --teacher_temp 0.001",
 }
 
+SCORES = ("probe_features_rank", "probe_features_dimensions", "probe_features_std", "probe_embedding_rank",
+          "probe_embedding_dimensions", "probe_codes_perplexity", "probe_within_code", "probe_agreement", "information")  # fmt: skip
+
 
 def verdicts(args) -> None:
     data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
@@ -79,8 +85,7 @@ def verdicts(args) -> None:
                          last["probe_embedding_dimensions"], last["probe_codes_perplexity"], last["probe_within_code"],
                          last["probe_agreement"], last.get("information")))  # fmt: skip
             for r in log:
-                for key in ("probe_features_dimensions", "probe_embedding_dimensions", "probe_features_rank", "probe_embedding_rank", "probe_features_std", "probe_codes_perplexity",
-                            "probe_within_code", "information", "score"):  # fmt: skip
+                for key in SCORES:
                     if r.get(key) is not None:
                         pairs.setdefault(key, []).append((r[key], r["probe_knn20"]))
     header = ("", "run", "verdict", "first alarm", "20-NN", "cosine", "rank", "dimensions", "perplexity",
@@ -92,14 +97,44 @@ def verdicts(args) -> None:
         print(f"  {key}: {spearmanr(*zip(*found, strict=True)).statistic:.2f} (n = {len(found)})")
 
 
+def cost(args) -> None:
+    rows = []
+    for name, flags in (
+        ("resnet10t, c = 16384", "--out_dim 16384"),
+        ("vit_tiny, c = 131072", "--out_dim 131072 --arch vit_tiny --patch_size 8"),
+    ):
+        out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name))
+        data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
+        command = ["main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--knn_freq", "0", "--epochs", str(args.epochs),
+                   "--output_dir", str(out)]  # fmt: skip
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+        probed = [r for r in log if "probe_images" in r]
+        rows.append((name, probed[0]["probe_images"], f"{len(probed)} of {len(log)}", sum(r["seconds"] for r in log),
+                     sum(r["monitor_seconds"] for r in log), time_of_a_step(int(flags.split()[1]), log[-1]["steps"] * len(log)),
+                     ))  # fmt: skip
+    header = ("", "probe", "in epochs", "training, s", "probe, s", "windows, s")
+    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
+    print(format_table([(*row, f"{(row[4] + row[5]) / row[3]:.2%}") for row in rows], (*header, "share")))
+
+
+def time_of_a_step(out_dim: int, steps: int) -> float:
+    """Seconds that so many steps of `CodeUse.add` take."""
+    use, usage, skipped = CodeUse(), torch.full((out_dim,), 1 / out_dim), torch.tensor(False)
+    start = time.perf_counter()
+    for _ in range(steps):
+        use.add(usage, 64, skipped)
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("verdicts",))
+    parser.add_argument("what", choices=("verdicts", "cost"))
     parser.add_argument("--data_path", default=None)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--output_dir", default="output/verdicts")
     args = parser.parse_args()
-    verdicts(args)
+    (verdicts if args.what == "verdicts" else cost)(args)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import demo
 import eval_cluster
+import eval_collapse
 import eval_knn
 import eval_linear
 import main_cplearn
@@ -18,10 +19,11 @@ PARSERS = {
     "eval_knn.py": eval_knn.get_args_parser().parse_args,
     "eval_linear.py": eval_linear.get_args_parser().parse_args,
     "eval_cluster.py": eval_cluster.get_args_parser().parse_args,
+    "eval_collapse.py": eval_collapse.get_args_parser().parse_args,
 }
 
 
-BENCHMARKS = ("benchmarks/loss.py", "benchmarks/augment.py", "benchmarks/methods.py", "benchmarks/torture.py")
+BENCHMARKS = [f"benchmarks/{name}.py" for name in ("augment", "collapse", "loss", "methods", "torture")]
 
 
 def commands(text: str) -> list[str]:
