@@ -1,16 +1,23 @@
-"""What the collapse monitor says of runs that are healthy, and of runs made to collapse; and what it costs.
+"""What the collapse monitor says of runs that are healthy, and of runs made to collapse; what it costs; sweeps.
 
     python benchmarks/collapse.py verdicts --output_dir output/verdicts
+    python benchmarks/collapse.py sweeps --output_dir output/sweeps
+    python benchmarks/collapse.py curvature
     python benchmarks/collapse.py cost --data_path ~/cifar10k
 
-`verdicts`: short runs on the bundled digits (or --data_path), one after the other; the table says what was forced,
-what the verdict was at the end, and in which epoch the first alarm came. Every run is left in --output_dir and not
-repeated. Also the rank correlation, over all runs, of label-free numbers with 20-NN among the probe's images.
-`cost`: share of an epoch's time that the monitor takes.
+All train on the bundled digits, or on --data_path. Every run is left in --output_dir and not repeated.
+
+`verdicts`: what was forced, the verdict at the end, and the epoch of the first alarm. Also the rank correlation, over
+the epochs of all runs and over their ends, of label-free numbers with 20-NN among the probe's images.
+`sweeps`: beta (the paper's Table 9) and the number of codes (its Corollaries 2 and 3), for each of --seeds.
+`curvature`: the loss near uniform assignments, for the logits of a real network: 1 - beta along what all images share,
+-beta along what is each image's own.
+`cost`: share of a run's time that the monitor takes.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +29,11 @@ from scipy.stats import spearmanr
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import augmentations  # noqa: E402
+import datasets  # noqa: E402
+import main_cplearn  # noqa: E402
+import models  # noqa: E402
+from cplearn_head import cplearn_loss  # noqa: E402
 from monitor import CodeUse  # noqa: E402
 from utils import format_table, git_commit  # noqa: E402
 
@@ -59,67 +71,134 @@ FORCED = {
     "dino, hot teacher": "--method dino --out_dim 1024 --warmup_teacher_temp 1 --teacher_temp 1",
     "dino, sharp teacher": "--method dino --out_dim 1024 --warmup_teacher_temp 0.001 --teacher_temp 0.001",
 }
-
 SCORES = ("probe_features_rank", "probe_features_dimensions", "probe_features_std", "probe_embedding_rank",
-          "probe_embedding_dimensions", "probe_codes_perplexity", "probe_within_code", "probe_agreement", "information")  # fmt: skip
+          "probe_embedding_dimensions", "probe_codes_perplexity", "probe_within_code", "probe_agreement",
+          "information")  # fmt: skip
+
+
+def train(args, name: str, flags: str, *more: str) -> tuple[Path, list[dict]]:
+    """Folder and log of a run, which goes on or is left alone if it is there."""
+    out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name))
+    data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
+    command = ["main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--epochs", str(args.epochs), *more,
+               "--output_dir", str(out)]  # fmt: skip
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+    return out, [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def heading(args) -> None:
+    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
 
 
 def verdicts(args) -> None:
-    data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
-    rows, pairs = [], {}
+    rows, epochs, ends = [], [], []
     for group, settings in (("forced", FORCED), ("healthy", HEALTHY)):
         for name, flags in settings.items():
-            out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name))
-            command = ["main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--epochs", str(args.epochs),
-                       "--output_dir", str(out)]  # fmt: skip
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-            seen = [r["verdict"] for r in log if "verdict" in r]
-            alarms = [r["epoch"] + 1 for r in log if r.get("verdict", "healthy") != "healthy"]
+            _, log = train(args, name, flags)
+            seen = [(r["epoch"] + 1, r["verdict"]) for r in log if "verdict" in r]
+            alarms = [epoch for epoch, verdict in seen if verdict != "healthy"]
             last = log[-1]
-            rows.append((group, name, seen[-1] if seen else "", alarms[0] if alarms else None,
-                         last["probe_knn20"], last["probe_features_cosine"], last["probe_features_rank"],
-                         last["probe_embedding_dimensions"], last["probe_codes_perplexity"], last["probe_within_code"],
-                         last["probe_agreement"], last.get("information")))  # fmt: skip
-            for r in log:
-                for key in SCORES:
-                    if r.get(key) is not None:
-                        pairs.setdefault(key, []).append((r[key], r["probe_knn20"]))
-    header = ("", "run", "verdict", "first alarm", "20-NN", "cosine", "rank", "dimensions", "perplexity",
-              "within code", "agreement", "information")  # fmt: skip
-    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
+            epochs += log
+            ends.append(last)
+            rows.append((group, name, seen[-1][1], alarms[0] if alarms else None, len(alarms),
+                         *(last.get(k) for k in ("probe_knn20", "probe_features_cosine", "probe_embedding_dimensions",
+                                                 "probe_codes_perplexity", "probe_within_code", "probe_agreement",
+                                                 "probe_agreement_chance", "information"))))  # fmt: skip
+    header = ("", "run", "verdict", "first alarm", "alarms", "20-NN", "cosine", "dimensions", "perplexity",
+              "within code", "agreement", "chance", "information")  # fmt: skip
+    heading(args)
     print(format_table(rows, header))
-    print("\nRank correlation with 20-NN over epochs of all runs:")
-    for key, found in pairs.items():
-        print(f"  {key}: {spearmanr(*zip(*found, strict=True)).statistic:.2f} (n = {len(found)})")
+    table = []
+    for key in SCORES:
+        found = [[(r[key], r["probe_knn20"]) for r in some if r.get(key) is not None] for some in (epochs, ends)]
+        table.append(
+            (key, *(x for pairs in found for x in (spearmanr(*zip(*pairs, strict=True)).statistic, len(pairs))))
+        )
+    print("\nRank correlation with 20-NN among the probe's images:\n")
+    print(format_table(table, ("", "all epochs", "n", "ends of runs", "n")))
+
+
+def sweeps(args) -> None:
+    betas = {f"beta {beta}": f"--out_dim 512 --beta {beta}" for beta in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)}
+    codes = {f"c = {c}": f"--out_dim {c} --beta 0.25 --n_ref 4" for c in (10, 128, 2048, 16384)}
+    names = ("embedding_off_diagonal", "embedding_dimensions", "block_mean", "block_max", "same_code_cos2",
+             "other_code_cos2", "within_code", "code_cosine")  # fmt: skip
+    rows = {}
+    for seed in args.seeds:
+        for name, flags in (betas | codes).items():
+            out, log = train(args, f"{name} s{seed}", flags, "--seed", str(seed))
+            found = {"verdict": log[-1]["verdict"], "codes": log[-1]["probe_codes_perplexity"]}
+            weights = ["--pretrained_weights", str(out / "checkpoint.pth")]
+            for script, more in (("eval_knn.py", ["--nb_knn", "20"]),
+                                 ("eval_linear.py", ["--augment", "false", "--optimizer", "adam", "--epochs", "30"]),
+                                 ("eval_collapse.py", ["--components", "--tsne_images", "0", "--split", "train",
+                                                       "--baseline", "false"])):  # fmt: skip
+                subprocess.run(
+                    [sys.executable, script, *weights, *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+                )
+            results = [json.loads(line)["metrics"] for line in (out / "results.jsonl").read_text().splitlines()]
+            found |= {k: v for result in results for k, v in result.items()}
+            rows.setdefault(name, []).append(found)
+    heading(args)
+
+    def cells(found: list[dict], keys) -> list[str]:
+        middle = {k: [x[k] for x in found if x.get(k) is not None] for k in keys}
+        return [f"{statistics.mean(v):.3g} ± {max(v) - statistics.mean(v):.2g}" if v else "" for v in middle.values()]
+
+    shown = ("knn20_top1", "linear_last_top1", "codes")
+    of_beta = [
+        (name, "; ".join(sorted({x["verdict"] for x in rows[name]})), *cells(rows[name], shown)) for name in betas
+    ]
+    print(format_table(of_beta, ("c = 512", "verdict", "20-NN", "linear", "perplexity of codes")))
+    print()
+    print(format_table([(name, *cells(rows[name], ("knn20_top1", *names))) for name in codes], ("", "20-NN", *names)))
+
+
+def curvature(args) -> None:
+    """In float64, at the initialisation of a real network: second differences of the loss along both directions."""
+    flags = main_cplearn.parse_args([*COMMON.split(), "--out_dim", "512"])
+    torch.manual_seed(args.seeds[0])
+    method = models.build_method(flags).eval()
+    dataset = datasets.build_dataset("digits", None, "train", None)
+    pixels = torch.stack([augmentations.eval_pixels(dataset[i][0], 32) for i in range(256)])
+    method.train()  # statistics of this batch
+    with torch.no_grad():
+        logits = method.head.logits(
+            method.embed(method.backbone(augmentations.normalise(augmentations.to_float(pixels))))
+        )
+    logits = logits.double() - logits.double().mean(1, keepdim=True)
+    shared = logits.mean(0, keepdim=True).expand_as(logits)
+    own = logits - shared
+    rows = []
+    for beta in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
+        found = []
+        for direction in (shared, own):
+            step = 1e-2 * direction / direction.square().mean().sqrt()  # of variance 1e-4 over codes
+            low, middle, high = (cplearn_loss([k * step] * 2, beta)[0].item() for k in (-1, 0, 1))
+            found.append((low - 2 * middle + high) / 1e-4)
+        rows.append((beta, *(f"{x:.4f}" for x in (found[0], 1 - beta, found[1], -beta))))
+    print(f"commit {git_commit()}\n")
+    print(format_table(rows, ("beta", "shared, measured", "1 - beta", "own, measured", "-beta")))
 
 
 def cost(args) -> None:
     rows = []
-    for name, flags in (
-        ("resnet10t, c = 16384", "--out_dim 16384"),
-        ("vit_tiny, c = 131072", "--out_dim 131072 --arch vit_tiny --patch_size 8"),
-    ):
-        out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name))
-        data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
-        command = ["main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--knn_freq", "0", "--epochs", str(args.epochs),
-                   "--output_dir", str(out)]  # fmt: skip
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-        probed = [r for r in log if "probe_images" in r]
-        rows.append((name, probed[0]["probe_images"], f"{len(probed)} of {len(log)}", sum(r["seconds"] for r in log),
-                     sum(r["monitor_seconds"] for r in log), time_of_a_step(int(flags.split()[1]), log[-1]["steps"] * len(log)),
-                     ))  # fmt: skip
-    header = ("", "probe", "in epochs", "training, s", "probe, s", "windows, s")
-    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
-    print(format_table([(*row, f"{(row[4] + row[5]) / row[3]:.2%}") for row in rows], (*header, "share")))
+    for name, c, flags in (("resnet10t", 16384, ""), ("vit_tiny", 131072, "--arch vit_tiny --patch_size 8")):
+        _, log = train(args, f"{name}, c = {c}", f"--out_dim {c} {flags}", "--knn_freq", "0")
+        training, probe = (sum(r[k] for r in log) for k in ("seconds", "monitor_seconds"))
+        windows = time_of_windows(c, log[-1]["step"])
+        size, looks = log[0]["probe_images"], sum("probe_images" in r for r in log)
+        rows.append((f"{name}, c = {c}", size, f"{looks} of {len(log)}", training, probe, windows,
+                     f"{(probe + windows) / training:.2%}"))  # fmt: skip
+    heading(args)
+    print(format_table(rows, ("", "probe", "in epochs", "training, s", "probe, s", "windows, s", "share")))
 
 
-def time_of_a_step(out_dim: int, steps: int) -> float:
-    """Seconds that so many steps of `CodeUse.add` take."""
+def time_of_windows(out_dim: int, steps: int) -> float:
+    """Seconds that `CodeUse` takes for so many steps."""
     use, usage, skipped = CodeUse(), torch.full((out_dim,), 1 / out_dim), torch.tensor(False)
     start = time.perf_counter()
     for _ in range(steps):
@@ -129,12 +208,14 @@ def time_of_a_step(out_dim: int, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("verdicts", "cost"))
+    kinds = {"verdicts": verdicts, "sweeps": sweeps, "curvature": curvature, "cost": cost}
+    parser.add_argument("what", choices=tuple(kinds))
     parser.add_argument("--data_path", default=None)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--output_dir", default="output/verdicts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output_dir", default="output/collapse")
     args = parser.parse_args()
-    (verdicts if args.what == "verdicts" else cost)(args)
+    kinds[args.what](args)
 
 
 if __name__ == "__main__":
