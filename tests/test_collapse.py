@@ -204,7 +204,8 @@ def test_networks_are_named_by_what_tells_them_apart():
 HEALTHY = {
     "usage_perplexity": 900.0, "information": 0.9, "probe_images": 256, "probe_features_cosine": 0.4,
     "probe_features_rank": 100.0, "probe_embedding_rank": 60.0, "probe_embedding_dimensions": 5.0,
-    "probe_codes_perplexity": 150.0, "probe_codes_used": 170, "probe_within_code": 0.3, "probe_agreement": 0.1, "probe_agreement_chance": 0.01,
+    "probe_codes_perplexity": 150.0, "probe_codes_used": 170, "probe_within_code": 0.3,
+    "probe_agreement": 0.1, "probe_agreement_chance": 0.01,
 }  # fmt: skip
 
 
