@@ -41,24 +41,25 @@ def covariance_spectrum(x: Tensor) -> Tensor:
     return singular_values(x - x.mean(0)).square() / max(1, len(x) - 1)
 
 
-def dimensions(x: Tensor) -> float:
+def dimensions(values: Tensor) -> float:
     """Participation ratio (sum of l)^2 / sum of l^2 of the covariance's singular values l: in how many directions the
-    vectors vary, from 1 to min(n - 1, d). Small singular values hardly count, unlike in `rankme`. Shape: (n, d)."""
-    values = covariance_spectrum(x)
+    vectors vary, from 1 to min(n - 1, d). Small ones hardly count, unlike in `rankme`. Shape: `covariance_spectrum`."""
     total = values.sum().item()
     return total**2 / values.square().sum().item() if total else 1.0
 
 
 def mean_cosine(x: Tensor) -> float:
-    """Mean cosine of two different rows; 1 if all point the same way. Shape: (n, d)."""
+    """Mean cosine of two different rows; 1 if all point the same way, or are zero. Shape: (n, d)."""
     u = F.normalize(x.double(), dim=1)
+    u[u.norm(dim=1) == 0] = x.shape[1] ** -0.5
     n = len(u)
     return ((u.sum(0).square().sum() - u.square().sum()) / max(1, n * (n - 1))).item()
 
 
 def within_code_share(x: Tensor, codes: Tensor) -> float | None:
     """Variance of images of the same code, as a share of the variance of all: 1 if codes say nothing, 0 if images of a
-    code are alike. Both unbiased; codes of one image are left out. None if every code has just one, or all one vector.
+    code are alike. Both unbiased; codes of one image are left out. None if that leaves less than 20 images beyond the
+    first of their code, too few to tell, or if all have one vector.
 
     Shape: (n, d), int64 (n,).
     """
@@ -66,7 +67,7 @@ def within_code_share(x: Tensor, codes: Tensor) -> float | None:
     _, code, count = codes.unique(return_inverse=True, return_counts=True)
     freedom = (count - 1).sum().item()
     total = (x - x.mean(0)).square().sum().item() / max(1, len(x) - 1)
-    if not freedom or total == 0:
+    if freedom < 20 or total == 0:
         return None
     sums = torch.zeros(len(count), x.shape[1], dtype=x.dtype).index_add_(0, code, x)
     inside = (x - (sums / count[:, None])[code]).square().sum().item() / freedom
@@ -88,81 +89,84 @@ def probe_metrics(
     (n,) -> names as in the log, without its prefix.
     """
     used, perplexity = code_usage(codes)
-    share = codes.unique(return_counts=True)[1].double() / len(codes)
+    n = len(codes)
+    codes_there_are = int(max(codes.max(), other_codes.max())) + 1
+    shares = [c.bincount(minlength=codes_there_are).double() / n for c in (codes, other_codes)]
+    of_features, of_embedding = covariance_spectrum(features), covariance_spectrum(embedding)
     unit = F.normalize(features.double(), dim=1)
     return {
-        "images": len(features),
+        "images": n,
         "features_rank": rankme(features),
-        "features_dimensions": dimensions(features),
+        "features_dimensions": dimensions(of_features),
         "features_std": unit.std(0).mean().item() * math.sqrt(features.shape[1]),
         "features_cosine": mean_cosine(features),
-        "features_spectrum": shape_of_spectrum(features),
+        "features_spectrum": shape_of_spectrum(of_features, n),
         "embedding_rank": rankme(embedding),
-        "embedding_dimensions": dimensions(embedding),
+        "embedding_dimensions": dimensions(of_embedding),
         "embedding_cosine": mean_cosine(embedding),
-        "embedding_spectrum": shape_of_spectrum(embedding),
+        "embedding_spectrum": shape_of_spectrum(of_embedding, n),
         "code_cosine": None
         if vectors is None
         else F.cosine_similarity(embedding.double(), vectors.double(), dim=1).abs().mean().item(),
         "within_code": within_code_share(features, codes),
         "agreement": (codes == other_codes).double().mean().item(),
-        "agreement_chance": share.square().sum().item(),
+        "agreement_chance": (shares[0] * shares[1]).sum().item(),
         "codes_used": used,
         "codes_perplexity": perplexity,
     }
 
 
-def shape_of_spectrum(x: Tensor) -> list[float]:
-    """The 1st, 2nd, 4th, 8th ... singular value of the covariance, in units of the first. All of them are in
-    `eval_collapse.py`'s files."""
-    values = covariance_spectrum(x)
-    ranks = [2**k - 1 for k in range(min(len(x) - 1, x.shape[1]).bit_length())]  # n points span n - 1 dimensions
+def shape_of_spectrum(values: Tensor, n: int) -> list[float]:
+    """The 1st, 2nd, 4th, 8th ... singular value of the covariance of n vectors, in units of the first. All of them are
+    in `eval_collapse.py`'s files. Shape: `covariance_spectrum`."""
+    ranks = [2**k - 1 for k in range(min(n - 1, len(values)).bit_length())]  # n points span n - 1 dimensions
     first = values[0].clamp(min=torch.finfo(values.dtype).tiny)
     return [float(f"{(values[r] / first).item():.4g}") for r in ranks]
 
 
 # --- the verdict -----------------------------------------------------------------------------------------
 
-# Between what healthy and collapsed runs show (RESULTS.md, "Collapse, forced and named").
+# Chosen from forced and healthy runs (RESULTS.md, "Collapse, forced and named").
 MAX_COSINE = 0.99  # mean cosine of the features of two images
-MIN_PERPLEXITY = 0.3  # of the codes, as a share of min(out_dim, 10); and at least 1.5
+MIN_PERPLEXITY = 0.4  # of the codes, as a share of min(out_dim, 10); and at least 1.5
 MIN_INFORMATION = 0.01  # nats that an assignment tells about its image
 MIN_DIMENSIONS = 2.0  # in which embeddings vary
 MIN_WITHIN = 0.02  # share of the variance that is between images of one code
 
-KNOBS = {
+KNOBS = {  # what to try; a method may know better (`Method.KNOBS`)
     "representation": "a lower --lr",
-    "cluster": "a smaller --beta, 1 at most",
-    "stuck at uniform": "a larger --lr, --beta or logit scale (--n_ref; start-up prints initial_logit_std: 0.5 to 3)",
-    "dimensional": "a larger --out_dim: embeddings spread over no more dimensions than there are codes",
-    "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
+    "cluster": "a larger batch (of all processes), a lower --lr",
+    "stuck at uniform": "a larger --lr",
+    "dimensional": "a larger --out_dim",
+    "intracluster": "a larger --out_dim: fewer images that have to share a code",
 }
+FEWEST = 32  # images of a probe that a verdict is built on
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`healthy`, or the first of the states in `KNOBS` for which there is evidence."""
+    """`healthy`, or one of the states in `KNOBS` for which there is evidence."""
 
     name: str
     evidence: str
 
-    def __str__(self) -> str:
+    def line(self, knobs: dict[str, str]) -> str:
         if self.name == "healthy":
             return f"healthy: {self.evidence}"
         kind = self.name if self.name == "stuck at uniform" else f"{self.name} collapse"
-        return f"{kind}: {self.evidence}. Try {KNOBS[self.name]}"
+        return f"{kind}: {self.evidence}. Try {(KNOBS | knobs)[self.name]}"
 
 
 def verdict(found: dict, out_dim: int) -> Verdict | None:
-    """What an epoch's numbers, with their names in the log, mean. None if there are none.
+    """What an epoch's numbers, with their names in the log, mean. None if they cannot tell.
 
-    Without those of the probe only `cluster` and `stuck at uniform` can be told.
+    Without those of the probe only `cluster` and `stuck at uniform` can be told, and health cannot.
     """
     information, perplexity = found.get("information"), found.get("usage_perplexity", math.inf)
     least = max(1.5, MIN_PERPLEXITY * min(out_dim, 10))
     probe = {k.removeprefix("probe_"): v for k, v in found.items() if k.startswith("probe_")}
-    if not probe and information is None:
-        return None
+    if probe and probe["images"] < FEWEST:
+        probe = {}
     if probe and not probe["features_cosine"] < MAX_COSINE:
         return Verdict("representation", f"features of two images have a cosine of {probe['features_cosine']:.4f}")
     if information is not None and information < MIN_INFORMATION and not perplexity < least:
@@ -172,8 +176,7 @@ def verdict(found: dict, out_dim: int) -> Verdict | None:
     if perplexity < least:
         return Verdict("cluster", f"perplexity of the codes {perplexity:.1f}, of {out_dim}")
     if not probe:
-        said = f"perplexity of the codes {perplexity:.0f}, an assignment tells {information:.2f} nats about its image"
-        return Verdict("healthy", said)
+        return None
     chance, within = probe["agreement_chance"], probe["within_code"]
     agreement = f"codes of two views agree in {probe['agreement']:.1%} (chance {chance:.1%})"
     if probe["agreement"] <= chance + 3 * math.sqrt(chance * (1 - chance) / probe["images"]):

@@ -209,6 +209,12 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
 class CPLearn(Method):
     """Algorithm 1 as a method: views in, loss out."""
 
+    KNOBS = {
+        "cluster": "a smaller --beta, 1 at most",
+        "stuck at uniform": "a larger --lr, --beta or logit scale (--n_ref; start-up prints initial_logit_std: 0.5 to 3)",
+        "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
+    }
+
     def __init__(
         self,
         backbone: nn.Module,

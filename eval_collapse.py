@@ -12,13 +12,15 @@ Evaluation mode, all images of the split; the first network at random initialisa
     codes.png      use of the codes, and alignment of embeddings to their codes (Theorem 1)
     tsne.png       t-SNE of the representations, coloured by class, or by code where there are no classes (Fig. 12c)
 
-each with a .csv of the same name (of the matrices: one for each network and matrix).
+each with a .csv of the same name (of the matrices: one for each network and matrix). Covariances are centred and
+nothing is padded; the published scripts take second moments as they are, of vectors padded with zeros to one width.
 """
 
 import argparse
 import copy
 import csv
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +123,7 @@ def numbers(network: Network) -> dict[str, float | int | None]:
         "images": len(x),
         "features_dim": x.shape[1],
         "features_rank": collapse.rankme(x),
-        "features_dimensions": collapse.dimensions(x),
+        "features_dimensions": collapse.dimensions(collapse.covariance_spectrum(x)),
         "features_cosine": collapse.mean_cosine(x),
         "features_off_diagonal": off_diagonal_energy(x)[0],
     }
@@ -133,7 +135,7 @@ def numbers(network: Network) -> dict[str, float | int | None]:
     return found | {
         "embedding_dim": h.shape[1],
         "embedding_rank": collapse.rankme(h),
-        "embedding_dimensions": collapse.dimensions(h),
+        "embedding_dimensions": collapse.dimensions(collapse.covariance_spectrum(h)),
         "embedding_cosine": collapse.mean_cosine(h),
         "embedding_off_diagonal": off,
         "embedding_off_diagonal_chance": chance,
@@ -157,9 +159,11 @@ def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) 
 
     if components > len(x):
         return None, f"more components than the {len(x)} images"
+    if (x == x[0]).all():
+        return None, "all images have the same features"
     model = GaussianMixture(components, covariance_type="diag", random_state=seed, max_iter=200)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # k-means that starts it, and what is asked for below
         try:
             model.fit(x)
             entropy = -float(model.score_samples(model.sample(samples)[0]).mean()) / x.shape[1]
@@ -167,7 +171,7 @@ def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) 
             return None, str(error).strip().splitlines()[0]
     if not math.isfinite(entropy):
         return None, "entropy not finite"
-    if any(issubclass(w.category, ConvergenceWarning) for w in caught):
+    if not model.converged_:
         return entropy, "stopped before it converged"
     return entropy, "ok" if len(x) >= 10 * components else f"only {len(x) / components:.1f} images a component"
 
@@ -185,22 +189,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
     """Evaluate; returns the numbers of each network on rank 0, {} elsewhere."""
     args = get_args_parser().parse_args(argv)
     check(args)
-    paths = args.checkpoints or [args.pretrained_weights]
+    paths = [os.path.expanduser(path) for path in args.checkpoints or [args.pretrained_weights]]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} does not exist")
     args.pretrained_weights = paths[0]
     device = evaluation.start(args)
     labels = args.labels or names_of(paths)
     todo = [(label, path, args.random_init) for label, path in zip(labels, paths, strict=True)]
     if args.baseline and not args.random_init:
         todo.append(("random init", paths[0], True))
-    networks, results = [], {}
-    for label, path, random_init in todo:
+    networks, flags = [], []
+    for label, path, random_init in todo:  # before the slow part, in which the other ranks have nothing to wait for
         own = copy.copy(args)  # evaluation.features fills in what the checkpoint says
         own.pretrained_weights, own.random_init = path, random_init
-        network = look_at(own, label, device)
-        if not distributed.is_main():
-            continue
-        networks.append(network)
-        found = numbers(network)
+        own.dump_features = None if networks else args.dump_features
+        networks.append(look_at(own, label, device))
+        flags.append(own)
+        if networks[-1].data.source["data"] != networks[0].data.source["data"]:
+            raise UserError(f"{label} was trained on other data than {labels[0]}: name one with --data_path")
+    if not distributed.is_main():
+        return {}
+    results = {}
+    for network, own in zip(networks, flags, strict=True):
+        label, found = network.label, numbers(network)
         for components in args.components:
             print(f"{label}: mixture of {components} ...", flush=True)
             entropy, status = mixture_entropy(
@@ -209,14 +221,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
             found[f"mixture{components}_entropy"], found[f"mixture{components}_fit"] = entropy, status
         results[label] = found
         evaluation.write_result(own, "eval_collapse", {"label": label, **found}, network.data, args.split)
-    if distributed.is_main():
-        draw(args, networks, results)
-        report(args, results)
+    draw(args, networks, results)
+    report(args, results)
     return results
 
 
 def check(args: argparse.Namespace) -> None:
     """Flags that belong to this evaluation. Raises `UserError`."""
+    if not args.checkpoints and not args.pretrained_weights:
+        raise UserError("--pretrained_weights is missing: give a checkpoint, or several with --checkpoints")
+    if args.dump_features and len(args.checkpoints or ()) > 1:
+        raise UserError("--dump_features keeps one network's features: name one")
     if args.load_features:
         raise UserError("--load_features has no embeddings: name the weights")
     if args.checkpoints and args.pretrained_weights:
@@ -230,8 +245,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 2")
     if args.components and min(args.components) < 1:
         raise UserError(f"--components {min(args.components)} must be positive")
-    if args.tsne_images < 0:
-        raise UserError(f"--tsne_images {args.tsne_images} must not be negative: 0 for none")
+    if args.tsne_images and args.tsne_images < 5:
+        raise UserError(f"--tsne_images {args.tsne_images} must be at least 5, or 0 for none")
 
 
 def names_of(paths: list[str]) -> list[str]:
@@ -357,7 +372,7 @@ def plot_matrices(out: Path, networks: list[Network], shown: int, seed: int) -> 
     figure, axes = plt.subplots(
         2, len(networks), figsize=(3.3 * len(networks) + 1, 6.6), layout="constrained", squeeze=False
     )
-    for column, network in zip(axes.T, networks, strict=True):
+    for i, (column, network) in enumerate(zip(axes.T, networks, strict=True)):
         covariance = covariance_of(network.embedding)
         covariance /= covariance.abs().max().clamp(min=1e-300)
         some = np.sort(np.random.default_rng(seed).permutation(len(network.embedding))[:shown])
@@ -369,7 +384,7 @@ def plot_matrices(out: Path, networks: list[Network], shown: int, seed: int) -> 
         column[0].set_title(network.label, fontsize=9)
         column[0].set_xlabel("embedding dimension")
         column[1].set_xlabel(f"{len(some)} images, by code")
-        name = "".join(x if x.isalnum() else "_" for x in network.label)
+        name = f"{i + 1}_" + "".join(x if x.isalnum() else "_" for x in network.label)
         np.savetxt(out / f"matrices_{name}_covariance.csv", covariance.numpy(), fmt="%.4g", delimiter=",")
         np.savetxt(out / f"matrices_{name}_cosines.csv", cosines.numpy(), fmt="%.4g", delimiter=",")
     axes[0, 0].set_ylabel("covariance / largest entry")
@@ -414,13 +429,16 @@ def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> Non
     for axis, network in zip(axes[0], networks, strict=True):
         data = network.data
         some = np.sort(np.random.default_rng(seed).permutation(len(data.features))[:images])
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(network.label, fontsize=9)
         x = F.normalize(data.features[some], dim=1).numpy()
+        if min(x.shape) < 5 or np.ptp(x, axis=0).max() < 1e-6:
+            axis.set_xlabel("too few images, or all with the same features")
+            continue
         place = TSNE(random_state=seed, perplexity=min(30, (len(x) - 1) / 3), init="pca").fit_transform(x)
         of = data.labels if data.classes else data.codes
         colour = np.zeros(len(some)) if of is None else of.numpy()[some]
         axis.scatter(*place.T, c=colour, cmap="tab10" if len(set(colour)) <= 10 else "nipy_spectral", s=3)
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(network.label, fontsize=9)
         axis.set_xlabel(f"{len(some)} images, by {'class' if data.classes else 'code'}")
         rows += [(network.label, data.names[i], f"{a:.4g}", f"{b:.4g}") for i, (a, b) in zip(some, place, strict=True)]
     save(figure, out, "tsne")

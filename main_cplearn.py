@@ -287,7 +287,7 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
         # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
-        monitor=Monitor(dataset, views, args.seed, args.knn_freq),
+        monitor=Monitor(dataset, views, args.seed, len(loader), args.knn_freq),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
         lock=lock,
     )
@@ -309,7 +309,7 @@ def train(run: Run, signals: StopSignals) -> dict:
             run.waiting = utils.Stopwatch()
             save(run)
             if args.on_collapse == "stop":
-                run.monitor.check(record)
+                run.monitor.check(run, record)
         check_bad_images(run)
         stop_if_asked(run, signals)
     if distributed.is_main():
@@ -383,6 +383,7 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
         "steps": last,
         **{f"train_{name}": value for name, value in values.items()},
         "loss_uniform": references.uniform,
+        "loss_one_code": references.one_code if math.isfinite(references.one_code) else None,
         "loss_floor": references.floor,
         "uniform_to_floor": (references.uniform - values["loss"]) / max(references.uniform - references.floor, 1e-9),
         "skipped_steps": run.skipped,

@@ -31,6 +31,7 @@ class Method(nn.Module):
     # Mean assignment of the last batch's global crops, detached (c,), of this rank's images or those of all. None for
     # methods whose loss has no such thing. Where there is one, `forward`'s terms have its mean `entropy` (nats).
     usage: Tensor | None = None
+    KNOBS: dict[str, str] = {}  # what to try against a collapse, where there is more to say than `collapse.KNOBS`
 
     @staticmethod
     def add_flags(parser) -> None:

@@ -84,24 +84,26 @@ class Probe:
     """A fixed set of training images in two fixed views, and after how many epochs it is looked at.
 
     It is as large as memory and `COST` allow, a forward pass being a third of a step's work for an image and a view.
-    Where `LEAST` images would cost more in every epoch, they are looked at in every so many, the first one always.
+    Where `LEAST` images would cost more in every epoch, they are looked at in every so many.
     """
 
     MOST, LEAST, COST, BYTES = 2000, 256, 0.02, 2**28
+    SETTLED = 30  # steps before which batch norm's running statistics, and so the probe's numbers, mean little
 
-    def __init__(self, dataset, views: list[augmentations.View], seed: int):
+    def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int):
         self.dataset, self.views, self.seed = dataset, views[: Method.N_GLOBAL], seed
         size = self.views[0].size
         budget = self.COST * 3 * len(dataset) * sum(v.size**2 for v in views) / size**2  # of forward passes an epoch
         room = self.BYTES * distributed.world_size() // (2 * 3 * size**2)
         count = min(self.MOST, len(dataset), room, max(self.LEAST, int(budget / 2)))
         self.every = max(1, math.ceil(2 * count / budget))
+        self.first = math.ceil(self.SETTLED / steps_per_epoch)
         order = random_streams.random_stream(random_streams.FOR_MONITOR, seed).permutation(len(dataset))
         self.samples = sorted(int(i) for i in order[:count])
         self._pixels: list[tuple[list[tuple[Tensor, dict]], int]] | None = None
 
     def due(self, epochs_done: int) -> bool:
-        return (epochs_done - 1) % self.every == 0
+        return epochs_done >= self.first and (epochs_done - self.first) % self.every == 0
 
     def _read(self) -> list[tuple[list[tuple[Tensor, dict]], int]]:
         """This rank's images, read once. Those that cannot be read are left out."""
@@ -120,10 +122,15 @@ class Probe:
         return found
 
     @torch.no_grad()
-    def look(self, method: Method, device: torch.device, batch: int = 256) -> "Look":
-        """Features, embeddings and codes of both views. Every rank must call it."""
+    def look(self, method: Method, device: torch.device, batch: int) -> "Look | None":
+        """Features, embeddings and codes of both views, so many images at a time. Every rank must call it.
+
+        None if some rank could not read any of its images.
+        """
         if self._pixels is None:
             self._pixels = self._read()
+        if not all(distributed.gather_objects(len(self._pixels))):
+            return None
         training = method.training
         method.eval()
         parts = []
@@ -155,9 +162,10 @@ class Look:
         self.features, self.embedding, self.vectors = features, embedding, vectors
         self.codes, self.others, self.labels = codes, others, labels
 
-        self.finite = bool(features.isfinite().all() and embedding.isfinite().all())
-
     def metrics(self) -> dict:
+        """NaN as the cosine, and no more, if an entry is not finite."""
+        if not (self.features.isfinite().all() and self.embedding.isfinite().all()):
+            return {"images": len(self.features), "features_cosine": math.nan}
         return collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
 
     def knn(self, k: int = 20, temperature: float = 0.07) -> float:
@@ -173,44 +181,56 @@ class Look:
 class Monitor:
     """What a run keeps of both, and its verdict after each epoch."""
 
-    PATIENCE = 2  # epochs in a row with an alarm, before --on_collapse stop does
+    PATIENCE = 2  # alarms in a row, before --on_collapse stop does
 
-    def __init__(self, dataset, views: list[augmentations.View], seed: int, knn_freq: int = 0):
-        self.use, self.probe, self.knn_freq = CodeUse(), Probe(dataset, views, seed), knn_freq
-        self.alarms = 0  # epochs in a row
+    def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int, knn_freq: int = 0):
+        self.use, self.probe, self.knn_freq = CodeUse(), Probe(dataset, views, seed, steps_per_epoch), knn_freq
+        self.alarms = 0  # in a row
+        self.last: dict[str, str] = {}  # verdict, and when it was found
 
     def add(self, method: Method, images: int, skipped: Tensor) -> None:
         if method.usage is not None:
             self.use.add(method.usage, images, skipped)
 
     def end_epoch(self, run, record: dict) -> dict:
-        """Numbers for the log of an epoch that is whole. Every rank must call it."""
+        """Numbers and verdict for the log of an epoch that is whole. Every rank must call it.
+
+        In an epoch without a look at the probe the last verdict stands, and is shown with its epoch.
+        """
         start = time.perf_counter()
-        found: dict = self.use.average()
+        found, done = self.use.average(), record["epoch"] + 1
         self.use = CodeUse()
         if not math.isfinite(found.get("usage_entropy", math.nan)):  # none, or every step was skipped
             found = {}
         else:
             found["usage_perplexity"] = math.exp(found["usage_entropy"])
             found["information"] = found["usage_entropy"] - record["train_entropy"]
-        done = record["epoch"] + 1
-        knn = self.knn_freq and done % self.knn_freq == 0
+        knn = self.knn_freq > 0 and done % self.knn_freq == 0
+        look = None
         if self.probe.due(done) or knn:
-            look = self.probe.look(run.method, run.device)
-            if look.finite:  # else the weights are broken, which is said when they are to be saved
-                found |= {f"probe_{name}": value for name, value in look.metrics().items()}
-                if knn:
-                    found["probe_knn20"] = look.knn()
-        verdict = collapse.verdict(found, run.method.out_dim)
-        if verdict is not None:
-            self.alarms = 0 if verdict.name == "healthy" else self.alarms + 1
-            found |= {"verdict": verdict.name, "verdict_line": str(verdict)}
+            look = self.probe.look(run.method, run.device, run.args.batch_size_per_gpu)
+        # By one rank, so that all are of one mind.
+        found, verdict, line = distributed.on_main(self._judge, run.method, found, look, knn, done)
+        if verdict:
+            self.alarms = 0 if verdict == "healthy" else self.alarms + 1
+            self.last = {"verdict": verdict, "line": line, "epoch": str(done)}
+        if self.last:
+            since = "" if self.last["epoch"] == str(done) else f" (epoch {self.last['epoch']})"
+            found |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + since}
         return found | {"monitor_seconds": time.perf_counter() - start}
 
-    def check(self, record: dict) -> None:
-        """Raises `CollapseError` if there was an alarm in each of the last epochs."""
-        if self.alarms >= self.PATIENCE:
+    def _judge(self, method: Method, found: dict, look: Look | None, knn: bool, done: int) -> tuple[dict, str, str]:
+        """Numbers, verdict and its line; "" and "" for none."""
+        probe = {} if look is None else {f"probe_{name}": value for name, value in look.metrics().items()}
+        verdict = collapse.verdict(found | (probe if done >= self.probe.first else {}), method.out_dim)
+        if knn and look is not None:
+            probe["probe_knn20"] = look.knn()
+        return found | probe, verdict.name if verdict else "", verdict.line(method.KNOBS) if verdict else ""
+
+    def check(self, run, record: dict) -> None:
+        """Raises `CollapseError` after as many alarms in a row as there may be."""
+        if self.alarms >= self.PATIENCE and record["verdict"] != "healthy":
             raise CollapseError(
-                f"--on_collapse stop: {record['verdict_line']}. In {self.alarms} epochs in a row; it is saved, and "
-                "--on_collapse warn goes on"
+                f"--on_collapse stop: {record['verdict_line']}. Alarm number {self.alarms} in a row; saved after step "
+                f"{run.saved_step}, --on_collapse warn goes on"
             )

@@ -218,6 +218,7 @@ def save(run: Run) -> None:
                 "meter": meter,
                 "code_use": code_use,
                 "alarms": run.monitor.alarms,
+                "verdict": run.monitor.last,
                 "skipped": run.skipped,
                 "replaced": run.replaced,
                 "in_a_row": run.bad_steps.in_a_row,
@@ -294,7 +295,7 @@ def resume(run: Run, defaults: dict) -> bool:
         run.meter.load(progress["meter"], run.device)
         if "code_use" in progress:  # not in checkpoints of earlier versions
             run.monitor.use.load(progress["code_use"], run.device)
-            run.monitor.alarms = progress["alarms"]
+            run.monitor.alarms, run.monitor.last = progress["alarms"], progress["verdict"]
         run.skipped, run.replaced, run.seconds = progress["skipped"], progress["replaced"], progress["seconds"]
         run.waiting.seconds, run.bad_steps.in_a_row = progress["waiting"], progress["in_a_row"]
     else:  # another batch: steps cannot be matched inside an epoch

@@ -59,6 +59,8 @@ def all_rows(x: Tensor) -> Tensor:
 
 
 class BarlowTwins(Method):
+    KNOBS = {"dimensional": "a larger --lambd"}
+
     def __init__(
         self, backbone: nn.Module, *, out_dim: int, lambd: float = 0.0051, scale_loss: float = 1.0, hidden: int = 2048
     ):

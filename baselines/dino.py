@@ -72,6 +72,10 @@ def dino_loss(bottlenecks: list[Tensor], prototypes: Tensor, targets: Tensor, st
 
 class DINO(Method):
     STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
+    KNOBS = {
+        "cluster": "a higher --teacher_temp, up to 0.07, or a higher --momentum_teacher",
+        "stuck at uniform": "a lower --teacher_temp or --warmup_teacher_temp",
+    }
 
     def __init__(
         self,

@@ -37,6 +37,11 @@ def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, d
 
 class GEDI(Method):
     TEMPERATURE = 0.1
+    KNOBS = {
+        "cluster": "a smaller --beta, 1 at most",
+        "stuck at uniform": "a larger --lr or --beta",
+        "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
+    }
 
     def __init__(self, backbone: nn.Module, *, out_dim: int, beta: float, reduction: str, hidden: int = 2048):
         super().__init__()

@@ -35,6 +35,10 @@ def sinkhorn(scores: Tensor, iterations: int = 3) -> Tensor:
 
 class SwAV(Method):
     TEMPERATURE, WIDTH = 0.1, 128
+    KNOBS = {
+        "cluster": "more --sinkhorn_iterations, or a longer --queue_length",
+        "stuck at uniform": "a smaller --epsilon (0.03), or a longer --freeze_prototypes_epochs",
+    }
 
     def __init__(
         self,

@@ -10,8 +10,9 @@ All train on the bundled digits, or on --data_path. Every run is left in --outpu
 `verdicts`: what was forced, the verdict at the end, and the epoch of the first alarm. Also the rank correlation, over
 the epochs of all runs and over their ends, of label-free numbers with 20-NN among the probe's images.
 `sweeps`: beta (the paper's Table 9) and the number of codes (its Corollaries 2 and 3), for each of --seeds.
-`curvature`: the loss near uniform assignments, for the logits of a real network: 1 - beta along what all images share,
--beta along what is each image's own.
+`curvature`: second differences of the loss near uniform assignments along the logits of a real network at its
+beginning: 1 - beta along the part that all images share, -beta along what is each image's own (a check of the formula
+with real embeddings and codes, not of training).
 `cost`: share of a run's time that the monitor takes.
 """
 
@@ -42,8 +43,8 @@ COMMON += "--weight_decay 0 --weight_decay_end 0 --saveckp_freq 0 --num_workers 
 
 HEALTHY = {
     "cplearn": "--out_dim 1024 --beta 0.25 --n_ref 4",
-    "cplearn, seed 1": "--out_dim 1024 --beta 0.25 --n_ref 4 --seed 1",
-    "cplearn, seed 2": "--out_dim 1024 --beta 0.25 --n_ref 4 --seed 2",
+    "cplearn again": "--out_dim 1024 --beta 0.25 --n_ref 4",
+    "cplearn once more": "--out_dim 1024 --beta 0.25 --n_ref 4",
     "cplearn, c = 128": "--out_dim 128 --beta 0.5",
     "cplearn, c = 16384": "--out_dim 16384 --beta 0.25 --n_ref 4",
     "cplearn, tanh": "--out_dim 1024 --beta 0.25 --n_ref 4 --activation tanh",
@@ -97,8 +98,8 @@ def verdicts(args) -> None:
     rows, epochs, ends = [], [], []
     for group, settings in (("forced", FORCED), ("healthy", HEALTHY)):
         for name, flags in settings.items():
-            _, log = train(args, name, flags)
-            seen = [(r["epoch"] + 1, r["verdict"]) for r in log if "verdict" in r]
+            _, log = train(args, name, flags, "--seed", str(args.seeds[0] + len(rows)))  # each run its own
+            seen = [(r["epoch"] + 1, r["verdict"]) for r in log if "verdict" in r] or [(0, "")]
             alarms = [epoch for epoch, verdict in seen if verdict != "healthy"]
             last = log[-1]
             epochs += log
@@ -113,7 +114,10 @@ def verdicts(args) -> None:
     print(format_table(rows, header))
     table = []
     for key in SCORES:
-        found = [[(r[key], r["probe_knn20"]) for r in some if r.get(key) is not None] for some in (epochs, ends)]
+        found = [
+            [(r[key], r["probe_knn20"]) for r in some if r.get(key) is not None and "probe_knn20" in r]
+            for some in (epochs, ends)
+        ]
         table.append(
             (key, *(x for pairs in found for x in (spearmanr(*zip(*pairs, strict=True)).statistic, len(pairs))))
         )

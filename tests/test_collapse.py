@@ -13,6 +13,7 @@ from test_evaluations import TRAIN, flags
 import collapse
 import eval_collapse
 import main_cplearn
+from cplearn_head import CPLearn
 from errors import UserError
 
 
@@ -47,23 +48,28 @@ def test_covariance_spectrum_is_numpys():
     expected = np.linalg.eigvalsh(np.cov(x.numpy().T))[::-1]
     assert np.allclose(collapse.covariance_spectrum(x), expected)
     assert np.allclose(eval_collapse.covariance_of(x, rows=7), np.cov(x.numpy().T))
-    assert collapse.shape_of_spectrum(x) == pytest.approx(expected[[0, 1, 3, 7]] / expected[0], rel=1e-3)
+    assert collapse.shape_of_spectrum(collapse.covariance_spectrum(x), 30) == pytest.approx(
+        expected[[0, 1, 3, 7]] / expected[0], rel=1e-3
+    )
 
 
 def test_dimensions_is_the_participation_ratio():
-    assert collapse.dimensions(torch.cat([torch.eye(6), -torch.eye(6)])) == pytest.approx(6)
+    def dimensions(x):
+        return collapse.dimensions(collapse.covariance_spectrum(x))
+
+    assert dimensions(torch.cat([torch.eye(6), -torch.eye(6)])) == pytest.approx(6)
     line = randn(50, 1) * randn(1, 8, seed=1)
-    assert collapse.dimensions(line) == pytest.approx(1) and collapse.dimensions(torch.ones(5, 3)) == 1
+    assert dimensions(line) == pytest.approx(1) and dimensions(torch.ones(5, 3)) == 1
     x = randn(30, 5) * torch.arange(1, 6)
     values = np.linalg.eigvalsh(np.cov(x.numpy().T))
-    assert collapse.dimensions(x) == pytest.approx(values.sum() ** 2 / (values**2).sum())
+    assert dimensions(x) == pytest.approx(values.sum() ** 2 / (values**2).sum())
 
 
 def test_mean_cosine_is_a_double_loop():
     x = randn(12, 5)
     pairs = [F.cosine_similarity(x[i], x[j], dim=0).item() for i in range(12) for j in range(12) if i != j]
     assert collapse.mean_cosine(x) == pytest.approx(np.mean(pairs))
-    assert collapse.mean_cosine(torch.ones(4, 3)) == pytest.approx(1)
+    assert collapse.mean_cosine(torch.ones(4, 3)) == collapse.mean_cosine(torch.zeros(4, 3)) == pytest.approx(1)
 
 
 def test_within_code_share_against_loops_and_in_known_cases():
@@ -163,7 +169,7 @@ def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):
             assert len(image.convert("L").getcolors()) > 10  # something is drawn
     spectrum = (tmp_path / "spectrum.csv").read_text().splitlines()
     assert spectrum[0] == "network,of,index,singular value" and len(spectrum) == 1 + 3 * (8 + 8)
-    cosines = np.loadtxt(tmp_path / "matrices_random_init_cosines.csv", delimiter=",")
+    cosines = np.loadtxt(tmp_path / "matrices_3_random_init_cosines.csv", delimiter=",")
     assert cosines.shape == (12, 12) and np.allclose(np.diag(cosines), 1)
     assert len((tmp_path / "tsne.csv").read_text().splitlines()) == 1 + 3 * 12
 
@@ -184,7 +190,7 @@ def test_the_baseline_and_slow_parts_can_be_left_out(run, tmp_path):
         (("--labels", "random init"), "they must differ"),
         (("--components", "0"), "--components 0 must be positive"),
         (("--mc_samples", "1"), "--mc_samples 1 must be at least 2"),
-        (("--tsne_images", "-1"), "--tsne_images -1 must not be negative"),
+        (("--tsne_images", "-1"), "--tsne_images -1 must be at least 5"),
         (("--checkpoints", "x.pth"), "give one of them"),
     ],
 )
@@ -225,18 +231,20 @@ HEALTHY = {
 )
 def test_verdicts_name_the_collapse_its_evidence_and_the_knob(name, changed, number, knob):
     found = collapse.verdict(HEALTHY | changed, 1024)
+    line = found.line(CPLearn.KNOBS)
     assert found.name == name and number in found.evidence
-    assert knob in str(found) and ("collapse" in str(found)) == (name != "stuck at uniform")
+    assert knob in line and ("collapse" in line) == (name != "stuck at uniform")
+    assert "--beta" not in found.line({})  # which other methods do not have
 
 
 def test_verdicts_on_little():
-    assert collapse.verdict(HEALTHY, 1024).name == "healthy" and "170 codes for 256 images" in str(
-        collapse.verdict(HEALTHY, 1024)
-    )
+    said = collapse.verdict(HEALTHY, 1024).line({})
+    assert said.startswith("healthy: codes of two views agree in 10.0% (chance 1.0%), 170 codes for 256 images")
     assert collapse.verdict(HEALTHY | {"probe_within_code": None}, 1024).name == "healthy"
     assert collapse.verdict({}, 1024) is None  # no probe in this epoch, and a method without assignments
     window = {k: v for k, v in HEALTHY.items() if not k.startswith("probe_")}
-    assert collapse.verdict(window, 1024).name == "healthy"
+    assert collapse.verdict(window, 1024) is None  # health takes a look at the probe
+    assert collapse.verdict(HEALTHY | {"probe_images": 3, "probe_agreement": 0}, 1024) is None
     assert collapse.verdict(window | {"usage_perplexity": 1.1}, 1024).name == "cluster"
     probe = {k: v for k, v in HEALTHY.items() if k.startswith("probe_")}
     assert collapse.verdict(probe, 1024).name == "healthy"
