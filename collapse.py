@@ -92,6 +92,7 @@ def probe_metrics(
     n = len(codes)
     codes_there_are = int(max(codes.max(), other_codes.max())) + 1
     shares = [c.bincount(minlength=codes_there_are).double() / n for c in (codes, other_codes)]
+    agreement, chance = (codes == other_codes).double().mean().item(), (shares[0] * shares[1]).sum().item()
     of_features, of_embedding = covariance_spectrum(features), covariance_spectrum(embedding)
     unit = F.normalize(features.double(), dim=1)
     return {
@@ -109,8 +110,11 @@ def probe_metrics(
         if vectors is None
         else F.cosine_similarity(embedding.double(), vectors.double(), dim=1).abs().mean().item(),
         "within_code": within_code_share(features, codes),
-        "agreement": (codes == other_codes).double().mean().item(),
-        "agreement_chance": (shares[0] * shares[1]).sum().item(),
+        "agreement": agreement,
+        "agreement_chance": chance,
+        # What the code of one view tells about that of another, without labels: the rank correlation with k-NN is in
+        # RESULTS.md. At least one image and one pair count as agreeing, so that it is finite.
+        "score": math.log(max(agreement, 1 / n) / max(chance, 1 / n**2)),
         "codes_used": used,
         "codes_perplexity": perplexity,
     }

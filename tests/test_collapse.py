@@ -93,13 +93,14 @@ def test_probe_metrics_of_collapsed_probes_are_finite():
     found = collapse.probe_metrics(constant, constant, one, None, one)
     assert found["features_rank"] == pytest.approx(1) and found["features_std"] == pytest.approx(0, abs=1e-9)
     assert (found["codes_used"], found["codes_perplexity"]) == (1, 1)
-    assert found["agreement"] == found["agreement_chance"] == 1
+    assert found["agreement"] == found["agreement_chance"] == 1 and found["score"] == 0
     assert found["code_cosine"] is None and found["within_code"] is None and found["images"] == n
     numbers = [v for v in found.values() if isinstance(v, float)] + found["features_spectrum"]
     assert np.isfinite(numbers).all()
     vectors = torch.sign(randn(n, 4)).float()
     found = collapse.probe_metrics(randn(n, 4), -3 * vectors, torch.arange(n), vectors, torch.arange(n).flip(0))
     assert found["code_cosine"] == pytest.approx(1) and found["agreement"] == 0
+    assert found["score"] == pytest.approx(0)  # one pair of n is what chance gives
     assert found["agreement_chance"] == pytest.approx(1 / n) and found["codes_perplexity"] == pytest.approx(n)
 
 
