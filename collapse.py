@@ -134,7 +134,7 @@ def shape_of_spectrum(values: Tensor, n: int) -> list[float]:
 MAX_COSINE = 0.99  # mean cosine of the features of two images
 MIN_PERPLEXITY = 0.4  # of the codes, as a share of min(out_dim, 10); and at least 1.5
 MIN_INFORMATION = 0.01  # nats that an assignment tells about its image
-MIN_DIMENSIONS = 2.0  # in which embeddings vary
+MIN_DIMENSIONS = 1.4  # in which embeddings vary
 MIN_WITHIN = 0.02  # share of the variance that is between images of one code
 
 KNOBS = {  # what to try; a method may know better (`Method.KNOBS`)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import augmentations  # noqa: E402
+import collapse  # noqa: E402
 import datasets  # noqa: E402
 import main_cplearn  # noqa: E402
 import models  # noqa: E402
@@ -99,7 +100,9 @@ def verdicts(args) -> None:
     for group, settings in (("forced", FORCED), ("healthy", HEALTHY)):
         for name, flags in settings.items():
             _, log = train(args, name, flags, "--seed", str(args.seeds[0] + len(rows)))  # each run its own
-            seen = [(r["epoch"] + 1, r["verdict"]) for r in log if "verdict" in r] or [(0, "")]
+            # From the numbers of the log, so that other thresholds need no other runs.
+            out_dim = int(flags.split("--out_dim ")[1].split()[0])
+            seen = [(r["epoch"] + 1, collapse.verdict(r, out_dim).name) for r in log if "verdict" in r] or [(0, "")]
             alarms = [epoch for epoch, verdict in seen if verdict != "healthy"]
             last = log[-1]
             epochs += log
