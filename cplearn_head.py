@@ -206,6 +206,18 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
 # --- the method --------------------------------------------------------------------------------------
 
 
+def forward_prior_warning(beta: float, out_dim: int) -> str | None:
+    """Of a trap in beta * CE(p, p) + CE(uniform, mean p): the same assignment for all images, half on one code and the
+    rest spread evenly, has a lower loss than the uniform one if about beta log c > 1 (RESULTS.md). The reverse prior
+    has none for beta < 1."""
+    if beta * math.log(out_dim) <= 1:
+        return None
+    return (
+        f"with the forward prior and --beta {beta:g}, putting all images half on one code lowers the loss: a --beta below "
+        f"1 / log(out_dim) = {1 / math.log(out_dim):.2g} does not have this trap"
+    )
+
+
 class CPLearn(Method):
     """Algorithm 1 as a method: views in, loss out."""
 
@@ -371,6 +383,8 @@ class CPLearn(Method):
             )
         if self.beta == 0:
             found.append("--beta 0 has no invariance term: nothing ties the views of an image together")
+        if self.prior == "forward" and (trap := forward_prior_warning(self.beta, self.out_dim)):
+            found.append(trap)
         if self.beta > 1:
             found.append(f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction")
         if self.buffer is not None and self.buffer.ring.nbytes > 2**28:

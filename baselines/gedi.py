@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distributed
-from cplearn_head import cplearn_loss, log_mean_probs, prior_forward, reference_losses
+from cplearn_head import cplearn_loss, forward_prior_warning, log_mean_probs, prior_forward, reference_losses
 from errors import UserError
 from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
@@ -99,6 +99,5 @@ class GEDI(Method):
         return 4 * self.out_dim * (9 * views * n + self.projector[-1].in_features)
 
     def warnings(self) -> list[str]:
-        if self.beta > 1:
-            return [f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction"]
-        return []
+        trap = forward_prior_warning(self.beta, self.out_dim) if self.reduction == "mean" else None
+        return [trap] if trap else []

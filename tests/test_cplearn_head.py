@@ -11,6 +11,7 @@ from cplearn_head import (
     CPLearn,
     CPLearnHead,
     cplearn_loss,
+    forward_prior_warning,
     invariance,
     log_mean_probs,
     prior_forward,
@@ -344,3 +345,20 @@ def test_warnings_name_the_knob():
     assert any("beta" in w for w in make_method(beta=2.0).warnings())
     with pytest.raises(UserError, match="beta 0 must be positive"):
         make_method(beta=0.0)
+
+
+@pytest.mark.parametrize(
+    "c, beta, trap", [(128, 0.5, True), (4096, 0.25, True), (128, 0.15, False), (4096, 0.1, False)]
+)
+def test_the_forward_prior_has_a_trap_and_the_reverse_prior_has_none(c, beta, trap):
+    """The same assignment for every image: a share on one code, the rest even."""
+
+    def loss(share, prior):
+        p = torch.full((4, c), (1 - share) / (c - 1), dtype=torch.float64)
+        p[:, 0] = share
+        return cplearn_loss([p.log()] * 2, beta, prior=prior)[0].item()
+
+    shares = [k / 100 for k in range(5, 96)]
+    assert (min(loss(x, "forward") for x in shares) < loss(1 / c, "forward") - 1e-3) == trap
+    assert (forward_prior_warning(beta, c) is not None) == trap
+    assert min(loss(x, "reverse") for x in shares) > loss(1 / c, "reverse")
