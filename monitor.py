@@ -87,7 +87,7 @@ class Probe:
     Where `LEAST` images would cost more in every epoch, they are looked at in every so many.
     """
 
-    MOST, LEAST, COST, BYTES = 2000, 256, 0.02, 2**28
+    MOST, LEAST, COST, BYTES = 2000, 256, 0.015, 2**28
     SETTLED = 30  # steps before which batch norm's running statistics, and so the probe's numbers, mean little
 
     def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int):
