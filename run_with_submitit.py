@@ -33,7 +33,7 @@ from errors import UserError
 
 SCRIPTS = ("main_cplearn", *sorted(path.stem for path in slurm_jobs.ROOT.glob("eval_*.py")))
 # After pre-training, one after the other: their results go to one file.
-EVALUATIONS = [name for name in ("eval_knn", "eval_linear", "eval_cluster", "eval_collapse") if name in SCRIPTS]
+EVALUATIONS = ("eval_knn", "eval_linear", "eval_cluster", "eval_collapse")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

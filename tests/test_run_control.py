@@ -202,6 +202,7 @@ def test_every_error_has_its_own_exit_code():
         "WriteError": 4,
         "WorkerError": 5,
         "PeerError": 6,
+        "CollapseError": 7,
         "Interrupted": 75,
     }
     readme = (ROOT / "README.md").read_text()

@@ -47,7 +47,7 @@ def test_the_batch_script_of_8_gpus(tmp_path):
     assert "--class_list imagenet100.txt --arch vit_small" in command  # the recipe, written out
     assert "--device cuda" in command and "--num_workers 10" in command
     names = [re.search(r"job-name=in100-(\S+)", x)[1] for x in others]
-    assert names == ["eval_knn", "eval_linear", "eval_cluster"]
+    assert names == ["eval_knn", "eval_linear", "eval_cluster", "eval_collapse"]
     assert all("nodes=1\n" in x and "dependency=afterok:JOB" in x and "kill-on-invalid-dep=yes" in x for x in others)
 
 

@@ -302,7 +302,8 @@ def test_evaluations_follow(tmp_path, more_images):
     for job in jobs:
         assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [one["script"] for one in results] == ["eval_knn", "eval_linear", "eval_cluster"]
+    scripts = ["eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "eval_collapse"]  # and random init
+    assert [one["script"] for one in results] == scripts
     assert all(one["weights"] == f"{tmp_path}/checkpoint.pth" and one["epoch"] == 2 for one in results)
     single = run_script("eval_knn.py", "--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--device", "cpu",
                         "--output_dir", str(tmp_path / "single"))  # fmt: skip
