@@ -298,7 +298,7 @@ def more_images(tmp_path_factory):
 def test_evaluations_follow(tmp_path, more_images):
     more = ("--then", "eval", "--nodes", "1", "--epochs", "2", "--batch_size_per_gpu", "20")
     jobs = submit(tmp_path, more_images, *more)
-    assert len(jobs) == 4 and "PENDING     (Dependency)" in the_line(tmp_path, jobs[1])
+    assert len(jobs) == 5 and "PENDING     (Dependency)" in the_line(tmp_path, jobs[1])
     for job in jobs:
         assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
