@@ -181,7 +181,9 @@ def test_a_node_that_fails(tmp_path, image_folder, undisturbed):
     try:
         wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue")
     finally:
-        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
+        # refused while the node is still being cleared of the job
+        resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+        wait_for(lambda: subprocess.run(resume, capture_output=True).returncode == 0, "the node's return", 60)
     assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
     assert_as_undisturbed(tmp_path, undisturbed)
 
