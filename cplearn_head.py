@@ -218,13 +218,17 @@ def forward_prior_warning(beta: float, out_dim: int) -> str | None:
     )
 
 
+BETA_KNOBS = {  # against collapse, for every method with this loss
+    "cluster": "a smaller --beta, 1 at most",
+    "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
+}
+
+
 class CPLearn(Method):
     """Algorithm 1 as a method: views in, loss out."""
 
-    KNOBS = {
-        "cluster": "a smaller --beta, 1 at most",
+    KNOBS = BETA_KNOBS | {
         "stuck at uniform": "a larger --lr, --beta or logit scale (--n_ref; start-up prints initial_logit_std: 0.5 to 3)",
-        "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
     }
 
     def __init__(

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics as sk
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
+import collapse
 import distributed
 import errors
 import evaluation
@@ -40,8 +42,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def usage(codes: np.ndarray) -> dict[str, float]:
     """Number of used codes, and perplexity exp(entropy) of their frequencies. Shape: codes int (n,)."""
-    p = np.unique(codes, return_counts=True)[1] / len(codes)
-    return {"used_codes": len(p), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}
+    used, perplexity = collapse.code_usage(torch.from_numpy(codes))
+    return {"used_codes": used, "perplexity": perplexity}
 
 
 def agreement(codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:

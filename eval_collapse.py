@@ -304,7 +304,7 @@ def draw(args: argparse.Namespace, networks: list[Network], results: dict[str, d
     out = Path(args.output_dir)
     for name in FIGURES:  # of an earlier call
         (out / f"{name}.png").unlink(missing_ok=True)
-    plot_spectrum(out, networks)
+    plot_spectrum(out, networks, results)
     if args.components:
         plot_mixture(out, args.components, results)
     with_codes = [n for n in networks if n.embedding is not None]
@@ -327,10 +327,12 @@ def write_csv(path: Path, header: Sequence[str], rows) -> None:
         writer.writerows(rows)
 
 
-def plot_spectrum(out: Path, networks: list[Network]) -> None:
+def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     rows = []
-    for axis, kind in zip(axes, ("embedding", "representation"), strict=True):
+    for axis, kind, rank in zip(
+        axes, ("embedding", "representation"), ("embedding_rank", "features_rank"), strict=True
+    ):
         for i, network in enumerate(networks):
             x = network.embedding if kind == "embedding" else network.data.features
             if x is None:
@@ -338,7 +340,7 @@ def plot_spectrum(out: Path, networks: list[Network]) -> None:
             values = torch.linalg.eigvalsh(covariance_of(x)).flip(0).clamp(min=0)
             rows += [(network.label, kind, k + 1, f"{v:.6g}") for k, v in enumerate(values.tolist())]
             share = values / values[0].clamp(min=1e-300)
-            axis.plot(range(1, len(share) + 1), share, label=f"{network.label} (rank {collapse.rankme(x):.0f} of {x.shape[1]})",
+            axis.plot(range(1, len(share) + 1), share, label=f"{network.label} (rank {results[network.label][rank]:.0f} of {x.shape[1]})",
                       **style(network.label, i))  # fmt: skip
         axis.set(xscale="log", yscale="log", ylim=(1e-9, 2), xlabel="index", title=f"Covariance of the {kind}s")
         axis.grid(alpha=0.3)

@@ -26,6 +26,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def votes(similarity: Tensor, label: Tensor, n_classes: int, temperature: float) -> Tensor:
+    """Sum of exp(cosine / temperature) over neighbours of each class, up to a factor of the row's own.
+
+    Shape: similarities (n, k), the most similar first, and labels (n, k) of the neighbours -> (n, n_classes).
+    """
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the best at 1: no overflow at small T
+    return torch.zeros(len(label), n_classes).scatter_add_(1, label, weight)
+
+
 def knn(
     train: Tensor,
     train_labels: Tensor,
@@ -54,10 +63,10 @@ def knn(
         similarity, neighbour = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1]))
         label = train_labels[neighbour]
         truth = test_labels[start : start + 4096, None]
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the best at 1: no overflow at small T
         for k in ks:
-            votes = torch.zeros(len(label), n_classes).scatter_add_(1, label[:, :k], weight[:, :k])
-            ranked = votes.topk(min(5, n_classes), dim=1).indices
+            ranked = (
+                votes(similarity[:, :k], label[:, :k], n_classes, temperature).topk(min(5, n_classes), dim=1).indices
+            )
             correct = ranked == truth
             hits[k] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
     for k in ks:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import augmentations
 import collapse
 import distributed
+import eval_knn
 import random_streams
 from errors import CollapseError, LocalError
 from method import Method, forward_by_size
@@ -173,8 +174,7 @@ class Look:
         x = nn.functional.normalize(self.features, dim=1)
         cosine = (x @ x.T).fill_diagonal_(-2)
         similarity, neighbour = cosine.topk(min(k, len(x) - 1), dim=1)
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(x), int(self.labels.max()) + 1).scatter_add_(1, self.labels[neighbour], weight)
+        votes = eval_knn.votes(similarity, self.labels[neighbour], int(self.labels.max()) + 1, temperature)
         return (votes.argmax(1) == self.labels).double().mean().item()
 
 

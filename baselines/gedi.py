@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distributed
-from cplearn_head import cplearn_loss, forward_prior_warning, log_mean_probs, prior_forward, reference_losses
+from cplearn_head import (
+    BETA_KNOBS,
+    cplearn_loss,
+    forward_prior_warning,
+    log_mean_probs,
+    prior_forward,
+    reference_losses,
+)
 from errors import UserError
 from method import Method, ReferenceLosses, check_out_dim, float32, forward_by_size
 
@@ -37,11 +44,7 @@ def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, d
 
 class GEDI(Method):
     TEMPERATURE = 0.1
-    KNOBS = {
-        "cluster": "a smaller --beta, 1 at most",
-        "stuck at uniform": "a larger --lr or --beta",
-        "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
-    }
+    KNOBS = BETA_KNOBS | {"stuck at uniform": "a larger --lr or --beta"}
 
     def __init__(self, backbone: nn.Module, *, out_dim: int, beta: float, reduction: str, hidden: int = 2048):
         super().__init__()
@@ -99,5 +102,9 @@ class GEDI(Method):
         return 4 * self.out_dim * (9 * views * n + self.projector[-1].in_features)
 
     def warnings(self) -> list[str]:
-        trap = forward_prior_warning(self.beta, self.out_dim) if self.reduction == "mean" else None
-        return [trap] if trap else []
+        found = []
+        if self.beta > 1:
+            found.append(f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction")
+        if self.reduction == "mean" and (trap := forward_prior_warning(self.beta, self.out_dim)):
+            found.append(trap)
+        return found

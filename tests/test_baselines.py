@@ -603,4 +603,5 @@ def test_bad_values_are_refused_by_name(name, flags):
 def test_references_at_lambda_above_one_and_gedis_warning():
     barlow = BarlowTwins(FakeBackbone(4), out_dim=40, hidden=8, lambd=3.0)
     assert barlow.references(8).floor == 40 - 8 + 1  # min(1, lambda) times what rank N - 1 leaves
-    assert "forward prior" in make("gedi", "--beta", "5").warnings()[0] and not make("gedi").warnings()
+    assert "above 1" in make("gedi", "--beta", "5").warnings()[0] and not make("gedi").warnings()
+    assert "forward prior" in make("gedi", "--beta", "5").warnings()[1]
