@@ -33,8 +33,8 @@ from utils import format_table, git_commit  # noqa: E402
 # Of the comparison, by method; beta follows the paper's Table 7 in direction, as in RESULTS.md's CPLearn runs.
 FLAGS = {
     "cplearn": lambda c: ["--beta", "0.5" if c <= 128 else "0.25"],
-    "gedi": lambda c: ["--beta", "0.5" if c <= 128 else "0.25"],
-    "gedi_gen": lambda c: ["--beta", "0.5" if c <= 128 else "0.25"],
+    "gedi": lambda c: ["--beta", "0.15" if c <= 128 else "0.1"],  # below 1 / log c, or it falls to one code
+    "gedi_gen": lambda c: ["--beta", "0.15" if c <= 128 else "0.1"],
     "dino": lambda c: ["--momentum_teacher", "0.99"],  # 12 epochs are too few for 0.996
     "swav": lambda c: ["--epoch_queue_starts", "3", "--queue_length", "960"],  # 15 batches
 }
