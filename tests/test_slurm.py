@@ -171,6 +171,12 @@ def test_a_real_preemption(tmp_path, image_folder, undisturbed):
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
+def returned(node: str) -> bool:
+    """Ask the node back, and look. Slurm refuses while it clears the node of the job, and if the node came by itself."""
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], capture_output=True)
+    return not re.search(r"State=\S*DOWN", slurm_jobs.ask("scontrol", "show", "node", "-o", node))
+
+
 def test_a_node_that_fails(tmp_path, image_folder, undisturbed):
     (job,) = submit(tmp_path, image_folder)
     wait_step(tmp_path, job, 2)
@@ -181,9 +187,7 @@ def test_a_node_that_fails(tmp_path, image_folder, undisturbed):
     try:
         wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue")
     finally:
-        # refused while the node is still being cleared of the job
-        resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
-        wait_for(lambda: subprocess.run(resume, capture_output=True).returncode == 0, "the node's return", 60)
+        wait_for(lambda: returned(node), "the node's return", 120)
     assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
     assert_as_undisturbed(tmp_path, undisturbed)
 
