@@ -2,8 +2,11 @@
 
 A data set here has `len`, `ds[i] -> (PIL image in RGB, label)`, `classes` (a list of names, or None when there
 are no labels; the label is then -1), `names` (one string an image) and `where` (for the start-up line).
+
+    python datasets.py imagenet100 --imagenet /data/imagenet --out /data/imagenet100       # the 100 classes, as links
 """
 
+import argparse
 import errno
 import hashlib
 import json
@@ -12,7 +15,7 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import distributed
+import errors
+import utils
 from augmentations import View, crop, draw, eval_pixels, rng_for
 from errors import LocalError, UserError, WorkerError
 from random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
@@ -33,6 +38,8 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", 
 # What a file may be, whatever its name says. Pillow would also hand PostScript to an interpreter.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit for warning of a decompression bomb: 256 MiB in RGB
+# Of the complete subset (ILSVRC 2012).
+IMAGENET100_IMAGES = {"train": 126_689, "val": 5_000}
 IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
 
 # What differs by data set: its own image size, and which augmentation recipe suits it.
@@ -442,3 +449,64 @@ def default_workers(requested: int | None) -> int:
     if requested is not None:
         return requested
     return min(10, max(1, (os.cpu_count() or 1) // distributed.local_world_size() - 1))
+
+
+# --- the ImageNet-100 tree -----------------------------------------------------------------------------
+
+
+def link_imagenet100(imagenet: str, out: str, *, incomplete: bool = False) -> dict[str, Dataset]:
+    """A folder with train/ and val/ of the 100 classes of `imagenet100.txt`, as links to those of ImageNet.
+
+    Raises `UserError`, before a link is made, if a class is missing or images are, unless `incomplete` is allowed.
+    The same call again only checks.
+    """
+    classes = read_class_list("imagenet100.txt")
+    found = {}
+    for split, complete in IMAGENET100_IMAGES.items():
+        folder = Path(imagenet, split)
+        if not folder.is_dir():
+            raise UserError(f"--imagenet {imagenet} has no {split} folder: it needs train/ and val/ with class folders")
+        found[split] = Folder(folder, classes)
+        if len(found[split]) != complete and not incomplete:
+            raise UserError(
+                f"{folder} has {len(found[split]):,} images of the 100 classes, the data set {complete:,}: "
+                "complete it, or add --allow_incomplete"
+            )
+    for split, data in found.items():
+        (Path(out) / split).mkdir(parents=True, exist_ok=True)
+        for name in classes:
+            link, target = Path(out, split, name), (data.root / name).resolve()
+            if link.is_symlink() and link.resolve() == target:
+                continue
+            try:
+                link.symlink_to(target, target_is_directory=True)
+            except OSError as error:
+                raise UserError(
+                    f"--out {out}: {link} cannot be made ({error.strerror}): name an empty folder"
+                ) from None
+        extra = sorted({path.name for path in Path(out, split).iterdir()} - set(classes))
+        if extra:
+            raise UserError(f"--out {out} has other things in {split}: {', '.join(extra[:3])}; name an empty folder")
+    made = {split: Folder(Path(out, split)) for split in found}
+    assert all(fingerprint(made[split]) == fingerprint(found[split]) for split in found)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = utils.ArgumentParser(prog="datasets.py", description=__doc__.split("\n\n")[0])
+    sub = parser.add_subparsers(dest="what", required=True, parser_class=argparse.ArgumentParser)
+    links = sub.add_parser("imagenet100", help="The 100-class subset as a tree of links")
+    links.add_argument(
+        "--imagenet", required=True, help="Folder with train/ and val/, each with the 1000 class folders"
+    )
+    links.add_argument("--out", required=True, help="Folder to make")
+    links.add_argument("--allow_incomplete", action="store_true", help="Also if images are missing")
+    args = parser.parse_args(argv)
+    utils.expand_paths(args, "imagenet", "out")
+    made = link_imagenet100(args.imagenet, args.out, incomplete=args.allow_incomplete)
+    for split, data in made.items():
+        print(f"{split}: {len(data.classes)} classes, {fingerprint(data)}")
+
+
+if __name__ == "__main__":
+    errors.run_script(main)

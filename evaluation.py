@@ -283,6 +283,7 @@ def extract_features(model: Model, dataset, args, device: torch.device, n_last_b
             "random_init": args.random_init,
             **({"network": args.checkpoint_key or "teacher"} if hasattr(model.method, "network") else {}),
             "data": dataset.where,
+            "data_hash": datasets.fingerprint(dataset),
             "image_size": model.image_size,
         },
     )

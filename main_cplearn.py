@@ -334,7 +334,7 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     statistics = RunningStatistics(method)
     progress = Progress(epoch, args.epochs, len(run.loader))
-    start = time.perf_counter() - run.seconds
+    start, first_step = time.perf_counter() - run.seconds, 0.0
     with datasets.deadline(args.worker_timeout):
         batches = iter(run.loader)
 
@@ -365,7 +365,8 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
         run.monitor.add(method, batch, skipped)
         run.bad_steps.remember(run.step, samples, terms)
         run.step += 1
-        run.seconds = time.perf_counter() - start
+        before, run.seconds = run.seconds, time.perf_counter() - start
+        first_step = run.seconds - before if i == first else first_step
         if (i + 1) % args.print_freq == 0 or i + 1 == len(run.loader):
             values = run.meter.read() | run.monitor.use.read()
             progress.show(i + 1, values, lr, (i + 1) * batch / run.seconds, run.waiting.seconds / run.seconds)
@@ -393,6 +394,7 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
         "images_per_second": last * batch / run.seconds,
         "data_wait": run.waiting.seconds / run.seconds,
         "seconds": run.seconds,
+        "first_step_seconds": first_step,  # with all that happens once
     }
 
 
@@ -519,6 +521,7 @@ def announce(run: Run, lines: list[str]) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "effective_batch": args.batch_size_per_gpu * distributed.world_size(),
         "actual_lr": actual_lr(args),
+        "train_images": len(run.dataset),
         "steps_per_epoch": len(run.loader),
         "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
         "expected_memory_gb": sum(expected_memory(method, args, len(run.views))) / 1e9,

@@ -59,6 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--name", default=None, help="Of the job (default: the output folder's)")
     g.add_argument("--max_requeues", type=int, default=20, help="After so many the job ends as FAILED; the same command again goes on")
     g.add_argument("--signal_delay_s", type=int, default=120, help="Seconds before the time limit at which to save")
+    g.add_argument("--dependency", default=None, metavar="TYPE:JOB", help="Wait for other jobs, as sbatch has it: afterok:123, afterany:123:124")
     g = p.add_argument_group("what to do")
     g.add_argument("--then", choices=("eval",), default=None, help=f"After pre-training that ends well: {', '.join(EVALUATIONS)}")
     g.add_argument("--dry_run", action="store_true", help="Print the batch script and the command, submit nothing")
@@ -86,6 +87,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         raise UserError(f"--local has one machine: leave out --nodes {args.nodes}")
     if args.local and args.then:
         raise UserError("--local knows no dependencies: run the evaluations when it is done, leave out --then")
+    if args.dependency and not re.fullmatch(r"after\w*(:\d+)+(,after\w*(:\d+)+)*", args.dependency):
+        raise UserError(f"--dependency {args.dependency} is not sbatch's TYPE:JOB: afterok:123")
+    if args.local and args.dependency:
+        raise UserError(f"--local knows no dependencies: leave out --dependency {args.dependency}")
     if "--time" in rest:
         raise UserError("--time is called --timeout here, and counts minutes")
     wrong = [x for x in args.sbatch if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", x)]
@@ -116,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
         check_partition(args)
     if not args.dry_run:
         refuse_twice(folder, args)
-    jobs = [submit(args, args.script, rest, folder)]
+    jobs = [submit(args, args.script, rest, folder, args.dependency)]
     if args.then:
         folder = Path(str(folder).replace("%j", jobs[0]))
         weights = ["--pretrained_weights", str(folder / "checkpoint.pth")]
@@ -155,7 +160,8 @@ def check_flags(args: argparse.Namespace, argv: list[str]) -> str:
     given = {name: os.path.expanduser(value) for name, value in vars(theirs).items() if value and name in PATHS}
     numbered = "%j" in " ".join(argv)
     for name in ("pretrained_weights", "load_features", "init_from"):
-        if name in given and not numbered and not os.path.exists(given[name]):
+        # What another job is going to write cannot be there yet.
+        if name in given and not numbered and not args.dependency and not os.path.exists(given[name]):
             raise UserError(f"--{name} {given[name]} does not exist: check the path")
     if "data_path" in given and not os.path.exists(given["data_path"]):
         print(f"WARNING: --data_path {given['data_path']} does not exist on this machine", file=sys.stderr)

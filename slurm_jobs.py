@@ -34,6 +34,7 @@ from utils import (  # noqa: E402
     format_duration,
     host_name,
     process_start,
+    read_json_lines,
     remove_quietly,
     write_text,
 )
@@ -225,10 +226,7 @@ def ask(*command: str) -> str:
 
 def submissions(folder: Path) -> list[dict]:
     """Lines of jobs.jsonl, oldest first."""
-    try:
-        return [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines() if line.strip()]
-    except (OSError, ValueError):
-        return []
+    return read_json_lines(folder / "jobs.jsonl")
 
 
 def job_state(folder: Path, entry: dict) -> dict[str, str]:

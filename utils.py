@@ -1,6 +1,7 @@
 """Small things every script needs: schedules, flags, files, tables. Needs nothing but Python, so it loads at once."""
 
 import argparse
+import contextlib
 import errno
 import functools
 import json
@@ -138,13 +139,28 @@ def process_start(pid: int) -> str | None:
 
 
 def append_json_line(path: str | Path, record: dict) -> None:
-    """Append one record. JSON has no NaN and no infinity: they become null. Raises `WriteError`."""
+    """Append one record, on a line of its own even after one that a kill cut short. JSON has no NaN and no infinity:
+    they become null. Raises `WriteError`."""
     line = json.dumps(_json_ready(record), allow_nan=False) + "\n"
     try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(line)
+        with open(path, "ab+") as f:
+            if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+                line = "\n" + line
+            f.write(line.encode())
     except OSError as error:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
+
+
+def read_json_lines(path: str | Path) -> list[dict]:
+    """Records of `append_json_line`, without what a kill cut short. [] if there is no file."""
+    found = []
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    except OSError:
+        pass
+    return found
 
 
 def _json_ready(value):

@@ -172,7 +172,7 @@ def test_a_real_preemption(tmp_path, image_folder, undisturbed):
 
 
 def returned(node: str) -> bool:
-    """Ask the node back, and look. Slurm refuses while it clears the node of the job, and if the node came by itself."""
+    """Ask the node back, and look. Slurm refuses while it clears it of the job, and if it came back by itself."""
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], capture_output=True)
     return not re.search(r"State=\S*DOWN", slurm_jobs.ask("scontrol", "show", "node", "-o", node))
 
