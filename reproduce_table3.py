@@ -12,9 +12,9 @@ every cell: table3.md, .csv, .png.
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import functools
+import importlib
 import json
 import os
 import queue
@@ -35,46 +35,10 @@ import run_with_submitit
 import slurm_jobs
 import utils
 from errors import Interrupted, UserError
+from table_rows import NAMES, Row, rows
 
 ROOT = Path(__file__).resolve().parent
-# Of models.METHODS, here for --help at once; the paper's names.
-NAMES = {
-    "barlow_twins": "Barlow",
-    "swav": "SwAV",
-    "dino": "DINO",
-    "gedi": "GEDI no gen",
-    "cplearn": "CPLearn",
-    "gedi_gen": "GEDI",
-    "self_classifier": "Self-Classifier",
-}
-TABLE3_METHODS = ("barlow_twins", "swav", "dino", "gedi", "cplearn")
-OUT_DIMS = {"paper": (128, 1024, 2048, 32768, 65536, 131072), "small": (16, 128, 1024, 4096, 16384)}
-EVALUATIONS = ("knn", "linear", "cluster", "collapse")
-# Of --scale small, what belongs to a method (RESULTS.md, "one budget for all", says what was tried).
-SMALL_FLAGS: dict[str, Callable[[int], list[str]]] = {
-    "cplearn": lambda c: ["--beta", "0.5" if c <= 128 else "0.25"],  # the direction of the paper's Table 7
-    "gedi": lambda c: ["--beta", "0.15" if c <= 128 else "0.1"],  # below 1 / log c, or it falls to one code
-    "gedi_gen": lambda c: ["--beta", "0.15" if c <= 128 else "0.1"],
-    "dino": lambda c: ["--momentum_teacher", "0.99"],  # a dozen epochs are too few for 0.996
-    "swav": lambda c: ["--epoch_queue_starts", "3", "--queue_length", "960"],  # 15 batches
-    "barlow_twins": lambda c: ["--lr", "0.001"],  # at the common rate it does not learn
-}
-
-
 # --- the grid ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table, but for the seeds."""
-
-    key: str
-    method: str
-    out_dim: int
-    label: str  # what sets it apart from other lines of its method
-    x: float  # its place in the picture
-    flags: list[str]
-    paper: dict[str, float | str]  # nmi and linear top-1, in percent, or what stands there instead
 
 
 @dataclass(frozen=True)
@@ -112,133 +76,6 @@ class Cell:
         folder = self.folder / slurm_jobs.FOLDER
         jobs = [x for x in slurm_jobs.submissions(folder) if x["script"] == "main_cplearn"]
         return bool(jobs) and slurm_jobs.job_state(folder, jobs[-1])["JobState"] == "COMPLETED"
-
-
-def paper_lines(table: int) -> list[dict[str, str]]:
-    """Lines of paper_tables/tableN.csv."""
-    with open(ROOT / "paper_tables" / f"table{table}.csv", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
-
-
-def beta_of(out_dim: int) -> str:
-    """The paper's Table 7 (the same for its three data sets), by the largest listed c that is not above `out_dim`."""
-    line = paper_lines(7)[0]
-    sizes = [int(name[1:]) for name in line if name.startswith("c")]
-    return line[f"c{max([c for c in sizes if c <= out_dim], default=min(sizes))}"]
-
-
-def _percent(value: str, unit: float = 1.0) -> float | str | None:
-    try:
-        return round(unit * float(value), 3)
-    except ValueError:
-        return value or None
-
-
-def rows(table: int, scale: str, methods: Sequence[str], out_dims: Sequence[int], data: str) -> list[Row]:
-    """Lines of a table, those of the given methods and sizes (none given: the table's own)."""
-    found = {1: _table1, 2: _table2, 3: _table3, 4: _table4, 9: _table9}[table](scale, methods, out_dims, data)
-    if table != 3:
-        found = [r for r in found if (not methods or r.method in methods) and (not out_dims or r.out_dim in out_dims)]
-    if not found:
-        raise UserError(f"--table {table} has no line of --methods {' '.join(methods)} and --out_dims {out_dims}")
-    return found
-
-
-def _recipe(scale: str, name: str) -> str:
-    return f"@{ROOT}/recipes/{'small_comparison' if scale == 'small' else name}.txt"
-
-
-def _table3(scale, methods, out_dims, data) -> list[Row]:
-    paper = {(x["method"], int(x["out_dim"])): x for x in paper_lines(3)}
-    found = []
-    for method in methods or TABLE3_METHODS:
-        if scale == "paper" and method not in TABLE3_METHODS:
-            raise UserError(f"--methods {method} is not in the paper's Table 3: {', '.join(TABLE3_METHODS)}")
-        own = SMALL_FLAGS.get(method, lambda c: []) if scale == "small" else lambda c: []
-        for c in out_dims or OUT_DIMS[scale]:
-            there = paper.get((NAMES[method], c), {})
-            values = {"nmi": there.get("nmi_percent"), "linear": there.get("linear_top1_percent")}
-            known = {name: _percent(value) for name, value in values.items() if value}
-            flags = [_recipe(scale, f"imagenet100_{method}"), "--method", method, "--out_dim", str(c), *own(c)]
-            found.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
-    return found
-
-
-def _table1(scale, methods, out_dims, data) -> list[Row]:
-    k, f = {"cifar100": (100, 256)}.get(data, (10, 128))
-    # The paper names no size for the first rows: those of the published ResNet-18 code; GEDI's is that of the classes.
-    sizes = {
-        ("Barlow", ""): 2048,
-        ("SwAV", ""): 3000,
-        ("GEDI no gen", ""): k,
-        ("GEDI", ""): k,
-        ("", "c=k"): k,
-        ("", "c=f"): f,
-    }
-    found = []
-    for line in paper_lines(1):
-        method = next(m for m, name in NAMES.items() if name == line["method"])
-        c = sizes.get((line["method"], line["c"])) or sizes.get(("", line["c"])) or int(line["c"])
-        flags = [_recipe(scale, "cifar10_resnet8"), "--method", method, "--out_dim", str(c)]
-        flags += ["--beta", beta_of(c)] * (method in ("cplearn", "gedi", "gedi_gen"))
-        flags += ["--activation", "tanh"] * (method == "cplearn")
-        found.append(_resnet8_row(f"{method}_c{c}", method, c, f"c = {c}", flags, line, scale, data, len(found)))
-    return found
-
-
-def _resnet8_row(key, method, c, label, flags, line, scale, data, x) -> Row:
-    if scale == "paper":  # Table 6; the paper's width f is 256 on CIFAR-100
-        flags += {"svhn": ["--epochs", "20", "--augmentation", "svhn"], "cifar100": ["--arch", "resnet8_w256"]}.get(
-            data, []
-        )
-    paper = {"nmi": _percent(line[f"{data}_nmi"], 100), "linear": _percent(line[f"{data}_acc"], 100)}
-    return Row(key, method, c, label, x, flags, paper)
-
-
-def _table4(scale, methods, out_dims, data) -> list[Row]:
-    found = []
-    for line in paper_lines(4):
-        c = {"f": 256 if data == "cifar100" else 128}.get(line["c"]) or int(line["c"])
-        activation = {"L2-Norm": "l2", "Tanh": "tanh"}[line["activation"]]
-        flags = [
-            _recipe(scale, "cifar10_resnet8"),
-            "--out_dim",
-            str(c),
-            "--beta",
-            beta_of(c),
-            "--activation",
-            activation,
-        ]
-        label = f"c = {c}, {activation}"
-        found.append(_resnet8_row(f"{activation}_c{c}", "cplearn", c, label, flags, line, scale, data, len(found)))
-    return found
-
-
-def _table2(scale, methods, out_dims, data) -> list[Row]:
-    sizes = {("Barlow", ""): 2048, ("SwAV", ""): 3000, ("GEDI no gen", ""): 10}
-    found = []
-    for line in paper_lines(2):
-        method = next(m for m, name in NAMES.items() if name == line["method"])
-        c = sizes.get((line["method"], line["c"])) or {"c=f": 512}.get(line["c"]) or int(line["c"])
-        flags = [_recipe(scale, "cifar10_resnet18"), "--method", method, "--out_dim", str(c)]
-        if method == "cplearn":
-            flags += ["--beta", "1", f"@{ROOT}/recipes/published_head.txt"]
-        paper = {"nmi": _percent(line["nmi_percent"]), "linear": _percent(line["linear_acc_percent"])}
-        found.append(Row(f"{method}_c{c}", method, c, f"c = {c}", len(found), flags, paper))
-    return found
-
-
-def _table9(scale, methods, out_dims, data) -> list[Row]:
-    (c,) = out_dims or (512,)  # not stated; its beta = 1 has the value of Table 2's c = f
-    found = []
-    for line in paper_lines(9):
-        beta = line["beta"]
-        flags = [_recipe(scale, "cifar10_resnet18"), "--out_dim", str(c), "--beta", beta]
-        flags += [f"@{ROOT}/recipes/published_head.txt"] * (scale == "paper")
-        paper = {"linear": _percent(line["linear_acc_percent"])}
-        paper |= {"collapse": "yes" if line["cluster_collapse"] == "1" else "no"}
-        found.append(Row(f"beta{beta}_c{c}", "cplearn", c, f"beta = {beta}", float(beta), flags, paper))
-    return found
 
 
 def build_cells(args, epochs: int | None) -> list[Cell]:
@@ -353,11 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.scale == "small" and epochs is None:
         raise UserError("--scale small needs a budget: --minutes_per_cell 10, or --epochs 12")
     cells = build_cells(args, epochs)
-    check_cells(args, cells)
+    settings = check_cells(args, cells)
     if args.dry_run:
         plan(args, cells, rest)
         return
-    save_grid(args, cells, epochs)
+    save_grid(args, cells, settings, epochs)
     if args.launcher == "slurm":
         run_on_slurm(args, cells, rest)
     else:
@@ -379,14 +216,20 @@ def check_data(args) -> None:
         raise UserError(f"--data_path {args.data_path} has no val or test folder: the evaluations need one")
 
 
-def check_cells(args, cells: list[Cell]) -> None:
-    """Every script's own check of its flags, before the first of them runs."""
-    import main_cplearn
-
+def check_cells(args, cells: list[Cell]) -> dict[str, dict]:
+    """Every script's own check of its flags, before the first of them runs. Returns what each cell trains with."""
+    settings = {}
     for cell in cells:
-        main_cplearn.parse_args([*cell.train, "--output_dir", str(cell.folder)])
+        settings[cell.name] = vars(main_cplearn().parse_args([*cell.train, "--output_dir", str(cell.folder)]))
+        del settings[cell.name]["output_dir"]
         for _, script, flags in cell.stages()[1:]:
-            run_with_submitit.importlib.import_module(script).get_args_parser().parse_args(flags)
+            importlib.import_module(script).get_args_parser().parse_args(flags)
+    return settings
+
+
+def main_cplearn():
+    """Loads torch, for which --help and --status need not wait."""
+    return importlib.import_module("main_cplearn")
 
 
 # --- what a folder's grid is ------------------------------------------------------------------------------
@@ -406,31 +249,32 @@ def _read_grid(args) -> dict:
 def known_epochs(args) -> int | None:
     """What was given, or what was timed when this grid began."""
     before = _read_grid(args)
-    if before and args.minutes_per_cell and before["minutes_per_cell"] == args.minutes_per_cell:
+    if before and not args.epochs and args.minutes_per_cell in (None, before["minutes_per_cell"]):
         return before["epochs"]
     return args.epochs
 
 
-def save_grid(args, cells: list[Cell], epochs: int | None) -> None:
-    """Write down the cells; those of before stay. Raises `UserError` if one of them has other flags now."""
-    before = {x["name"]: x for x in _read_grid(args).get("cells", [])}
+def save_grid(args, cells: list[Cell], settings: dict[str, dict], epochs: int | None) -> None:
+    """Write down the cells; those of before stay. Raises `UserError` if one of them has other settings now."""
+    kept = {x["name"]: x for x in _read_grid(args).get("cells", [])}
     for cell in cells:
-        kept = before.get(cell.name)
-        if kept and kept["train"] != cell.train:
-            changed = [f"{a} -> {b}" for a, b in zip(kept["train"], cell.train, strict=False) if a != b]
+        now = json.loads(json.dumps(settings[cell.name]))
+        before = kept.get(cell.name, {}).get("settings", now)
+        changed = [
+            f"--{k} {before.get(k)}, now {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)
+        ]
+        if changed:
             raise UserError(
-                f"{args.output_dir} holds a grid with other settings ({cell.name}: {', '.join(changed[:3]) or 'flags'}): "
-                "choose another --output_dir"
+                f"{args.output_dir} holds {cell.name} with {'; '.join(changed[:3])}: choose another --output_dir"
             )
-        content = asdict(cell)
-        before[cell.name] = {k: v for k, v in content.items() if k != "folder"}
+        kept[cell.name] = {k: v for k, v in asdict(cell).items() if k != "folder"} | {"settings": now}
     content = {
         "table": args.table,
         "scale": args.scale,
         "epochs": epochs,
-        "minutes_per_cell": args.minutes_per_cell,
+        "minutes_per_cell": args.minutes_per_cell or _read_grid(args).get("minutes_per_cell"),
         "commit": utils.git_commit(),
-        "cells": list(before.values()),
+        "cells": list(kept.values()),
     }
     utils.write_text(_grid_file(args), json.dumps(content, indent=1) + "\n")
 
@@ -442,7 +286,8 @@ def load_grid(args) -> list[Cell]:
         raise UserError(f"{args.output_dir} holds no grid: was it started with this --output_dir?")
     args.table, args.scale = grid["table"], grid["scale"]
     return [
-        Cell(**{**x, "row": Row(**x["row"])}, folder=Path(args.output_dir, x["name"])) for x in grid["cells"]
+        Cell(Row(**x["row"]), x["seed"], x["name"], x["train"], x["evaluate"], Path(args.output_dir, x["name"]))
+        for x in grid["cells"]
     ]  # fmt: skip
 
 
@@ -525,9 +370,7 @@ def _gpus() -> int:
 
 
 def _batch(cell: Cell) -> tuple[int, int]:
-    import main_cplearn
-
-    theirs = main_cplearn.parse_args([*cell.train, "--output_dir", str(cell.folder)])
+    theirs = main_cplearn().parse_args([*cell.train, "--output_dir", str(cell.folder)])
     return theirs.batch_size_per_gpu, theirs.epochs
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 import utils
 from errors import UserError
+from table_rows import NAMES
 
 # Percent but for the last two. name: (results of which script, where in its metrics)
 MEASURES = {
@@ -58,11 +59,13 @@ def summary(values: list[float]) -> tuple[float, float]:
 def collect(cells) -> list[dict]:
     """A dict a line of the table: row, n, and (mean, spread) of every measure over the finished seeds; with the
     untrained networks, label "random init", at the end."""
-    lines = {}
+    lines, seen = {}, set()
     for cell in cells:
         if cell.finished():
             lines.setdefault(("", cell.row.key), (cell.row, []))[1].append(measure(cell.results()))
-            if random := measure(cell.results(random=True)):
+            random = measure(cell.results(random=True))
+            if random and (cell.row.out_dim, cell.seed) not in seen:  # two, where lines were added later
+                seen.add((cell.row.out_dim, cell.seed))
                 lines.setdefault(("random", cell.row.out_dim), (cell.row, []))[1].append(random)
     found = []
     for (kind, _), (row, seeds) in sorted(lines.items(), key=lambda item: item[0][0]):
@@ -95,8 +98,6 @@ def write(out: Path, table: int, scale: str, cells) -> None:
     lines = collect(cells)
     if not lines:
         return
-    from reproduce_table3 import NAMES
-
     trained = [x for x in lines if not x["random"]]
     untrained = [x for x in lines if x["random"]]
     rows = []
