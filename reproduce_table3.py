@@ -83,10 +83,7 @@ def build_cells(args, epochs: int | None) -> list[Cell]:
     out = Path(args.output_dir)
     data = args.dataset if args.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
     lines = rows(args.table, args.scale, args.methods, args.out_dims, data)
-    common = ["--saveckp_freq", "0"]
-    common += ["--data_path", args.data_path] if args.data_path else []
-    common += ["--dataset", args.dataset] if args.dataset else []
-    common += (["--epochs", str(epochs)] if epochs else []) + shlex.split(args.train_flags)
+    common = common_flags(args) + (["--epochs", str(epochs)] if epochs else [])
     cells = []
     for seed in args.seeds:
         seen: set[int] = set()
@@ -102,6 +99,13 @@ def build_cells(args, epochs: int | None) -> list[Cell]:
             name = f"{row.key}_s{seed}"
             cells.append(Cell(row, seed, name, [*row.flags, "--seed", str(seed), *common], flags, out / name))
     return cells
+
+
+def common_flags(args) -> list[str]:
+    """Of every pre-training."""
+    data = {"--data_path": args.data_path, "--dataset": args.dataset}
+    given = [x for flag, value in data.items() if value for x in (flag, value)]
+    return ["--saveckp_freq", "0", *given, *shlex.split(args.train_flags)]
 
 
 def evaluation_flags(args) -> dict[str, list[str]]:
@@ -309,22 +313,14 @@ def probe(args, cells: list[Cell]) -> dict[str, dict]:
     kept = json.loads(kept_in.read_text()) if kept_in.exists() else {}
     found = {}
     for cell in {c.row.key: c for c in reversed(cells)}.values():
-        more = [
-            "--max_steps",
-            str(args.probe_steps),
-            "--epochs",
-            "1000",
-            "--warmup_epochs",
-            "0",
-            "--saveckp_minutes",
-            "0",
-        ]
+        more = f"--max_steps {args.probe_steps} --epochs 1000 --warmup_epochs 0 --saveckp_minutes 0".split()
         more += ["--batch_size_per_gpu", str(args.probe_images)] if args.probe_images else []
         more += ["--epoch_queue_starts", "0"] * (cell.row.method == "swav")  # its share of most epochs
-        key = shlex.join([_device(), *cell.train, *more])
+        flags = [*cell.row.flags, *common_flags(args), *more]
+        key = shlex.join([_device(), *flags])
         if key not in kept:
             with tempfile.TemporaryDirectory() as folder:
-                kept[key] = _probe_one(args, [*cell.train, *more, "--output_dir", folder], Path(folder))
+                kept[key] = _probe_one(args, [*flags, "--output_dir", folder], Path(folder))
             utils.write_text(kept_in, json.dumps(kept, indent=1) + "\n")
         found[cell.row.key] = kept[key]
         x = kept[key]
@@ -411,9 +407,17 @@ def plan(args, cells: list[Cell], launcher_flags: list[str]) -> None:
         size = 2 * x["checkpoint_bytes"] / 1e9
         total, disk = total + training + evaluating, disk + size
         table.append((cell.name, epochs, f"{1000 * step:.0f}", f"{training:.1f}", f"{evaluating:.1f}",
-                      f"{x['expected_memory_gb'] * batch / x['images']:.1f}", "" if cell.finished() is False else "done"))  # fmt: skip
+                      f"{x['expected_memory_gb']:.1f}", "done" * cell.finished()))  # fmt: skip
     unit = "GPU" if _device() != "cpu" else "CPU"
-    header = ("cell", "epochs", "ms a step", f"{unit}-h training", f"{unit}-h evaluating", "GB a process", "")
+    header = (
+        "cell",
+        "epochs",
+        "ms a step",
+        f"{unit}-h training",
+        f"{unit}-h evaluating",
+        f"GB a process, batch {args.probe_images or 'as trained'}",
+        "",
+    )
     print("\n" + utils.format_table(table, header) + "\n")
     for cell in cells[:1] + cells[-1:] * (len(cells) > 1):
         print(f"{cell.name}:")
