@@ -523,7 +523,6 @@ class Workers:
                 if cell.done(stage):
                     continue
                 cell.folder.mkdir(parents=True, exist_ok=True)
-                (cell.folder / "random_init").mkdir(exist_ok=True) if stage.startswith("random") else None
                 code, line = self._stage(cell, stage, script, flags, slot)
                 if code == Interrupted.exit_code or self.stopping.is_set():
                     return "stopped"
@@ -551,7 +550,7 @@ class Workers:
             code = child.wait()
             with self.lock:
                 del self.running[cell.name]
-            line = ([x for x in slurm_jobs._tail(log).splitlines() if x.strip()] or [""])[-1]
+            line = ([x for x in slurm_jobs.tail(log).splitlines() if x.strip()] or [""])[-1]
             if code != UserError.exit_code or " is in use by process " not in line:
                 return code, line
             time.sleep(2)
@@ -564,8 +563,11 @@ class Workers:
         return [*flags, "--num_workers", str(max(0, (os.cpu_count() or 1) // self.args.jobs - 1))]
 
     def stop(self) -> None:
-        self.stopping.set()
+        """Once: a second signal would not let training save."""
         with self.lock:
+            if self.stopping.is_set():
+                return
+            self.stopping.set()
             for child in self.running.values():
                 with contextlib.suppress(ProcessLookupError):
                     child.terminate()  # training saves before it ends
@@ -581,7 +583,6 @@ def run_here(args, cells: list[Cell]) -> None:
 
     def stop(number: int, frame) -> None:
         asked.append(signal.Signals(number).name)
-        workers.stopping.set()
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     problems: dict[str, str] = {}
@@ -591,7 +592,7 @@ def run_here(args, cells: list[Cell]) -> None:
             waiting, start = set(futures), time.time()
             while waiting:
                 ended, waiting = wait(waiting, timeout=1, return_when="FIRST_COMPLETED")
-                if workers.stopping.is_set():
+                if asked:
                     workers.stop()
                 for future in ended:
                     cell, problem = futures[future], future.result()
@@ -634,14 +635,8 @@ def run_on_slurm(args, cells: list[Cell], rest: list[str]) -> None:
             if cell.done(stage):
                 continue
             needs = ",".join(x for x in (trained, after) if x)
-            command = [
-                "--script",
-                script,
-                *launcher,
-                *(["--dependency", needs] if needs else []),
-                "--name",
-                f"{cell.name}-{stage.replace(' ', '-')}",
-            ]
+            command = ["--script", script, *launcher, "--name", cell.name]
+            command += ["--dependency", needs] if needs else []
             (job,) = run_with_submitit.main([*command, *flags])
             after = f"afterany:{job}"
             trained = f"afterok:{job}" if stage == "train" else trained

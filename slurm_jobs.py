@@ -286,7 +286,7 @@ def progress(folder: Path, job: str, *, running: bool) -> str:
     last = min(epochs * steps, args["args"]["max_steps"] or epochs * steps)
     record = _last_json_line(folder.parent / "log.txt")
     done = record.get("step", 0)
-    shown = re.findall(r"(?m)^epoch (\d+)/\d+  step (\d+)/\d+", _tail(folder / f"{job}_0_log.out"))
+    shown = re.findall(r"(?m)^epoch (\d+)/\d+  step (\d+)/\d+", tail(folder / f"{job}_0_log.out"))
     if shown and running:
         done = max(done, (int(shown[-1][0]) - 1) * steps + int(shown[-1][1]))
     line = f"epoch {done // steps} of {epochs}" + f" and {done % steps} of {steps} steps" * (done % steps > 0)
@@ -311,7 +311,7 @@ def last_error(folder: Path, entry: dict, now: dict[str, str]) -> str:
         dependency = "Dependency" in now.get("Reason", "") or "afterok" in now.get("Dependency", "")
         return f"{code}never started" + ": the job before it did not end well" * dependency
     for log in logs:  # of the job itself, if any
-        lines = [x.strip() for x in _tail(log).splitlines() if x.strip() and not x.startswith(_NOT_OURS)]
+        lines = [x.strip() for x in tail(log).splitlines() if x.strip() and not x.startswith(_NOT_OURS)]
         if lines:
             return f"{code}last line of {log}: {lines[-1]}"
     return f"{code}nothing in {logs[0]}"
@@ -320,7 +320,7 @@ def last_error(folder: Path, entry: dict, now: dict[str, str]) -> str:
 _NOT_OURS = ("srun:", "slurmstepd", "submitit ", "job ")
 
 
-def _tail(path: Path, size: int = 20_000) -> str:
+def tail(path: Path, size: int = 20_000) -> str:
     try:
         with open(path, "rb") as f:
             f.seek(max(0, path.stat().st_size - size))
@@ -330,7 +330,7 @@ def _tail(path: Path, size: int = 20_000) -> str:
 
 
 def _last_json_line(path: Path) -> dict:
-    for line in reversed(_tail(path).splitlines()):
+    for line in reversed(tail(path).splitlines()):
         with contextlib.suppress(ValueError):  # half written
             return json.loads(line)
     return {}

@@ -12,6 +12,7 @@ import eval_collapse
 import eval_knn
 import eval_linear
 import main_cplearn
+import reproduce_table3
 import run_with_submitit
 
 README = (ROOT / "README.md").read_text()
@@ -52,15 +53,17 @@ def test_commands_parse(command, monkeypatch):
     elif script == "run_with_submitit.py":
         args, rest = run_with_submitit.parse_args(flags)
         assert args.status or run_with_submitit.check_flags(args, rest)
+    elif script == "reproduce_table3.py":
+        reproduce_table3.parse_args(flags)
     elif script in PARSERS:
         PARSERS[script](flags)
     else:
-        assert (ROOT / script).is_file() and script in ("demo.py", *BENCHMARKS)
+        assert (ROOT / script).is_file() and script in ("demo.py", "datasets.py", *BENCHMARKS)
 
 
 def test_the_readme_shows_commands_of_every_script():
     text = "\n".join(commands(README))
-    for script in ("main_cplearn.py", "run_with_submitit.py", *PARSERS):
+    for script in ("main_cplearn.py", "run_with_submitit.py", "reproduce_table3.py", *PARSERS):
         assert script in text
     assert "torchrun main_cplearn.py --arch vit_small --out_dim 131072" in text
     assert callable(demo.main)

@@ -165,9 +165,7 @@ def test_a_killed_grid_goes_on(tmp_path):
     assert (folder / "table3.png").stat().st_size > 10_000
     assert "one seed" in (folder / "table3.md").read_text()
 
-    status = subprocess.run([sys.executable, str(ROOT / "reproduce_table3.py"), "--output_dir", str(folder), "--status"],
-                            capture_output=True, text=True)  # fmt: skip
-    assert "2 cells: 2 done" in status.stdout
+    assert "2 cells: 2 done" in start(folder, "--status").communicate()[0]
     # Other settings do not get mixed in.
     other = start(folder, *flags[:-1], "--local_crops_number 0 --image_size 16 --warmup_epochs 0 --lr 0.1")
     said = other.communicate()[0]
@@ -245,7 +243,8 @@ def results(nmi, ami, linear, knn, *, highest=0.05, random=False, sha="a") -> li
 def grid(tmp_path):
     """Two methods at c = 128, two seeds; SwAV at chance and below the untrained network."""
     args, _ = reproduce_table3.parse_args(
-        f"--output_dir {tmp_path} --scale small --dataset digits --methods cplearn swav --out_dims 128 --epochs 1 --seeds 0 1".split()
+        f"--output_dir {tmp_path} --scale small --dataset digits --methods cplearn swav --out_dims 128 --epochs 1 "
+        "--seeds 0 1".split()
     )
     cells = reproduce_table3.build_cells(args, 1)
     numbers = {
