@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import io
 import json
 import os
 import queue
@@ -224,10 +225,17 @@ def check_cells(args, cells: list[Cell]) -> dict[str, dict]:
     """Every script's own check of its flags, before the first of them runs. Returns what each cell trains with."""
     settings = {}
     for cell in cells:
-        settings[cell.name] = vars(main_cplearn().parse_args([*cell.train, "--output_dir", str(cell.folder)]))
+        said = io.StringIO()  # of argparse, which prints its usage
+        try:
+            with contextlib.redirect_stderr(said):
+                settings[cell.name] = vars(main_cplearn().parse_args([*cell.train, "--output_dir", str(cell.folder)]))
+                for _, script, flags in cell.stages()[1:]:
+                    importlib.import_module(script).get_args_parser().parse_args(flags)
+        except UserError as error:
+            raise UserError(f"{cell.name}: {error}") from None
+        except SystemExit:
+            raise UserError(f"{cell.name}: {said.getvalue().strip().splitlines()[-1]}") from None
         del settings[cell.name]["output_dir"]
-        for _, script, flags in cell.stages()[1:]:
-            importlib.import_module(script).get_args_parser().parse_args(flags)
     return settings
 
 

@@ -68,7 +68,8 @@ def collect(cells) -> list[dict]:
                 seen.add((cell.row.out_dim, cell.seed))
                 lines.setdefault(("random", cell.row.out_dim), (cell.row, []))[1].append(random)
     found = []
-    for (kind, _), (row, seeds) in sorted(lines.items(), key=lambda item: item[0][0]):
+    order = list(dict.fromkeys(cell.row.key for cell in cells))
+    for (kind, _), (row, seeds) in sorted(lines.items(), key=lambda x: (x[0][0], order.index(x[1][0].key))):
         names = [name for name in MEASURES if any(name in s for s in seeds)]
         numbers = {name: summary([s[name] for s in seeds if name in s]) for name in names}
         found.append({"row": row, "random": kind == "random", "n": len(seeds), **numbers})

@@ -5,6 +5,7 @@ taken.
 """
 
 import csv
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,9 @@ UNNAMED = {"barlow_twins": 2048, "swav": 3000}
 # Of --scale small, what belongs to a method (RESULTS.md, "one budget for all", says what was tried).
 SMALL_FLAGS: dict[str, Callable[[int], str]] = {
     "cplearn": lambda c: "--beta 0.5" if c <= 128 else "--beta 0.25",  # the direction of the paper's Table 7
-    "gedi": lambda c: "--beta 0.15" if c <= 128 else "--beta 0.1",  # below 1 / log c, or it falls to one code
-    "gedi_gen": lambda c: "--beta 0.15" if c <= 128 else "--beta 0.1",
+    # Below 1 / log c, or it falls to one code; the rate of the paper's Table 6, or it ends below the untrained network.
+    "gedi": lambda c: f"--beta {0.9 / math.log(c):.2f} --lr 0.0004",
+    "gedi_gen": lambda c: f"--beta {0.9 / math.log(c):.2f} --lr 0.0004",
     "dino": lambda c: "--momentum_teacher 0.99",  # a dozen epochs are too few for 0.996
     "swav": lambda c: "--epoch_queue_starts 3 --queue_length 960",  # 15 batches
     "barlow_twins": lambda c: "--lr 0.001",  # at the common rate it does not learn

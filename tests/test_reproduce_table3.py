@@ -93,7 +93,11 @@ def test_beta_of_table_7():
         ("--epochs 1 --dataset digits --table 9 --out_dims 8 16", "one size"),
         ("--epochs 1 --dataset digits --table 1 --out_dims 77", "no line of"),
         ("--epochs 1 --dataset digits --scale small --train_flags '--seed 3'", "the grid's"),
-        ("--epochs 1 --dataset digits --scale small --train_flags '--beta nan'", "--beta nan"),
+        ("--epochs 1 --dataset digits --scale small --train_flags '--lr nan'", "barlow_twins_c16_s0: --lr nan"),
+        (
+            "--epochs 1 --dataset digits --scale small --train_flags '--beta 0.1'",
+            "barlow_twins_c16_s0: main_cplearn.py: error: unrec",
+        ),
         ("--status", "holds no grid"),
     ],
 )
