@@ -630,27 +630,32 @@ def run_here(args, cells: list[Cell]) -> None:
 def run_on_slurm(args, cells: list[Cell], rest: list[str]) -> None:
     """A job for every stage. Cells stand in --jobs lines, each waiting for the one before, however that ended."""
     launcher = [*rest, *([] if "--ngpus" in rest else ["--ngpus", str(processes_of(args))])]
-    lines: list[str] = [""] * args.jobs
-    new = 0
+    lines: list[str] = [""] * args.jobs  # the last job of each
+    count = 0
     for i, cell in enumerate(c for c in cells if not c.finished()):
-        live = live_jobs(cell)
-        if live:
-            lines[i % args.jobs] = live[-1]
+        line = i % args.jobs
+        jobs = live_jobs(cell)
+        if jobs:
+            print(f"{cell.name}: jobs {jobs[0]} to {jobs[-1]} are there already")
+            lines[line] = jobs[-1]
             continue
-        after = f"afterany:{lines[i % args.jobs]}" if lines[i % args.jobs] else ""
-        trained = ""
+        before, trained = lines[line], ""
         for stage, script, flags in cell.stages():
             if cell.done(stage):
                 continue
-            needs = ",".join(x for x in (trained, after) if x)
+            needs = [f"afterok:{trained}"] * bool(trained) + [f"afterany:{before}"] * (before != trained)
             command = ["--script", script, *launcher, "--name", cell.name]
-            command += ["--dependency", needs] if needs else []
-            (job,) = run_with_submitit.main([*command, *flags])
-            after = f"afterany:{job}"
-            trained = f"afterok:{job}" if stage == "train" else trained
-            lines[i % args.jobs] = job
-            new += 1
-    print(f"{new} jobs submitted. State: {Path(sys.argv[0]).name} --output_dir {shlex.quote(args.output_dir)} --status")
+            command += ["--dependency", ",".join(needs)] if needs else []
+            with contextlib.redirect_stdout(io.StringIO()):
+                (before,) = run_with_submitit.main([*command, *flags])
+            trained = before if stage == "train" else trained
+            jobs.append(before)
+        print(f"{cell.name}: jobs {jobs[0]} to {jobs[-1]}" + f", after {lines[line]}" * bool(lines[line]), flush=True)
+        lines[line] = before
+        count += len(jobs)
+    print(
+        f"{count} jobs submitted. State: {Path(sys.argv[0]).name} --output_dir {shlex.quote(args.output_dir)} --status"
+    )
 
 
 def _job_folders(cell: Cell) -> list[Path]:

@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
-from conftest import write_images
+from conftest import ROOT, write_images
 from test_main import log_of, run_script, same_state, without_time
 
 import run_with_submitit
@@ -358,3 +359,36 @@ def test_gpus_that_are_not_there(tmp_path, image_folder):
     (job,) = run_with_submitit.main(argv)
     assert wait_end(job, tmp_path)["JobState"] == "FAILED"
     assert "--device cuda, but torch sees no GPU" in the_line(tmp_path, job)
+
+
+def test_a_grid_stands_in_line(tmp_path):
+    """reproduce_table3.py: cell after cell; what is there already is not submitted again, and only what is missing."""
+
+    def grid() -> dict[str, tuple[str, str]]:
+        cells = "--methods cplearn swav --out_dims 16 --epochs 2 --scale small --dataset digits --output_dir".split()
+        launch = "--launcher slurm --jobs 1 --ngpus 1 --cpu --cpus_per_task 1 --timeout 10 --train_flags".split()
+        command = [sys.executable, str(ROOT / "reproduce_table3.py"), *cells, str(tmp_path), *launch, "--max_steps 3"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return {
+            name: (first, last) for name, first, last in re.findall(r"(?m)^(\S+): jobs (\d+) to (\d+)", done.stdout)
+        }
+
+    def dependency(job: str) -> str:
+        return slurm_jobs.ask("squeue", "-h", "-j", job, "-o", "%E").strip().replace("(unfulfilled)", "")
+
+    first = grid()
+    assert list(first) == ["cplearn_c16_s0", "swav_c16_s0"]
+    train, last = (int(x) for x in first["cplearn_c16_s0"])
+    assert last - train == 7  # k-NN, linear, cluster, collapse; three of the untrained network
+    assert dependency(first["swav_c16_s0"][0]) == f"afterany:{last}"
+    assert dependency(str(train + 2)) in (f"afterok:{train},afterany:{train + 1}", f"afterany:{train + 1}")
+    again = grid()
+    assert int(again["cplearn_c16_s0"][1]) == last and again["swav_c16_s0"] == first["swav_c16_s0"]
+    cell = tmp_path / "cplearn_c16_s0"
+    wait_for((cell / "results.jsonl").exists, "the k-NN evaluation")
+    subprocess.run(["scancel", "--me"], check=True)
+    wait_for(lambda: not slurm_jobs.ask("squeue", "-h", "--me"), "the jobs' end")
+    done = len((cell / "results.jsonl").read_text().splitlines())
+    train, last = (int(x) for x in grid()["cplearn_c16_s0"])
+    assert last - train == 6 - done  # and no training
