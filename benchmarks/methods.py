@@ -1,14 +1,10 @@
-"""One training step of every method beside CPLearn's: time and peak memory, and the comparison on real images.
+"""One training step of every method beside CPLearn's: time and peak memory.
 
     python benchmarks/methods.py cost --arch vit_small --out_dim 128 16384
-    python benchmarks/methods.py compare --data_path ~/cifar10k --out_dim 128 16384 --seeds 0 1
 
-`cost`: forward, backward and optimiser on random images, each cell in a process of its own, one after the other;
+Forward, backward and optimiser on random images, each cell in a process of its own, one after the other;
 medians, and the highest resident (on a GPU: allocated) memory beyond that before the method was built. Columns are
 ratios to CPLearn's cell of the same run.
-
-`compare`: the same data, views, backbone, optimiser, budget and seeds for all; the methods' own flags are their
-defaults, or those in FLAGS below. Every run is left in --output_dir and taken from there the next time.
 """
 
 import argparse
@@ -29,18 +25,6 @@ from loss import memory_in_process  # noqa: E402
 import main_cplearn  # noqa: E402
 import models  # noqa: E402
 from utils import format_table, git_commit  # noqa: E402
-
-# Of the comparison, by method; beta follows the paper's Table 7 in direction, as in RESULTS.md's CPLearn runs.
-FLAGS = {
-    "cplearn": lambda c: ["--beta", "0.5" if c <= 128 else "0.25"],
-    "gedi": lambda c: ["--beta", "0.15" if c <= 128 else "0.1"],  # below 1 / log c, or it falls to one code
-    "gedi_gen": lambda c: ["--beta", "0.15" if c <= 128 else "0.1"],
-    "dino": lambda c: ["--momentum_teacher", "0.99"],  # 12 epochs are too few for 0.996
-    "swav": lambda c: ["--epoch_queue_starts", "3", "--queue_length", "960"],  # 15 batches
-}
-
-
-# --- cost ---------------------------------------------------------------------------------------------------
 
 
 def one_cell(args, method: str, out_dim: int) -> dict[str, float]:
@@ -118,113 +102,22 @@ def cost(args) -> None:
     print(format_table(rows, header))
 
 
-# --- comparison -------------------------------------------------------------------------------------------------
-
-
-def compare(args) -> None:
-    fixed = "--image_size 32 --augmentation cifar_strong --batch_size_per_gpu 64 --warmup_epochs 1 --optimizer adam"
-    fixed += " --min_lr 1e-5 --weight_decay 0 --weight_decay_end 0 --saveckp_freq 0 --num_workers 0"
-    budget = [*fixed.split(), "--data_path", args.data_path, "--arch", args.arch, "--epochs", str(args.epochs)]
-    budget += ["--lr", args.lr]
-    table = {}
-    for seed in args.seeds:
-        for c in args.out_dim:
-            for method in args.methods:
-                out = Path(args.output_dir, f"{method}_c{c}_lr{args.lr}_s{seed}")
-                own = FLAGS.get(method, lambda c: [])(c)
-                command = [
-                    "main_cplearn.py",
-                    *budget,
-                    "--method",
-                    method,
-                    "--out_dim",
-                    str(c),
-                    "--seed",
-                    str(seed),
-                    *own,
-                ]
-                if not run(out, "train", [*command, "--output_dir", str(out)]):
-                    continue
-                for name, more in (("trained", []), ("random init", ["--random_init"])):
-                    results = evaluate(out, name, more)
-                    table.setdefault((c, method, name), []).append(results)
-    names = ("20-NN", "linear", "codes NMI", "shuffled", "codes AMI", "codes used", "k-means AMI")
-    rows = []
-    for (c, method, name), found in table.items():
-        cells = []
-        for column in names:
-            values = [x[column] for x in found if column in x]
-            middle = statistics.mean(values) if values else 0.0
-            spread = max((abs(v - middle) for v in values), default=0.0)
-            digits = 0 if column == "codes used" else 3
-            cells.append(f"{middle:,.{digits}f} ± {spread:,.{digits}f}" if values else "")
-        rows.append((c, method, name, len(found), *cells))
-    print(format_table(rows, ("c", "method", "", "n", *names)))
-
-
-def run(out: Path, name: str, command: list[str]) -> str:
-    """Output of a script, or of its earlier run with the same command. Empty if it failed."""
-    out.mkdir(parents=True, exist_ok=True)
-    kept = out / f"{name}.json"
-    if kept.exists() and (before := json.loads(kept.read_text()))["command"] == command:
-        return before["stdout"]
-    print(f"{out.name}: {name} ...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{out.name}: {name} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return ""
-    kept.write_text(json.dumps({"command": command, "stdout": done.stdout, "commit": git_commit()}))
-    return done.stdout or " "
-
-
-def evaluate(out: Path, name: str, more: list[str]) -> dict[str, float]:
-    results_of = out / name.replace(" ", "_")
-    common = ["--pretrained_weights", str(out / "checkpoint.pth"), "--output_dir", str(results_of), *more]
-    run(out, f"{name} knn", ["eval_knn.py", *common, "--nb_knn", "20"])
-    run(
-        out,
-        f"{name} linear",
-        ["eval_linear.py", *common, "--augment", "false", "--optimizer", "adam", "--epochs", "30"],
-    )
-    run(out, f"{name} cluster", ["eval_cluster.py", *common])
-    lines = [json.loads(line) for line in (results_of / "results.jsonl").read_text().splitlines()]
-    found = {line["script"]: line["metrics"] for line in lines}
-    clusters = found["eval_cluster"]
-    return {
-        "20-NN": found["eval_knn"]["knn20_top1"],
-        "linear": found["eval_linear"]["linear_last_top1"],
-        "codes NMI": clusters["codes"]["nmi"],
-        "shuffled": clusters["codes_shuffled"]["nmi"],
-        "codes AMI": clusters["codes"]["ami"],
-        "codes used": clusters["codes"]["used_codes"],
-        "k-means AMI": clusters["kmeans"]["ami"],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cost", "compare", "cell"))
+    parser.add_argument("what", choices=("cost", "cell"))
     parser.add_argument("--methods", nargs="+", default=list(models.METHODS), choices=models.METHODS)
     parser.add_argument("--out_dim", type=int, nargs="+", default=[128, 16384])
-    parser.add_argument("--arch", default=None, help="Default: vit_small for cost, timm:resnet10t for compare")
-    parser.add_argument("--n", type=int, default=64, help="Images of cost")
+    parser.add_argument("--arch", default="vit_small")
+    parser.add_argument("--n", type=int, default=64, help="Images")
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data_path", default=None)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--lr", default="0.004")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--output_dir", default="output/compare")
     args = parser.parse_args()
-    args.arch = args.arch or ("timm:resnet10t" if args.what == "compare" else "vit_small")
     if args.what == "cell":
         print(json.dumps(one_cell(args, args.methods[0], args.out_dim[0])))
-    elif args.what == "cost":
-        cost(args)
     else:
-        compare(args)
+        cost(args)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def test_cluster_rows_of_a_perfect_head():
     for name in ("codes", "kmeans"):
         assert rows[name]["nmi"] == pytest.approx(1) and rows[name]["hungarian"] == pytest.approx(1)
     assert rows["codes_shuffled"]["used_codes"] == 5 and abs(rows["codes_shuffled"]["ami"]) < 0.05
+    assert rows["codes_shuffled"]["nmi"] < rows["codes_shuffled"]["nmi_highest"] < rows["codes"]["nmi"]
     assert rows["random_codes"]["used_codes"] > 40 and abs(rows["random_codes"]["ami"]) < 0.05
     assert rows["singletons"]["perplexity"] == pytest.approx(200)
 

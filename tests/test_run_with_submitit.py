@@ -61,6 +61,8 @@ def test_the_batch_script_of_8_gpus(tmp_path):
         (["--max_requeues", "-1"], "--max_requeues -1 must not be negative"),
         (["--local", "--nodes", "2"], "--local has one machine"),
         (["--local", "--then", "eval"], "--local knows no dependencies"),
+        (["--local", "--dependency", "afterok:1"], "--local knows no dependencies"),
+        (["--dependency", "1"], "--dependency 1 is not sbatch's TYPE:JOB"),
         (["--script", "eval_knn", "--then", "eval"], "--then eval follows pre-training"),
         (["--script", "eval_knn", "--dry_run"], "--pretrained_weights is missing"),
         (["--status", "out", "--lr", "1"], "--status takes folders only: leave out --lr 1"),
