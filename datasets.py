@@ -473,17 +473,14 @@ def link_imagenet100(imagenet: str, out: str, *, incomplete: bool = False) -> di
                 "complete it, or add --allow_incomplete"
             )
     for split, data in found.items():
-        (Path(out) / split).mkdir(parents=True, exist_ok=True)
-        for name in classes:
-            link, target = Path(out, split, name), (data.root / name).resolve()
-            if link.is_symlink() and link.resolve() == target:
-                continue
-            try:
-                link.symlink_to(target, target_is_directory=True)
-            except OSError as error:
-                raise UserError(
-                    f"--out {out}: {link} cannot be made ({error.strerror}): name an empty folder"
-                ) from None
+        try:
+            (Path(out) / split).mkdir(parents=True, exist_ok=True)
+            for name in classes:
+                link, target = Path(out, split, name), (data.root / name).resolve()
+                if not link.is_symlink() or link.resolve() != target:
+                    link.symlink_to(target, target_is_directory=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made ({error.strerror}): name an empty folder") from None
         extra = sorted({path.name for path in Path(out, split).iterdir()} - set(classes))
         if extra:
             raise UserError(f"--out {out} has other things in {split}: {', '.join(extra[:3])}; name an empty folder")

@@ -3,6 +3,7 @@ of what it shows, made from the numbers."""
 
 import csv
 import io
+import json
 import statistics
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 import utils
 from errors import UserError
-from table_rows import NAMES
+from table_rows import CHOICES, NAMES
 
 # Percent but for the last two. name: (results of which script, where in its metrics)
 MEASURES = {
@@ -103,7 +104,7 @@ def write(out: Path, table: int, scale: str, cells) -> None:
     untrained = [x for x in lines if x["random"]]
     rows = []
     for x in lines:
-        name = "random init" if x["random"] else NAMES[x["row"].method]
+        name = f"random init, {NAMES[x['row'].method]}'s head" if x["random"] else NAMES[x["row"].method]
         paper = {} if x["random"] else x["row"].paper
         rows.append([name, f"c = {x['row'].out_dim}" if x["random"] else x["row"].label, x["n"],
                      _pm(x, "nmi"), _paper(paper, "nmi"), _pm(x, "nmi_shuffled"), _pm(x, "ami"), _pm(x, "linear"),
@@ -119,6 +120,11 @@ def write(out: Path, table: int, scale: str, cells) -> None:
     header = ("method", "", "n", "NMI", "collapse in the paper" if table == 9 else "paper", "shuffled", "AMI", "linear",
               "paper", "20-NN", "codes used", "RankMe", "not above")  # fmt: skip
     title = f"# Table {table}" + " at small scale, not the paper's setting" * (scale == "small")
+    said = [
+        setting(cells),
+        f"Chosen: {CHOICES[table]}" * (scale == "paper"),
+        *paragraph(table, scale, trained, untrained, cells),
+    ]
     text = [
         title,
         "",
@@ -126,7 +132,7 @@ def write(out: Path, table: int, scale: str, cells) -> None:
         "",
         NOTE,
         "",
-        *paragraph(table, scale, trained, untrained, cells),
+        *(f"- {sentence}" for sentence in said if sentence),
     ]
     utils.write_text(out / f"table{table}.md", "\n".join(text) + "\n")
     _write_csv(out / f"table{table}.csv", lines, NAMES)
@@ -170,6 +176,28 @@ def _write_csv(path: Path, lines: list[dict], names: dict[str, str]) -> None:
     utils.write_text(path, text.getvalue())
 
 
+def setting(cells) -> str:
+    """What was trained on what, of the finished cells."""
+    done = [cell for cell in cells if cell.finished()]
+    found: dict[str, list] = {}
+    for cell in done:
+        run = json.loads((cell.folder / "args.json").read_text())
+        args, derived, last = run["args"], run["derived"], cell.results()[-1]
+        for name, value in (
+            ("network", args["arch"]),
+            ("data", args["data_path"] or args["dataset"]),
+            ("images", f"{derived['train_images']:,}"),
+            ("evaluated on", f"{last['data']} ({last['data_hash']})"),
+            ("epochs", args["epochs"]),
+            ("batch", derived["effective_batch"]),
+            ("seeds", cell.seed),
+            ("device", derived["device"]),
+            ("commit", derived["commit"]),
+        ):
+            found.setdefault(name, []).append(str(value))
+    return "Setting: " + "; ".join(f"{name} {', '.join(dict.fromkeys(values))}" for name, values in found.items()) + "."
+
+
 # --- what it shows ----------------------------------------------------------------------------------------
 
 
@@ -189,11 +217,13 @@ def paragraph(table: int, scale: str, trained: list[dict], untrained: list[dict]
             f"{spread['knn']:.1f} in 20-NN and {spread['ami']:.1f} in AMI."
         )
     if scale == "small":
-        said.append(
-            "Data, network and budget differ from the paper's: its values stand beside for their direction only."
-        )
+        said.append("Data, network and budget differ from the paper's: its values stand beside for their direction.")
+    low, high = (f(x["nmi_shuffled"][0] for x in trained) for f in (min, max))
+    said.append(
+        f"NMI grows with the number of used codes by itself: shuffled labels reach {low:.1f} to {high:.1f} here."
+    )
     said += _best(trained)
-    said += _against_paper(trained)
+    said += _against_paper(trained) if scale == "paper" else []
     flagged = {x["row"].key: marks(x, untrained) for x in trained}
     for mark, what in (
         ("chance", "have an NMI that shuffled labels reach"),
@@ -203,7 +233,7 @@ def paragraph(table: int, scale: str, trained: list[dict], untrained: list[dict]
     ):
         names = [key for key, text in flagged.items() if mark in text]
         said.append(f"{len(names)} of {len(trained)} lines {what}" + f" ({', '.join(names)})" * bool(names) + ".")
-    return ["\n".join(f"- {sentence}" for sentence in said)]
+    return said
 
 
 def _best(trained: list[dict]) -> list[str]:
@@ -219,7 +249,7 @@ def _best(trained: list[dict]) -> list[str]:
                 continue
             best, second = sorted(lines, key=lambda x: -x[measure_name][0])[:2]
             gap = best[measure_name][0] - second[measure_name][0]
-            clear = min(best["n"], second["n"]) > 1 and gap > best[measure_name][1] + second[measure_name][1]
+            clear = min(best["n"], second["n"]) > 2 and gap > best[measure_name][1] + second[measure_name][1]
             doubt = "" if clear else f", not clear of {second['row'].method}"
             first.append(f"{best['row'].method} at {c} (by {gap:.1f}{doubt})")
         if first:
@@ -228,20 +258,22 @@ def _best(trained: list[dict]) -> list[str]:
 
 
 def _against_paper(trained: list[dict]) -> list[str]:
-    """Rank correlation with the paper's values over the lines that have one."""
+    """Rank correlation with the paper's values over the lines that have one, beside that of what knows nothing."""
     from scipy.stats import spearmanr
 
     said = []
     for name, title in (("nmi", "NMI"), ("linear", "linear accuracy")):
-        pairs = [(x[name][0], x["row"].paper[name]) for x in trained if isinstance(x["row"].paper.get(name), float)]
-        if len(pairs) < 3:
+        lines = [x for x in trained if isinstance(x["row"].paper.get(name), float)]
+        theirs = [x["row"].paper[name] for x in lines]
+        ours = [x[name][0] for x in lines]
+        if len(set(ours)) < 3 or len(set(theirs)) < 3:
             continue
-        ours, theirs = np.array(pairs).T
-        distance = np.abs(ours - theirs).mean()
-        rank = spearmanr(ours, theirs)[0] if np.ptp(ours) and np.ptp(theirs) else float("nan")
+        distance = np.abs(np.subtract(ours, theirs)).mean()
+        chance = [x["nmi_random_codes"][0] for x in lines]
+        beside = f" (random codes of the same sizes: {spearmanr(chance, theirs)[0]:.2f})" if name == "nmi" else ""
         said.append(
-            f"{title} beside the paper's, {len(pairs)} lines: rank correlation {rank:.2f}, "
-            f"mean distance {distance:.1f} points."
+            f"{title} beside the paper's, {len(lines)} lines: rank correlation "
+            f"{spearmanr(ours, theirs)[0]:.2f}{beside}, mean distance {distance:.1f} points."
         )
     return said
 

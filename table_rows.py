@@ -1,7 +1,6 @@
 """Lines of the paper's Tables 1, 2, 3, 4 and 9: what is trained for each, and what the paper has there.
 
-Values are the paper's own, in paper_tables/tableN.csv; where it does not name a setting, the comment here says whose is
-taken.
+Values are the paper's own, in paper_tables/tableN.csv; where it does not name a setting, CHOICES says whose is taken.
 """
 
 import csv
@@ -39,6 +38,21 @@ SMALL_FLAGS: dict[str, Callable[[int], str]] = {
 }
 
 
+# Where the paper is silent, or is not followed: told under every table.
+CHOICES = {
+    1: "sizes of Barlow Twins and SwAV are the published ResNet-18 code's; GEDI's is the number of classes, with the "
+    "beta of CPLearn's Table 7, which is above 1 / log c. The head is the equations' (--n_ref 1, embed_dim = f), tanh.",
+    2: "head, size of Barlow Twins and SwAV, and GEDI's prior (sum, beta 0.1) are the published code's. One optimiser "
+    "for all, as the paper's text has it; the code trains the others with LARS. Self-Classifier has CPLearn's frozen "
+    "head, as the sizes in the paper's Table 8 say. The paper's NMI of SwAV is not of its prototypes.",
+    3: "crops, width, activation and logit scale are not in the paper: DINO's crops for all, this project's head. GEDI "
+    "has CPLearn's beta (0.25), above 1 / log c at every size, where its prior lets all images fall to one code.",
+    4: "the head is the equations' (--n_ref 1, embed_dim = f).",
+    9: "c = 512: the paper names no size, and its value at beta = 1 is Table 2's for c = f. The head is the published "
+    "code's.",
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of a table, but for the seeds."""
@@ -60,6 +74,8 @@ def rows(table: int, scale: str, methods: Sequence[str], out_dims: Sequence[int]
     if table == 3:
         found = _table3(scale, methods or TABLE3_METHODS, out_dims or OUT_DIMS[scale])
     elif table == 9:
+        if set(methods) - {"cplearn"} or len(out_dims) > 1:
+            raise UserError("--table 9 is of CPLearn at one size: leave out --methods, and name one --out_dims")
         found = _table9(scale, out_dims[0] if out_dims else 512)  # its beta = 1 has Table 2's value of c = f = 512
     else:
         found = {1: _table1, 2: _table2, 4: _table4}[table](scale, data)
@@ -85,7 +101,8 @@ def beta_of(out_dim: int) -> str:
 def _flags(scale: str, recipe: str, method: str, out_dim: int, more: str = "") -> list[str]:
     name = "small_comparison" if scale == "small" else recipe
     own = SMALL_FLAGS[method](out_dim) if scale == "small" and method in SMALL_FLAGS else ""
-    return [f"@{ROOT}/recipes/{name}.txt", *f"--method {method} --out_dim {out_dim} {own} {more}".split()]
+    last = f"{more} {own}" if method.startswith("gedi") else f"{own} {more}"  # GEDI's beta is not the table's there
+    return [f"@{ROOT}/recipes/{name}.txt", *f"--method {method} --out_dim {out_dim} {last}".split()]
 
 
 def _percent(value: str, unit: float = 1.0) -> float | str:
@@ -156,7 +173,12 @@ def _table2(scale: str, data: str) -> list[Row]:
         method = _method_of(line["method"])
         sizes = UNNAMED | {"gedi": 10, "c=f": 512}
         c = sizes.get(line["c"] or method) or int(line["c"])
-        flags = _flags(scale, "cifar10_resnet18", method, c, "--beta 1" * (method == "cplearn"))
+        more = {
+            "cplearn": "--beta 1",
+            "gedi": "--gedi_prior_reduction sum --beta 0.1",
+            "self_classifier": "--head cplearn",
+        }.get(method, "")
+        flags = _flags(scale, "cifar10_resnet18", method, c, more)
         flags += [f"@{ROOT}/recipes/published_head.txt"] * (method == "cplearn" and scale == "paper")
         paper = {"nmi": _percent(line["nmi_percent"]), "linear": _percent(line["linear_acc_percent"])}
         found.append(Row(f"{method}_c{c}", method, c, f"c = {c}", len(found), flags, paper))

@@ -102,7 +102,7 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all. Raises `WriteError`."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
