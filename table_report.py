@@ -226,13 +226,19 @@ def paragraph(table: int, scale: str, trained: list[dict], untrained: list[dict]
     said += _against_paper(trained) if scale == "paper" else []
     flagged = {x["row"].key: marks(x, untrained) for x in trained}
     for mark, what in (
-        ("chance", "have an NMI that shuffled labels reach"),
-        ("AMI <=", "have codes whose AMI is not above the untrained network's"),
-        ("linear <=", "have a linear accuracy not above the untrained network's"),
-        ("20-NN <=", "have a 20-NN accuracy not above the untrained network's"),
+        ("chance", "The NMI is above the highest of the shuffles"),
+        ("AMI <=", "The codes' AMI is above the untrained network's"),
+        ("linear <=", "Linear accuracy is above the untrained network's"),
+        ("20-NN <=", "20-NN accuracy is above the untrained network's"),
     ):
+        if mark != "chance" and not untrained:
+            continue
         names = [key for key, text in flagged.items() if mark in text]
-        said.append(f"{len(names)} of {len(trained)} lines {what}" + f" ({', '.join(names)})" * bool(names) + ".")
+        said.append(
+            f"{what} in {len(trained) - len(names)} of {len(trained)} lines"
+            + f" (not: {', '.join(names)})" * bool(names)
+            + "."
+        )
     return said
 
 

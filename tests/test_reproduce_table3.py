@@ -310,8 +310,8 @@ def test_what_the_table_says(cells, tmp_path):
         in text
     )
     assert "random init, CPLearn's head" in text
-    assert "1 of 2 lines have an NMI that shuffled labels reach (swav_c128)." in text
-    assert "0 of 2 lines have a 20-NN accuracy not above" in text
+    assert "The NMI is above the highest of the shuffles in 1 of 2 lines (not: swav_c128)." in text
+    assert "20-NN accuracy is above the untrained network's in 2 of 2 lines." in text
     assert "not the paper's setting" in text and "one seed" not in text
     with open(tmp_path / "table3.csv") as f:
         rows = list(csv.DictReader(f))
