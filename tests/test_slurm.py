@@ -385,10 +385,10 @@ def test_a_grid_stands_in_line(tmp_path):
     assert dependency(str(train + 2)) in (f"afterok:{train},afterany:{train + 1}", f"afterany:{train + 1}")
     again = grid()
     assert int(again["cplearn_c16_s0"][1]) == last and again["swav_c16_s0"] == first["swav_c16_s0"]
-    cell = tmp_path / "cplearn_c16_s0"
-    wait_for((cell / "results.jsonl").exists, "the k-NN evaluation")
+    results = tmp_path / "cplearn_c16_s0" / "trained" / "results.jsonl"
+    wait_for(results.exists, "the k-NN evaluation")
     subprocess.run(["scancel", "--me"], check=True)
     wait_for(lambda: not slurm_jobs.ask("squeue", "-h", "--me"), "the jobs' end")
-    done = len((cell / "results.jsonl").read_text().splitlines())
+    done = len(results.read_text().splitlines())
     train, last = (int(x) for x in grid()["cplearn_c16_s0"])
     assert last - train == 6 - done  # and no training
