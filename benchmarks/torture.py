@@ -110,7 +110,7 @@ def kill_when(processes: list, out: Path, seconds: float, writing: bool) -> bool
 def weights_and_log(out: Path) -> tuple[dict, list[dict]]:
     state = checkpoints.load(out / "checkpoint.pth")
     log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-    timed = ("images_per_second", "data_wait", "seconds", "monitor_seconds")
+    timed = ("images_per_second", "data_wait", "seconds", "monitor_seconds", "first_step_seconds")
     return state, [{k: v for k, v in record.items() if k not in timed} for record in log]
 
 

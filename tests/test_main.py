@@ -61,7 +61,11 @@ def same_state(a, b):
 
 def without_time(records):
     return [
-        {k: v for k, v in r.items() if k not in ("images_per_second", "data_wait", "seconds", "monitor_seconds")}
+        {
+            k: v
+            for k, v in r.items()
+            if k not in ("images_per_second", "data_wait", "seconds", "monitor_seconds", "first_step_seconds")
+        }
         for r in records
     ]
 
