@@ -60,10 +60,12 @@ def summary(values: list[float]) -> tuple[float, float]:
 def collect(cells) -> list[dict]:
     """A dict a line of the table: row, n, and (mean, spread) of every measure over the finished seeds; with the
     untrained networks, label "random init", at the end."""
-    lines, seen = {}, set()
+    lines, seen, verdicts = {}, set(), {}
     for cell in cells:
         if cell.finished():
             lines.setdefault(("", cell.row.key), (cell.row, []))[1].append(measure(cell.results()))
+            log = utils.read_json_lines(cell.folder / "log.txt")
+            verdicts.setdefault(cell.row.key, []).append(log[-1].get("verdict", "none") if log else "none")
             random = measure(cell.results(random=True))
             if random and (cell.row.out_dim, cell.seed) not in seen:  # two, where lines were added later
                 seen.add((cell.row.out_dim, cell.seed))
@@ -73,7 +75,8 @@ def collect(cells) -> list[dict]:
     for (kind, _), (row, seeds) in sorted(lines.items(), key=lambda x: (x[0][0], order.index(x[1][0].key))):
         names = [name for name in MEASURES if any(name in s for s in seeds)]
         numbers = {name: summary([s[name] for s in seeds if name in s]) for name in names}
-        found.append({"row": row, "random": kind == "random", "n": len(seeds), **numbers})
+        said = "" if kind == "random" else ", ".join(dict.fromkeys(verdicts[row.key]))
+        found.append({"row": row, "random": kind == "random", "n": len(seeds), "verdict": said, **numbers})
     return found
 
 
@@ -109,16 +112,16 @@ def write(out: Path, table: int, scale: str, cells) -> None:
         rows.append([name, f"c = {x['row'].out_dim}" if x["random"] else x["row"].label, x["n"],
                      _pm(x, "nmi"), _paper(paper, "nmi"), _pm(x, "nmi_shuffled"), _pm(x, "ami"), _pm(x, "linear"),
                      _paper(paper, "linear"), _pm(x, "knn"), _pm(x, "used_codes"),
-                     _pm(x, "features_rank"), "" if x["random"] else marks(x, untrained)])  # fmt: skip
+                     _pm(x, "features_rank"), x["verdict"], "" if x["random"] else marks(x, untrained)])  # fmt: skip
     for c in sorted({x["row"].out_dim for x in lines}):
         x = next(x for x in lines if x["row"].out_dim == c and "nmi_random_codes" in x)
-        rows.append(["random codes", f"c = {c}", "", f"{x['nmi_random_codes'][0]:.1f}", *[""] * 9])
-    rows.append(["singletons", "", "", f"{lines[0]['nmi_singletons'][0]:.1f}", *[""] * 9])
+        rows.append(["random codes", f"c = {c}", "", f"{x['nmi_random_codes'][0]:.1f}", *[""] * 10])
+    rows.append(["singletons", "", "", f"{lines[0]['nmi_singletons'][0]:.1f}", *[""] * 10])
     if table == 9:
         for row, x in zip(rows, lines, strict=False):
             row[4] = x["row"].paper.get("collapse", "") if not x["random"] else ""
     header = ("method", "", "n", "NMI", "collapse in the paper" if table == 9 else "paper", "shuffled", "AMI", "linear",
-              "paper", "20-NN", "codes used", "RankMe", "not above")  # fmt: skip
+              "paper", "20-NN", "codes used", "RankMe", "verdict", "not above")  # fmt: skip
     title = f"# Table {table}" + " at small scale, not the paper's setting" * (scale == "small")
     said = [
         setting(cells),
@@ -141,8 +144,9 @@ def write(out: Path, table: int, scale: str, cells) -> None:
 
 NOTE = (
     "Percent; mean ± largest distance from it over n seeds. NMI and AMI: predicted codes against classes; shuffled: "
-    "the same codes against shuffled labels. linear: last epoch. RankMe: effective rank of the features. chance: NMI "
-    "does not exceed the highest of the shuffles; untrained: random initialisation, batch norm calibrated."
+    "the same codes against shuffled labels. linear: last epoch. RankMe: effective rank of the features. verdict: the "
+    "monitor's, after the last epoch. chance: NMI does not exceed the highest of the shuffles; untrained: random "
+    "initialisation, batch norm calibrated."
 )
 
 
@@ -160,7 +164,7 @@ def _paper(paper: dict, name: str) -> str:
 
 
 def _write_csv(path: Path, lines: list[dict], names: dict[str, str]) -> None:
-    header = ["method", "label", "out_dim", "n", "paper_nmi", "paper_linear"]
+    header = ["method", "label", "out_dim", "n", "paper_nmi", "paper_linear", "verdict"]
     for name in MEASURES:
         header += [name, f"{name}_spread"]
     text = io.StringIO()
@@ -171,7 +175,16 @@ def _write_csv(path: Path, lines: list[dict], names: dict[str, str]) -> None:
         numbers = [v for name in MEASURES for v in (map("{:.4f}".format, x[name]) if name in x else ("", ""))]
         method = "random init" if x["random"] else names[row.method]
         writer.writerow(
-            [method, row.label, row.out_dim, x["n"], paper.get("nmi", ""), paper.get("linear", ""), *numbers]
+            [
+                method,
+                row.label,
+                row.out_dim,
+                x["n"],
+                paper.get("nmi", ""),
+                paper.get("linear", ""),
+                x["verdict"],
+                *numbers,
+            ]
         )
     utils.write_text(path, text.getvalue())
 

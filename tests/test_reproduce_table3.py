@@ -277,6 +277,8 @@ def cells(tmp_path):
         (cell.folder / "trained").mkdir(parents=True)
         args = {"arch": "resnet8", "data_path": None, "dataset": "digits", "epochs": 1}
         derived = {"train_images": 1433, "effective_batch": 64, "device": "cpu", "commit": "abc"}
+        verdict = "cluster" if cell.name == "swav_c128_s1" else "healthy"
+        (cell.folder / "log.txt").write_text(json.dumps({"verdict": verdict}) + "\n")
         (cell.folder / "args.json").write_text(json.dumps({"args": args, "derived": derived}))
         (cell.folder / "trained.json").write_text("{}")
         lines = [*results(0.9, 0.9, 0.9, 0.9, sha="older"), *numbers[cell.name]]
@@ -294,6 +296,7 @@ def test_means_spreads_and_marks(cells):
     assert cplearn["linear"] == pytest.approx((52, 2)) and cplearn["nmi"] == pytest.approx((31, 1))
     assert swav["knn"] == pytest.approx((46, 0)) and swav["features_rank"] == pytest.approx((12.5, 0))
     assert untrained["random"] and untrained["linear"] == pytest.approx((40, 0))
+    assert (cplearn["verdict"], swav["verdict"], untrained["verdict"]) == ("healthy", "healthy, cluster", "")
     assert table_report.marks(cplearn, [untrained]) == ""
     assert table_report.marks(swav, [untrained]) == "chance, AMI <= untrained, linear <= untrained"
 
