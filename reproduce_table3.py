@@ -162,12 +162,15 @@ def check_data(args) -> None:
         if not os.path.isdir(args.data_path):
             raise UserError(f"--data_path {args.data_path} is not a folder: check the path")
     if args.dataset in (None, "folder"):
-        if not any(os.path.isdir(os.path.join(args.data_path, split)) for split in ("val", "test")):
+        train = os.path.join(args.data_path, "train")
+        if not os.path.isdir(train) or not any(
+            os.path.isdir(os.path.join(args.data_path, split)) for split in ("val", "test")
+        ):
             raise UserError(
-                f"--data_path {args.data_path} has no val or test folder, which the evaluations need "
+                f"--data_path {args.data_path} needs train/ and val/ (or test/), each with class folders "
                 "(torchvision's files: --dataset cifar10)"
             )
-        classes = len([x for x in os.scandir(os.path.join(args.data_path, "train")) if x.is_dir()])
+        classes = len([x for x in os.scandir(train) if x.is_dir()])
         if args.table != 3 and args.scale == "paper" and classes != 10:
             raise UserError(
                 f"--table {args.table}: {args.data_path} has {classes} classes, CIFAR-10 has 10: name --dataset"
