@@ -180,7 +180,7 @@ def features(
     if args.load_features:
         found = [_load_features(args.load_features, split, n_last_blocks) for split in splits]
         _check_classes([x.classes for x in found], splits, labels_for)
-        sources = [{k: v for k, v in x.source.items() if k != "data"} for x in found]
+        sources = [{k: v for k, v in x.source.items() if not k.startswith("data")} for x in found]
         if any(source != sources[0] for source in sources):
             raise UserError(f"--load_features {args.load_features}: {' and '.join(splits)} come from different weights")
         return found, None
