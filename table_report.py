@@ -303,7 +303,7 @@ def _against_paper(trained: list[dict]) -> list[str]:
 def _draw(
     path: Path, table: int, scale: str, trained: list[dict], untrained: list[dict], names: dict[str, str]
 ) -> None:
-    """NMI, AMI and linear accuracy against the size (or beta, or line); dashed, the paper's where it has them."""
+    """NMI, AMI and linear accuracy against the size (or beta, or line); dotted, the paper's at its own scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,7 +325,7 @@ def _draw(
                 **style,
             )
             there = [(x["row"].x, x["row"].paper[name]) for x in mine if isinstance(x["row"].paper.get(name), float)]
-            if there:
+            if there and scale == "paper":  # or they would only stretch the axes
                 axis.plot(
                     *np.array(there).T,
                     ls=":" if table in (3, 9) else "",
@@ -352,7 +352,7 @@ def _draw(
         elif name == "linear" and any("linear" in x for x in untrained):
             level = next(x["linear"][0] for x in untrained if "linear" in x)
             axis.axhline(level, ls="--", **grey, label="untrained")
-        axis.set(title=title, ylabel="percent", ylim=(0, None))
+        axis.set(title=title, ylabel="percent", ylim=(None if name == "linear" else 0, None))
         if table == 3:
             sizes = sorted({x["row"].out_dim for x in trained})
             axis.set_xscale("log", base=2)
@@ -368,7 +368,8 @@ def _draw(
                 fontsize=7,
             )
         axis.grid(alpha=0.3)
-    axes[0].plot([], [], ":x", color="0.3", alpha=0.6, lw=1, ms=5, label="the paper's")
+    if scale == "paper":
+        axes[0].plot([], [], ":x", color="0.3", alpha=0.6, lw=1, ms=5, label="the paper's")
     axes[0].legend(fontsize=7)
     figure.suptitle(
         f"Table {table}" + " at small scale: not the paper's data, network or budget" * (scale == "small"), fontsize=10
