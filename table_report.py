@@ -13,7 +13,7 @@ import utils
 from errors import UserError
 from table_rows import CHOICES, NAMES
 
-# Percent but for the last two. name: (results of which script, where in its metrics)
+# Percent, but for COUNTS. name: (results of which script, where in its metrics)
 MEASURES = {
     "nmi": ("eval_cluster", ("codes", "nmi")),
     "linear": ("eval_linear", ("linear_last_top1",)),
@@ -45,8 +45,8 @@ def measure(results: list[dict]) -> dict[str, float]:
             if line["script"] == script:
                 value = line["metrics"]
                 for key in path:
-                    value = value.get(key, {})
-                if value != {}:
+                    value = (value or {}).get(key)
+                if value is not None:
                     found[name] = value if name in COUNTS else 100 * value
     return found
 
