@@ -214,8 +214,8 @@ class Workers:
                     child.terminate()  # training saves before it ends
 
 
-def run_here(cells: list[Cell], jobs: int, processes: int, after_each: Callable[[], None]) -> dict[str, str]:
-    """All cells that are not finished. Returns what went wrong, by cell. Raises `Interrupted` on SIGTERM and SIGINT."""
+def run_here(cells: list[Cell], jobs: int, processes: int, after_each: Callable[[], None]) -> None:
+    """All cells that are not finished; what fails is printed. Raises `Interrupted` on SIGTERM and SIGINT."""
     todo = [cell for cell in cells if not cell.finished()]
     print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished; {jobs} at a time", flush=True)
     workers, asked = Workers(jobs, processes), []
@@ -223,7 +223,6 @@ def run_here(cells: list[Cell], jobs: int, processes: int, after_each: Callable[
         number: signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
-    problems: dict[str, str] = {}
     start = time.time()
     try:
         with ThreadPoolExecutor(jobs) as pool:
@@ -238,8 +237,6 @@ def run_here(cells: list[Cell], jobs: int, processes: int, after_each: Callable[
                         cell, problem = futures[future], future.result()
                         if problem == "stopped":
                             continue
-                        if problem:
-                            problems[cell.name] = problem
                         done = sum(c.finished() for c in cells)
                         took = utils.format_duration(time.time() - start)
                         print(f"{cell.name}: {problem or 'done'}  ({done} of {len(cells)}, {took})", flush=True)
@@ -252,7 +249,6 @@ def run_here(cells: list[Cell], jobs: int, processes: int, after_each: Callable[
             signal.signal(number, handler)
     if asked:
         raise Interrupted(f"{asked[0]}: saved and stopped; the same command goes on")
-    return problems
 
 
 # --- on SLURM ---------------------------------------------------------------------------------------------

@@ -141,11 +141,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             grid.run_on_slurm(cells, args.jobs, [*rest, "--ngpus", str(args.ngpus)])
             print(f"State: reproduce_table3.py --output_dir {shlex.quote(args.output_dir)} --status")
             return
-        problems = grid.run_here(cells, args.jobs, args.ngpus, lambda: report(args, load_grid(args)))
+        grid.run_here(cells, args.jobs, args.ngpus, lambda: report(args, load_grid(args)))
     report(args, load_grid(args))
-    if problems:
+    left = [cell.name for cell in cells if not cell.finished()]
+    if left:
         raise UserError(
-            f"{len(problems)} of {len(cells)} cells failed: see --status; the same command tries them again"
+            f"{len(left)} of {len(cells)} cells are not finished ({', '.join(left[:3])}): see --status; "
+            "the same command tries them again"
         )
     print(f"Done: {args.output_dir}/table{args.table}.md, .csv, .png")
 
