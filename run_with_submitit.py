@@ -107,14 +107,14 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     if args.status:
         show_status(args.status)
         return []
+    if args.local:  # its job has no number in advance
+        rest = [x.replace("%j", f"local{os.getpid()}") for x in rest]
+    folder = Path(os.path.abspath(check_flags(args, rest)))
     if not args.local and not args.dry_run and shutil.which("sbatch") is None:
         raise UserError(
             "no Slurm here (no sbatch on PATH): submit on a login node, or run on this machine with --local, "
             f"or torchrun --nproc_per_node={args.ngpus} {args.script}.py"
         )
-    if args.local:  # its job has no number in advance
-        rest = [x.replace("%j", f"local{os.getpid()}") for x in rest]
-    folder = Path(os.path.abspath(check_flags(args, rest)))
     if args.script == "main_cplearn":
         rest = with_output_dir(rest, folder)  # whatever becomes of the folder it was submitted from
     if not args.local:

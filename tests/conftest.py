@@ -18,6 +18,38 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for spawned processes
 
 
+# What Slurm installs. A test that is not marked `slurm` must pass on a machine that has none of it.
+SLURM = ("sacct", "sacctmgr", "salloc", "sattach", "sbatch", "sbcast", "scancel", "scontrol", "sdiag", "sinfo", "sprio",
+         "squeue", "sreport", "srun", "sshare", "sstat", "strigger")  # fmt: skip
+
+
+def path_without_slurm(spare: Path) -> str:
+    """PATH in which each folder that holds Slurm's programs is replaced by links, made in `spare`, to its others."""
+    folders = []
+    for k, folder in enumerate(os.environ.get("PATH", "").split(os.pathsep)):
+        if any(os.path.exists(os.path.join(folder, name)) for name in SLURM):
+            links = spare / f"path{k}"
+            links.mkdir()
+            for name in set(os.listdir(folder)) - set(SLURM):
+                (links / name).symlink_to(os.path.join(folder, name))
+            folder = str(links)
+        folders.append(folder)
+    return os.pathsep.join(folders)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def paths(tmp_path_factory) -> dict[bool, str]:
+    """PATH with Slurm and without it, by whether a test may use it; without it from the start."""
+    found = {True: os.environ.get("PATH", ""), False: path_without_slurm(tmp_path_factory.mktemp("bin"))}
+    os.environ["PATH"] = found[False]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def hide_slurm(request, monkeypatch, paths) -> None:
+    monkeypatch.setenv("PATH", paths[request.node.get_closest_marker("slurm") is not None])
+
+
 def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 36), seed: int = 0) -> None:
     """Smooth random images, so that JPEG keeps them and crops differ."""
     rng = np.random.default_rng(seed)
