@@ -11,27 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.metrics.cluster import contingency_matrix
 
-import checkpoints
-import errors
 import eval_cluster
 import eval_collapse
 import eval_knn
 import eval_linear
 import main_cplearn
-import utils
+from cplearn import checkpoints, errors
+from cplearn.flags import ArgumentParser
+from cplearn.text import format_table
+
+matplotlib.use("Agg")
 
 ROOT = Path(__file__).resolve().parent
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, evaluate, plot. Returns the closing table's rows."""
-    parser = utils.ArgumentParser(prog="demo.py", description=__doc__)
+    parser = ArgumentParser(prog="demo.py", description=__doc__)
     parser.add_argument("--output_dir", default="output/demo", help="Checkpoint, log.txt, plots")
     parser.add_argument("--max_steps", type=int, default=None, help="Stop training early, for a smoke test")
     args = parser.parse_args(argv)
@@ -50,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     analyse_collapse(out)
     print(f"\nDigits held out from training, {out}/checkpoint.pth, {time.perf_counter() - start:.0f} s in all:\n")
     columns = list(rows["trained"])
-    print(
-        utils.format_table(
-            [(c, rows["trained"][c], rows["random"][c]) for c in columns], ("", "trained", "random init")
-        )
-    )
+    print(format_table([(c, rows["trained"][c], rows["random"][c]) for c in columns], ("", "trained", "random init")))
     print(f"\nPlots: {out}/losses.png, code_usage.png, confusion.png; of collapse: {out}/collapse/*.png")
     return rows
 

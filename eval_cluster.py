@@ -20,23 +20,25 @@ from sklearn import metrics as sk
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
-import collapse
-import distributed
-import errors
-import evaluation
-import utils
-from errors import UserError
+from cplearn import errors
+from cplearn.distributed import collectives
+from cplearn.errors import UserError
+from cplearn.evaluation import cli, collapse
+from cplearn.evaluation.features import Features, features
+from cplearn.files import check_output_dir
+from cplearn.flags import ArgumentParser
+from cplearn.text import format_table
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(prog="eval_cluster.py", description=__doc__)
+    parser = ArgumentParser(prog="eval_cluster.py", description=__doc__)
     parser.add_argument("--split", default="val", choices=("val", "train"), help="Images to cluster")
     parser.add_argument("--kmeans_redo", type=int, default=5, help="Restarts of k-means; the best objective counts")
     parser.add_argument("--shuffles", type=int, default=5, help="Draws of each random baseline, averaged")
     parser.add_argument("--out_csv", default=None, help="Write image, class and code of every image to this file")
-    evaluation.add_flags(parser)
+    cli.add_flags(parser)
     return parser
 
 
@@ -117,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     args = get_args_parser().parse_args(argv)
     if args.shuffles < 1 or args.kmeans_redo < 1:
         raise UserError(f"--shuffles {args.shuffles} and --kmeans_redo {args.kmeans_redo} must be positive")
-    device = evaluation.start(args)
+    device = cli.start(args)
     if args.out_csv:
-        utils.check_output_dir(str(Path(args.out_csv).parent), "--out_csv: the folder")
-    (data,), _ = evaluation.features(args, device, (args.split,))
-    if not distributed.is_main():
+        check_output_dir(str(Path(args.out_csv).parent), "--out_csv: the folder")
+    (data,), _ = features(args, device, (args.split,))
+    if not collectives.is_main():
         return {}
     if args.out_csv:
         write_csv(args.out_csv, data)
@@ -139,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             shuffles=args.shuffles,
         )
     header = ("clustering", "NMI", "AMI", "ARI", "Hungarian", "used", "perplexity")
-    print(utils.format_table([(name, *(row.get(c) for c in COLUMNS)) for name, row in rows.items()], header))
-    evaluation.write_result(args, "eval_cluster", rows, data, args.split)
+    print(format_table([(name, *(row.get(c) for c in COLUMNS)) for name, row in rows.items()], header))
+    cli.write_result(args, "eval_cluster", rows, data, args.split)
     return rows
 
 
-def write_csv(path: str, data: evaluation.Features) -> None:
+def write_csv(path: str, data: Features) -> None:
     """One line an image: its name, class and code."""
     if data.codes is None:
         raise UserError("--out_csv needs a checkpoint with a head: these weights assign no codes")

@@ -7,72 +7,22 @@ torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights CHECKPOINT --data_p
 import argparse
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-import distributed
-import errors
-import evaluation
-import utils
-from errors import UserError
+from cplearn import errors
+from cplearn.distributed import collectives
+from cplearn.errors import UserError
+from cplearn.evaluation import cli
+from cplearn.evaluation.features import features
+from cplearn.evaluation.knn import knn
+from cplearn.flags import ArgumentParser
+from cplearn.text import format_table
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(prog="eval_knn.py", description=__doc__)
+    parser = ArgumentParser(prog="eval_knn.py", description=__doc__)
     parser.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="Numbers of neighbours")
     parser.add_argument("--temperature", type=float, default=0.07, help="Of the votes, exp(cosine / T)")
-    evaluation.add_flags(parser)
+    cli.add_flags(parser)
     return parser
-
-
-def votes(similarity: Tensor, label: Tensor, n_classes: int, temperature: float) -> Tensor:
-    """Sum of exp(cosine / temperature) over neighbours of each class, up to a factor of the row's own.
-
-    Shape: similarities (n, k), the most similar first, and labels (n, k) of the neighbours -> (n, n_classes).
-    """
-    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the best at 1: no overflow at small T
-    return torch.zeros(len(label), n_classes).scatter_add_(1, label, weight)
-
-
-def knn(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    ks: Sequence[int],
-    temperature: float,
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy for each k; k is capped at the number of training images.
-
-    Each test image takes its k neighbours of largest cosine (exact search); each votes for its class with
-    weight exp(cosine / temperature). Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
-    """
-    import faiss
-
-    train = F.normalize(train, dim=1).numpy()
-    test = F.normalize(test, dim=1).numpy()
-    n_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    index = faiss.IndexFlatIP(train.shape[1])
-    index.add(train)
-    results: dict[str, float] = {}
-    ks = sorted({min(k, len(train)) for k in ks})
-    hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
-    for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
-        similarity, neighbour = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1]))
-        label = train_labels[neighbour]
-        truth = test_labels[start : start + 4096, None]
-        for k in ks:
-            ranked = (
-                votes(similarity[:, :k], label[:, :k], n_classes, temperature).topk(min(5, n_classes), dim=1).indices
-            )
-            correct = ranked == truth
-            hits[k] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
-    for k in ks:
-        top1, top5 = (hits[k] / len(test)).tolist()
-        results |= {f"knn{k}_top1": top1, f"knn{k}_top5": top5}
-    return results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -80,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = get_args_parser().parse_args(argv)
     if min(args.nb_knn) < 1 or args.temperature <= 0:
         raise UserError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
-    device = evaluation.start(args)
-    (train, val), _ = evaluation.features(args, device, ("train", "val"), labels_for="eval_knn.py")
-    if not distributed.is_main():
+    device = cli.start(args)
+    (train, val), _ = features(args, device, ("train", "val"), labels_for="eval_knn.py")
+    if not collectives.is_main():
         return {}
     metrics = knn(train.features, train.labels, val.features, val.labels, ks=args.nb_knn, temperature=args.temperature)
     rows = [
@@ -90,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         for k in metrics
         if k.endswith("top1")
     ]
-    print(utils.format_table(rows, ("k", "top-1", "top-5")))
-    evaluation.write_result(args, "eval_knn", metrics, val)
+    print(format_table(rows, ("k", "top-1", "top-5")))
+    cli.write_result(args, "eval_knn", metrics, val)
     return metrics
 
 

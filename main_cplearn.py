@@ -11,31 +11,31 @@ resumes at the very step (on CPUs: to the same bits).
 """
 
 import argparse
-import json
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import timm.optim
 import torch
-from torch import Tensor, nn
 
-import augmentations
-import checkpoints
-import datasets
-import distributed
-import errors
-import models
-import random_streams
-import utils
-from errors import UserError
-from monitor import Monitor
-from progress import Meter, Progress
-from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals
-from run_state import Run, check_bad_images, count, resume, save, settle, stop_if_asked, vote
+from cplearn import backbones, checkpoints, errors, random_streams
+from cplearn.data import augmentations, datasets, loaders
+from cplearn.distributed import collectives, launch
+from cplearn.errors import UserError
+from cplearn.files import check_output_dir
+from cplearn.flags import ArgumentParser, bool_flag, check_finite, expand_paths
+from cplearn.methods import METHODS, build_method, method_class
+from cplearn.training.bad_batches import BadSteps, RunningStatistics, check_bad_images, check_gradients
+from cplearn.training.folder_lock import FolderLock
+from cplearn.training.monitor import Monitor
+from cplearn.training.optimizer import build_optimizer, check_memory, clip_gradients, set_schedules
+from cplearn.training.progress import Meter, Progress, Stopwatch
+from cplearn.training.report import announce, report_epoch, tensorboard_writer
+from cplearn.training.resume import resume, save
+from cplearn.training.run import Run
+from cplearn.training.run_control import StopSignals
+from cplearn.training.votes import count, settle, stop_if_asked, vote
 
 # Flags of DINO's script that a user may bring along, and why they have no meaning for another method.
 DINO_ONLY = {
@@ -51,13 +51,13 @@ DINO_ONLY = {
 
 def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     # fmt: off
-    p = utils.ArgumentParser(prog="main_cplearn.py", description=__doc__)
-    p.add_argument("--method", default="cplearn", help=f"What to train with: {', '.join(models.METHODS)}")
+    p = ArgumentParser(prog="main_cplearn.py", description=__doc__)
+    p.add_argument("--method", default="cplearn", help=f"What to train with: {', '.join(METHODS)}")
     p.add_argument("--out_dim", type=int, default=65536, help="Number of codes c. Any size trains the same number of weights")
-    models.method_class(method).add_flags(p)
+    method_class(method).add_flags(p)
 
     g = p.add_argument_group("backbone")
-    g.add_argument("--arch", default="vit_small", help=f"One of {', '.join(models.ARCHS)}")
+    g.add_argument("--arch", default="vit_small", help=f"One of {', '.join(backbones.ARCHS)}")
     g.add_argument("--patch_size", type=int, default=16, help="ViT patch in pixels; smaller is slower and better")
     g.add_argument("--drop_path_rate", type=float, default=0.1, help="Stochastic depth of a ViT")
     g.add_argument("--init_from", default=None, help="Start from the backbone weights of this file (ours, DINO's, timm's)")
@@ -85,7 +85,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--weight_decay_end", type=float, default=0.4, help="At the end, by a cosine. Same as --weight_decay for a constant")
     g.add_argument("--clip_grad", type=float, default=3.0, help="Largest norm of each parameter's gradient; 0 for none")
     g.add_argument("--precision", default=None, choices=("fp32", "bf16", "fp16"), help="Of the backbone; head and loss are always fp32 (default: fp16 on GPUs, fp32 on CPUs)")
-    g.add_argument("--use_fp16", type=utils.bool_flag, default=None, help="DINO's flag: false means --precision fp32")
+    g.add_argument("--use_fp16", type=bool_flag, default=None, help="DINO's flag: false means --precision fp32")
 
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="output/cplearn", help="Checkpoints, log.txt and args.json; resumes if a checkpoint is there")
@@ -111,7 +111,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse, refuse what makes no sense here, and fill in every default that depends on another flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = utils.ArgumentParser(add_help=False)
+    first = ArgumentParser(add_help=False)
     first.add_argument("--method", default="cplearn")
     method = first.parse_known_args(argv)[0].method
     parser = get_args_parser(method)
@@ -131,7 +131,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.dataset = "folder" if args.data_path else "digits"
     if args.dataset not in datasets.DATASETS:
         raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
-    utils.expand_paths(args, "data_path", "output_dir", "init_from", "class_list")
+    expand_paths(args, "data_path", "output_dir", "init_from", "class_list")
     if args.data_path is not None:  # an evaluation started elsewhere has to find it
         args.data_path = os.path.abspath(args.data_path)
     if args.class_list and os.path.isfile(args.class_list):
@@ -140,7 +140,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.augmentation = datasets.RECIPE[args.dataset]
     if args.image_size is None:
         args.image_size = datasets.NATIVE_SIZE[args.dataset]
-    unit = args.patch_size if models.is_vit(args.arch) else 1
+    unit = args.patch_size if backbones.is_vit(args.arch) else 1
     if args.local_image_size is None:
         args.local_image_size = max(1, round(args.image_size * 96 / 224 / max(1, unit))) * max(1, unit)
     if args.local_crops_number is None:
@@ -153,7 +153,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """What can be judged from the flags alone; models and data sets check the rest."""
-    utils.check_finite(args)
+    check_finite(args)
     if not 0 <= args.drop_path_rate < 1:
         raise UserError(f"--drop_path_rate {args.drop_path_rate:g} must be at least 0 and below 1")
     for name in (
@@ -199,7 +199,7 @@ def check_args(args: argparse.Namespace) -> None:
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
             raise UserError(f"--{name} {low:g} {high:g} must satisfy 0 < LOW <= HIGH <= 1")
-    if args.local_crops_number and models.is_vit(args.arch) and args.local_image_size % args.patch_size:
+    if args.local_crops_number and backbones.is_vit(args.arch) and args.local_image_size % args.patch_size:
         raise UserError(
             f"--local_image_size {args.local_image_size} is not a multiple of --patch_size {args.patch_size}"
         )
@@ -212,37 +212,37 @@ def check_args(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train; returns the last epoch's log record."""
     args = parse_args(argv)
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    if args.batch_size_per_gpu * distributed.world_size() < 2:
+    device = launch.init(args.dist_url, args.device, args.dist_timeout)
+    if args.batch_size_per_gpu * collectives.world_size() < 2:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
-    distributed.on_main(utils.check_output_dir, args.output_dir)
+    collectives.on_main(check_output_dir, args.output_dir)
     with StopSignals() as signals, FolderLock(args.output_dir) as lock:
         run = build(args, device, lock)
         try:
             return train(run, signals)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
-            raise datasets.worker_error(error, run.loader) or error from None
+            raise loaders.worker_error(error, run.loader) or error from None
         finally:
-            datasets.stop_workers(run.loader)
+            loaders.stop_workers(run.loader)
 
 
 def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
     """Data, model and optimiser, and the checkpoint in the folder if there is one."""
-    with distributed.together():
+    with collectives.together():
         run = assemble(args, device, lock)
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in ("num_workers", "dist_url")}
-    distributed.check_same({"data": run.identity["data"], **flags})
+    collectives.check_same({"data": run.identity["data"], **flags})
     # A flag that is younger than the checkpoint had its default there.
     resumed = resume(run, vars(get_args_parser(args.method).parse_args([])))
-    with distributed.together():
+    with collectives.together():
         if args.init_from and not resumed:
             state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
             checkpoints.load_backbone(run.method.backbone, state, args.init_from)
     if not resumed:
         run.method.begin()
-    run.model = distributed.wrap(run.method, device)
-    distributed.on_main(announce, run, distributed.self_check(device))
+    run.model = collectives.wrap(run.method, device)
+    collectives.on_main(announce, run, launch.self_check(device))
     return run
 
 
@@ -260,23 +260,23 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
         global_scale=tuple(args.global_crops_scale),
         local_scale=tuple(args.local_crops_scale),
     )
-    loader = datasets.train_loader(
+    loader = loaders.train_loader(
         dataset,
         views,
         batch_size=args.batch_size_per_gpu,
         seed=args.seed,
-        num_workers=datasets.default_workers(args.num_workers),
+        num_workers=loaders.default_workers(args.num_workers),
         pin_memory=device.type == "cuda",
     )
-    method = models.build_method(args)
+    method = build_method(args)
     for size in sorted({view.size for view in views}):
-        models.check_image_size(method.backbone, args.arch, size)
+        backbones.check_image_size(method.backbone, args.arch, size)
     check_memory(method, args, len(views), device)
     method.to(device)
     half = args.precision == "fp16"
     return Run(
         args=args,
-        identity={"processes": distributed.world_size(), "data": datasets.fingerprint(dataset)},
+        identity={"processes": collectives.world_size(), "data": datasets.fingerprint(dataset)},
         device=device,
         dataset=dataset,
         views=views,
@@ -303,16 +303,16 @@ def train(run: Run, signals: StopSignals) -> dict:
         record = train_one_epoch(run, signals)
         if run.step % len(run.loader) == 0:
             record |= run.monitor.end_epoch(run, record)
-        distributed.on_main(report_epoch, run, record, writer)
+        collectives.on_main(report_epoch, run, record, writer)
         if run.step % len(run.loader) == 0:
             run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
-            run.waiting = utils.Stopwatch()
+            run.waiting = Stopwatch()
             save(run)
             if args.on_collapse == "stop":
                 run.monitor.check(run, record)
         check_bad_images(run)
         stop_if_asked(run, signals)
-    if distributed.is_main():
+    if collectives.is_main():
         if run.bad_steps.in_a_row:
             print(f"WARNING: the last {run.bad_steps.in_a_row} steps were not finite and had to be left out")
         print(
@@ -330,19 +330,19 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
     last = min(len(run.loader), run.last_step - epoch * len(run.loader))
     run.loader.batch_sampler.epoch, run.loader.batch_sampler.first = epoch, first
     run.model.train()
-    batch = args.batch_size_per_gpu * distributed.world_size()
+    batch = args.batch_size_per_gpu * collectives.world_size()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     statistics = RunningStatistics(method)
     progress = Progress(epoch, args.epochs, len(run.loader))
     start, first_step = time.perf_counter() - run.seconds, 0.0
-    with datasets.deadline(args.worker_timeout):
+    with loaders.deadline(args.worker_timeout):
         batches = iter(run.loader)
 
     for i in range(first, last):
-        with run.waiting, datasets.deadline(args.worker_timeout):
+        with run.waiting, loaders.deadline(args.worker_timeout):
             crops, _, samples, failures = next(batches)
         lr = set_schedules(optimizer, run.step, len(run.loader), args)
-        random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, distributed.rank())  # drop path
+        random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, collectives.rank())  # drop path
         images = [
             augmentations.colour(pixels.to(device, non_blocking=True), params, view)
             for (pixels, params), view in zip(crops, run.views, strict=True)
@@ -398,191 +398,10 @@ def train_one_epoch(run: Run, signals: StopSignals) -> dict:
     }
 
 
-def expected_memory(method: nn.Module, args: argparse.Namespace, views: int) -> tuple[int, int]:
-    """Bytes a process of weights, gradients and optimiser states; and of head and loss. Without activations."""
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    fixed = sum(t.nbytes for t in [*method.parameters(), *method.buffers()]) - 4 * trained
-    states = 2 if args.optimizer.startswith("adam") else 1
-    return 4 * trained * (2 + states) + fixed, method.loss_memory(args.batch_size_per_gpu, views)
-
-
-def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device: torch.device) -> None:
-    """Raises `UserError`, with numbers, for what cannot fit."""
-    weights, loss = expected_memory(method, args, views)
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    else:
-        have = utils.physical_memory() // distributed.local_world_size()
-    if weights + loss > have:
-        raise UserError(
-            f"--method {args.method} --out_dim {args.out_dim}: weights, gradients and optimiser states take "
-            f"{weights / 1e9:.1f} GB, head and loss {loss / 1e9:.1f} GB for {args.batch_size_per_gpu} images and {views} "
-            f"views, and a process has {have / 1e9:.1f} GB: smaller --out_dim or --batch_size_per_gpu, or another machine"
-        )
-
-
-# --- the step's parts --------------------------------------------------------------------------------
-
-
-def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
-    """Weight decay for matrices only, as in DINO: biases and one-dimensional parameters have none.
-
-    torch's own optimisers are fused on a GPU: with fp16 the others ask the device at each step for overflows.
-    """
-    decayed = [
-        p for name, p in method.named_parameters() if p.requires_grad and p.ndim > 1 and not name.endswith(".bias")
-    ]
-    exempt = [p for name, p in method.named_parameters() if p.requires_grad and (p.ndim <= 1 or name.endswith(".bias"))]
-    groups = [{"params": decayed, "decay": True}, {"params": exempt, "decay": False, "weight_decay": 0.0}]
-    fused = device.type == "cuda"
-    kinds = {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
-        "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=fused),
-        "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)),
-        "lars": lambda: timm.optim.Lars(groups, lr=0.0, momentum=0.9),
-    }
-    return kinds[args.optimizer]()
-
-
-def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """Momentum from zero, to the same effect. torch's fused form would leave it uninitialised if step 0 is skipped."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
-
-
-def actual_lr(args: argparse.Namespace) -> float:
-    """The linear rule: --lr is for a batch of 256 over all processes."""
-    return args.lr * args.batch_size_per_gpu * distributed.world_size() / 256
-
-
-def set_schedules(optimizer, step: int, steps_per_epoch: int, args) -> float:
-    """Learning rate and weight decay of this step. Returns the learning rate."""
-    total = args.epochs * steps_per_epoch
-    lr = utils.lr_at(
-        step,
-        lr=actual_lr(args),
-        min_lr=args.min_lr,
-        warmup_steps=args.warmup_epochs * steps_per_epoch,
-        total_steps=total,
-    )
-    decay = utils.cosine(args.weight_decay, args.weight_decay_end, step / total)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if group["decay"]:
-            group["weight_decay"] = decay
-    return lr
-
-
-@torch.no_grad()
-def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tensor:
-    """Whether the step must be skipped: loss or gradient is not finite on some rank. Unscales the gradients.
-
-    The scaler looks for infinities in gradients only, so a loss that is not finite is made to show in one of them.
-    Nothing here waits for the device. Shape: loss () summed over ranks -> bool ().
-    """
-    grads = [p.grad for p in method.parameters() if p.grad is not None]
-    largest = torch.stack(torch._foreach_norm(grads, math.inf)).amax()  # the 2-norm could overflow on its own
-    skipped = ~(largest.isfinite() & loss.isfinite())
-    grads[0].masked_fill_(skipped, math.nan)
-    scaler.unscale_(optimizer)
-    return skipped
-
-
-@torch.no_grad()
-def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
-    """Scale down each parameter's gradient to `max_norm` on its own (DINO's clipping); 0 leaves all.
-
-    Returns the norm of the whole gradient before clipping, on the device.
-    """
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    norms = torch._foreach_norm(grads)
-    if max_norm > 0:
-        torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return torch.stack(norms).norm()
-
-
 def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
     if args.precision is None:
         args.precision = "fp16" if device.type == "cuda" and args.use_fp16 is not False else "fp32"
     args.use_fp16 = args.precision == "fp16"
-
-
-# --- what the run says and keeps ---------------------------------------------------------------------
-
-
-def announce(run: Run, lines: list[str]) -> None:
-    """Processes, effective arguments, derived values and warnings: printed, and saved as args.json."""
-    print("\n".join([*lines, f"Data: {datasets.summary(run.dataset)}"]))
-    args, method, device = run.args, run.method, run.device
-    derived = {
-        "processes": distributed.world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "effective_batch": args.batch_size_per_gpu * distributed.world_size(),
-        "actual_lr": actual_lr(args),
-        "train_images": len(run.dataset),
-        "steps_per_epoch": len(run.loader),
-        "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
-        "expected_memory_gb": sum(expected_memory(method, args, len(run.views))) / 1e9,
-        "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-        **method.describe(args.batch_size_per_gpu),
-        "torch": torch.__version__,
-        "commit": utils.git_commit(),
-    }
-    if args.data_path is None:
-        print(
-            "WARNING: no --data_path, so this trains on the handwritten digits bundled with scikit-learn. "
-            "For your own images: --data_path FOLDER"
-        )
-    print("Arguments: " + " ".join(f"--{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
-    for name, value in derived.items():
-        print(f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}")
-    for warning in method.warnings():
-        print(f"WARNING: {warning}")
-    content = json.dumps({"args": vars(args), "derived": derived}, indent=1, sort_keys=True)
-    if run.step < run.last_step:
-        utils.write_text(Path(args.output_dir, "args.json"), content + "\n")
-    sys.stdout.flush()
-
-
-def report_epoch(run: Run, record: dict, writer) -> None:
-    """One line on the terminal, one in log.txt, and TensorBoard if asked for."""
-    args = run.args
-    remaining = (run.last_step - record["step"]) * record["seconds"] / record["steps"]
-    print(
-        f"epoch {record['epoch'] + 1}/{args.epochs}  loss {record['train_loss']:.4f}  "
-        + "  ".join(
-            f"{k.removeprefix('train_')} {v:.4f}"
-            for k, v in record.items()
-            if k.startswith("train_") and k != "train_loss"
-        )
-        + f"  (uniform {record['loss_uniform']:.4f}, floor {record['loss_floor']:.4f}, {record['uniform_to_floor']:.0%} of the way)  lr {record['lr']:.3g}"
-        + f"  {record['images_per_second']:.0f} img/s  wait {record['data_wait']:.0%}"
-        + f"  skipped {record['skipped_steps']} steps" * (record["skipped_steps"] > 0)
-        + f"  replaced {record['replaced_images']} unreadable images" * (record["replaced_images"] > 0)
-        + f"  ETA {utils.format_duration(remaining)}",
-        flush=True,
-    )
-    if "verdict" in record:
-        mark = "" if record["verdict"] == "healthy" else "WARNING: "
-        print(f"  {mark}{record['verdict_line']}", flush=True)
-    utils.append_json_line(Path(args.output_dir, "log.txt"), record)
-    if writer is not None:
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, record["epoch"])
-        writer.flush()
-
-
-def tensorboard_writer(args, epoch: int):
-    if not args.tensorboard or not distributed.is_main():
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=epoch)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ job's number.
 """
 
 import argparse
-import contextlib
 import copy
 import importlib
-import io
 import itertools
 import os
 import re
@@ -22,16 +20,18 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import errors
-import slurm_jobs
-import utils
-from errors import UserError
+from cplearn import errors
+from cplearn.errors import UserError
+from cplearn.flags import ArgumentParser
+from cplearn.slurm.status import FOLDER, ROOT, status
+from cplearn.slurm.submit import check_partition, refuse_twice, submit
 
-SCRIPTS = ("main_cplearn", *sorted(path.stem for path in slurm_jobs.ROOT.glob("eval_*.py")))
+SCRIPTS = ("main_cplearn", *sorted(path.stem for path in ROOT.glob("eval_*.py")))
+
+
 # After pre-training, one after the other: their results go to one file.
 EVALUATIONS = ("eval_knn", "eval_linear", "eval_cluster", "eval_collapse")
 
@@ -39,7 +39,7 @@ EVALUATIONS = ("eval_knn", "eval_linear", "eval_cluster", "eval_collapse")
 def get_args_parser() -> argparse.ArgumentParser:
     env = {x.removeprefix("SBATCH_"): value for x, value in os.environ.items() if x.startswith("SBATCH_")}.get
     # fmt: off
-    p = utils.ArgumentParser(prog="run_with_submitit.py", description=__doc__)
+    p = ArgumentParser(prog="run_with_submitit.py", description=__doc__)
     p.add_argument("--script", default="main_cplearn", choices=SCRIPTS, help="Entry point; every other flag is its own")
     g = p.add_argument_group("size")
     g.add_argument("--nodes", type=int, default=1, help="Number of nodes")
@@ -132,18 +132,18 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
             jobs.append(submit(one_node, script, weights, folder, dependency))
     if not args.dry_run:
         where = str(folder).replace("%j", jobs[0])
-        print(f"Watch: tail -F {shlex.quote(f'{where}/{slurm_jobs.FOLDER}/{jobs[0]}_0_log.out')}")
+        print(f"Watch: tail -F {shlex.quote(f'{where}/{FOLDER}/{jobs[0]}_0_log.out')}")
         print(f"       {Path(sys.argv[0]).name} --status {shlex.quote(where)}")
     return jobs
 
 
 def show_status(folders: list[str]) -> None:
     if len(folders) == 1:
-        print("\n".join(slurm_jobs.status(folders[0])))
+        print("\n".join(status(folders[0])))
         return
     for folder in folders:
         try:
-            lines = slurm_jobs.status(folder)
+            lines = status(folder)
         except UserError as error:  # of output/*
             lines = [f"          {error}"]
         print("\n".join([f"{folder}:", *lines]))
@@ -202,212 +202,6 @@ def with_output_dir(argv: list[str], folder: Path) -> list[str]:
             kept.append(word)
         skip = word == "--output_dir"
     return [*kept, "--output_dir", str(folder)]
-
-
-def check_partition(args: argparse.Namespace) -> None:
-    """sbatch itself accepts more nodes, or more time, than a partition has, and such a job waits for ever."""
-    found = slurm_jobs.ask("scontrol", "show", "partition", "-o")
-    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in found.splitlines()]
-    names = (args.partition or "").split(",")
-    mine = [p for p in partitions if p.get("PartitionName") in names or (not args.partition and p["Default"] == "YES")]
-    if not mine:
-        return  # sbatch will tell
-    most = max(min(int(p["TotalNodes"]), _number(p["MaxNodes"])) for p in mine)
-    if args.nodes > most:
-        raise UserError(f"--nodes {args.nodes}: partition {mine[0]['PartitionName']} gives a job {most} at most")
-    longest = max(_minutes(p["MaxTime"]) for p in mine)
-    if args.timeout > longest:
-        raise UserError(
-            f"--timeout {args.timeout}: partition {mine[0]['PartitionName']} gives a job {longest:g} minutes at most "
-            "(it saves and requeues itself then)"
-        )
-
-
-def _number(text: str) -> float:
-    return float(text) if text.isdigit() else float("inf")
-
-
-def _minutes(text: str) -> float:
-    """[days-]hours:minutes:seconds."""
-    if not re.fullmatch(r"(\d+-)?\d+:\d+:\d+", text):
-        return float("inf")
-    days, _, clock = text.rpartition("-")
-    hours, minutes, seconds = map(int, clock.split(":"))
-    return 24 * 60 * int(days or 0) + 60 * hours + minutes + seconds / 60
-
-
-def refuse_twice(output_dir: Path, args: argparse.Namespace) -> None:
-    """One pre-training a folder, and with --then one set of evaluations. An evaluation alone may go beside others."""
-    if args.script != "main_cplearn":
-        return
-    folder = output_dir / slurm_jobs.FOLDER
-    for entry in slurm_jobs.submissions(folder):
-        if entry["script"] == "main_cplearn" or args.then:
-            state = slurm_jobs.job_state(folder, entry)["JobState"]
-            if state in slurm_jobs.LIVE:
-                stop = f"kill {entry['job']}" if entry["cluster"] == "local" else f"scancel {entry['job']}"
-                raise UserError(
-                    f"{output_dir} has job {entry['job']} ({entry['script']}), which is {state}: {stop}, "
-                    "or choose another --output_dir"
-                )
-
-
-# --- submission -------------------------------------------------------------------------------------------
-
-
-def submit(args: argparse.Namespace, script: str, argv: list[str], output_dir: Path, dependency: str | None = None):
-    """One job; returns its number. Raises `UserError` with Slurm's own reason if it is refused.
-
-    With --dry_run: prints what would be submitted.
-    """
-    import submitit
-
-    folder = output_dir / slurm_jobs.FOLDER
-    argv = own_flags(args, argv)
-    task = slurm_jobs.Task(script, argv, str(folder), args.max_requeues)
-    executor = make_executor(args, folder, script, dependency)
-    if args.dry_run:
-        print(executor._make_submission_file_text(executor._submitit_command_str, ""))
-        print(f"# Every process then runs: {script}.py {shlex.join(argv)}\n")
-        return "JOB"
-    here = {}
-    if args.local:  # what the batch script does elsewhere
-        here["PYTHONPATH"] = os.pathsep.join(filter(None, [str(slurm_jobs.ROOT), os.environ.get("PYTHONPATH")]))
-        here["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads(args))
-    start = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
-    before, said = set(start.glob("*") if start.exists() else ()), io.StringIO()
-    try:
-        # Without the variables of a job in which this was typed.
-        with submitit.helpers.clean_env(), submitit.core.utils.environment_variables(**here):
-            with contextlib.redirect_stderr(said), _without_terminal() if args.local else contextlib.nullcontext():
-                job = executor.submit(task)
-    except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
-        for path in set(start.glob("*")) - before:
-            utils.remove_quietly(path)
-        with contextlib.suppress(OSError):  # if they are empty
-            start.rmdir()
-            start.parent.rmdir()
-        raise UserError(f"Slurm refused the job: {_reason(str(error))}") from None
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from None
-    for path in set(start.glob(".submission_file*")) - before:  # links to the script, of no further use
-        utils.remove_quietly(path)
-    folder = Path(str(folder).replace("%j", job.job_id))
-    size = {"nodes": args.nodes, "processes": args.nodes * args.ngpus}
-    entry = {"job": job.job_id, "cluster": "local" if args.local else "slurm", "script": script, "argv": argv, **size}
-    if args.local:
-        entry["started"] = utils.process_start(int(job.job_id))
-    utils.append_json_line(folder / "jobs.jsonl", {**entry, "time": time.time(), "commit": utils.git_commit()})
-    after = f" after {dependency}" if dependency else ""
-    print(
-        f"Submitted job {job.job_id}: {script}, {args.nodes} x {args.ngpus} processes, {output_dir}{after}".replace(
-            "%j", job.job_id
-        )
-    )
-    return job.job_id
-
-
-@contextlib.contextmanager
-def _without_terminal():
-    """What is started inside has its own standard streams: a pipe to this command would wait for a job's end."""
-    sys.stdout.flush()
-    kept = [os.dup(fd) for fd in range(3)]
-    null = os.open(os.devnull, os.O_RDWR)
-    try:
-        for fd in range(3):
-            os.dup2(null, fd)
-        yield
-    finally:
-        for fd, before in enumerate(kept):
-            os.dup2(before, fd)
-            os.close(before)
-        os.close(null)
-
-
-def own_flags(args: argparse.Namespace, argv: list[str]) -> list[str]:
-    """Flags of the entry point that follow from the launcher's, unless they were given."""
-    given = {x.split("=")[0] for x in argv}
-    extra = {"--num_workers": str(args.cpus_per_task)}
-    if args.cpu:
-        extra["--device"] = "cpu"
-    elif not args.local:
-        extra["--device"] = "cuda"  # a node whose GPUs are gone shall fail, not crawl
-    return [*argv, *(x for name, value in extra.items() if name not in given for x in (name, value))]
-
-
-def make_executor(args: argparse.Namespace, folder: Path, script: str, dependency: str | None):
-    import submitit
-
-    gpus = {} if args.cpu else {"gpus_per_node": args.ngpus}
-    if args.local:
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(
-            tasks_per_node=args.ngpus,
-            timeout_min=args.timeout,
-            signal_delay_s=args.signal_delay_s,
-            stderr_to_stdout=True,
-            **gpus,
-        )
-        return executor
-    name = args.name or folder.parent.name.replace("%j", "") or "cplearn"
-    memory = args.mem or (None if args.cpu else f"{40 * args.ngpus}G")
-    finish = [sys.executable, "-u", str(slurm_jobs.ROOT / "slurm_jobs.py"), str(folder), str(args.max_requeues)]
-    executor = (anywhere() if args.dry_run else submitit.SlurmExecutor)(folder)
-    executor.update_parameters(
-        job_name=name if script == "main_cplearn" else f"{name}-{script}",
-        nodes=args.nodes,
-        ntasks_per_node=args.ngpus,
-        cpus_per_task=args.cpus_per_task,
-        time=args.timeout,
-        partition=args.partition,
-        account=args.account,
-        qos=args.qos,
-        constraint=args.constraint,
-        exclude=args.exclude,
-        comment=args.comment,
-        dependency=dependency,
-        signal_delay_s=args.signal_delay_s,
-        stderr_to_stdout=True,
-        wckey=None,
-        setup=[
-            f"export PYTHONPATH={shlex.quote(str(slurm_jobs.ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads(args)}}}",
-        ],
-        # One process that fails ends the others; and srun, unlike sbatch, has to be told of the cores.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
-        teardown=[f"{shlex.join(finish)} $?"],
-        additional_parameters={
-            "requeue": True,
-            **{x.partition("=")[0]: x.partition("=")[2] or True for x in args.sbatch},
-            **({"mem": memory} if memory else {}),
-            **({"kill-on-invalid-dep": "yes"} if dependency else {}),
-        },
-        **gpus,
-    )
-    return executor
-
-
-def threads(args: argparse.Namespace) -> int:
-    """As torchrun does it: one for each of several processes with a GPU, whose loaders need the other cores."""
-    return args.cpus_per_task if args.cpu else 1
-
-
-def anywhere():
-    """submitit's executor, where there is no Slurm: to print the batch script."""
-    import submitit
-
-    class Anywhere(submitit.SlurmExecutor):
-        @classmethod
-        def affinity(cls) -> int:
-            return 1
-
-    return Anywhere
-
-
-def _reason(text: str) -> str:
-    """What sbatch said, without its name."""
-    said = [line.removeprefix("Batch job submission failed: ") for line in re.findall(r"sbatch: error: (.+)", text)]
-    return "; ".join(dict.fromkeys(said)) or " ".join(text.split())[:200]
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import torch
 import torchvision.transforms.v2 as v2
 from torch.utils.data import default_collate
 
+from cplearn.data.augmentations import MEAN, STD, build_views, colour, draw, rng_for
+from cplearn.text import format_table
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from augmentations import MEAN, STD, build_views, colour, draw, rng_for  # noqa: E402
-from utils import format_table  # noqa: E402
 
 
 def milliseconds(function, device: str, repeats: int) -> float:

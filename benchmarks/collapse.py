@@ -27,17 +27,18 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
+import main_cplearn
+from cplearn.data import augmentations, datasets
+from cplearn.evaluation import collapse
+from cplearn.host import git_commit
+from cplearn.methods import build_method
+from cplearn.text import format_table
+from cplearn.training.monitor import CodeUse
+from cplearn_head import cplearn_loss
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import augmentations  # noqa: E402
-import collapse  # noqa: E402
-import datasets  # noqa: E402
-import main_cplearn  # noqa: E402
-import models  # noqa: E402
-from cplearn_head import cplearn_loss  # noqa: E402
-from monitor import CodeUse  # noqa: E402
-from utils import format_table, git_commit  # noqa: E402
 
 COMMON = "--image_size 32 --batch_size_per_gpu 64 --warmup_epochs 1 --optimizer adam --lr 0.004 --min_lr 1e-5 "
 COMMON += "--weight_decay 0 --weight_decay_end 0 --saveckp_freq 0 --num_workers 0 --knn_freq 1 --arch timm:resnet10t"
@@ -168,7 +169,7 @@ def curvature(args) -> None:
     """In float64, at the initialisation of a real network: second differences of the loss along both directions."""
     flags = main_cplearn.parse_args([*COMMON.split(), "--out_dim", "512"])
     torch.manual_seed(args.seeds[0])
-    method = models.build_method(flags).eval()
+    method = build_method(flags).eval()
     dataset = datasets.build_dataset("digits", None, "train", None)
     pixels = torch.stack([augmentations.eval_pixels(dataset[i][0], 32) for i in range(256)])
     method.train()  # statistics of this batch

@@ -30,12 +30,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from cplearn.dictionary import DICTIONARIES
+from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.host import git_commit
+from cplearn.text import format_table
+from cplearn_head import cplearn_loss
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cplearn_head import cplearn_loss  # noqa: E402
-from dictionaries import DICTIONARIES  # noqa: E402
-from dictionary_attention import streamed_loss  # noqa: E402
-from utils import format_table, git_commit  # noqa: E402
 
 KINDS = ("plain", "compiled", "stored", "recomputed", "triton", "triton_bf16", "hadamard", "products", "stacked",
          "products_bf16", "dino")  # fmt: skip

@@ -15,16 +15,18 @@ import sys
 import time
 from pathlib import Path
 
+import main_cplearn
+from cplearn.host import git_commit
+from cplearn.methods import METHODS, build_method
+from cplearn.text import format_table
+from cplearn.training.optimizer import build_optimizer
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torch  # noqa: E402
 from loss import memory_in_process  # noqa: E402
-
-import main_cplearn  # noqa: E402
-import models  # noqa: E402
-from utils import format_table, git_commit  # noqa: E402
 
 
 def one_cell(args, method: str, out_dim: int) -> dict[str, float]:
@@ -38,9 +40,9 @@ def one_cell(args, method: str, out_dim: int) -> dict[str, float]:
     torch.manual_seed(0)
     images = [torch.randn(args.n, 3, args.image_size, args.image_size, device=device) for _ in range(args.views)]
     before = memory_now(device)
-    model = models.build_method(flags).to(device)
+    model = build_method(flags).to(device)
     model.begin()
-    optimizer = main_cplearn.build_optimizer(model, flags, device)
+    optimizer = build_optimizer(model, flags, device)
     skipped = torch.tensor(False, device=device)
     times = []
     for i in range(args.repeats + 1):
@@ -105,7 +107,7 @@ def cost(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "cell"))
-    parser.add_argument("--methods", nargs="+", default=list(models.METHODS), choices=models.METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out_dim", type=int, nargs="+", default=[128, 16384])
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--n", type=int, default=64, help="Images")

@@ -38,14 +38,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+import main_cplearn
+from cplearn import checkpoints, errors
+from cplearn.data import datasets
+from cplearn.errors import LocalError, UserError
+from cplearn.host import git_commit
+from cplearn.text import format_table
+from cplearn.training.folder_lock import FolderLock
+from cplearn.training.resume import save
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoints  # noqa: E402
-import datasets  # noqa: E402
-import errors  # noqa: E402
-import main_cplearn  # noqa: E402
-from errors import LocalError, UserError  # noqa: E402
-from utils import format_table, git_commit  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
@@ -464,7 +467,7 @@ def overhead(folder: Path) -> list[tuple]:
     Path(args.output_dir).mkdir(parents=True)
     stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
     try:
-        lock = main_cplearn.FolderLock(args.output_dir).__enter__()
+        lock = FolderLock(args.output_dir).__enter__()
         run = main_cplearn.build(args, device, lock)
     finally:
         sys.stdout = stdout
@@ -475,7 +478,7 @@ def overhead(folder: Path) -> list[tuple]:
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        main_cplearn.save(run)
+        save(run)
         seconds.append(time.perf_counter() - begin)
     lock.__exit__(None)
     size = Path(args.output_dir, "checkpoint.pth").stat().st_size / 2**20

@@ -10,6 +10,8 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
+from cplearn.distributed import launch
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is first imported
 
@@ -72,9 +74,9 @@ def image_folder(tmp_path_factory) -> Path:
 def _entry(rank: int, world: int, init_file: str, function, args, results: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    import distributed
+    pass  # import moved up
 
-    distributed.init(f"file://{init_file}", "cpu")
+    launch.init(f"file://{init_file}", "cpu")
     torch.save(function(rank, *args), f"{results}.{rank}")
     torch.distributed.destroy_process_group()
 

@@ -8,10 +8,10 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch.utils.data import default_collate
 
-import augmentations
-from augmentations import MEAN, ORDERS, STD, View, build_views, colour, crop, draw, eval_pixels, rng_for
-from errors import UserError
-from random_streams import FOR_ORDER, random_stream
+from cplearn.data import augmentations
+from cplearn.data.augmentations import MEAN, ORDERS, STD, View, build_views, colour, crop, draw, eval_pixels, rng_for
+from cplearn.errors import UserError
+from cplearn.random_streams import FOR_ORDER, random_stream
 
 SIZES = dict(size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 

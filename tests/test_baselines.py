@@ -12,22 +12,22 @@ from lightly.models.modules.heads import DINOProjectionHead
 from test_main import log_of, same_state, same_weights, spoil, train, without_time
 from torch import nn
 
-import augmentations
-import checkpoints
-import distributed
 import eval_cluster
 import eval_knn
 import main_cplearn
-import method as method_module
-import models
-from baselines.barlow_twins import BarlowTwins, barlow_loss, barlow_loss_explicit
-from baselines.dino import DINOHead, dino_loss, teacher_targets
-from baselines.gedi import GEDI, gedi_loss_as_published
-from baselines.self_classifier import self_classifier_loss
-from baselines.soft_targets import soft_target_loss
-from baselines.swav import SwAV, sinkhorn
+from cplearn import checkpoints
+from cplearn.data import augmentations
+from cplearn.distributed import collectives
+from cplearn.errors import UserError
+from cplearn.methods import base as base
+from cplearn.methods import build_method
+from cplearn.methods.barlow_twins import BarlowTwins, barlow_loss, barlow_loss_explicit
+from cplearn.methods.dino import DINOHead, dino_loss, teacher_targets
+from cplearn.methods.gedi import GEDI, gedi_loss_as_published
+from cplearn.methods.self_classifier import self_classifier_loss
+from cplearn.methods.soft_targets import soft_target_loss
+from cplearn.methods.swav import SwAV, sinkhorn
 from cplearn_head import cplearn_loss
-from errors import UserError
 
 BASELINES = ("dino", "swav", "barlow_twins", "gedi", "gedi_gen", "self_classifier")
 
@@ -43,7 +43,7 @@ def arguments(method, *more):
 
 def make(method, *more):
     torch.manual_seed(0)
-    return models.build_method(arguments(method, *more)).double()
+    return build_method(arguments(method, *more)).double()
 
 
 def gradients(loss, *tensors):
@@ -181,7 +181,7 @@ def test_dino_evaluates_the_teacher_or_the_student():
 
 
 def test_the_teacher_has_no_drop_path():
-    method = models.build_method(arguments("dino", "--arch", "vit_tiny", "--drop_path_rate", "0.3"))
+    method = build_method(arguments("dino", "--arch", "vit_tiny", "--drop_path_rate", "0.3"))
     assert max(getattr(m, "drop_prob", 0) or 0 for m in method.backbone.modules()) > 0
     assert max(getattr(m, "drop_prob", 0) or 0 for m in method.teacher.modules()) == 0
 
@@ -422,7 +422,7 @@ def test_gedi_gen_loss_replay_and_limit():
 def step(rank, world, method_name, more):
     """Two steps on this rank's share of 8 images; what must not depend on the number of processes."""
     method = make(method_name, *more)
-    model = distributed.wrap(method, torch.device("cpu"))
+    model = collectives.wrap(method, torch.device("cpu"))
     losses = []
     for i in range(2):
         views = [randn(8, 3, s, s, seed=10 * i + v) for v, s in enumerate((16, 16, 8))]
@@ -430,7 +430,7 @@ def step(rank, world, method_name, more):
         method.before_step(i + 1, 1, 10)
         loss, _ = model([v[rank::world] for v in views])
         loss.backward()
-        losses.append(distributed.mean_over_ranks(loss.detach()))
+        losses.append(collectives.mean_over_ranks(loss.detach()))
         with torch.no_grad():
             for p in method.parameters():
                 if p.grad is not None:
@@ -471,7 +471,7 @@ def test_two_processes_equal_one(tmp_path, name, more):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_half_precision_features_give_float32_losses(name):
-    method = models.build_method(arguments(name))
+    method = build_method(arguments(name))
     views = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(v)) for v in range(2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, terms = method(views)
@@ -524,7 +524,7 @@ def test_flags_of_another_method_are_refused():
     ],
 )
 def test_what_cannot_fit_is_refused_before_it_is_made(monkeypatch, name, more, words):
-    monkeypatch.setattr(method_module, "physical_memory", lambda: 24 * 10**9)
+    monkeypatch.setattr(base, "physical_memory", lambda: 24 * 10**9)
     with pytest.raises(UserError, match=words):
         make(name, *more)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoints
-from errors import UserError, WriteError
-from resnet import ResNet8
+from cplearn import checkpoints
+from cplearn.backbones import ResNet8
+from cplearn.errors import UserError, WriteError
 
 
 class Attack:

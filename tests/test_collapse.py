@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from test_evaluations import TRAIN, flags
 
-import collapse
 import eval_collapse
 import main_cplearn
-from cplearn_head import CPLearn
-from errors import UserError
+from cplearn.errors import UserError
+from cplearn.evaluation import collapse
+from cplearn.evaluation.collapse_figures import FIGURES
+from cplearn.evaluation.collapse_numbers import block_energy, covariance_of, mixture_entropy, off_diagonal_energy
+from cplearn.methods.cplearn import CPLearn
 
 
 def randn(*shape, seed=0):
@@ -47,7 +49,7 @@ def test_covariance_spectrum_is_numpys():
     x = randn(30, 8) * torch.arange(1, 9)
     expected = np.linalg.eigvalsh(np.cov(x.numpy().T))[::-1]
     assert np.allclose(collapse.covariance_spectrum(x), expected)
-    assert np.allclose(eval_collapse.covariance_of(x, rows=7), np.cov(x.numpy().T))
+    assert np.allclose(covariance_of(x, rows=7), np.cov(x.numpy().T))
     assert collapse.shape_of_spectrum(collapse.covariance_spectrum(x), 30) == pytest.approx(
         expected[[0, 1, 3, 7]] / expected[0], rel=1e-3
     )
@@ -111,12 +113,12 @@ def test_probe_metrics_of_collapsed_probes_are_finite():
 def test_off_diagonal_energy():
     x = randn(400, 3) * torch.tensor([1, 2, 3])
     c = np.cov(x.numpy().T)
-    off, chance = eval_collapse.off_diagonal_energy(x)
+    off, chance = off_diagonal_energy(x)
     assert off == pytest.approx(1 - (np.diag(c) ** 2).sum() / (c**2).sum()) and chance == pytest.approx(2 / 402)
     together = randn(50, 1).expand(50, 4)
-    assert eval_collapse.off_diagonal_energy(together)[0] == pytest.approx(0.75)
-    assert eval_collapse.off_diagonal_energy(torch.ones(9, 4))[0] == 0
-    measured = [eval_collapse.off_diagonal_energy(randn(60, 40, seed=s))[0] for s in range(20)]
+    assert off_diagonal_energy(together)[0] == pytest.approx(0.75)
+    assert off_diagonal_energy(torch.ones(9, 4))[0] == 0
+    measured = [off_diagonal_energy(randn(60, 40, seed=s))[0] for s in range(20)]
     assert np.mean(measured) == pytest.approx(39 / 99, abs=0.03)  # what `chance` claims
 
 
@@ -125,30 +127,30 @@ def test_block_energy_is_that_of_the_whole_matrix(d):
     x, codes = randn(40, d), torch.arange(40) % 6
     squares = (F.normalize(x, dim=1) @ F.normalize(x, dim=1).T).square()
     same, different = codes[:, None] == codes, ~torch.eye(40, dtype=torch.bool)
-    found = eval_collapse.block_energy(x, codes)
+    found = block_energy(x, codes)
     assert found["same_code_cos2"] == pytest.approx(squares[same & different].mean().item())
     assert found["other_code_cos2"] == pytest.approx(squares[~same].mean().item())
-    assert eval_collapse.block_energy(x, torch.arange(40))["same_code_cos2"] is None
-    assert eval_collapse.block_energy(x, torch.zeros(40))["other_code_cos2"] is None
+    assert block_energy(x, torch.arange(40))["same_code_cos2"] is None
+    assert block_energy(x, torch.zeros(40))["other_code_cos2"] is None
 
 
 def test_mixture_entropy_of_a_gaussian_is_the_closed_form():
     std = np.array([0.5, 1.0, 2.0])
     x = randn(4000, 3).numpy() * std
-    entropy, fit = eval_collapse.mixture_entropy(x, 1, samples=20_000, seed=0)
+    entropy, fit = mixture_entropy(x, 1, samples=20_000, seed=0)
     assert fit == "ok" and entropy == pytest.approx((0.5 * np.log(2 * np.pi * np.e * std**2)).mean(), abs=0.03)
     apart = np.concatenate([x, x + 1000])  # two of them, far from each other: log 2 more
-    entropy_of_two, _ = eval_collapse.mixture_entropy(apart, 2, samples=20_000, seed=0)
+    entropy_of_two, _ = mixture_entropy(apart, 2, samples=20_000, seed=0)
     assert 3 * (entropy_of_two - entropy) == pytest.approx(math.log(2), abs=0.1)
 
 
 def test_a_mixture_that_cannot_be_fitted_is_a_marked_gap():
     x = randn(30, 3).numpy()
-    assert eval_collapse.mixture_entropy(x, 31, samples=10, seed=0) == (None, "more components than the 30 images")
-    entropy, fit = eval_collapse.mixture_entropy(x, 10, samples=10, seed=0)
+    assert mixture_entropy(x, 31, samples=10, seed=0) == (None, "more components than the 30 images")
+    entropy, fit = mixture_entropy(x, 10, samples=10, seed=0)
     assert entropy is not None and "3.0 images a component" in fit
     x[3, 1] = np.nan
-    entropy, fit = eval_collapse.mixture_entropy(x, 2, samples=10, seed=0)
+    entropy, fit = mixture_entropy(x, 2, samples=10, seed=0)
     assert entropy is None and "NaN" in fit
 
 
@@ -165,7 +167,7 @@ def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [x["metrics"]["label"] for x in lines] == list(results) and lines[-1]["random_init"]
     assert lines[0]["metrics"]["images"] == 12 and lines[0]["metrics"]["mixture20_entropy"] is None
-    for name in eval_collapse.FIGURES:
+    for name in FIGURES:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 300
             assert len(image.convert("L").getcolors()) > 10  # something is drawn

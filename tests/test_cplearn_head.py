@@ -7,20 +7,11 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import hadamard
 
-from cplearn_head import (
-    CPLearn,
-    CPLearnHead,
-    cplearn_loss,
-    forward_prior_warning,
-    invariance,
-    log_mean_probs,
-    prior_forward,
-    prior_reverse,
-    reference_losses,
-)
-from errors import UserError
-from method import forward_by_size
-from resnet import ResNet8
+from cplearn.backbones import ResNet8
+from cplearn.errors import UserError
+from cplearn.methods.base import forward_by_size
+from cplearn.methods.cplearn import CPLearn, forward_prior_warning, reference_losses
+from cplearn_head import CPLearnHead, cplearn_loss, invariance, log_mean_probs, prior_forward, prior_reverse
 
 
 def cross_entropy(p, q):

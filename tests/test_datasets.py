@@ -11,20 +11,12 @@ import torch
 from conftest import ROOT, write_images
 from PIL import Image
 
-import datasets
-from augmentations import build_views
-from datasets import (
-    Batches,
-    Digits,
-    Folder,
-    build_dataset,
-    deadline,
-    read_class_list,
-    stop_workers,
-    train_loader,
-    worker_error,
-)
-from errors import UserError, WorkerError
+from cplearn.data import datasets
+from cplearn.data.augmentations import build_views
+from cplearn.data.datasets import Digits, Folder, build_dataset, read_class_list
+from cplearn.data.imagenet100 import link_imagenet100, main
+from cplearn.data.loaders import Batches, deadline, stop_workers, train_loader, worker_error
+from cplearn.errors import UserError, WorkerError
 
 
 def test_class_folders(image_folder):
@@ -333,9 +325,9 @@ def imagenet(tmp_path_factory):
 
 def test_the_imagenet100_tree_is_links_to_the_listed_classes(imagenet, tmp_path, capsys):
     command = ["imagenet100", "--imagenet", str(imagenet), "--out", str(tmp_path / "out"), "--allow_incomplete"]
-    datasets.main(command)
+    main(command)
     said = capsys.readouterr().out
-    datasets.main(command)  # again: nothing to do
+    main(command)  # again: nothing to do
     assert capsys.readouterr().out == said
     made = datasets.build_dataset("folder", str(tmp_path / "out"), "train")
     listed = datasets.build_dataset("folder", str(imagenet), "train", "imagenet100.txt")
@@ -347,10 +339,10 @@ def test_the_imagenet100_tree_is_links_to_the_listed_classes(imagenet, tmp_path,
 def test_an_incomplete_imagenet_is_refused_before_a_link_is_made(imagenet, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="has 100 images of the 100 classes, the data set 126,689"):
-        datasets.link_imagenet100(str(imagenet), str(out))
+        link_imagenet100(str(imagenet), str(out))
     with pytest.raises(UserError, match="has no train folder"):
-        datasets.link_imagenet100(str(tmp_path), str(out), incomplete=True)
+        link_imagenet100(str(tmp_path), str(out), incomplete=True)
     assert not out.exists()
     (out / "train" / "n99999999").mkdir(parents=True)
     with pytest.raises(UserError, match="other things in train: n99999999"):
-        datasets.link_imagenet100(str(imagenet), str(out), incomplete=True)
+        link_imagenet100(str(imagenet), str(out), incomplete=True)

@@ -9,20 +9,14 @@ import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
+from cplearn.dictionary import DICTIONARIES
+from cplearn.dictionary.codes import Dictionary
+from cplearn.dictionary.hadamard import HadamardDictionary, hadamard, hadamard_factors, paley, sylvester
+from cplearn.dictionary.prior_buffer import PriorBuffer
+from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.errors import UserError
+from cplearn.random_streams import hash64, random_bits, random_normal
 from cplearn_head import CPLearnHead, cplearn_loss
-from dictionaries import (
-    DICTIONARIES,
-    Dictionary,
-    HadamardDictionary,
-    PriorBuffer,
-    hadamard,
-    hadamard_factors,
-    paley,
-    sylvester,
-)
-from dictionary_attention import streamed_loss
-from errors import UserError
-from random_streams import hash64, random_bits, random_normal
 
 
 def splitmix64(x: int) -> int:

@@ -5,11 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cplearn_head import CPLearn, CPLearnHead, cplearn_loss
-from dictionaries import DICTIONARIES, Dictionary, HadamardDictionary, PriorBuffer
-from dictionary_attention import block_size, pick_form, streamed_loss
-from errors import UserError
-from resnet import ResNet8
+from cplearn.backbones import ResNet8
+from cplearn.dictionary import DICTIONARIES
+from cplearn.dictionary.codes import Dictionary
+from cplearn.dictionary.hadamard import HadamardDictionary
+from cplearn.dictionary.prior_buffer import PriorBuffer
+from cplearn.dictionary.streamed_loss import block_size, pick_form, streamed_loss
+from cplearn.errors import UserError
+from cplearn.methods.cplearn import CPLearn
+from cplearn_head import CPLearnHead, cplearn_loss
 
 
 def embeddings(views=2, n=6, width=32, dtype=torch.float64, seed=0):

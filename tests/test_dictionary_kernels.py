@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import ROOT
 
+from cplearn.dictionary import DICTIONARIES
+from cplearn.dictionary import triton_kernels as triton_kernels
+from cplearn.dictionary.codes import Dictionary
+from cplearn.dictionary.prior_buffer import PriorBuffer
+from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.errors import UserError
 from cplearn_head import CPLearnHead, cplearn_loss
-from dictionaries import DICTIONARIES, Dictionary, PriorBuffer
-from dictionary_attention import streamed_loss
-from errors import UserError
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,9 +76,9 @@ def test_saturated_logits(prior):
 
 
 def test_many_chunks_and_the_other_dictionary(monkeypatch):
-    import dictionary_kernels
+    pass  # import moved up
 
-    monkeypatch.setattr(dictionary_kernels, "CHUNK_NUMBERS", 4096)
+    monkeypatch.setattr(triton_kernels, "CHUNK_NUMBERS", 4096)
     assert_equal(*both_forms(4, 16, 24, 500, 8.0, kind="hadamard"))
 
 

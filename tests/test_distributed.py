@@ -12,13 +12,15 @@ import torch
 from conftest import run_in_processes
 from torch import nn
 
-import distributed
-import models
-from cplearn_head import CPLearn, cplearn_loss
-from dictionaries import Dictionary
-from dictionary_attention import streamed_loss
-from errors import UserError
-from resnet import ResNet8, resnet18_cifar
+from cplearn import backbones
+from cplearn.backbones import ResNet8, resnet18_cifar
+from cplearn.dictionary.codes import Dictionary
+from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.distributed import collectives, launch
+from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.errors import UserError
+from cplearn.methods.cplearn import CPLearn
+from cplearn_head import cplearn_loss
 
 pytestmark = pytest.mark.dist
 
@@ -41,8 +43,8 @@ def loss_and_gradients(method, model, views):
     loss.backward()
     grads = torch.cat([p.grad.flatten() for p in method.parameters()])
     return {
-        "loss": distributed.mean_over_ranks(loss.detach()),
-        "prior": distributed.mean_over_ranks(terms["prior"]),
+        "loss": collectives.mean_over_ranks(loss.detach()),
+        "prior": collectives.mean_over_ranks(terms["prior"]),
         "grads": grads,
         "running": torch.cat([method.head.norm.running_mean, method.head.norm.running_var]),
     }
@@ -66,7 +68,7 @@ def half_batch(rank):
     out = {}
     for prior in ("reverse", "forward"):
         method = make_method(prior)
-        model = distributed.wrap(method, torch.device("cpu"))
+        model = collectives.wrap(method, torch.device("cpu"))
         views = [v[rank * 4 : rank * 4 + 4] for v in make_views(8)]
         out[prior] = loss_and_gradients(method, model, views)
         seen = [name for name, _ in method.named_buffers()]
@@ -77,7 +79,7 @@ def half_batch(rank):
         out[f"{prior}_has_dictionary"] = any(name.endswith("packed") for name in seen)
     for form in ("plain", "recomputed"):
         method = make_method("reverse", form=form, steps=2)
-        model = distributed.wrap(method, torch.device("cpu"))
+        model = collectives.wrap(method, torch.device("cpu"))
         with torch.no_grad():
             model([v[rank * 4 : rank * 4 + 4] for v in make_views(8, seed=2)])  # fills the buffer
         out[f"{form}_buffer"] = loss_and_gradients(method, model, [v[rank * 4 : rank * 4 + 4] for v in make_views(8)])
@@ -100,22 +102,22 @@ def half_batch(rank):
     local = make_method("reverse", "local")
     _, terms = local([v[rank * 4 : rank * 4 + 4] for v in make_views(8)])
     out["local_prior"] = terms["prior"]
-    out["checksum_equal"] = len(set(distributed.gather_objects(method.head.dictionary.checksum()))) == 1
+    out["checksum_equal"] = len(set(collectives.gather_objects(method.head.dictionary.checksum()))) == 1
 
     torch.manual_seed(0)
-    norm = distributed.BatchNorm(3).double()
+    norm = BatchNorm(3).double()
     x = (torch.randn(6, 3, 4, 5, dtype=torch.float64) * 2 + 100)[rank * 3 : rank * 3 + 3].requires_grad_()
     y = norm(x)
     (y * torch.arange(y.numel(), dtype=torch.float64).view_as(y) * (rank + 1)).sum().backward()
     out["norm"] = {"y": y.detach(), "x_grad": x.grad, "mean": norm.running_mean, "var": norm.running_var}
 
     torch.manual_seed(0)
-    timm_model = models.build_backbone("timm:resnet10t", patch_size=16, image_size=32)
+    timm_model = backbones.build_backbone("timm:resnet10t", patch_size=16, image_size=32)
     out["timm"] = timm_model(timm_images()[rank * 4 : rank * 4 + 4]).detach()
     out["timm_running"] = torch.cat([b for name, b in timm_model.named_buffers() if "running" in name])
 
     rows = torch.arange(rank, 7, 2)[:, None] * torch.tensor([1.0, 10.0])
-    out["rows"] = distributed.gather_rows(rows)
+    out["rows"] = collectives.gather_rows(rows)
     return out
 
 
@@ -202,7 +204,7 @@ def test_batch_norm_equals_torch_on_the_whole_batch(two):
 
 def test_batch_norms_of_timm_models_share_their_statistics(two):
     torch.manual_seed(0)
-    model = models.build_backbone("timm:resnet10t", patch_size=16, image_size=32)
+    model = backbones.build_backbone("timm:resnet10t", patch_size=16, image_size=32)
     y = model(timm_images()).detach()
     running = torch.cat([b for name, b in model.named_buffers() if "running" in name])
     torch.testing.assert_close(torch.cat([two[r]["timm"] for r in range(2)]), y, rtol=1e-3, atol=1e-4)
@@ -218,11 +220,11 @@ def test_gather_rows_restores_the_order(two):
 
 def test_one_process_is_a_normal_case():
     x = torch.randn(5)
-    assert distributed.world_size() == 1 and distributed.is_main()
-    assert torch.equal(distributed.log_mean_over_ranks(x), x)
-    assert torch.equal(distributed.gather_rows(x), x)
+    assert collectives.world_size() == 1 and collectives.is_main()
+    assert torch.equal(collectives.log_mean_over_ranks(x), x)
+    assert torch.equal(collectives.gather_rows(x), x)
     module = nn.Linear(2, 2)
-    assert distributed.wrap(module, torch.device("cpu")) is module
+    assert collectives.wrap(module, torch.device("cpu")) is module
 
 
 def test_batch_norm_of_resnet18_has_torchs_names_and_values():
@@ -242,24 +244,24 @@ def test_batch_norm_of_resnet18_has_torchs_names_and_values():
 
 def test_devices_that_are_not_there(monkeypatch):
     with pytest.raises(UserError, match="--device tpu is unknown"):
-        distributed.init(device="tpu")
+        launch.init(device="tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees no GPU"):
-        distributed.init(device="cuda")
+        launch.init(device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes but 1 GPUs"):
-        distributed.init()
+        launch.init()
 
 
 def test_two_ranks_on_one_gpu_are_refused():
     def rank(r, host, gpu):
         return {"rank": r, "host": host, "pid": 1, "device": "cuda:0 H100", "gpu": gpu}
 
-    distributed._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "b", "x")])
+    launch._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "b", "x")])
     with pytest.raises(UserError, match="ranks 1 and 2 share cuda:0 H100 on a: start one process a GPU"):
-        distributed._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "a", "y")])
+        launch._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "a", "y")])
 
 
 def _fail_on_main(rank):
@@ -267,9 +269,9 @@ def _fail_on_main(rank):
         raise UserError("wrong") if rank == 0 else AssertionError("only rank 0 may run this")
 
     try:
-        distributed.on_main(fail)
+        collectives.on_main(fail)
     except UserError as error:
-        return [str(error), distributed.on_main(lambda: rank + 5)]
+        return [str(error), collectives.on_main(lambda: rank + 5)]
 
 
 def test_an_error_on_rank_0_reaches_all(tmp_path):
@@ -278,7 +280,7 @@ def test_an_error_on_rank_0_reaches_all(tmp_path):
 
 def _raise_together(rank, bad_rank):
     try:
-        with distributed.together():
+        with collectives.together():
             if rank == bad_rank:
                 raise UserError("no such folder")
     except UserError as error:
@@ -293,9 +295,9 @@ def test_an_error_of_one_rank_is_told_by_all(tmp_path, bad_rank):
 
 
 def _compare(rank):
-    distributed.check_same({"--lr": 0.1})
+    collectives.check_same({"--lr": 0.1})
     try:
-        distributed.check_same({"--lr": 0.1, "data": f"{48 + rank} images"})
+        collectives.check_same({"--lr": 0.1, "data": f"{48 + rank} images"})
     except UserError as error:
         return str(error)
 
@@ -306,7 +308,7 @@ def test_ranks_with_other_data_are_refused(tmp_path):
 
 
 def _sum_of_ranks(rank):
-    return distributed.sum_over_ranks(torch.tensor(rank + 1.0)).item()
+    return collectives.sum_over_ranks(torch.tensor(rank + 1.0)).item()
 
 
 @pytest.mark.parametrize("left", ["nobody listens", "somebody else listens", "cut"])
@@ -328,7 +330,7 @@ import os, signal, sys
 import distributed
 def leave(*_): sys.exit(7)
 signal.signal(signal.SIGUSR2, leave)
-distributed.init(f"file://{sys.argv[1]}", "cpu", 5.0)
+launch.init(f"file://{sys.argv[1]}", "cpu", 5.0)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "meet")]
     process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"})

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_in_processes, write_images
 
-import checkpoints
 import eval_cluster
 import eval_knn
 import eval_linear
 import main_cplearn
-import models
-from errors import UserError
+from cplearn import backbones, checkpoints
+from cplearn.errors import UserError
+from cplearn.evaluation.knn import knn
 
 TRAIN = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "16", "--epochs", "2",
          "--warmup_epochs", "0", "--num_workers", "0", "--device", "cpu"]  # fmt: skip
@@ -46,7 +46,7 @@ def test_knn_equals_a_loop():
     generator = torch.Generator().manual_seed(0)
     train, test = (torch.randn(n, 5, generator=generator) for n in (60, 25))
     train_labels, test_labels = (torch.randint(0, 7, (n,), generator=generator) for n in (60, 25))
-    got = eval_knn.knn(train, train_labels, test, test_labels, ks=[1, 9, 200], temperature=0.07)
+    got = knn(train, train_labels, test, test_labels, ks=[1, 9, 200], temperature=0.07)
     assert set(got) == {f"knn{k}_top{t}" for k in (1, 9, 60) for t in (1, 5)}  # 200 is capped at 60
     for k in (1, 9, 60):
         top1 = top5 = 0
@@ -67,7 +67,7 @@ def test_knn_of_separated_classes_is_perfect():
     centres = 10 * torch.eye(4)
     labels = torch.arange(4).repeat(20)
     features = centres[labels] + 0.1 * torch.randn(80, 4)
-    assert eval_knn.knn(features, labels, features, labels, ks=[5], temperature=0.07)["knn5_top1"] == 1
+    assert knn(features, labels, features, labels, ks=[5], temperature=0.07)["knn5_top1"] == 1
 
 
 # --- clustering ----------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_random_init_is_the_run_before_training(run, tmp_path):
     random = checkpoints.load(tmp_path / "features_val_last1.pth")["features"]
     assert last_result(tmp_path)["random_init"] is True
     torch.manual_seed(1)
-    untrained = models.build_backbone("resnet8_w8", patch_size=16, image_size=32).eval()
+    untrained = backbones.build_backbone("resnet8_w8", patch_size=16, image_size=32).eval()
     trained = checkpoints.load(run / "checkpoint.pth")["model"]
     assert random.shape == (12, 8) and args["seed"] == 0
     checkpoints.load_into(

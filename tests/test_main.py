@@ -11,10 +11,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoints
 import main_cplearn
-import utils
-from errors import NonFiniteError, UserError
+from cplearn import checkpoints
+from cplearn.errors import NonFiniteError, UserError
+from cplearn.files import append_json_line
+from cplearn.schedules import lr_at
+from cplearn.training.folder_lock import FolderLock
+from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
+from cplearn.training.resume import save
 
 SMALL = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "16",
          "--warmup_epochs", "0", "--num_workers", "0", "--device", "cpu"]  # fmt: skip
@@ -259,11 +263,11 @@ def test_broken_weights_are_not_saved(tmp_path, image_folder):
     assert not (tmp_path / "checkpoint.pth").exists() and len(log_of(tmp_path)) == 7
     args = main_cplearn.parse_args([*SMALL, "--data_path", str(image_folder), "--output_dir", str(tmp_path)])
     main_cplearn.choose_precision(args, torch.device("cpu"))
-    with main_cplearn.FolderLock(tmp_path) as lock:
+    with FolderLock(tmp_path) as lock:
         run = main_cplearn.build(args, torch.device("cpu"), lock)
         run.method.head.linear.weight.data[3, 2] = float("inf")
         with pytest.raises(NonFiniteError, match="weights became infinite or NaN by step 0: not saved"):
-            main_cplearn.save(run)
+            save(run)
     assert not (tmp_path / "checkpoint.pth").exists() and not (tmp_path / ".lock").exists()
 
 
@@ -465,7 +469,7 @@ def test_a_port_that_is_taken(tmp_path):
 def test_log_lines_of_an_epoch_without_checkpoint_are_written_once(tmp_path, image_folder):
     common = ("--data_path", str(image_folder), "--epochs", "3")
     train(tmp_path, *common, "--max_steps", "3")
-    utils.append_json_line(tmp_path / "log.txt", {"epoch": 1, "train_loss": float("nan")})  # died before its checkpoint
+    append_json_line(tmp_path / "log.txt", {"epoch": 1, "train_loss": float("nan")})  # died before its checkpoint
     train(tmp_path, *common)
     assert [r["epoch"] for r in log_of(tmp_path)] == [0, 1, 2] and log_of(tmp_path)[1]["train_loss"] > 0
 
@@ -516,30 +520,30 @@ def test_schedules_are_dinos():
 
     warmup = np.linspace(0, 0.1, 20)
     rest = np.array([0.001 + 0.5 * (0.1 - 0.001) * (1 + np.cos(np.pi * i / 80)) for i in range(80)])
-    got = [utils.lr_at(s, lr=0.1, min_lr=0.001, warmup_steps=20, total_steps=100) for s in range(100)]
+    got = [lr_at(s, lr=0.1, min_lr=0.001, warmup_steps=20, total_steps=100) for s in range(100)]
     np.testing.assert_allclose(got, np.concatenate([warmup, rest]))
 
 
 def test_weight_decay_spares_biases_and_norms():
     args = main_cplearn.parse_args([*SMALL, "--arch", "vit_tiny"])
     method = main_cplearn.models.build_method(args)
-    optimizer = main_cplearn.build_optimizer(method, args, torch.device("cpu"))
+    optimizer = build_optimizer(method, args, torch.device("cpu"))
     names = {id(p): name for name, p in method.named_parameters()}
     decayed, exempt = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
     assert decayed | exempt == set(names.values()) and not decayed & exempt
     assert {"backbone.norm.weight", "head.linear.bias", "head.norm.weight"} <= exempt
     assert {"head.linear.weight", "backbone.blocks.0.attn.qkv.weight", "backbone.pos_embed"} <= decayed
-    main_cplearn.set_schedules(optimizer, 1, 10, args)
+    set_schedules(optimizer, 1, 10, args)
     assert optimizer.param_groups[0]["weight_decay"] > 0 and optimizer.param_groups[1]["weight_decay"] == 0
 
 
 def test_gradients_are_clipped_one_parameter_at_a_time():
     module = torch.nn.Linear(4, 3)
     module.weight.grad, module.bias.grad = 5 * torch.ones(3, 4), 0.1 * torch.ones(3)
-    norm = main_cplearn.clip_gradients(module, 3.0)
+    norm = clip_gradients(module, 3.0)
     assert norm.item() == pytest.approx((12 * 25 + 0.03) ** 0.5)
     assert module.weight.grad.norm().item() == pytest.approx(3.0) and module.bias.grad[0].item() == pytest.approx(0.1)
-    main_cplearn.clip_gradients(module, 0)
+    clip_gradients(module, 0)
     assert module.weight.grad.norm().item() == pytest.approx(3.0)
 
 

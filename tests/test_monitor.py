@@ -1,5 +1,6 @@
 """The use of codes over windows against a loop; the probe of a real run; that looking changes nothing."""
 
+import argparse
 import math
 
 import numpy as np
@@ -8,13 +9,11 @@ import torch
 from conftest import run_in_processes
 from test_main import log_of, model_of, same_weights, train
 
-import augmentations
-import checkpoints
-import datasets
 import main_cplearn
-import monitor
-from errors import CollapseError, UserError
-from monitor import CodeUse, Probe
+from cplearn import checkpoints
+from cplearn.data import augmentations, datasets
+from cplearn.errors import CollapseError, LocalError, UserError
+from cplearn.training.monitor import CodeUse, Look, Probe
 
 NOT, SKIPPED = torch.tensor(False), torch.tensor(True)
 
@@ -106,7 +105,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         if i in self.broken:
-            raise datasets.LocalError("cannot read")
+            raise LocalError("cannot read")
         from PIL import Image
 
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -150,7 +149,7 @@ def test_knn_of_the_probe_is_leave_one_out():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 5, generator=generator), torch.randint(0, 4, (60,), generator=generator)
     codes = torch.zeros(60, dtype=torch.int64)
-    look = monitor.Look(x, x, None, codes, codes, labels)
+    look = Look(x, x, None, codes, codes, labels)
     hits = 0
     for i in range(60):
         cosine = torch.nn.functional.cosine_similarity(x[i : i + 1], x)
@@ -190,7 +189,7 @@ def test_the_probe_sees_the_weights_of_its_epoch(tmp_path, image_folder):
     record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "1", "--knn_freq", "1")
     args = main_cplearn.parse_args(["--data_path", str(image_folder), "--arch", "resnet8_w8"])
     state = checkpoints.load(tmp_path / "checkpoint.pth")
-    method = main_cplearn.models.build_method(main_cplearn.argparse.Namespace(**state["args"]))
+    method = main_cplearn.models.build_method(argparse.Namespace(**state["args"]))
     checkpoints.load_into(method, state["model"], "it")
     dataset = datasets.build_dataset("folder", str(image_folder), "train", None)
     views = augmentations.build_views(
@@ -272,7 +271,7 @@ def test_a_backbone_that_sees_nothing_is_named_and_stopped(
 
 def test_features_that_are_not_finite_are_an_alarm():
     x, codes = torch.full((40, 3), math.nan), torch.zeros(40, dtype=torch.int64)
-    found = monitor.Look(x, x, None, codes, codes, codes).metrics()
+    found = Look(x, x, None, codes, codes, codes).metrics()
     assert monitor.collapse.verdict({f"probe_{k}": v for k, v in found.items()}, 10).name == "representation"
 
 

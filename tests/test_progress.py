@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import utils
-from progress import Later, Meter, Progress
+from cplearn.files import append_json_line, read_json_lines
+from cplearn.training.progress import Later, Meter, Progress
 
 
 def test_meter_reads_recent_and_averages_all():
@@ -83,11 +83,11 @@ def test_a_terminal_gets_a_bar():
 
 def test_a_line_after_one_that_was_cut_short_is_whole(tmp_path):
     path = tmp_path / "log.txt"
-    assert utils.read_json_lines(path) == []
-    utils.append_json_line(path, {"a": 1})
+    assert read_json_lines(path) == []
+    append_json_line(path, {"a": 1})
     with open(path, "a") as f:
         f.write('{"b": ')
-    utils.append_json_line(path, {"c": float("inf")})
-    utils.append_json_line(path, {"d": "ü"})
-    assert utils.read_json_lines(path) == [{"a": 1}, {"c": None}, {"d": "ü"}]
+    append_json_line(path, {"c": float("inf")})
+    append_json_line(path, {"d": "ü"})
+    assert read_json_lines(path) == [{"a": 1}, {"c": None}, {"d": "ü"}]
     assert path.read_text().count("\n") == 4

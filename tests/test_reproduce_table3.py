@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import grid
 import main_cplearn
 import reproduce_table3
-import table_report
-import table_rows
-from errors import UserError
+from cplearn.errors import UserError
+from cplearn.tables import launch as launch
+from cplearn.tables.cells import build_cells, common_flags, load_grid
+from cplearn.tables.launch import end_of, environment
+from cplearn.tables.plan import epochs_within
+from cplearn.tables.report import collect, marks, write
+from cplearn.tables.rows import beta_of, rows
+from cplearn.tables.status import state_of, status_lines
 
 SMALL = "--scale small --dataset digits --train_flags".split()
 
@@ -27,7 +31,7 @@ SMALL = "--scale small --dataset digits --train_flags".split()
 
 
 def test_lines_of_table_3():
-    lines = table_rows.rows(3, "paper", [], [], "cifar10")
+    lines = rows(3, "paper", [], [], "cifar10")
     assert len(lines) == 30 and len({x.key for x in lines}) == 30
     assert {x.out_dim for x in lines} == {128, 1024, 2048, 32768, 65536, 131072}
     by_key = {x.key: x for x in lines}
@@ -43,9 +47,9 @@ def test_lines_of_table_3():
 def test_every_line_can_be_trained(table, data, scale):
     if (table, data) in ((2, "cifar100"), (2, "svhn")):
         with pytest.raises(UserError, match="Table 2|--table 2"):
-            table_rows.rows(table, scale, [], [], data)
+            rows(table, scale, [], [], data)
         return
-    lines = table_rows.rows(table, scale, [], [], data)
+    lines = rows(table, scale, [], [], data)
     assert len({x.key for x in lines}) == len(lines)
     for line in lines:
         args = main_cplearn.parse_args([*line.flags, "--data_path", "."])
@@ -54,7 +58,7 @@ def test_every_line_can_be_trained(table, data, scale):
 
 def test_values_of_the_small_tables():
     def values(table, data="cifar10"):
-        return {x.key: (x.paper, x) for x in table_rows.rows(table, "paper", [], [], data)}
+        return {x.key: (x.paper, x) for x in rows(table, "paper", [], [], data)}
 
     assert values(1)["cplearn_c16384"][0] == {"nmi": 35.0, "linear": 67.0}
     assert values(1, "svhn")["self_classifier_c10"][0] == {"nmi": 7.0, "linear": 58.0}
@@ -73,7 +77,7 @@ def test_values_of_the_small_tables():
 
 
 def test_beta_of_table_7():
-    assert [table_rows.beta_of(c) for c in (10, 100, 128, 256, 2048, 16384, 131072)] == [
+    assert [beta_of(c) for c in (10, 100, 128, 256, 2048, 16384, 131072)] == [
         "0.5", "0.5", "0.5", "0.25", "0.1", "0.05", "0.05",
     ]  # fmt: skip
 
@@ -196,7 +200,7 @@ def test_a_cell_that_fails_is_named(tmp_path):
     said = run.communicate(timeout=120)[0]
     assert run.returncode == 2 and "swav_c16_s0: train failed with exit code 2" in said, said
     args, _ = reproduce_table3.parse_args(["--output_dir", str(folder)])
-    lines = grid.status_lines(reproduce_table3.load_grid(args))
+    lines = status_lines(load_grid(args))
     assert re.search(r"swav_c16_s0 \| +failed \| train, exit code 2: .*/nowhere", lines[0]), lines
 
 
@@ -232,7 +236,7 @@ def test_minutes_per_cell_give_the_slowest_line_its_time(monkeypatch, tmp_path):
         key: {"step_seconds": seconds, "images": 64, "processes": 1, "train_images": 1433}
         for key, seconds in (("cplearn_c16", 0.5), ("swav_c16", 1.0))
     }
-    assert reproduce_table3.epochs_within(args, times) == 180 // 22  # 22 steps of a second
+    assert epochs_within(args, times) == 180 // 22  # 22 steps of a second
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -266,7 +270,7 @@ def cells(tmp_path):
         f"--output_dir {tmp_path} --scale small --dataset digits --methods cplearn swav --out_dims 128 --epochs 1 "
         "--seeds 0 1 --ngpus 1".split()
     )
-    cells = reproduce_table3.build_cells(args, 1)
+    cells = build_cells(args, 1)
     numbers = {
         "cplearn_c128_s0": results(0.30, 0.20, 0.50, 0.40),
         "cplearn_c128_s1": results(0.32, 0.22, 0.54, 0.44),
@@ -291,18 +295,18 @@ def cells(tmp_path):
 
 
 def test_means_spreads_and_marks(cells):
-    cplearn, swav, untrained = table_report.collect(cells)
+    cplearn, swav, untrained = collect(cells)
     assert [x["n"] for x in (cplearn, swav, untrained)] == [2, 2, 2]
     assert cplearn["linear"] == pytest.approx((52, 2)) and cplearn["nmi"] == pytest.approx((31, 1))
     assert swav["knn"] == pytest.approx((46, 0)) and swav["features_rank"] == pytest.approx((12.5, 0))
     assert untrained["random"] and untrained["linear"] == pytest.approx((40, 0))
     assert (cplearn["verdict"], swav["verdict"], untrained["verdict"]) == ("healthy", "healthy, cluster", "")
-    assert table_report.marks(cplearn, [untrained]) == ""
-    assert table_report.marks(swav, [untrained]) == "chance, AMI <= untrained, linear <= untrained"
+    assert marks(cplearn, [untrained]) == ""
+    assert marks(swav, [untrained]) == "chance, AMI <= untrained, linear <= untrained"
 
 
 def test_what_the_table_says(cells, tmp_path):
-    table_report.write(tmp_path, 3, "small", cells)
+    write(tmp_path, 3, "small", cells)
     text = (tmp_path / "table3.md").read_text()
     assert "| CPLearn      |   c = 128 | 2 | 31.0 ± 1.0 |  34.1 |" in text or re.search(
         r"CPLearn +\| +c = 128 \| 2 \| 31.0 ± 1.0 \| +34.1 \|", text
@@ -327,9 +331,9 @@ def test_a_cell_counts_when_all_of_it_is_there(cells):
         json.dumps(results(0.3, 0.2, 0.5, 0.4)[0]) + '\n{"script": "eval_li'
     )
     assert not cells[0].finished() and cells[0].done("knn") and not cells[0].done("linear")
-    cplearn = table_report.collect(cells)[0]
+    cplearn = collect(cells)[0]
     assert cplearn["n"] == 1 and cplearn["linear"] == pytest.approx((54, 0))
-    assert grid.state_of(cells[0]) == ("stopped", "before linear")
+    assert state_of(cells[0]) == ("stopped", "before linear")
 
 
 def test_last_words_under_torchrun_and_without():
@@ -345,18 +349,18 @@ main_cplearn.py FAILED
 ============================================================
 """
     )
-    assert grid.end_of(plain, 2) == (2, "--lr -1 must be positive")
-    assert grid.end_of(torchrun, 1) == (2, "--lr -1 must be positive")
-    assert grid.end_of("Traceback\nKeyError: 'x'\n", 1) == (1, "KeyError: 'x'")
-    assert grid.end_of("", -9) == (-9, "exit code -9")
+    assert end_of(plain, 2) == (2, "--lr -1 must be positive")
+    assert end_of(torchrun, 1) == (2, "--lr -1 must be positive")
+    assert end_of("Traceback\nKeyError: 'x'\n", 1) == (1, "KeyError: 'x'")
+    assert end_of("", -9) == (-9, "exit code -9")
 
 
 def test_every_slot_has_its_own_gpus(monkeypatch):
-    monkeypatch.setattr(grid, "gpus", lambda: ["2", "3", "5", "7"])
-    assert [grid.environment(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2,3", "5,7"]
+    monkeypatch.setattr(launch, "gpus", lambda: ["2", "3", "5", "7"])
+    assert [environment(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2,3", "5,7"]
     args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --jobs 3 --ngpus 2".split())
     with pytest.raises(UserError, match="--jobs 3 x --ngpus 2 are more than this machine's 4 GPUs"):
         reproduce_table3.share_devices(args)
     args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --jobs 2".split())
     reproduce_table3.share_devices(args)
-    assert args.ngpus == 2 and "256" in reproduce_table3.common_flags(args)  # of 512
+    assert args.ngpus == 2 and "256" in common_flags(args)  # of 512

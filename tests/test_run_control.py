@@ -14,9 +14,11 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-import errors
-from errors import NonFiniteError, UserError
-from run_control import BadSteps, FolderLock, RunningStatistics, StopSignals, process_start, system_id
+from cplearn.errors import NonFiniteError, UserError
+from cplearn.host import process_start, system_id
+from cplearn.training.bad_batches import BadSteps, RunningStatistics
+from cplearn.training.folder_lock import FolderLock
+from cplearn.training.run_control import StopSignals
 
 # --- signals -------------------------------------------------------------------------------------------------
 

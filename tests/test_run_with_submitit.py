@@ -14,9 +14,10 @@ from conftest import ROOT
 from test_main import SMALL, log_of, run_script, same_state, without_time
 
 import run_with_submitit
-import slurm_jobs
-import utils
-from errors import UserError
+from cplearn.errors import UserError
+from cplearn.host import process_start
+from cplearn.slurm.status import status, the_cause
+from cplearn.slurm.submit import _minutes
 
 
 def test_no_flag_means_two_things():
@@ -93,7 +94,7 @@ def test_without_slurm_the_error_names_the_ways_out(tmp_path, monkeypatch):
     ("text", "minutes"), [("UNLIMITED", float("inf")), ("00:30:00", 30), ("2-01:00:30", 2940.5), ("12:00:00", 720)]
 )
 def test_time_limits_of_partitions(text, minutes):
-    assert run_with_submitit._minutes(text) == minutes
+    assert _minutes(text) == minutes
 
 
 def test_the_error_to_tell_is_the_one_that_others_follow_from():
@@ -101,9 +102,9 @@ def test_the_error_to_tell_is_the_one_that_others_follow_from():
         return {"rank": rank, "code": code, "time": at, "line": ""}
 
     peer, mine, late = end(0, 6, 1.0), end(1, 2, 2.0), end(2, 3, 3.0)
-    assert slurm_jobs.the_cause([peer, mine, late]) == mine
-    assert slurm_jobs.the_cause([end(3, 0, 0.0), peer, end(4, 75, 1.0)]) == peer
-    assert slurm_jobs.the_cause([end(0, 0, 1.0), end(1, 75, 1.0)]) is None
+    assert the_cause([peer, mine, late]) == mine
+    assert the_cause([end(3, 0, 0.0), peer, end(4, 75, 1.0)]) == peer
+    assert the_cause([end(0, 0, 1.0), end(1, 75, 1.0)]) is None
 
 
 # --- jobs of submitit's local executor --------------------------------------------------------------------
@@ -118,7 +119,7 @@ def submit(out, *more) -> str:
 def wait_end(out, job: str) -> str:
     """The job's line in --status when it has ended."""
     end = time.monotonic() + 120
-    while "RUNNING" in (line := slurm_jobs.status(out)[-1]):
+    while "RUNNING" in (line := status(out)[-1]):
         assert time.monotonic() < end, line + (out / f"slurm/{job}_0_log.out").read_text()
         time.sleep(0.1)
         reap(job)
@@ -191,7 +192,7 @@ def test_a_local_job_that_fails_says_why(tmp_path):
     assert out.name == f"local{os.getpid()}"
     line = wait_end(out, job)
     assert re.search(r"FAILED .* exit 2 on rank [01] .*--data_path .* is not a folder", line)
-    assert utils.process_start(int(job)) is None
+    assert process_start(int(job)) is None
 
 
 def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
@@ -233,4 +234,4 @@ def test_a_local_job_does_not_hold_the_pipe_of_its_launcher_and_ends_with_its_co
     while not (tmp_path / f"out/slurm/{job}_0_end.json").exists():
         assert time.monotonic() < end
         time.sleep(0.1)
-    assert "INTERRUPTED" in slurm_jobs.status(tmp_path / "out")[0]
+    assert "INTERRUPTED" in status(tmp_path / "out")[0]

@@ -16,15 +16,15 @@ from conftest import ROOT, write_images
 from test_main import log_of, run_script, same_state, without_time
 
 import run_with_submitit
-import slurm_jobs
-from errors import UserError
+from cplearn.errors import UserError
+from cplearn.slurm.status import LIVE, account_of, ask, show_job, status
 
 
 def slurm_answers() -> str | None:
     """Why these tests cannot run here, if so."""
     if shutil.which("sbatch") is None:
         return "no Slurm here"
-    nodes = slurm_jobs.ask("sinfo", "-h", "-N", "-o", "%N")
+    nodes = ask("sinfo", "-h", "-N", "-o", "%N")
     return None if len(set(nodes.split())) >= 2 else "no Slurm of two nodes answers"
 
 
@@ -56,9 +56,9 @@ def under_torchrun(out, image_folder, *more):
 @pytest.fixture(autouse=True)
 def no_jobs_left():
     yield
-    mine = slurm_jobs.ask("squeue", "-h", "-o", "%A", "-u", str(os.getuid())).split()
+    mine = ask("squeue", "-h", "-o", "%A", "-u", str(os.getuid())).split()
     subprocess.run(["scancel", *mine]) if mine else None
-    wait_for(lambda: not slurm_jobs.ask("squeue", "-h", "-u", str(os.getuid())).strip(), "an empty queue")
+    wait_for(lambda: not ask("squeue", "-h", "-u", str(os.getuid())).strip(), "an empty queue")
 
 
 def submit(out, image_folder, *more) -> list[str]:
@@ -77,9 +77,9 @@ def wait_for(condition, what: str, seconds: float = 240):
 def wait_end(job: str, out) -> dict:
     """scontrol's words on a job that ended; fails with what --status and the log say if it does not."""
     try:
-        return wait_for(lambda: (now := slurm_jobs.show_job(job))["JobState"] not in slurm_jobs.LIVE and now, job)
+        return wait_for(lambda: (now := show_job(job))["JobState"] not in LIVE and now, job)
     except AssertionError:
-        raise AssertionError("\n".join([*slurm_jobs.status(out), log(out, job)])) from None
+        raise AssertionError("\n".join([*status(out), log(out, job)])) from None
 
 
 def log(out, job: str, rank: int = 0) -> str:
@@ -92,7 +92,7 @@ def wait_step(out, job: str, epoch: int) -> None:
 
 
 def the_line(out, job: str) -> str:
-    return next(line for line in slurm_jobs.status(out) if line.split()[0] == job)
+    return next(line for line in status(out) if line.split()[0] == job)
 
 
 def assert_as_undisturbed(out, undisturbed) -> None:
@@ -159,14 +159,14 @@ def test_a_time_limit_requeues(tmp_path, image_folder):
 
 
 def test_a_real_preemption(tmp_path, image_folder, undisturbed):
-    if "preemptible" not in slurm_jobs.ask("sinfo", "-h", "-o", "%P"):
+    if "preemptible" not in ask("sinfo", "-h", "-o", "%P"):
         pytest.skip("no partition called preemptible")
     (job,) = submit(tmp_path, image_folder, "--partition", "preemptible")
     wait_step(tmp_path, job, 2)
     other = subprocess.run(["sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"],
                            capture_output=True, text=True).stdout.strip()  # fmt: skip
     wait_for(lambda: "PENDING" in the_line(tmp_path, job), "the preemption")
-    wait_for(lambda: slurm_jobs.show_job(other)["JobState"] == "COMPLETED", "the other job")
+    wait_for(lambda: show_job(other)["JobState"] == "COMPLETED", "the other job")
     ended = wait_end(job, tmp_path)
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
     assert_as_undisturbed(tmp_path, undisturbed)
@@ -175,13 +175,13 @@ def test_a_real_preemption(tmp_path, image_folder, undisturbed):
 def returned(node: str) -> bool:
     """Ask the node back, and look. Slurm refuses while it clears it of the job, and if it came back by itself."""
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], capture_output=True)
-    return not re.search(r"State=\S*DOWN", slurm_jobs.ask("scontrol", "show", "node", "-o", node))
+    return not re.search(r"State=\S*DOWN", ask("scontrol", "show", "node", "-o", node))
 
 
 def test_a_node_that_fails(tmp_path, image_folder, undisturbed):
     (job,) = submit(tmp_path, image_folder)
     wait_step(tmp_path, job, 2)
-    node = slurm_jobs.ask("scontrol", "show", "hostnames", slurm_jobs.show_job(job)["NodeList"]).split()[1]
+    node = ask("scontrol", "show", "hostnames", show_job(job)["NodeList"]).split()[1]
     down = subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], capture_output=True)
     if down.returncode:
         pytest.skip("only the administrator may take a node away")
@@ -225,8 +225,8 @@ def test_a_crash_is_reported(tmp_path, image_folder):
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "2:0"
     line = the_line(tmp_path / "out", jobs[0])
     assert "FAILED" in line and re.search(r"exit 2 on rank \d \(\S+\): .*--data_path .* is not a folder", line)
-    if slurm_jobs.ask("sacct"):  # what is left when scontrol has forgotten
-        account = wait_for(lambda: slurm_jobs.account_of(jobs[0]), "the accounting")
+    if ask("sacct"):  # what is left when scontrol has forgotten
+        account = wait_for(lambda: account_of(jobs[0]), "the accounting")
         assert account["JobState"] == "FAILED" and account["ExitCode"] == "2:0"
     for job in jobs[1:]:
         assert wait_end(job, tmp_path / "out")["JobState"] == "CANCELLED"
@@ -353,7 +353,7 @@ def test_gpus_that_are_not_there(tmp_path, image_folder):
     """The batch asks for GPUs; a node without any fails at once instead of training on its CPU."""
     import torch
 
-    if torch.cuda.is_available() or "gpu" not in slurm_jobs.ask("sinfo", "-h", "-o", "%G"):
+    if torch.cuda.is_available() or "gpu" not in ask("sinfo", "-h", "-o", "%G"):
         pytest.skip("needs a Slurm that promises GPUs which torch does not see")
     argv = ["--ngpus", "1", "--mem", "2G", *TRAIN, "--data_path", str(image_folder), "--output_dir", str(tmp_path)]
     (job,) = run_with_submitit.main(argv)
@@ -375,7 +375,7 @@ def test_a_grid_stands_in_line(tmp_path):
         }
 
     def dependency(job: str) -> str:
-        return slurm_jobs.ask("squeue", "-h", "-j", job, "-o", "%E").strip().replace("(unfulfilled)", "")
+        return ask("squeue", "-h", "-j", job, "-o", "%E").strip().replace("(unfulfilled)", "")
 
     first = grid()
     assert list(first) == ["cplearn_c16_s0", "swav_c16_s0"]
@@ -388,7 +388,7 @@ def test_a_grid_stands_in_line(tmp_path):
     results = tmp_path / "cplearn_c16_s0" / "trained" / "results.jsonl"
     wait_for(results.exists, "the k-NN evaluation")
     subprocess.run(["scancel", "--me"], check=True)
-    wait_for(lambda: not slurm_jobs.ask("squeue", "-h", "--me"), "the jobs' end")
+    wait_for(lambda: not ask("squeue", "-h", "--me"), "the jobs' end")
     done = len(results.read_text().splitlines())
     train, last = (int(x) for x in grid()["cplearn_c16_s0"])
     assert last - train == 6 - done  # and no training

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoints
-import models
-from errors import UserError
-from resnet import ResNet8
+from cplearn import backbones, checkpoints
+from cplearn.backbones import ResNet8
+from cplearn.errors import UserError
+from cplearn.methods import method_class
 from vision_transformer import ViT
 
 
@@ -75,7 +75,7 @@ def test_a_dino_vit_small_loads_with_every_key_and_gives_its_features():
     ("arch", "parameters"), [("vit_tiny", 5_524_416), ("vit_small", 21_665_664), ("vit_base", 85_798_656)]
 )
 def test_parameter_counts(arch, parameters):
-    model = models.build_backbone(arch, patch_size=16, image_size=224)
+    model = backbones.build_backbone(arch, patch_size=16, image_size=224)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -103,7 +103,7 @@ def test_drop_path_grows_with_depth():
 
 
 def test_resnet8_is_the_papers_table5():
-    model = models.build_backbone("resnet8", patch_size=16, image_size=32)
+    model = backbones.build_backbone("resnet8", patch_size=16, image_size=32)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert [tuple(m.kernel_size) for m in convolutions].count((3, 3)) == 8
     assert sum(p.numel() for p in model.parameters()) == (3 * 9 + 1 + 3 + 1) * 128 + 7 * (128 * 9 * 128 + 128)
@@ -135,12 +135,12 @@ def test_resnet8_equals_the_table_written_out():
     ],
 )
 def test_other_backbones(arch, width):
-    model = models.build_backbone(arch, patch_size=16, image_size=32)
+    model = backbones.build_backbone(arch, patch_size=16, image_size=32)
     assert model.num_features == width and model(torch.randn(2, 3, 32, 32)).shape == (2, width)
 
 
 def test_resnet18_has_the_known_size():
-    model = models.build_backbone("resnet18", patch_size=16, image_size=32)
+    model = backbones.build_backbone("resnet18", patch_size=16, image_size=32)
     assert sum(p.numel() for p in model.parameters()) == 11_168_832
 
 
@@ -154,9 +154,9 @@ def test_resnet18_has_the_known_size():
 )
 def test_wrong_backbones(arch, size, words):
     with pytest.raises(UserError, match=words):
-        models.build_backbone(arch, patch_size=16, image_size=size)
+        backbones.build_backbone(arch, patch_size=16, image_size=size)
 
 
 def test_unknown_method():
     with pytest.raises(UserError, match="--method simclr is unknown: cplearn"):
-        models.method_class("simclr")
+        method_class("simclr")

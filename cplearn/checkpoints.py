@@ -1,0 +1,292 @@
+"""Checkpoints: plain containers, written so that no crash costs the last good one, loaded with `weights_only=True`.
+
+    python checkpoints.py DINO_CHECKPOINT OUT [--key teacher]
+
+turns an original DINO checkpoint, which carries a pickled argparse.Namespace, into a file of backbone weights.
+"""
+
+import argparse
+import os
+import pathlib
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cplearn import errors
+from cplearn.errors import UserError, WriteError
+from cplearn.files import remove_quietly
+from cplearn.flags import ArgumentParser
+
+FORMAT = "cplearn-1"
+
+# What DINO's checkpoints pickle besides tensors: its parsed flags, and under submitit the paths among them. Both are
+# plain data: unpickling them runs no code of the file's choosing.
+DINO_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+
+LATEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def save(path: str | Path, state: dict) -> None:
+    """Write state and format to `path`, or nothing: see `write`."""
+    write(path, {"format": FORMAT, **state})
+
+
+def write(path: str | Path, content: dict) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then rename: never half a checkpoint.
+
+    Raises `WriteError` if that fails; `path` is then as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+        if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
+            raise
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown"])[0][:120]
+        if shutil.disk_usage(path.parent).free < 2**20:  # torch's own words are about positions in the file
+            reason = "no space left on the disk"
+        raise WriteError(
+            f"{path} could not be written: {reason}; free some space and run the same command again"
+        ) from error
+    finally:
+        remove_quietly(temporary)
+
+
+def save_run(folder: str | Path, state: dict) -> None:
+    """Write `folder`/checkpoint.pth and keep the one before it as checkpoint_previous.pth.
+
+    The new file is complete before an old one is touched. Raises `WriteError`.
+    """
+    folder = Path(folder)
+    save(folder / f"{LATEST}.new", state)
+    try:
+        _shift(folder)
+    except OSError as error:
+        raise WriteError(
+            f"{folder / LATEST} could not be renamed: {error.strerror}; run the same command again"
+        ) from error
+
+
+def finish_writing(folder: str | Path) -> None:
+    """Clear up after a run that was killed while it saved. Only for who holds the folder's lock."""
+    folder = Path(folder)
+    for path in folder.glob(".checkpoint*.tmp"):
+        remove_quietly(path)
+    if (folder / f"{LATEST}.new").exists():  # whole, or it would not have this name
+        _shift(folder)
+
+
+def _shift(folder: Path) -> None:
+    """latest -> previous, new -> latest. Killed anywhere in between, `finish_writing` does the rest."""
+    if (folder / LATEST).exists():
+        os.replace(folder / LATEST, folder / PREVIOUS)
+    os.replace(folder / f"{LATEST}.new", folder / LATEST)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """The renames themselves, to the disk; not every file system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+def load_file(path: str | Path, classes: list[type] = ()) -> dict:
+    """Any file that torch saved, on the CPU, executing nothing from it. Raises `UserError` with the reason.
+
+    Zip files, which is all that torch has written since 1.6, are checked against their CRC-32 first: torch itself
+    does not, and would hand out weights with flipped bits. `classes` may be in the file besides tensors and plain
+    containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {reason}: give the path of a checkpoint")
+    try:
+        with open(path, "rb") as f:
+            is_zip = f.read(2) == b"PK"
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy")
+        with torch.serialization.safe_globals(list(classes)):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "it holds Python objects that could run code" if "Weights only" in str(error) else "it is damaged"
+        raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make zipfile, pickle and torch raise anything
+        first = (str(error).splitlines() or [""])[0]
+        first = type(error).__name__ if len(first) < 8 else first  # a KeyError says no more than a number
+        raise UserError(f"{path} is truncated or no checkpoint at all ({first[:120]}): use another copy") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
+    return state
+
+
+def is_ours(state: dict) -> bool:
+    """Whether this is a run's checkpoint. Raises `UserError` for our files that hold no model."""
+    ours = state.get("format") == FORMAT
+    if ours and "model" not in state:
+        raise UserError("this file holds kept features or a linear probe, not a model: give a checkpoint.pth")
+    return ours
+
+
+def load(path: str | Path) -> dict:
+    """A file that `save` wrote: a run's checkpoint, kept features, or a linear probe."""
+    state = load_file(path)
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by main_cplearn.py (its format is not {FORMAT})")
+    return state
+
+
+def load_run(folder: str | Path) -> tuple[dict, Path, str | None] | None:
+    """The run in `folder`: state, file, and what is wrong with the newer file if it could not be used.
+
+    None if there is no checkpoint at all. Raises `UserError` if there are some and none can be read.
+    """
+    problems = []
+    for path in (Path(folder) / LATEST, Path(folder) / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return load(path), path, "; ".join(problems) or None
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(
+            "; ".join(
+                problem.removesuffix(": use another copy").removesuffix("; use another copy") for problem in problems
+            )
+            + "; copy a numbered checkpoint over checkpoint.pth, or use another --output_dir"
+        )
+    return None
+
+
+def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
+    """Backbone weights out of a checkpoint of ours, DINO's (`key`: teacher or student), or a plain state dict.
+
+    Of a plain one, `head.weight` and `head.bias` (a classifier's, as in timm's files) are left out.
+    """
+    if is_ours(state):
+        state = state["model"]
+        of_two = {k.removeprefix(f"{key}."): v for k, v in state.items() if k.startswith(f"{key}.backbone.")}
+        state = of_two or state  # DINO's teacher, in a checkpoint of ours
+    elif isinstance(state.get(key), dict):
+        state = state[key]
+    elif isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    return inner or {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
+
+
+def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teacher") -> None:
+    """Load the backbone's weights of any file `backbone_weights` knows, resampled for its image size if need be."""
+    adapt = getattr(backbone, "adapt_state_dict", dict)
+    load_into(backbone, adapt(backbone_weights(state, key)), what)
+
+
+def load_into(module: nn.Module, weights: dict, what: str) -> None:
+    """Strict loading; raises `UserError` that names the keys and shapes that do not fit."""
+    own = module.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & weights.keys())
+        if isinstance(own[k], Tensor) and (not isinstance(weights[k], Tensor) or weights[k].shape != own[k].shape)
+    ]
+    problems = [
+        f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for label, names in (
+            ("keys missing", missing),
+            ("unknown keys", unexpected),
+            ("other shapes", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"{what} does not fit this model: {'; '.join(problems)}; check --arch and the sizes")
+    module.load_state_dict(weights, strict=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
+    """Strict loading: as many groups, parameters and states as here, each of its parameter's shape."""
+    groups = [len(g["params"]) for g in optimizer.param_groups]
+    try:
+        saved = [len(g["params"]) for g in state["param_groups"]]
+        parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        wrong = saved != groups or any(
+            isinstance(x, Tensor) and x.dim() and x.shape != parameters[i].shape
+            for i, entries in state["state"].items()
+            for x in entries.values()
+        )
+    except (KeyError, TypeError, AttributeError, IndexError):
+        wrong = True
+    if wrong:
+        raise UserError(
+            f"the optimizer state in {what} does not fit this model: check --optimizer, --arch and the sizes"
+        )
+    # Not its options: the schedules set learning rate and decay, and on another device the fused form differs.
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# --- files of others -----------------------------------------------------------------------------------
+
+
+def convert_dino(source: str | Path, target: str | Path, key: str = "teacher") -> int:
+    """Write the backbone weights of an original DINO checkpoint as a plain state dict; returns how many.
+
+    Only the classes in `DINO_CLASSES` are let through. Raises `UserError` for anything else.
+    """
+    state = load_file(source, DINO_CLASSES)
+    if key not in state and {"teacher", "student"} & state.keys():
+        raise UserError(f"{source} has no {key}: it holds {', '.join(map(str, list(state)[:8]))}")
+    weights = backbone_weights(state, key)
+    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"{source} holds no backbone weights: is it a checkpoint of DINO's main_dino.py?")
+    write(target, {"state_dict": {k: v.clone() for k, v in weights.items()}})
+    return len(weights)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="checkpoints.py", description=__doc__)
+    parser.add_argument("source", help="Checkpoint written by DINO")
+    parser.add_argument("target", help="File to write")
+    parser.add_argument("--key", default="teacher", choices=("teacher", "student"), help="Whose weights")
+    args = parser.parse_args(argv)
+    if Path(args.target).exists():
+        raise UserError(f"{args.target} exists: choose another name")
+    if not Path(args.target).absolute().parent.is_dir():
+        raise UserError(f"the folder of {args.target} does not exist: create it first")
+    print(f"{convert_dino(args.source, args.target, args.key)} tensors of the {args.key} written to {args.target}")
+
+
+if __name__ == "__main__":
+    errors.run_script(main)

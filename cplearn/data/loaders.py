@@ -1,0 +1,220 @@
+"""TODO cplearn.data.loaders."""
+
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from cplearn.data.augmentations import View, crop, draw, eval_pixels, rng_for
+from cplearn.distributed import collectives
+from cplearn.errors import LocalError, UserError, WorkerError
+from cplearn.random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Which samples each rank sees at each step: a pure function of (seed, epoch).
+
+    The global batch at a step is one run of a seeded permutation, and rank r takes its r-th slice, so two
+    processes of 32 see the images of one process of 64. The last incomplete batch is dropped. Yields lists
+    of (epoch, sample): workers learn the epoch with each sample and never go stale. Begins at step `first`.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = random_stream(FOR_ORDER, self.seed, self.epoch).permutation(self.size)
+        for step in range(self.first, len(self)):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+
+
+class ViewDataset(Dataset):
+    """Geometry half of the views.
+
+    Item (epoch, i) -> (list of (uint8 pixels, parameters), label, j, failures). j is i, or where its file cannot be
+    read another sample, drawn from (seed, epoch, i); failures is then JSON, a list of [sample, reason], else "".
+    """
+
+    TRIES = 20
+
+    def __init__(self, dataset: Dataset, views: list[View], seed: int, num_workers: int = 0):
+        self.dataset, self.views, self.seed = dataset, views, seed
+        # Which process reads which sample now (-1: none): shared memory, read when a worker died or hangs.
+        self.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[tuple[Tensor, dict]], int, int, str]:
+        epoch, i = item
+        image, label, j, failures = self._read(epoch, i)
+        views = []
+        for v, view in enumerate(self.views):
+            params = draw(view, *image.size, rng_for(self.seed, epoch, i, v))
+            views.append((crop(image, view, params), params))
+        self._note(-1)
+        return views, label, j, json.dumps(failures) if failures else ""
+
+    def _read(self, epoch: int, i: int) -> tuple[Image.Image, int, int, list[tuple[int, str]]]:
+        failures: list[tuple[int, str]] = []
+        j, others = i, None
+        for _ in range(self.TRIES):
+            self._note(j)
+            try:
+                return *self.dataset[j], j, failures
+            except LocalError as error:
+                failures.append((j, str(error).partition("; repair it")[0]))
+            others = others or random_stream(FOR_REPLACEMENT, self.seed, epoch, i)
+            j = int(others.integers(len(self.dataset)))
+        raise LocalError(f"{self.TRIES} images in a row cannot be read; the last: {failures[-1][1]}")
+
+    def _note(self, sample: int) -> None:
+        worker = get_worker_info()
+        row = self.reading[worker.id if worker else 0]
+        row[0], row[1] = os.getpid(), sample
+
+
+class EvalDataset(Dataset):
+    """The fixed evaluation view: uint8 pixels, label, index."""
+
+    def __init__(self, dataset: Dataset, image_size: int):
+        self.dataset, self.image_size = dataset, image_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
+        image, label = self.dataset[i]
+        return eval_pixels(image, self.image_size), label, i
+
+
+def train_loader(
+    dataset: Dataset,
+    views: list[View],
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader:
+    """Loader of views for this rank. `loader.batch_sampler.epoch` and `.first` choose epoch and first step."""
+    batches = Batches(len(dataset), batch_size, seed, collectives.rank(), collectives.world_size())
+    if len(batches) == 0:
+        raise UserError(
+            f"a batch of {batch_size * collectives.world_size()} images ({collectives.world_size()} processes x "
+            f"--batch_size_per_gpu {batch_size}) is larger than the data set of {len(dataset)}: use a smaller batch"
+        )
+    return DataLoader(
+        ViewDataset(dataset, views, seed, num_workers),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # the loader's own, so that it leaves the global one (drop path) alone
+    )
+
+
+def read_failures(texts: list[str]) -> list[tuple[int, str]]:
+    """Sample and reason of each image that could not be read for a batch, from its fourth entry."""
+    return [(sample, reason) for text in texts if text for sample, reason in json.loads(text)]
+
+
+def _start_worker(_: int) -> None:
+    get_worker_info().dataset._note(-1)
+    _leave_signals_to_parent(_)
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """A scheduler signals every process of a job, but the workers are still needed while the parent ends its step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raises RuntimeError inside after that time; 0 for never. In the main thread, where the loader is read.
+
+    torch's own timeout waits for the begin of a message only, and does not see a worker that is frozen in one.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_) -> None:
+        raise RuntimeError(f"DataLoader timed out after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
+    """What to tell of a loader's worker that died or hangs, and of the file it was at; None for other errors."""
+    text = str(error)
+    if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+        return None
+    source: ViewDataset = loader.dataset
+    named = {int(pid) for pid in re.findall(r"\d+", text.partition("exited")[0].partition("is killed")[0])}
+    rows = [(pid, sample) for pid, sample in source.reading.tolist() if pid >= 0]
+    files = [source.dataset.names[j] for pid, j in rows if j >= 0 and (pid in named or "timed out" in text)]
+    at = f"while reading {', '.join(map(str, files[:5]))}" if files else "between two files"
+    what = " ".join(text.split()).removesuffix(".")[:200]
+    return WorkerError(f"{what}, {at}: try that file alone, fewer --num_workers, or more memory (or --worker_timeout)")
+
+
+def stop_workers(loader: DataLoader) -> None:
+    """kill -9: they heed no other signal, may hang, and Python waits for its children before it ends."""
+    iterator = getattr(loader, "_iterator", None)
+    children = getattr(iterator, "_workers", [])
+    if not children:
+        return
+    # Its own way of ending waits for locks that a killed worker may hold.
+    iterator._shutdown = True
+    here = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here else None  # torch's raises at a worker's death
+    for child in children:
+        child.kill()
+        child.join()
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def eval_loader(
+    dataset: Dataset, image_size: int, *, batch_size: int, num_workers: int, device: torch.device
+) -> DataLoader:
+    """Every world_size-th image for this rank, in order; `distributed.gather_rows` puts them together again."""
+    mine = range(collectives.rank(), len(dataset), collectives.world_size())
+    return DataLoader(
+        EvalDataset(dataset, image_size),
+        batch_size=batch_size,
+        sampler=mine,
+        num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_parent,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def default_workers(requested: int | None) -> int:
+    """`--num_workers`: DINO's 10, or fewer where processes share fewer cores."""
+    if requested is not None:
+        return requested
+    return min(10, max(1, (os.cpu_count() or 1) // collectives.local_world_size() - 1))

@@ -1,0 +1,64 @@
+"""TODO cplearn.distributed.batch_norm."""
+
+import torch
+from torch import Tensor, nn
+
+from cplearn.distributed.collectives import _SumOverRanks, world_size
+from cplearn.errors import UserError
+
+
+def convert_batch_norm(module: nn.Module) -> nn.Module:
+    """Replace torch's batch norms inside `module` by `BatchNorm`; names and values stay.
+
+    Raises `UserError` in several processes for a variant that cannot be replaced (timm's norm with activation).
+    """
+    for name, child in module.named_children():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            norm = BatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, norm)
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, BatchNorm):
+            if world_size() > 1:
+                raise UserError(
+                    f"{type(child).__name__} layers cannot share their statistics over {world_size()} processes: "
+                    "use one process, or another --arch"
+                )
+        else:
+            convert_batch_norm(child)
+    return module
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with statistics over the rows of all ranks, on any device and backend.
+
+    torch's own SyncBatchNorm refuses CPU tensors, so that two gloo processes could not be compared with one.
+    Names and values of the state equal `nn.BatchNorm1d`'s. In one process, and in eval mode, it is torch's
+    batch norm.
+
+    Shape: (n, features) or (n, features, height, width) -> the same; every rank holds the same n.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"BatchNorm expects (n, features, ...), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = x.numel() // x.shape[1] * world_size()
+        x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        # Two passes: the sum of squares around the global mean does not cancel as E[x^2] - E[x]^2 does.
+        mean = _SumOverRanks.apply(x32.sum(dims)) / count
+        centred = x32 - mean.view(shape)
+        var = _SumOverRanks.apply(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var * count / max(1, count - 1), share)
+        y = centred * torch.rsqrt(var + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)

@@ -1,0 +1,227 @@
+"""Processes: start and stop them, gather over them, and average over them with the right gradient.
+
+The only file that reads launcher variables. One process without a process group is a normal case: every
+function here then works on the local values alone.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cplearn.errors import UserError, WriteError
+from cplearn.host import host_name
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Processes on this machine, which share its CPU cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel, if there is more than one process.
+
+    Buffers are not synchronised: batch-norm statistics are the same on all ranks already (see
+    `BatchNorm`), and non-persistent buffers such as a frozen dictionary are rebuilt from the flags on
+    every rank, so DDP shall not even see them.
+
+    On CPUs gradients are summed in the order of the ranks. DDP regroups them after the first step of a process, and its
+    own sums over three or more ranks depend on the groups: a resumed run would differ in the last bit.
+    """
+    if world_size() == 1:
+        return module
+    rebuilt = [
+        f"{name}.{buffer}" if name else buffer
+        for name, m in module.named_modules()
+        for buffer in m._non_persistent_buffers_set
+    ]
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(module, rebuilt)
+    # torch 2.15 renamed the switch and warns about the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    never = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    wrapped = ddp(module, device_ids=[device] if device.type == "cuda" else None, **never)
+    if device.type == "cpu":
+        wrapped.register_comm_hook(None, _mean_in_rank_order)
+    return wrapped
+
+
+def _mean_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's average of a bucket of gradients, the same wherever in it an element lies."""
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(world_size())]
+    dist.all_gather(parts, bucket.buffer())
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    done = torch.futures.Future()
+    done.set_result(total.div_(world_size()))
+    return done
+
+
+def on_main(function: Callable, *args):
+    """function(*args) on rank 0 alone; every rank gets its value, or raises the `UserError` it raised."""
+    outcome = None
+    if is_main():
+        try:
+            outcome = (function(*args), None)
+        except UserError as error:
+            outcome = (None, error)
+        except OSError as error:
+            outcome = (None, WriteError(f"{error.filename or 'a file'}: {error.strerror or error}"))
+    if world_size() > 1:
+        box = [outcome]
+        dist.broadcast_object_list(box)
+        outcome = box[0]
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A `UserError` that any rank meets inside is raised by all at the end, so that none waits for another."""
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    found = gather_objects(None if mine is None else (host_name(), mine))
+    first = next((r for r, x in enumerate(found) if x is not None), None)
+    if first is None:
+        return
+    host, error = found[first]
+    raise error if first == 0 else type(error)(f"rank {first} on {host}: {error}")
+
+
+def check_same(what: dict[str, object]) -> None:
+    """Raises `UserError` on every rank that names what differs between the ranks, and where."""
+    for r, (host, theirs) in enumerate(everyone := gather_objects((host_name(), what))):
+        differ = [k for k in what if theirs.get(k) != everyone[0][1].get(k)]
+        if differ:
+            k = differ[0]
+            raise UserError(
+                f"rank {r} on {host} has {k} {theirs.get(k)}, rank 0 on {everyone[0][0]} {everyone[0][1].get(k)}: "
+                "start all processes with the same command, on the same data"
+            )
+
+
+# --- gather --------------------------------------------------------------------------------------
+
+
+def gather_objects(value) -> list:
+    """`value` of every rank, in rank order, on every rank. For small things (checksums, counts)."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of every rank, interleaved: row i of rank r becomes row i * world_size + r. No gradient.
+
+    Undoes the split `range(rank, total, world_size)`; ranks may hold one row fewer than rank 0.
+    Shape: (n_r, ...) -> (sum of n_r, ...), on the tensor's device.
+    """
+    if world_size() == 1:
+        return x
+    counts = gather_objects(len(x))
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    rows = torch.stack(parts, dim=1).flatten(0, 1)
+    keep = torch.arange(max(counts))[:, None] < torch.tensor(counts)[None]
+    return rows[keep.flatten().to(rows.device)]
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Plain average, for what is logged. No gradient."""
+    if world_size() > 1:
+        x = x.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+@torch.no_grad()
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Plain sum. No gradient."""
+    if world_size() > 1:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+    return x
+
+
+# --- statistics over ranks, with gradient ----------------------------------------------------------
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce SUM whose backward is an all-reduce SUM: every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def log_mean_over_ranks(local: Tensor) -> Tensor:
+    """log of the mean over ranks of exp(local): the global lambda = log p-bar from each rank's own.
+
+    The value is global and the same on every rank; the gradient runs through this rank's share only, with
+    the weight exp(local - global), so that after the gradient averaging of DDP the gradient of any function
+    of it is exact. One forward all-reduce of the numbers and one of their maxima, no autograd collective;
+    nothing underflows. Every rank must call it as often, with the same shape.
+
+    Shape: any -> the same, element by element.
+    """
+    if world_size() == 1:
+        return local
+    with torch.no_grad():
+        top = local.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        total = (local - top).exp().contiguous()
+        dist.all_reduce(total)
+        value = top + total.log() - math.log(world_size())
+        weight = (local - value).exp()
+    return value + weight * (local - local.detach())
+
+
+def logsumexp_over_ranks(x: Tensor) -> Tensor:
+    """log of the sum over the rows of all ranks of exp(x), with gradient to all of them.
+
+    For losses that differ between ranks; `log_mean_over_ranks` needs no collective backward, but the same loss on all.
+    Shape: (n, c) -> (c,).
+    """
+    local = x.logsumexp(0)
+    if world_size() == 1:
+        return local
+    top = local.detach().clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return top + _SumOverRanks.apply((local - top).exp()).log()

@@ -1,0 +1,136 @@
+"""TODO cplearn.evaluation.collapse_numbers."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cplearn.evaluation import collapse
+from cplearn.evaluation.features import Features
+
+
+@dataclass
+class Network:
+    """What is known of one network on one split, on the CPU."""
+
+    label: str
+    data: Features
+    embedding: Tensor | None  # (n, d)
+    alignment: Tensor | None  # cosine of each embedding with its code (n,)
+    chance_alignment: float | None  # the same of random directions, mean
+
+
+# --- numbers -------------------------------------------------------------------------------------------
+
+
+def off_diagonal_energy(x: Tensor) -> tuple[float, float]:
+    """Share of the covariance's squared entries that lie off its diagonal: 0 if decorrelated. And what independent
+    dimensions of equal variance would show on so many images, (d - 1) / (n + d - 1). Shape: (n, d)."""
+    covariance = covariance_of(x)
+    total = covariance.square().sum().item()
+    n, d = x.shape
+    off = 1 - covariance.diagonal().square().sum().item() / total if total else 0.0
+    return off, (d - 1) / (n + d - 1)
+
+
+def covariance_of(x: Tensor, rows: int = 4096) -> Tensor:
+    """In float64, a few rows at a time. Shape: (n, d) -> (d, d)."""
+    mean = x.mean(0, dtype=torch.float64)
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for part in x.split(rows):
+        centred = part.double() - mean
+        total.addmm_(centred.T, centred)
+    return total / max(1, len(x) - 1)
+
+
+def block_energy(x: Tensor, codes: Tensor) -> dict[str, float | None]:
+    """Mean squared cosine of two different images of the same code, and of different codes; never an n x n matrix.
+
+    sum_ij (u_i . u_j)^2 = |U^T U|^2, for all images and for each code. None where there is no such pair. Shape: (n, d),
+    int64 (n,).
+    """
+    u = F.normalize(x.double(), dim=1)
+
+    def energy(rows: Tensor) -> float:  # sum over ordered pairs of different rows
+        gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+        return gram.square().sum().item() - rows.square().sum(1).square().sum().item()
+
+    order = codes.argsort(stable=True)
+    counts = codes.unique(return_counts=True)[1]
+    inside = sum(energy(part) for part in u[order].split(counts.tolist()))
+    pairs = (counts * (counts - 1)).sum().item()
+    others = len(x) * (len(x) - 1) - pairs
+    return {
+        "same_code_cos2": inside / pairs if pairs else None,
+        "other_code_cos2": (energy(u) - inside) / others if others else None,
+    }
+
+
+def numbers(network: Network) -> dict[str, float | int | None]:
+    """Of one network; the names that `monitor.py` logs mean the same here."""
+    x, h, codes = network.data.features, network.embedding, network.data.codes
+    found: dict[str, float | int | None] = {
+        "images": len(x),
+        "features_dim": x.shape[1],
+        "features_rank": collapse.rankme(x),
+        "features_dimensions": collapse.dimensions(collapse.covariance_spectrum(x)),
+        "features_cosine": collapse.mean_cosine(x),
+        "features_off_diagonal": off_diagonal_energy(x)[0],
+    }
+    if h is None or codes is None:
+        return found
+    used, perplexity = collapse.code_usage(codes)
+    off, chance = off_diagonal_energy(h)
+    largest = codes.unique(return_counts=True)[1].max().item()
+    return found | {
+        "embedding_dim": h.shape[1],
+        "embedding_rank": collapse.rankme(h),
+        "embedding_dimensions": collapse.dimensions(collapse.covariance_spectrum(h)),
+        "embedding_cosine": collapse.mean_cosine(h),
+        "embedding_off_diagonal": off,
+        "embedding_off_diagonal_chance": chance,
+        **block_energy(h, codes),
+        "out_dim": network.data.out_dim,
+        "codes_used": used,
+        "codes_perplexity": perplexity,
+        "block_mean": len(x) / used,
+        "block_max": largest,
+        "within_code": collapse.within_code_share(x, codes),
+        "code_cosine": None if network.alignment is None else network.alignment.abs().mean().item(),
+        "code_cosine_chance": network.chance_alignment,
+    }
+
+
+def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) -> tuple[float | None, str]:
+    """Entropy, in nats a dimension, of a Gaussian mixture with diagonal covariances fitted to x, by Monte Carlo; and
+    what is to be said of the fit. None where there is no usable one. Shape: (n, f)."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    if components > len(x):
+        return None, f"more components than the {len(x)} images"
+    if (x == x[0]).all():
+        return None, "all images have the same features"
+    model = GaussianMixture(components, covariance_type="diag", random_state=seed, max_iter=200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # k-means that starts it, and what is asked for below
+        try:
+            model.fit(x)
+            entropy = -float(model.score_samples(model.sample(samples)[0]).mean()) / x.shape[1]
+        except ValueError as error:
+            return None, str(error).strip().splitlines()[0]
+    if not math.isfinite(entropy):
+        return None, "entropy not finite"
+    if not model.converged_:
+        return entropy, "stopped before it converged"
+    return entropy, "ok" if len(x) >= 10 * components else f"only {len(x) / components:.1f} images a component"
+
+
+def scaled(features: Tensor) -> np.ndarray:
+    """To 0..1 by one minimum and one maximum over all entries, so that entropies of networks can be compared."""
+    low, high = features.min(), features.max()
+    return ((features - low) / (high - low).clamp(min=1e-30)).double().numpy()

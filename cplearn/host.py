@@ -1,0 +1,53 @@
+"""Small things every script needs: schedules, flags, files, tables. Needs nothing but Python, so it loads at once."""
+
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+
+def system_id() -> str:
+    """This boot of this machine, and the name space of its process numbers: containers may share a host's name."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started (a constant on systems without /proc); None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return None if stat.rpartition(")")[2].split()[0] == "Z" else stat.rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return "alive"
+
+
+@functools.cache  # of the code that was loaded, whatever happens to the files later
+def git_commit() -> str:
+    """Commit of this checkout, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def host_name() -> str:
+    """This machine's name, or that of its node in SLURM."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def physical_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,132 @@
+"""Barlow Twins (Zbontar et al., "Self-Supervised Learning via Redundancy Reduction", ICML 2021), without the c x c matrix.
+
+    C     = (1/N) sum_i zhat^a_i (zhat^b_i)^T       zhat: standardised over the N images of all ranks
+    loss  = kappa * [ sum_j (C_jj - 1)^2 + lambda sum_{j != k} C_jk^2 ]
+
+With K = zhat zhat^T (N x N), sum_jk C_jk^2 = <K_a, K_b> / N^2, so the exact loss needs O(N c + N^2) memory: also at
+out_dim 131072, where the matrix C alone is 69 GB.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cplearn.distributed import collectives
+from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.errors import UserError
+from cplearn.methods.base import Method, ReferenceLosses, check_out_dim, forward_by_size
+from cplearn.precision import float32
+
+
+def barlow_loss_explicit(a: Tensor, b: Tensor, lambd: float) -> Tensor:
+    """The definition, in one process. Shape: zhat of two views (n, c) -> scalar."""
+    c = a.T @ b / len(a)
+    diagonal = c.diagonal()
+    return (diagonal - 1).square().sum() + lambd * (c.square().sum() - diagonal.square().sum())
+
+
+def barlow_loss(views: list[Tensor], lambd: float, n_global: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over pairs of a global and another view, from Gram matrices over the images of all ranks.
+
+    The value is the same on every rank; each rank's gradient runs through its own rows and is made larger by the number
+    of ranks, so that DDP's average is the gradient of the loss. Shape: V x zhat (n, c) -> scalar, detached terms.
+    """
+    world = collectives.world_size()
+    z = [all_rows(x) for x in views]
+    grams = [x @ x.T for x in z]
+    n = len(z[0])
+    on, off, pairs = 0.0, 0.0, 0
+    for a in range(n_global):
+        for b in range(len(z)):
+            if b == a or b < a:  # C^T of a pair of globals has the same loss
+                continue
+            weight = 2 if b < n_global else 1
+            diagonal = torch.einsum("ij,ij->j", z[a], z[b]) / n
+            on = on + weight * (diagonal - 1).square().sum()
+            off = off + weight * ((grams[a] * grams[b]).sum() / n**2 - diagonal.square().sum())
+            pairs += weight
+    on, off = on / pairs, off / pairs
+    loss = on + lambd * off
+    return loss.detach() + world * (loss - loss.detach()), {"on_diagonal": on.detach(), "off_diagonal": off.detach()}
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """The rows of all ranks, one rank after the other; gradient through this rank's own. Shape: (n, c) -> (R n, c)."""
+    if collectives.world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(collectives.world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[collectives.rank()] = x
+    return torch.cat(parts)
+
+
+class BarlowTwins(Method):
+    KNOBS = {"dimensional": "a larger --lambd"}
+
+    def __init__(
+        self, backbone: nn.Module, *, out_dim: int, lambd: float = 0.0051, scale_loss: float = 1.0, hidden: int = 2048
+    ):
+        super().__init__()
+        for name, value in (("lambd", lambd), ("scale_loss", scale_loss), ("projector_width", hidden)):
+            if value <= 0:
+                raise UserError(f"--{name} {value:g} must be positive")
+        weights = hidden * (backbone.num_features + hidden + out_dim)
+        check_out_dim("barlow_twins", out_dim, weights, f" --projector_width {hidden}")
+        self.backbone, self.out_dim, self.lambd, self.scale_loss = backbone, out_dim, lambd, scale_loss
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.num_features, hidden, bias=False), BatchNorm(hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden, bias=False), BatchNorm(hidden), nn.ReLU(),
+            nn.Linear(hidden, out_dim, bias=False),
+        )  # fmt: skip
+        self.norm = BatchNorm(out_dim, affine=False)
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        # fmt: off
+        g = parser.add_argument_group("Barlow Twins")
+        g.add_argument("--lambd", type=float, default=0.0051, help="Weight of the off-diagonal terms")
+        g.add_argument("--scale_loss", type=float, default=1.0, help="Factor of the whole loss: 1 in the original, 0.1 in some forks (matters for LARS, weight decay and clipping)")
+        g.add_argument("--projector_width", type=int, default=2048, help="Of its two hidden layers; 8192 in the original, with out_dim 8192")
+        # fmt: on
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "BarlowTwins":
+        return cls(backbone, out_dim=args.out_dim, lambd=args.lambd, scale_loss=args.scale_loss,
+                   hidden=args.projector_width)  # fmt: skip
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        features = forward_by_size(self.backbone, views)
+        with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
+            z = [self.norm(self.projector(float32(x))) for x in features]  # batch norm sees one view at a time
+            loss, terms = barlow_loss(z, self.lambd, self.N_GLOBAL)
+            loss = self.scale_loss * loss
+        return loss, {"loss": loss.detach(), **terms}
+
+    def embed(self, features: Tensor) -> Tensor:
+        """The last hidden layer, as wide for any `out_dim`."""
+        return self.projector[:-1](float32(features))
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        """The largest standardised output. Barlow Twins is no clustering method: this is the convention of the paper."""
+        return self.norm(self.projector[-1](embedding)).argmax(1)
+
+    def references(self, n: int) -> ReferenceLosses:
+        """`uniform`: outputs of independent images, C_jk of variance 1/N. The floor: C has a rank below N."""
+        population = n * collectives.world_size()
+        c, lambd = self.out_dim, self.lambd
+        unrelated = c * (1 + 1 / population) + lambd * c * (c - 1) / population
+        floor = min(1.0, lambd) * max(0, c - population + 1)
+        return ReferenceLosses(self.scale_loss * unrelated, float("inf"), self.scale_loss * floor)
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """zhat of all ranks, its gradient and a product's copy for each view, and the Gram matrices; never c x c."""
+        population = n * collectives.world_size()
+        return 4 * views * (3 * population * self.out_dim + population**2)
+
+    def describe(self, n: int) -> dict[str, float | str]:
+        refs = self.references(n)
+        return {
+            "head_parameters": sum(p.numel() for p in self.projector.parameters()),
+            "loss_unrelated": refs.uniform,
+            "loss_floor": refs.floor,
+        }

@@ -1,0 +1,126 @@
+"""What every method of the comparison is to the training loop and the evaluations: one interface."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cplearn.errors import UserError
+from cplearn.host import physical_memory
+
+
+class ReferenceLosses(NamedTuple):
+    """What the loss is worth in known states, for one batch (nats)."""
+
+    uniform: float  # every assignment uniform: nothing learnt yet, or representation collapse
+    one_code: float  # every image on one and the same code: cluster collapse
+    floor: float  # lower bound for a batch of n images
+
+
+class Method(nn.Module):
+    """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
+
+    A method defines `add_flags`, `from_args`, `forward`, `embed`, `assign` and `references`; the other functions do
+    nothing unless it needs them. The order of a step is `before_step`, `forward`, backward, `after_backward`, the
+    optimiser's step, `after_step`.
+    """
+
+    N_GLOBAL = 2  # global crops, the first of the views
+    backbone: nn.Module  # trained; num_features wide
+    out_dim: int
+    # Mean assignment of the last batch's global crops, detached (c,), of this rank's images or those of all. None for
+    # methods whose loss has no such thing. Where there is one, `forward`'s terms have its mean `entropy` (nats).
+    usage: Tensor | None = None
+    KNOBS: dict[str, str] = {}  # what to try against a collapse, where there is more to say than `collapse.KNOBS`
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        """The flags that belong to this method alone."""
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "Method":
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Once, before the first step of a run that does not resume, when the weights are those it starts from."""
+
+    def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
+        """Schedules of the method's own."""
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shape: V tensors (n, 3, H_v, W_v), the global crops first -> scalar loss, named terms (detached scalars)."""
+        raise NotImplementedError
+
+    def after_backward(self) -> None:
+        """Gradients that this step shall not apply."""
+
+    def after_step(self, skipped: Tensor) -> None:
+        """After the optimiser's step. `skipped`, a bool on the device: it was left out, its gradient was not finite."""
+
+    def use(self, network: str) -> None:
+        """Choose what is evaluated, `teacher` or `student`, where there are two."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The backbone that is evaluated."""
+        return self.backbone
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Embedding of each image: the last vectors of the head before its codes. Shape: (n, f) -> (n, d) float32."""
+        raise NotImplementedError
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        """Code of each embedding. Shape: (n, d) -> (n,) int64."""
+        raise NotImplementedError
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Code of each image from the features of the evaluated backbone. Shape: (n, f) -> (n,) int64."""
+        return self.assign(self.embed(features))
+
+    def code_vectors(self, codes: Tensor) -> Tensor | None:
+        """Where these codes lie in the space of the embeddings, if they do. Shape: (n,) -> (n, d)."""
+
+    def references(self, n: int) -> ReferenceLosses:
+        """Reference losses for n images a rank."""
+        raise NotImplementedError
+
+    def describe(self, n: int) -> dict[str, float | str]:
+        """Derived values that decide a run of n images a rank: printed before training."""
+        trained, backbone = (
+            sum(p.numel() for p in module.parameters() if p.requires_grad) for module in (self, self.backbone)
+        )
+        refs = self.references(n)
+        return {"head_parameters": trained - backbone, "loss_uniform": refs.uniform, "loss_floor": refs.floor}
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """Bytes that head and loss hold at once for n images a rank, beside weights; 0 if that is little."""
+        return 0
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed but known to train badly."""
+        return []
+
+
+def check_out_dim(method: str, out_dim: int, weights: int, more: str = "") -> None:
+    """Before anything is made. Raises `UserError` for less than two codes, and if this machine cannot hold so many
+    weights even once."""
+    if out_dim < 2:
+        raise UserError(f"--out_dim {out_dim} must be at least 2")
+    have = physical_memory()
+    if 4 * weights > have:
+        raise UserError(
+            f"--method {method} --out_dim {out_dim}{more}: {weights:,} weights take {4 * weights / 1e9:.0f} GB, "
+            f"this machine has {have / 1e9:.0f} GB: make it smaller"
+        )
+
+
+def forward_by_size(backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    """One backbone pass for each run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f)."""
+    features: list[Tensor] = []
+    while len(features) < len(views):
+        first = len(features)
+        last = first
+        while last < len(views) and views[last].shape == views[first].shape:
+            last += 1
+        features += backbone(torch.cat(views[first:last])).chunk(last - first)
+    return features

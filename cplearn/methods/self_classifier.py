@@ -1,0 +1,143 @@
+"""Self-Classifier (Amrani, Karlinsky and Bronstein, "Self-Supervised Classification Network", ECCV 2022), one head.
+
+    T_ij = softmax over the N images of all ranks of l^a_ij / tau_col, then each row divided by its sum
+    S_ij = softmax over the codes of l^b_ij / tau_row, then each column divided by its sum over all N images
+    loss = mean over pairs of -(1/n) sum_ij T_ij log(N/c S_ij + 1e-12)
+
+No teacher and no stop-gradient. The original's queue of nearest neighbours is left out. `--head cplearn` puts the same
+loss on CPLearn's projector and frozen dictionary; with its default width of 2048 the sizes in the paper's Table 8 fit.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cplearn.distributed import collectives
+from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.errors import UserError
+from cplearn.methods.base import Method, ReferenceLosses, check_out_dim, forward_by_size
+from cplearn.precision import float32
+from cplearn_head import CPLearnHead
+
+
+def self_classifier_loss(
+    logits: list[Tensor], n_global: int = 2, row_temp: float = 0.1, col_temp: float = 0.05, eps: float = 1e-12
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """All ordered pairs of different views but local-local ones.
+
+    Shape: V x (n, c) -> scalar loss; detached loss and mean entropy of the row softmax of the global crops; its detached
+    mean over this rank's images (c,).
+    """
+    n, c = logits[0].shape
+    population = n * collectives.world_size()
+    # log T and log(N/c S): both normalised over the images of all ranks, with gradient
+    targets = [F.softmax(x / col_temp - collectives.logsumexp_over_ranks(x / col_temp), dim=1) for x in logits]
+    predictions, usage, entropy = [], logits[0].new_zeros(c), logits[0].new_zeros(())
+    for v, x in enumerate(logits):
+        rows = F.log_softmax(x / row_temp, dim=1)
+        if v < n_global:
+            with torch.no_grad():
+                p = rows.exp()
+                usage += p.mean(0) / n_global
+                entropy -= torch.dot(p.flatten(), rows.flatten()) / (n * n_global)
+        rows = rows - collectives.logsumexp_over_ranks(rows) + math.log(population / c)
+        predictions.append(torch.logaddexp(rows, rows.new_tensor(math.log(eps))))
+    loss, pairs = 0.0, 0
+    for a, target in enumerate(targets):
+        for b, prediction in enumerate(predictions):
+            if a != b and (a < n_global or b < n_global):
+                loss = loss - (target * prediction).sum() / n
+                pairs += 1
+    loss = loss / pairs
+    return loss, {"loss": loss.detach(), "entropy": entropy}, usage
+
+
+class SelfClassifier(Method):
+    WIDTH = 128
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        out_dim: int,
+        head: str,
+        row_temp: float,
+        col_temp: float,
+        dictionary_seed: int = 0,
+        embed_dim: int = 2048,
+        activation: str = "l2",
+    ):
+        super().__init__()
+        if row_temp <= 0 or col_temp <= 0:
+            raise UserError(f"--row_temp {row_temp:g} and --col_temp {col_temp:g} must be positive: 0.1 and 0.05")
+        check_out_dim("self_classifier", out_dim, self.WIDTH * out_dim)
+        self.backbone, self.out_dim, self.row_temp, self.col_temp = backbone, out_dim, row_temp, col_temp
+        if head == "cplearn":
+            self.frozen_head = CPLearnHead(
+                backbone.num_features, out_dim, embed_dim, activation, eps=0.5 / out_dim, seed=dictionary_seed
+            )
+        else:
+            self.frozen_head = None
+            self.projector = nn.Sequential(
+                nn.Linear(backbone.num_features, 4096), BatchNorm(4096), nn.LeakyReLU(),
+                nn.Linear(4096, self.WIDTH),
+            )  # fmt: skip
+            self.classifier = nn.Linear(self.WIDTH, out_dim, bias=False)  # rows are brought to length 1
+
+    @staticmethod
+    def add_flags(parser) -> None:
+        # fmt: off
+        g = parser.add_argument_group("Self-Classifier")
+        g.add_argument("--head", default="selfclassifier", choices=("selfclassifier", "cplearn"), help="Its own, or CPLearn's projector and frozen dictionary")
+        g.add_argument("--row_temp", type=float, default=0.1, help="Temperature of the softmax over codes")
+        g.add_argument("--col_temp", type=float, default=0.05, help="Temperature of the softmax over images")
+        g.add_argument("--embed_dim", type=int, default=2048, help="Width of the embedding and the codes of --head cplearn")
+        g.add_argument("--activation", default="l2", choices=("tanh", "l2"), help="Last step of the projector of --head cplearn")
+        g.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes of --head cplearn")
+        # fmt: on
+
+    @classmethod
+    def from_args(cls, backbone: nn.Module, args) -> "SelfClassifier":
+        return cls(backbone, out_dim=args.out_dim, head=args.head, row_temp=args.row_temp, col_temp=args.col_temp,
+                   dictionary_seed=args.dictionary_seed, embed_dim=args.embed_dim,
+                   activation=args.activation)  # fmt: skip
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Shape: (n, f) -> (n, 128), of unit length; or CPLearn's (n, embed_dim)."""
+        z = float32(features)
+        return F.normalize(self.projector(z), dim=1) if self.frozen_head is None else self.frozen_head(z)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Cosines. Shape: (n, f) -> (n, c)."""
+        if self.frozen_head is not None:
+            return self.frozen_head.logits(self.embed(z)) / self.frozen_head.scale
+        return self.embed(z) @ F.normalize(self.classifier.weight, dim=1).T
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        features = forward_by_size(self.backbone, views)
+        with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
+            logits = [self.logits(z) for z in features]  # batch norm sees one view at a time
+            loss, terms, self.usage = self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp)
+        return loss, terms
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        if self.frozen_head is not None:
+            return self.frozen_head.assign(embedding)
+        return (embedding @ F.normalize(self.classifier.weight, dim=1).T).argmax(1)
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        if self.frozen_head is not None:
+            return self.frozen_head.dictionary.select(codes)
+        return self.classifier.weight[codes]
+
+    def references(self, n: int) -> ReferenceLosses:
+        """The same logits for every image give log c, whatever they are. The floor: N/c S is at most N/c, and 1."""
+        log_c = math.log(self.out_dim)
+        floor = max(0.0, math.log(self.out_dim / (n * collectives.world_size())))
+        return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """Measured: ten tensors of images x codes a view, as gradient runs through both sides."""
+        return 4 * 10 * views * n * self.out_dim

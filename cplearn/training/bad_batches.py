@@ -1,0 +1,138 @@
+"""TODO cplearn.training.bad_batches."""
+
+import json
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cplearn.distributed import collectives
+from cplearn.errors import LocalError, NonFiniteError, UserError
+from cplearn.files import write_text
+from cplearn.training.run import Run
+
+# --- steps that are not finite -------------------------------------------------------------------------
+
+
+class RunningStatistics:
+    """Batch norm's running mean and variance, the only state a forward pass writes: a bad batch would spoil it."""
+
+    def __init__(self, module: nn.Module):
+        self._buffers = [
+            b
+            for m in module.modules()
+            if isinstance(m, nn.modules.batchnorm._NormBase)
+            for b in (m.running_mean, m.running_var)
+            if b is not None
+        ]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        self._kept = [b.clone() for b in self._buffers]
+
+    @torch.no_grad()
+    def restore(self, skipped: Tensor) -> None:
+        """Back to what was kept if `skipped`, a bool on the device, is true."""
+        for now, before in zip(self._buffers, self._kept, strict=True):
+            now.copy_(torch.where(skipped, before, now))
+
+
+class BadSteps:
+    """Counts skipped steps, and ends the run after more than `limit` in a row with a report of the last."""
+
+    def __init__(self, limit: int, folder: str | Path, names: Sequence[str]):
+        self.limit, self.path, self.names = limit, Path(folder) / "bad_step.json", names
+        self.in_a_row = 0
+        self._seen: deque[tuple] = deque(maxlen=2)  # the host learns one step later which of them was bad
+
+    def remember(self, step: int, samples: Tensor, terms: dict[str, Tensor]) -> None:
+        self._seen.append((step, samples, terms))
+
+    def count(self, step: int, skipped: bool, scale: Callable[[], float]) -> None:
+        """Every rank calls it with the same values. Raises `NonFiniteError` on all of them together."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row <= self.limit:
+            return
+        samples, terms = next((samples, terms) for s, samples, terms in self._seen if s == step)
+        files = [str(self.names[i]) for i in samples]
+        terms = {name: float(value) for name, value in terms.items()}
+        ranks = collectives.gather_objects({"terms": terms, "files": files})
+        wrong = sorted({name for one in ranks for name, x in one["terms"].items() if not math.isfinite(x)})
+        if collectives.is_main():
+            report = {"step": step, "in_a_row": self.in_a_row, "not_finite": wrong, "loss_scale": scale()}
+            for one in ranks:  # JSON has no NaN and no infinity
+                one["terms"] = {k: x if math.isfinite(x) else str(x) for k, x in one["terms"].items()}
+            try:
+                self.path.write_text(json.dumps({**report, "ranks": ranks}, indent=1) + "\n")
+            except OSError as error:
+                print(f"{self.path} could not be written: {error.strerror}", file=sys.stderr)
+        raise NonFiniteError(
+            f"{self.in_a_row} steps in a row were not finite ({', '.join(wrong)}), the last {step}: see {self.path}; "
+            "the checkpoint is from before. Try a lower --lr with --resume_force lr, or --precision bf16 for fp16 with "
+            "--resume_force precision use_fp16"
+        )
+
+
+# --- images that cannot be read ------------------------------------------------------------------------
+
+
+def share_bad_images(run: Run) -> None:
+    """Every rank learns what the others could not read; rank 0 prints and writes it. Every rank must call it."""
+    fresh = {name: reason for news in collectives.gather_objects(run.news) for name, reason in news.items()}
+    fresh = {name: reason for name, reason in sorted(fresh.items()) if name not in run.bad_images}
+    run.bad_images.update(fresh)
+    run.news = {}
+    for reason in fresh.values() if collectives.is_main() else ():
+        print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
+    collectives.on_main(list_bad_images, run)
+
+
+def list_bad_images(run: Run) -> None:
+    lines = "".join(f"{name}\t{reason}\n" for name, reason in run.bad_images.items())
+    write_text(Path(run.args.output_dir, "bad_images.txt"), lines)
+
+
+def still_unreadable(run: Run, known: dict[str, str]) -> dict[str, str]:
+    """Of the images that could not be read before, those that were not repaired since."""
+    place = {str(name): i for i, name in enumerate(run.dataset.names)} if known else {}
+    found = {}
+    for name in known.keys() & place.keys():
+        try:
+            run.dataset[place[name]]
+        except LocalError as error:
+            found[name] = str(error).partition("; repair it")[0]
+    return dict(sorted(found.items()))
+
+
+def too_many_bad_images(run: Run) -> bool:
+    return len(run.bad_images) > run.args.max_bad_images * len(run.dataset)
+
+
+def check_bad_images(run: Run) -> None:
+    """Raises `UserError` on every rank if there are too many."""
+    if too_many_bad_images(run):
+        last = next(reversed(run.bad_images.values()))
+        raise UserError(
+            f"{len(run.bad_images)} of {len(run.dataset)} images cannot be read, more than --max_bad_images "
+            f"{run.args.max_bad_images:g} allows ({int(run.args.max_bad_images * len(run.dataset))}): repair those in "
+            f"{run.args.output_dir}/bad_images.txt, or allow more; the last: {last}"
+        )
+
+
+@torch.no_grad()
+def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tensor:
+    """Whether the step must be skipped: loss or gradient is not finite on some rank. Unscales the gradients.
+
+    The scaler looks for infinities in gradients only, so a loss that is not finite is made to show in one of them.
+    Nothing here waits for the device. Shape: loss () summed over ranks -> bool ().
+    """
+    grads = [p.grad for p in method.parameters() if p.grad is not None]
+    largest = torch.stack(torch._foreach_norm(grads, math.inf)).amax()  # the 2-norm could overflow on its own
+    skipped = ~(largest.isfinite() & loss.isfinite())
+    grads[0].masked_fill_(skipped, math.nan)
+    scaler.unscale_(optimizer)
+    return skipped

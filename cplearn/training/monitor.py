@@ -1,0 +1,236 @@
+"""Collapse, seen while it happens: the use of the codes from numbers that the loss already has, and after an epoch a
+look at a fixed set of training images, the probe.
+
+No labels are used, except by `--knn_freq`. The probe is read in evaluation mode; it changes no weight, no running
+statistic and no random number, so a run with and without it comes to the same bits. Numbers and verdict: `collapse.py`.
+"""
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from cplearn import random_streams
+from cplearn.data import augmentations
+from cplearn.distributed import collectives
+from cplearn.errors import CollapseError, LocalError
+from cplearn.evaluation import collapse
+from cplearn.evaluation.knn import votes
+from cplearn.methods.base import Method, forward_by_size
+from cplearn.training.progress import Meter
+
+
+class CodeUse:
+    """Entropy of the mean assignment, and codes in use, over windows of `STEPS` steps of an epoch.
+
+    What is left of an epoch after its last whole window is not looked at, unless the epoch has no whole one.
+    """
+
+    STEPS = 20
+
+    def __init__(self) -> None:
+        self.meter = Meter()  # over the windows of this epoch
+        self.total: Tensor | None = None  # sum of mean assignments in this window, of this rank (c,)
+        self.images: Tensor | None = None  # of all ranks, in steps that were taken
+        self.steps = self.windows = 0
+
+    @torch.no_grad()
+    def add(self, usage: Tensor, images: int, skipped: Tensor) -> None:
+        """After a step of so many images. Nothing here waits for the device. Shape: (c,), bool ()."""
+        taken = (~skipped).to(usage.dtype)
+        usage = torch.where(skipped, torch.zeros_like(usage), usage)
+        self.total = usage.clone() if self.total is None else self.total.add_(usage)
+        self.images = taken * images if self.images is None else self.images + taken * images
+        self.steps += 1
+        if self.steps == self.STEPS:
+            self._close()
+
+    def _close(self) -> None:
+        total, images = collectives.mean_over_ranks(self.total), self.images
+        share = total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
+        # A code counts as used if half an image or more fell to it.
+        terms = {"usage_entropy": torch.special.entr(share).sum(), "codes_used": (share * images >= 0.5).double().sum()}
+        self.meter.add(terms, images == 0)
+        self.total, self.images, self.steps = None, None, 0
+        self.windows += 1
+
+    def read(self) -> dict[str, float]:
+        """Averages over the windows closed since the last reading; {} if there is none. Every rank must call it."""
+        return self.meter.read() if self.meter.recent else {}
+
+    def average(self) -> dict[str, float]:
+        """At the end of an epoch: averages over its windows. Every rank must call it."""
+        if not self.windows and self.steps:
+            self._close()
+        return self.meter.average() if self.windows else {}
+
+    def state(self) -> dict:
+        """To go on later to the same bits. Every rank must call it."""
+        mine = {"total": None, "images": None}
+        if self.steps:
+            mine = {"total": self.total.cpu(), "images": self.images.cpu()}
+        return {"meter": self.meter.state(), "steps": self.steps, "windows": self.windows,
+                "ranks": collectives.gather_objects(mine)}  # fmt: skip
+
+    def load(self, state: dict, device: torch.device) -> None:
+        self.meter.load(state["meter"], device)
+        self.steps, self.windows = state["steps"], state["windows"]
+        mine = state["ranks"][collectives.rank()]
+        if self.steps:
+            self.total, self.images = mine["total"].to(device), mine["images"].to(device)
+
+
+class Probe:
+    """A fixed set of training images in two fixed views, and after how many epochs it is looked at.
+
+    It is as large as memory and `COST` allow, a forward pass being a third of a step's work for an image and a view.
+    Where `LEAST` images would cost more in every epoch, they are looked at in every so many.
+    """
+
+    MOST, LEAST, COST, BYTES = 2000, 256, 0.015, 2**28
+    SETTLED = 30  # steps before which batch norm's running statistics, and so the probe's numbers, mean little
+
+    def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int):
+        self.dataset, self.views, self.seed = dataset, views[: Method.N_GLOBAL], seed
+        size = self.views[0].size
+        budget = self.COST * 3 * len(dataset) * sum(v.size**2 for v in views) / size**2  # of forward passes an epoch
+        room = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
+        count = min(self.MOST, len(dataset), room, max(self.LEAST, int(budget / 2)))
+        self.every = max(1, math.ceil(2 * count / budget))
+        self.first = math.ceil(self.SETTLED / steps_per_epoch)
+        order = random_streams.random_stream(random_streams.FOR_MONITOR, seed).permutation(len(dataset))
+        self.samples = sorted(int(i) for i in order[:count])
+        self._pixels: list[tuple[list[tuple[Tensor, dict]], int]] | None = None
+
+    def due(self, epochs_done: int) -> bool:
+        return epochs_done >= self.first and (epochs_done - self.first) % self.every == 0
+
+    def _read(self) -> list[tuple[list[tuple[Tensor, dict]], int]]:
+        """This rank's images, read once. Those that cannot be read are left out."""
+        found = []
+        for i in self.samples[collectives.rank() :: collectives.world_size()]:
+            try:
+                image, label = self.dataset[i]
+            except LocalError:
+                continue
+            crops = []
+            for v, view in enumerate(self.views):
+                # Of an epoch that no run comes to: these views are not trained on.
+                params = augmentations.draw(view, *image.size, augmentations.rng_for(self.seed, 2**31, i, v))
+                crops.append((augmentations.crop(image, view, params), params))
+            found.append((crops, int(label)))
+        return found
+
+    @torch.no_grad()
+    def look(self, method: Method, device: torch.device, batch: int) -> "Look | None":
+        """Features, embeddings and codes of both views, so many images at a time. Every rank must call it.
+
+        None if some rank could not read any of its images.
+        """
+        if self._pixels is None:
+            self._pixels = self._read()
+        if not all(collectives.gather_objects(len(self._pixels))):
+            return None
+        training = method.training
+        method.eval()
+        parts = []
+        for start in range(0, len(self._pixels), batch):
+            rows = [crops for crops, _ in self._pixels[start : start + batch]]
+            pixels = torch.utils.data.default_collate(rows)
+            images = [
+                augmentations.colour(p.to(device, non_blocking=True), params, view)
+                for (p, params), view in zip(pixels, self.views, strict=True)
+            ]
+            features = forward_by_size(method.evaluated, images)
+            with torch.autocast(device.type, enabled=False):
+                embeddings = [method.embed(z) for z in features]
+                codes = [method.assign(h) for h in embeddings]
+                vectors = method.code_vectors(codes[0])
+            parts.append((features[0].float(), embeddings[0], vectors, *codes))
+        method.train(training)
+        labels = torch.tensor([label for _, label in self._pixels])
+        columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+        rows = [None if x is None else collectives.gather_rows(x).cpu() for x in (*columns, labels.to(device))]
+        return Look(*rows)
+
+
+class Look:
+    """What one look at the probe has found, of all ranks, on the CPU."""
+
+    def __init__(self, features: Tensor, embedding: Tensor, vectors: Tensor | None, codes: Tensor, others: Tensor,
+                 labels: Tensor):  # fmt: skip
+        self.features, self.embedding, self.vectors = features, embedding, vectors
+        self.codes, self.others, self.labels = codes, others, labels
+
+    def metrics(self) -> dict:
+        """NaN as the cosine, and no more, if an entry is not finite."""
+        if not (self.features.isfinite().all() and self.embedding.isfinite().all()):
+            return {"images": len(self.features), "features_cosine": math.nan}
+        return collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
+
+    def knn(self, k: int = 20, temperature: float = 0.07) -> float:
+        """Top-1 of the weighted k nearest neighbours of each image among the others (`eval_knn.py`'s votes)."""
+        x = nn.functional.normalize(self.features, dim=1)
+        cosine = (x @ x.T).fill_diagonal_(-2)
+        similarity, neighbour = cosine.topk(min(k, len(x) - 1), dim=1)
+        votes = votes(similarity, self.labels[neighbour], int(self.labels.max()) + 1, temperature)
+        return (votes.argmax(1) == self.labels).double().mean().item()
+
+
+class Monitor:
+    """What a run keeps of both, and its verdict after each epoch."""
+
+    PATIENCE = 2  # alarms in a row, before --on_collapse stop does
+
+    def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int, knn_freq: int = 0):
+        self.use, self.probe, self.knn_freq = CodeUse(), Probe(dataset, views, seed, steps_per_epoch), knn_freq
+        self.alarms = 0  # in a row
+        self.last: dict[str, str] = {}  # verdict, and when it was found
+
+    def add(self, method: Method, images: int, skipped: Tensor) -> None:
+        if method.usage is not None:
+            self.use.add(method.usage, images, skipped)
+
+    def end_epoch(self, run, record: dict) -> dict:
+        """Numbers and verdict for the log of an epoch that is whole. Every rank must call it.
+
+        In an epoch without a look at the probe the last verdict stands, and is shown with its epoch.
+        """
+        start = time.perf_counter()
+        found, done = self.use.average(), record["epoch"] + 1
+        self.use = CodeUse()
+        if not math.isfinite(found.get("usage_entropy", math.nan)):  # none, or every step was skipped
+            found = {}
+        else:
+            found["usage_perplexity"] = math.exp(found["usage_entropy"])
+            found["information"] = found["usage_entropy"] - record["train_entropy"]
+        knn = self.knn_freq > 0 and done % self.knn_freq == 0
+        look = None
+        if self.probe.due(done) or knn:
+            look = self.probe.look(run.method, run.device, run.args.batch_size_per_gpu)
+        # By one rank, so that all are of one mind.
+        found, verdict, line = collectives.on_main(self._judge, run.method, found, look, knn, done)
+        if verdict:
+            self.alarms = 0 if verdict == "healthy" else self.alarms + 1
+            self.last = {"verdict": verdict, "line": line, "epoch": str(done)}
+        if self.last:
+            since = "" if self.last["epoch"] == str(done) else f" (epoch {self.last['epoch']})"
+            found |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + since}
+        return found | {"monitor_seconds": time.perf_counter() - start}
+
+    def _judge(self, method: Method, found: dict, look: Look | None, knn: bool, done: int) -> tuple[dict, str, str]:
+        """Numbers, verdict and its line; "" and "" for none."""
+        probe = {} if look is None else {f"probe_{name}": value for name, value in look.metrics().items()}
+        verdict = collapse.verdict(found | (probe if done >= self.probe.first else {}), method.out_dim)
+        if knn and look is not None:
+            probe["probe_knn20"] = look.knn()
+        return found | probe, verdict.name if verdict else "", verdict.line(method.KNOBS) if verdict else ""
+
+    def check(self, run, record: dict) -> None:
+        """Raises `CollapseError` after as many alarms in a row as there may be."""
+        if self.alarms >= self.PATIENCE and record["verdict"] != "healthy":
+            raise CollapseError(
+                f"--on_collapse stop: {record['verdict_line']}. Alarm number {self.alarms} in a row; saved after step "
+                f"{run.saved_step}, --on_collapse warn goes on"
+            )

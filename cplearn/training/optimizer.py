@@ -1,0 +1,102 @@
+"""TODO cplearn.training.optimizer."""
+
+import argparse
+
+import timm.optim
+import torch
+from torch import Tensor, nn
+
+from cplearn.distributed import collectives
+from cplearn.errors import UserError
+from cplearn.host import physical_memory
+from cplearn.schedules import cosine, lr_at
+
+
+def expected_memory(method: nn.Module, args: argparse.Namespace, views: int) -> tuple[int, int]:
+    """Bytes a process of weights, gradients and optimiser states; and of head and loss. Without activations."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    fixed = sum(t.nbytes for t in [*method.parameters(), *method.buffers()]) - 4 * trained
+    states = 2 if args.optimizer.startswith("adam") else 1
+    return 4 * trained * (2 + states) + fixed, method.loss_memory(args.batch_size_per_gpu, views)
+
+
+def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device: torch.device) -> None:
+    """Raises `UserError`, with numbers, for what cannot fit."""
+    weights, loss = expected_memory(method, args, views)
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    else:
+        have = physical_memory() // collectives.local_world_size()
+    if weights + loss > have:
+        raise UserError(
+            f"--method {args.method} --out_dim {args.out_dim}: weights, gradients and optimiser states take "
+            f"{weights / 1e9:.1f} GB, head and loss {loss / 1e9:.1f} GB for {args.batch_size_per_gpu} images and {views} "
+            f"views, and a process has {have / 1e9:.1f} GB: smaller --out_dim or --batch_size_per_gpu, or another machine"
+        )
+
+
+# --- the step's parts --------------------------------------------------------------------------------
+
+
+def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
+    """Weight decay for matrices only, as in DINO: biases and one-dimensional parameters have none.
+
+    torch's own optimisers are fused on a GPU: with fp16 the others ask the device at each step for overflows.
+    """
+    decayed = [
+        p for name, p in method.named_parameters() if p.requires_grad and p.ndim > 1 and not name.endswith(".bias")
+    ]
+    exempt = [p for name, p in method.named_parameters() if p.requires_grad and (p.ndim <= 1 or name.endswith(".bias"))]
+    groups = [{"params": decayed, "decay": True}, {"params": exempt, "decay": False, "weight_decay": 0.0}]
+    fused = device.type == "cuda"
+    kinds = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
+        "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=fused),
+        "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)),
+        "lars": lambda: timm.optim.Lars(groups, lr=0.0, momentum=0.9),
+    }
+    return kinds[args.optimizer]()
+
+
+def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """Momentum from zero, to the same effect. torch's fused form would leave it uninitialised if step 0 is skipped."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def actual_lr(args: argparse.Namespace) -> float:
+    """The linear rule: --lr is for a batch of 256 over all processes."""
+    return args.lr * args.batch_size_per_gpu * collectives.world_size() / 256
+
+
+def set_schedules(optimizer, step: int, steps_per_epoch: int, args) -> float:
+    """Learning rate and weight decay of this step. Returns the learning rate."""
+    total = args.epochs * steps_per_epoch
+    lr = lr_at(
+        step,
+        lr=actual_lr(args),
+        min_lr=args.min_lr,
+        warmup_steps=args.warmup_epochs * steps_per_epoch,
+        total_steps=total,
+    )
+    decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decay"]:
+            group["weight_decay"] = decay
+    return lr
+
+
+@torch.no_grad()
+def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
+    """Scale down each parameter's gradient to `max_norm` on its own (DINO's clipping); 0 leaves all.
+
+    Returns the norm of the whole gradient before clipping, on the device.
+    """
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    if max_norm > 0:
+        torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    return torch.stack(norms).norm()

@@ -1,0 +1,45 @@
+"""What can stop a run from outside or inside: signals, a second process on the same folder, steps that are not finite.
+
+Exit codes are those of `errors.py`; README lists them.
+"""
+
+import os
+import signal
+import threading
+import time
+
+from cplearn.errors import Interrupted
+
+# --- signals -------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """While inside, SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C do not end the process but set `name`.
+
+    Ctrl-C again, more than a second later, ends it at once (torchrun passes a first one on twice).
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self):
+        self.name: str | None = None
+        self._ctrl_c: float | None = None  # when the first one came
+
+    def __enter__(self) -> "StopSignals":
+        here = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+        self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS} if here else {}
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        for number, handler in self._before.items():  # schedulers signal twice: the way out keeps its exit code
+            signal.signal(number, signal.SIG_IGN if kind is Interrupted else handler)
+
+    def _note(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            if self._ctrl_c is not None and time.monotonic() - self._ctrl_c > 1:
+                raise KeyboardInterrupt
+            self._ctrl_c = self._ctrl_c or time.monotonic()
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            more = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            os.write(2, f"{self.name}: stopping after this step{more}\n".encode())  # print is not safe here
