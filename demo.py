@@ -22,11 +22,10 @@ import eval_linear
 import main_cplearn
 from cplearn import checkpoints, errors
 from cplearn.flags import ArgumentParser
+from cplearn.host import ROOT
 from cplearn.text import format_table
 
 matplotlib.use("Agg")
-
-ROOT = Path(__file__).resolve().parent
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:

@@ -29,8 +29,6 @@ from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES
 from cplearn.tables.status import status_lines
 
-ROOT = Path(__file__).resolve().parent
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
@@ -129,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         plan(args, cells, rest)
         return
-    from run_control import FolderLock
+    from cplearn.training.folder_lock import FolderLock
 
     with FolderLock(args.output_dir):
         save_grid(args, cells, epochs)
@@ -193,8 +191,6 @@ def share_devices(args) -> None:
 
 def report(args, cells: list[Cell]) -> None:
     """Write the table. A disk that is full must not stop what runs."""
-    import_of_table_report
-
     try:
         write(Path(args.output_dir), args.table, args.scale, cells)
     except (OSError, WriteError) as error:

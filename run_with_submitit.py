@@ -26,7 +26,8 @@ from pathlib import Path
 from cplearn import errors
 from cplearn.errors import UserError
 from cplearn.flags import ArgumentParser
-from cplearn.slurm.status import FOLDER, ROOT, status
+from cplearn.host import ROOT
+from cplearn.slurm.status import FOLDER, status
 from cplearn.slurm.submit import check_partition, refuse_twice, submit
 
 SCRIPTS = ("main_cplearn", *sorted(path.stem for path in ROOT.glob("eval_*.py")))

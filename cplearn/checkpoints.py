@@ -1,6 +1,6 @@
 """Checkpoints: plain containers, written so that no crash costs the last good one, loaded with `weights_only=True`.
 
-    python checkpoints.py DINO_CHECKPOINT OUT [--key teacher]
+    python -m cplearn.checkpoints DINO_CHECKPOINT OUT [--key teacher]
 
 turns an original DINO checkpoint, which carries a pickled argparse.Namespace, into a file of backbone weights.
 """
@@ -276,7 +276,7 @@ def convert_dino(source: str | Path, target: str | Path, key: str = "teacher") -
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="checkpoints.py", description=__doc__)
+    parser = ArgumentParser(prog="python -m cplearn.checkpoints", description=__doc__)
     parser.add_argument("source", help="Checkpoint written by DINO")
     parser.add_argument("target", help="File to write")
     parser.add_argument("--key", default="teacher", choices=("teacher", "student"), help="Whose weights")

@@ -1,4 +1,4 @@
-"""TODO cplearn.files."""
+"""Files that are whole or not there: text, JSON, JSON lines. Standard library only."""
 
 import contextlib
 import errno
@@ -60,6 +60,15 @@ def append_json_line(path: str | Path, record: dict) -> None:
             f.write(line.encode())
     except OSError as error:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """Return the JSON object in a file, {} if there is no such file or it is damaged."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_json_lines(path: str | Path) -> list[dict]:

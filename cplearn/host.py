@@ -1,9 +1,13 @@
-"""Small things every script needs: schedules, flags, files, tables. Needs nothing but Python, so it loads at once."""
+"""Facts about this machine, its processes and this checkout. Standard library only, so it loads at once."""
 
+import ctypes
 import functools
 import os
+import signal
 import subprocess
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout: scripts, recipes, tables of the paper
 
 
 def system_id() -> str:
@@ -35,9 +39,8 @@ def process_start(pid: int) -> str | None:
 @functools.cache  # of the code that was loaded, whatever happens to the files later
 def git_commit() -> str:
     """Commit of this checkout, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
-    root = Path(__file__).resolve().parent
     try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -51,3 +54,11 @@ def host_name() -> str:
 def physical_memory() -> int:
     """Bytes of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to send this process SIGTERM when its parent dies, even by kill -9. Does nothing outside Linux."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        pass

@@ -530,7 +530,7 @@ def test_what_cannot_fit_is_refused_before_it_is_made(monkeypatch, name, more, w
 
 
 def test_what_cannot_fit_with_its_optimiser_is_refused_with_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(main_cplearn.utils, "physical_memory", lambda: 2 * 10**9)
+    monkeypatch.setattr("cplearn.training.optimizer.physical_memory", lambda: 2 * 10**9)
     with pytest.raises(UserError, match="--out_dim 65536: weights, .* take 2.2 GB, head and loss 0.0 GB for 16"):
         train(tmp_path, "--method", "barlow_twins", "--out_dim", "65536")
 

@@ -11,7 +11,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from cplearn import checkpoints
 from cplearn.backbones import ResNet8
@@ -225,7 +224,7 @@ def test_the_converter_lets_plain_data_through_and_nothing_else(tmp_path):
     torch.save(state, tmp_path / "dino.pth")
     with pytest.raises(UserError, match="could run code"):
         checkpoints.load_file(tmp_path / "dino.pth")
-    convert = [sys.executable, str(ROOT / "checkpoints.py"), str(tmp_path / "dino.pth")]
+    convert = [sys.executable, "-m", "cplearn.checkpoints", str(tmp_path / "dino.pth")]
     done = subprocess.run([*convert, str(tmp_path / "plain.pth")], capture_output=True, text=True)
     assert done.returncode == 0 and f"{len(weights)} tensors of the teacher" in done.stdout, done.stderr
     subprocess.run([*convert, str(tmp_path / "student.pth"), "--key", "student"], check=True, capture_output=True)

@@ -324,7 +324,7 @@ def imagenet(tmp_path_factory):
 
 
 def test_the_imagenet100_tree_is_links_to_the_listed_classes(imagenet, tmp_path, capsys):
-    command = ["imagenet100", "--imagenet", str(imagenet), "--out", str(tmp_path / "out"), "--allow_incomplete"]
+    command = ["--imagenet", str(imagenet), "--out", str(tmp_path / "out"), "--allow_incomplete"]
     main(command)
     said = capsys.readouterr().out
     main(command)  # again: nothing to do

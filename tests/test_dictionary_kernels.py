@@ -115,7 +115,7 @@ def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
 COMPILE = """
 from triton.compiler import ASTSource, compile
 from triton.backends.compiler import GPUTarget
-import dictionary_kernels as kernels
+from cplearn.dictionary import triton_kernels as kernels
 
 constants = {"BI": 64, "BJ": 64, "BK": 64}
 numbers = ("n", "f", "c", "n_bytes", "per_split", "views", "first", "chunk", "rows")

@@ -13,8 +13,11 @@ from conftest import ROOT
 
 import main_cplearn
 from cplearn import checkpoints
+from cplearn.data import augmentations
+from cplearn.data.loaders import Batches
 from cplearn.errors import NonFiniteError, UserError
 from cplearn.files import append_json_line
+from cplearn.methods import build_method
 from cplearn.schedules import lr_at
 from cplearn.training.folder_lock import FolderLock
 from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
@@ -214,14 +217,14 @@ def test_an_overflow_in_half_precision_skips_a_step_and_is_counted(tmp_path, ima
 
 def spoil(monkeypatch, steps):
     """The pixels of these steps become NaN on the device."""
-    colour, calls = main_cplearn.augmentations.colour, []
+    colour, calls = augmentations.colour, []
 
     def spoiled(pixels, params, view):
         calls.append(1)
         x = colour(pixels, params, view)
         return x * float("nan") if (len(calls) - 1) // 2 in steps else x  # two views a step
 
-    monkeypatch.setattr(main_cplearn.augmentations, "colour", spoiled)
+    monkeypatch.setattr(augmentations, "colour", spoiled)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -248,7 +251,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path, 
     with pytest.raises(NonFiniteError, match=r"2 steps in a row were not finite \(entropy, grad_norm, .*loss, prior\)"):
         train(tmp_path, *common, "--max_skipped_steps", "1")
     report = json.loads((tmp_path / "bad_step.json").read_text())
-    order = [i for i in next(iter(main_cplearn.datasets.Batches(48, 16, 0)))]
+    order = [i for i in next(iter(Batches(48, 16, 0)))]
     assert (report["step"], report["in_a_row"], report["loss_scale"]) == (4, 2, 1.0) and len(order) == 16
     assert report["ranks"][0]["terms"]["loss"] == "nan" and len(report["ranks"][0]["files"]) == 16
     assert all((image_folder / "train" / name).is_file() for name in report["ranks"][0]["files"])
@@ -526,7 +529,7 @@ def test_schedules_are_dinos():
 
 def test_weight_decay_spares_biases_and_norms():
     args = main_cplearn.parse_args([*SMALL, "--arch", "vit_tiny"])
-    method = main_cplearn.models.build_method(args)
+    method = build_method(args)
     optimizer = build_optimizer(method, args, torch.device("cpu"))
     names = {id(p): name for name, p in method.named_parameters()}
     decayed, exempt = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
@@ -723,7 +726,7 @@ def test_an_unreadable_image_is_named_by_whichever_rank_meets_it(tmp_path):
 
     write_images(tmp_path / "data", 8)
     names = sorted((tmp_path / "data").iterdir())
-    order = [i for batch in main_cplearn.datasets.Batches(8, 4, 0, rank=1, world_size=2) for _, i in batch]
+    order = [i for batch in Batches(8, 4, 0, rank=1, world_size=2) for _, i in batch]
     names[order[0]].write_bytes(b"no image")  # in the first batch of rank 1
     done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
                       "--batch_size_per_gpu", "4", "--data_path", str(tmp_path / "data"), "--epochs", "1",

@@ -13,6 +13,8 @@ import main_cplearn
 from cplearn import checkpoints
 from cplearn.data import augmentations, datasets
 from cplearn.errors import CollapseError, LocalError, UserError
+from cplearn.evaluation import collapse
+from cplearn.methods import build_method
 from cplearn.training.monitor import CodeUse, Look, Probe
 
 NOT, SKIPPED = torch.tensor(False), torch.tensor(True)
@@ -189,7 +191,7 @@ def test_the_probe_sees_the_weights_of_its_epoch(tmp_path, image_folder):
     record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "1", "--knn_freq", "1")
     args = main_cplearn.parse_args(["--data_path", str(image_folder), "--arch", "resnet8_w8"])
     state = checkpoints.load(tmp_path / "checkpoint.pth")
-    method = main_cplearn.models.build_method(argparse.Namespace(**state["args"]))
+    method = build_method(argparse.Namespace(**state["args"]))
     checkpoints.load_into(method, state["model"], "it")
     dataset = datasets.build_dataset("folder", str(image_folder), "train", None)
     views = augmentations.build_views(
@@ -254,7 +256,7 @@ def test_a_run_says_its_verdict_each_epoch(tmp_path, image_folder, capsys, early
 def test_a_backbone_that_sees_nothing_is_named_and_stopped(
     tmp_path, image_folder, monkeypatch, capsys, early, method, cost, epochs
 ):
-    monkeypatch.setattr(main_cplearn.models, "build_backbone", lambda *_, **__: Blind())
+    monkeypatch.setattr("cplearn.methods.build_backbone", lambda *_, **__: Blind())
     monkeypatch.setattr(Probe, "COST", cost)  # 0.2: a look in every other epoch, which must not forget the last
     flags = ("--data_path", str(image_folder), "--epochs", "4", "--method", method)
     with pytest.raises(CollapseError, match="representation collapse.*Alarm number 2 in a row; saved after step"):
@@ -272,7 +274,7 @@ def test_a_backbone_that_sees_nothing_is_named_and_stopped(
 def test_features_that_are_not_finite_are_an_alarm():
     x, codes = torch.full((40, 3), math.nan), torch.zeros(40, dtype=torch.int64)
     found = Look(x, x, None, codes, codes, codes).metrics()
-    assert monitor.collapse.verdict({f"probe_{k}": v for k, v in found.items()}, 10).name == "representation"
+    assert collapse.verdict({f"probe_{k}": v for k, v in found.items()}, 10).name == "representation"
 
 
 def _look_of_two(rank, broken):
@@ -283,7 +285,7 @@ def _look_of_two(rank, broken):
     probe = Probe(Images(8, broken=broken), views, seed=0, steps_per_epoch=1)
     args = main_cplearn.parse_args(["--arch", "resnet8_w8", "--image_size", "16", "--out_dim", "40"])
     torch.manual_seed(0)
-    look = probe.look(main_cplearn.models.build_method(args), torch.device("cpu"), batch=3)
+    look = probe.look(build_method(args), torch.device("cpu"), batch=3)
     return None if look is None else [look.features, look.codes]
 
 

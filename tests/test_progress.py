@@ -58,7 +58,7 @@ def test_plain_lines_come_at_intervals(capsys):
 @pytest.mark.slow
 def test_a_terminal_gets_a_bar():
     script = (
-        "import time; from progress import Progress; p = Progress(0, 3, 20)\n"
+        "import time; from cplearn.training.progress import Progress; p = Progress(0, 3, 20)\n"
         "for done in (10, 20): time.sleep(0.2); p.show(done, {'loss': 1.25}, 0.1, 30.0, 0.02)\n"
         "p.close(); print('end')"
     )

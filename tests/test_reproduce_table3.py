@@ -357,6 +357,7 @@ main_cplearn.py FAILED
 
 def test_every_slot_has_its_own_gpus(monkeypatch):
     monkeypatch.setattr(launch, "gpus", lambda: ["2", "3", "5", "7"])
+    monkeypatch.setattr(reproduce_table3, "gpus", lambda: ["2", "3", "5", "7"])
     assert [environment(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2,3", "5,7"]
     args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --jobs 3 --ngpus 2".split())
     with pytest.raises(UserError, match="--jobs 3 x --ngpus 2 are more than this machine's 4 GPUs"):

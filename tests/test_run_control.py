@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from cplearn import errors
 from cplearn.errors import NonFiniteError, UserError
 from cplearn.host import process_start, system_id
 from cplearn.training.bad_batches import BadSteps, RunningStatistics
@@ -53,7 +54,7 @@ def test_ctrl_c_twice_ends_at_once_but_not_within_a_second(monkeypatch):
 HOLD = """
 import sys, time
 sys.path.insert(0, {root!r})
-from run_control import FolderLock
+from cplearn.training.folder_lock import FolderLock
 with FolderLock({folder!r}):
     print("held", flush=True)
     time.sleep(60)

@@ -2,8 +2,6 @@
 
 A data set here has `len`, `ds[i] -> (PIL image in RGB, label)`, `classes` (a list of names, or None when there
 are no labels; the label is then -1), `names` (one string an image) and `where` (for the start-up line).
-
-    python datasets.py imagenet100 --imagenet /data/imagenet --out /data/imagenet100       # the 100 classes, as links
 """
 
 import errno
@@ -17,9 +15,8 @@ import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cplearn import errors
-from cplearn.data.imagenet100 import main
 from cplearn.errors import LocalError, UserError
+from cplearn.host import ROOT
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 
@@ -216,7 +213,7 @@ def read_class_list(path: str) -> list[str]:
     """Folder names, one a line. The bundled ImageNet-100 list is checked by hash."""
     file = Path(path)
     if not file.is_file() and file.name == path:  # a bare name may mean the bundled list
-        file = Path(__file__).resolve().parent / path
+        file = ROOT / path
     if not file.is_file():
         raise UserError(f"--class_list {path} does not exist: imagenet100.txt is the bundled one")
     content = file.read_bytes()
@@ -243,7 +240,3 @@ def fingerprint(dataset: Dataset) -> str:
 def summary(dataset: Dataset) -> str:
     classes = f"{len(dataset.classes)} classes" if dataset.classes else "no classes"
     return f"{len(dataset):,} images, {classes}, {dataset.where}"
-
-
-if __name__ == "__main__":
-    errors.run_script(main)

@@ -1,11 +1,14 @@
-"""TODO cplearn.data.imagenet100."""
+"""The 100-class subset of ImageNet as a tree of links, complete and with the right classes, or refused.
 
-import argparse
+python -m cplearn.data.imagenet100 --imagenet /data/imagenet --out /data/imagenet100
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from cplearn import errors
 from cplearn.data.datasets import Folder, fingerprint, read_class_list
 from cplearn.errors import UserError
 from cplearn.flags import ArgumentParser, expand_paths
@@ -52,17 +55,21 @@ def link_imagenet100(imagenet: str, out: str, *, incomplete: bool = False) -> di
     return made
 
 
+def get_args_parser() -> ArgumentParser:
+    p = ArgumentParser(prog="python -m cplearn.data.imagenet100", description=__doc__)
+    p.add_argument("--imagenet", required=True, help="Folder with train/ and val/, each with the 1000 class folders")
+    p.add_argument("--out", required=True, help="Folder to make")
+    p.add_argument("--allow_incomplete", action="store_true", help="Also if images are missing")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="datasets.py", description=__doc__.split("\n\n")[0])
-    sub = parser.add_subparsers(dest="what", required=True, parser_class=argparse.ArgumentParser)
-    links = sub.add_parser("imagenet100", help="The 100-class subset as a tree of links")
-    links.add_argument(
-        "--imagenet", required=True, help="Folder with train/ and val/, each with the 1000 class folders"
-    )
-    links.add_argument("--out", required=True, help="Folder to make")
-    links.add_argument("--allow_incomplete", action="store_true", help="Also if images are missing")
-    args = parser.parse_args(argv)
+    args = get_args_parser().parse_args(argv)
     expand_paths(args, "imagenet", "out")
     made = link_imagenet100(args.imagenet, args.out, incomplete=args.allow_incomplete)
     for split, data in made.items():
         print(f"{split}: {len(data.classes)} classes, {fingerprint(data)}")
+
+
+if __name__ == "__main__":
+    errors.run_script(main)

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cplearn.dictionary import triton_kernels
 from cplearn.dictionary.blockwise import _loss_and_gradient
 from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.hadamard import HadamardDictionary
@@ -115,7 +114,7 @@ def _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buf
 
         if form == "triton":
             try:
-                import_of_dictionary_kernels
+                from cplearn.dictionary import triton_kernels
             except ImportError:  # not on every system
                 raise UserError("loss form triton needs the triton package: use --loss_form auto") from None
 

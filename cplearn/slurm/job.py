@@ -1,7 +1,6 @@
 """TODO cplearn.slurm.job."""
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -14,11 +13,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from cplearn import errors
-from cplearn.errors import Interrupted, PeerError, UserError, WriteError
-from cplearn.files import check_output_dir, remove_quietly, write_text
-from cplearn.host import host_name
-from cplearn.slurm.status import AT_WORK, _read_json, read_ends, show_job, the_cause
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the batch script runs this file by its path
+
+from cplearn import errors  # noqa: E402
+from cplearn.errors import Interrupted, PeerError, UserError, WriteError  # noqa: E402
+from cplearn.files import check_output_dir, read_json, remove_quietly, write_text  # noqa: E402
+from cplearn.host import end_with_parent, host_name  # noqa: E402
+from cplearn.slurm.status import AT_WORK, read_ends, show_job, the_cause  # noqa: E402
 
 # Exit code that makes submitit's local executor start the tasks again.
 LOCAL_REQUEUE = 144
@@ -44,7 +45,7 @@ class Task:
         local = env.cluster == "local"
         folder = Path(self.folder.replace("%j", job))
         end = folder / f"{job}_{rank}_end.json"
-        restarts = _read_json(end).get("restarts", -1) + 1 if local else restart_count()
+        restarts = read_json(end).get("restarts", -1) + 1 if local else restart_count()
         remove_quietly(end)
 
         def report(code: int, line: str) -> None:
@@ -72,7 +73,7 @@ class Task:
         meet = folder / f"{job}_{restarts}_rank0_address"
         sys.argv = [f"{self.script}.py", "--dist_url", f"file://{meet}", *(x.replace("%j", job) for x in self.argv)]
         if local:
-            _end_with_the_parent()
+            end_with_parent()  # if submitit's controller is killed, nobody else would end its processes
         if rank == 0:
             again = f", requeue {restarts} of {self.max_requeues} at most" * (restarts > 0)
             print(f"job {job}{again}: {shlex.join(sys.argv)}", flush=True)
@@ -82,14 +83,8 @@ class Task:
             if ended.code != Interrupted.exit_code or (early and not local):
                 raise  # and srun ends the others, which may be waiting for this one
             # All stop after the same step and are on their way out: a code other than 0 would have them killed.
-            if local and _read_json(end).get("line", "").startswith("SIGUSR2") and restarts < self.max_requeues:
+            if local and read_json(end).get("line", "").startswith("SIGUSR2") and restarts < self.max_requeues:
                 sys.exit(LOCAL_REQUEUE)
-
-
-def _end_with_the_parent() -> None:
-    """If submitit's controller is killed, nobody else would end its processes. Linux only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def restart_count() -> int:
@@ -161,3 +156,7 @@ def _saved_since(checkpoint: Path, start: str) -> bool:
         return checkpoint.stat().st_mtime > datetime.fromisoformat(start).timestamp()
     except (OSError, ValueError):
         return False
+
+
+if __name__ == "__main__":
+    sys.exit(finish(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

@@ -13,19 +13,12 @@ import contextlib
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from cplearn.errors import Interrupted, PeerError, UserError
-from cplearn.files import read_json_lines
+from cplearn.files import read_json, read_json_lines
 from cplearn.host import process_start
-from cplearn.slurm.job import finish
 from cplearn.text import format_duration
-
-ROOT = Path(__file__).resolve().parent
-
-
-sys.path.insert(0, str(ROOT))  # a job looks into the folder of the submission first, which may have its own utils.py
 
 FOLDER = "slurm"  # in output_dir
 
@@ -36,7 +29,7 @@ FOLDER = "slurm"  # in output_dir
 def read_ends(folder: Path, job: str) -> list[dict]:
     """How the processes of a job ended since its last requeue, in the order of time. Some may be missing: they run, or
     died without a word."""
-    ends = [end for path in folder.glob(f"{job}_*_end.json") if (end := _read_json(path))]
+    ends = [end for path in folder.glob(f"{job}_*_end.json") if (end := read_json(path))]
     last = max((end["restarts"] for end in ends), default=0)
     return sorted((end for end in ends if end["restarts"] == last), key=lambda end: end["time"])
 
@@ -130,7 +123,7 @@ def status(output_dir: str) -> list[str]:
 
 def progress(folder: Path, job: str, *, running: bool) -> str:
     """Epoch, step and remaining time, from log.txt, args.json and the last line that the job printed."""
-    args = _read_json(folder.parent / "args.json")
+    args = read_json(folder.parent / "args.json")
     if not args:
         return "nothing trained yet"
     epochs, steps = args["args"]["epochs"], args["derived"]["steps_per_epoch"]
@@ -151,7 +144,7 @@ def last_error(folder: Path, entry: dict, now: dict[str, str]) -> str:
     """Why a job is no more, in one line, and where to read on."""
     ends, job = read_ends(folder, entry["job"]), entry["job"]
     told = the_cause(ends) or next((end for end in reversed(ends) if end["code"]), None)
-    batch = _read_json(folder / f"{job}_end.json")
+    batch = read_json(folder / f"{job}_end.json")
     if told and not ("not requeued" in batch.get("line", "") and told["restarts"] == batch["restarts"]):
         return f"exit {told['code']} on rank {told['rank']} ({told['host']}): {told['line']}"
     code = f"exit {now['ExitCode'].removesuffix(':0')}: " if now.get("ExitCode", "0:0") != "0:0" else ""
@@ -185,14 +178,3 @@ def _last_json_line(path: Path) -> dict:
         with contextlib.suppress(ValueError):  # half written
             return json.loads(line)
     return {}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-if __name__ == "__main__":
-    sys.exit(finish(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

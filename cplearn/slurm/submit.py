@@ -12,9 +12,9 @@ from pathlib import Path
 
 from cplearn.errors import UserError
 from cplearn.files import append_json_line, remove_quietly
-from cplearn.host import git_commit, process_start
+from cplearn.host import ROOT, git_commit, process_start
 from cplearn.slurm.job import Task
-from cplearn.slurm.status import FOLDER, LIVE, ROOT, ask, job_state, submissions
+from cplearn.slurm.status import FOLDER, LIVE, ask, job_state, submissions
 
 
 def check_partition(args: argparse.Namespace) -> None:
@@ -164,7 +164,7 @@ def make_executor(args: argparse.Namespace, folder: Path, script: str, dependenc
         return executor
     name = args.name or folder.parent.name.replace("%j", "") or "cplearn"
     memory = args.mem or (None if args.cpu else f"{40 * args.ngpus}G")
-    finish = [sys.executable, "-u", str(ROOT / "slurm_jobs.py"), str(folder), str(args.max_requeues)]
+    finish = [sys.executable, "-u", str(ROOT / "cplearn/slurm/job.py"), str(folder), str(args.max_requeues)]
     executor = (anywhere() if args.dry_run else submitit.SlurmExecutor)(folder)
     executor.update_parameters(
         job_name=name if script == "main_cplearn" else f"{name}-{script}",

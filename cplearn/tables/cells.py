@@ -18,8 +18,6 @@ from cplearn.host import git_commit
 from cplearn.slurm.status import FOLDER, job_state, submissions
 from cplearn.tables.rows import Row, rows
 
-ROOT = Path(__file__).resolve().parent
-
 
 @dataclass(frozen=True)
 class Cell:

@@ -1,7 +1,6 @@
 """TODO cplearn.tables.launch."""
 
 import contextlib
-import ctypes
 import functools
 import io
 import json
@@ -19,8 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import run_with_submitit
 from cplearn.errors import Interrupted, UserError
 from cplearn.files import remove_quietly, write_text
+from cplearn.host import ROOT, end_with_parent
 from cplearn.slurm.status import FOLDER, LIVE, job_state, submissions
-from cplearn.tables.cells import ROOT, Cell
+from cplearn.tables.cells import Cell
 from cplearn.text import format_duration
 
 # --- devices ----------------------------------------------------------------------------------------------
@@ -67,15 +67,6 @@ def loader_flags(flags: Sequence[str], jobs: int, processes: int) -> list[str]:
 
 
 # --- on this machine --------------------------------------------------------------------------------------
-
-
-def _with_parent() -> Callable[[], None] | None:
-    """For a child: be told to save and stop when this process dies, even by kill -9. Linux only."""
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (OSError, AttributeError):
-        return None
-    return lambda: prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def end_of(said: str, code: int) -> tuple[int, str]:
@@ -134,7 +125,7 @@ class Workers:
                 if self.stopping.is_set():
                     return Interrupted.exit_code, ""
                 child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env,
-                                         start_new_session=True, preexec_fn=_with_parent())  # fmt: skip
+                                         start_new_session=True, preexec_fn=end_with_parent)  # fmt: skip
                 self.running[cell.name] = child
             code = child.wait()
             with self.lock:

@@ -7,12 +7,9 @@ import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cplearn.errors import UserError
-
-ROOT = Path(__file__).resolve().parent
-
+from cplearn.host import ROOT
 
 # Of models.METHODS, here for --help at once; the paper's names.
 NAMES = {

@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
-import json
 import os
 import time
 from pathlib import Path
 
+from cplearn.files import read_json
 from cplearn.host import process_start
 from cplearn.slurm.status import AT_WORK, FOLDER, job_state, last_error, progress, show_job, submissions
 from cplearn.tables.cells import Cell
@@ -42,10 +42,10 @@ def state_of(cell: Cell) -> tuple[str, str]:
             return "training", progress(cell.folder / FOLDER, x["job"], running=True)
     if jobs:
         return "queued", f"job {jobs[0]['job']}"
-    progress = functools.partial(progress, cell.folder / FOLDER, "")
+    how_far = functools.partial(progress, cell.folder / FOLDER, "")
     if in_use(cell.folder):
-        return "training", progress(running=True)
-    failed = _json_or_empty(cell.folder / "failed.json")
+        return "training", how_far(running=True)
+    failed = read_json(cell.folder / "failed.json")
     if failed:
         return "failed", f"{failed['stage']}, exit code {failed['code']}: {failed['line']}"
     if left[0] != "train" and in_use(cell.folder.parent):
@@ -58,12 +58,12 @@ def state_of(cell: Cell) -> tuple[str, str]:
                 return "failed", f"{x['script']}: {last_error(folder, x, now)}"
     if left[0] != "train":
         return "stopped", f"before {left[0]}"
-    return ("stopped", progress(running=False)) if (cell.folder / "log.txt").exists() else ("waiting", "")
+    return ("stopped", how_far(running=False)) if (cell.folder / "log.txt").exists() else ("waiting", "")
 
 
 def in_use(folder: Path) -> bool:
     """Whether the lock of a run (`run_control.FolderLock`) is a living one's: seen here, or by its beat elsewhere."""
-    lock = _json_or_empty(folder / ".lock")
+    lock = read_json(folder / ".lock")
     if not lock:
         return False
     if lock.get("host") == os.uname().nodename:
@@ -71,10 +71,3 @@ def in_use(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return time.time() - (folder / ".lock").stat().st_mtime < 60
     return False
-
-
-def _json_or_empty(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, NonFiniteError, UserError
 from cplearn.files import write_text
-from cplearn.training.run import Run
 
 # --- steps that are not finite -------------------------------------------------------------------------
 
@@ -80,7 +79,7 @@ class BadSteps:
 # --- images that cannot be read ------------------------------------------------------------------------
 
 
-def share_bad_images(run: Run) -> None:
+def share_bad_images(run) -> None:
     """Every rank learns what the others could not read; rank 0 prints and writes it. Every rank must call it."""
     fresh = {name: reason for news in collectives.gather_objects(run.news) for name, reason in news.items()}
     fresh = {name: reason for name, reason in sorted(fresh.items()) if name not in run.bad_images}
@@ -91,12 +90,12 @@ def share_bad_images(run: Run) -> None:
     collectives.on_main(list_bad_images, run)
 
 
-def list_bad_images(run: Run) -> None:
+def list_bad_images(run) -> None:
     lines = "".join(f"{name}\t{reason}\n" for name, reason in run.bad_images.items())
     write_text(Path(run.args.output_dir, "bad_images.txt"), lines)
 
 
-def still_unreadable(run: Run, known: dict[str, str]) -> dict[str, str]:
+def still_unreadable(run, known: dict[str, str]) -> dict[str, str]:
     """Of the images that could not be read before, those that were not repaired since."""
     place = {str(name): i for i, name in enumerate(run.dataset.names)} if known else {}
     found = {}
@@ -108,11 +107,11 @@ def still_unreadable(run: Run, known: dict[str, str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def too_many_bad_images(run: Run) -> bool:
+def too_many_bad_images(run) -> bool:
     return len(run.bad_images) > run.args.max_bad_images * len(run.dataset)
 
 
-def check_bad_images(run: Run) -> None:
+def check_bad_images(run) -> None:
     """Raises `UserError` on every rank if there are too many."""
     if too_many_bad_images(run):
         last = next(reversed(run.bad_images.values()))

@@ -174,8 +174,8 @@ class Look:
         x = nn.functional.normalize(self.features, dim=1)
         cosine = (x @ x.T).fill_diagonal_(-2)
         similarity, neighbour = cosine.topk(min(k, len(x) - 1), dim=1)
-        votes = votes(similarity, self.labels[neighbour], int(self.labels.max()) + 1, temperature)
-        return (votes.argmax(1) == self.labels).double().mean().item()
+        scores = votes(similarity, self.labels[neighbour], int(self.labels.max()) + 1, temperature)
+        return (scores.argmax(1) == self.labels).double().mean().item()
 
 
 class Monitor:
