@@ -229,13 +229,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
     """Data, model and optimiser, and the checkpoint in the folder if there is one."""
-    with collectives.together():
+    with collectives.raise_on_all_ranks():
         run = assemble(args, device, lock)
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in ("num_workers", "dist_url")}
     collectives.check_same({"data": run.identity["data"], **flags})
     # A flag that is younger than the checkpoint had its default there.
     resumed = resume(run, vars(get_args_parser(args.method).parse_args([])))
-    with collectives.together():
+    with collectives.raise_on_all_ranks():
         if args.init_from and not resumed:
             state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
             checkpoints.load_backbone(run.method.backbone, state, args.init_from)

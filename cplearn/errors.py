@@ -1,4 +1,4 @@
-"""What can go wrong, with an exit code each (README, "When things go wrong"), and how a script ends."""
+"""What can go wrong, each with an exit code (docs/errors.md), and how a script ends. Standard library only."""
 
 import os
 import signal
@@ -7,48 +7,59 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-class UserError(ValueError):
-    """Wrong input that the user can mend: shown as one line, without a traceback."""
+class ExpectedError(Exception):
+    """An error that is no bug: shown as one line, without a traceback, with an exit code of its own."""
+
+    exit_code = 1
+    alone = False  # whether one rank meets it alone, which then prints it; otherwise all ranks do, and rank 0 prints
+
+
+class UserError(ExpectedError, ValueError):
+    """Wrong input that the user can fix."""
 
     exit_code = 2  # what argparse itself uses for a wrong flag
 
 
 class LocalError(UserError):
-    """A `UserError` that one rank meets alone (an unreadable image): printed by that rank, whichever it is."""
+    """Wrong input that one rank meets alone, such as an unreadable image."""
+
+    alone = True
 
 
-class NonFiniteError(UserError):
+class NonFiniteError(ExpectedError):
     """Loss or gradient stayed infinite or NaN."""
 
     exit_code = 3
 
 
-class WriteError(UserError):
-    """The disk is full, or went away: what was there already is whole."""
+class WriteError(ExpectedError):
+    """The disk is full or went away; the files that were there are whole."""
 
     exit_code = 4
 
 
-class WorkerError(LocalError):
+class WorkerError(ExpectedError):
     """A process that reads images died or hangs."""
 
     exit_code = 5
+    alone = True
 
 
-class PeerError(LocalError):
+class PeerError(ExpectedError):
     """Another process of the run ended or hangs, so this one cannot go on."""
 
     exit_code = 6
+    alone = True
 
 
-class CollapseError(UserError):
-    """--on_collapse stop: the run collapsed. Saved, as after every epoch."""
+class CollapseError(ExpectedError):
+    """The run collapsed, with --on_collapse stop. It is saved, as after every epoch."""
 
     exit_code = 7
 
 
-class Interrupted(UserError):
-    """Told to stop by a signal, after saving. EX_TEMPFAIL of sysexits.h: run the same command again."""
+class Interrupted(ExpectedError):
+    """A signal stopped the run, after saving. EX_TEMPFAIL of sysexits.h: run the same command again."""
 
     exit_code = 75
 
@@ -64,9 +75,9 @@ PEER_GONE = (
 )
 
 
-def judge(error: BaseException) -> tuple[int, str]:
-    """Exit code and the line to show. Code 1 is a bug, of which the traceback tells more."""
-    if isinstance(error, UserError):
+def exit_status(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line to show. Code 1 is a bug, of which the traceback says more."""
+    if isinstance(error, ExpectedError):
         return error.exit_code, str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
     if isinstance(error, KeyboardInterrupt):
         return 130, "Ctrl-C"
@@ -80,11 +91,13 @@ def judge(error: BaseException) -> tuple[int, str]:
 
 
 def in_group() -> bool:
-    torch = sys.modules.get("torch")  # not imported here: what a launcher needs should load at once
+    """Return whether this process belongs to a process group."""
+    torch = sys.modules.get("torch")  # not imported here: what a launcher needs must load at once
     return torch is not None and torch.distributed.is_initialized()
 
 
 def leave_group() -> None:
+    """Leave the process group, if there is one."""
     if in_group():
         sys.modules["torch"].distributed.destroy_process_group()
 
@@ -92,9 +105,9 @@ def leave_group() -> None:
 def run_script(
     main: Callable[[Sequence[str] | None], object], report: Callable[[int, str], None] = lambda code, line: None
 ) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr and its exit code.
+    """Run an entry point; an `ExpectedError` becomes one line on stderr and its exit code.
 
-    What all ranks meet alike is printed by rank 0 only. `report` hears code and line before the process ends.
+    Rank 0 prints what all ranks meet alike. `report` is called with code and line before the process ends.
     """
     try:
         main(None)
@@ -102,11 +115,11 @@ def run_script(
             signal.signal(number, signal.SIG_IGN)
         leave_group()  # not after an error: the other ranks may be inside a collective
     except BaseException as error:
-        code, line = judge(error)
+        code, line = exit_status(error)
         report(code, line)
         if code == 1 or isinstance(error, SystemExit):
             raise
-        alone = isinstance(error, LocalError) or not isinstance(error, UserError)
+        alone = getattr(error, "alone", True)
         if code != 130 and (alone or int(os.environ.get("RANK", "0")) == 0):
             label = "" if isinstance(error, Interrupted) else "error: "
             print(f"{Path(sys.argv[0]).name}: {label}{line}", file=sys.stderr)

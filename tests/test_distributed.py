@@ -280,7 +280,7 @@ def test_an_error_on_rank_0_reaches_all(tmp_path):
 
 def _raise_together(rank, bad_rank):
     try:
-        with collectives.together():
+        with collectives.raise_on_all_ranks():
             if rank == bad_rank:
                 raise UserError("no such folder")
     except UserError as error:

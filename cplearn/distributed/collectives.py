@@ -1,7 +1,7 @@
-"""Processes: start and stop them, gather over them, and average over them with the right gradient.
+"""Ranks: who is who, gathering over them, and sums over them with the right gradient.
 
-The only file that reads launcher variables. One process without a process group is a normal case: every
-function here then works on the local values alone.
+One process without a process group is a normal case: every function here then works on the local values alone.
+`launch.py` starts the process group.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cplearn.errors import UserError, WriteError
+from cplearn.errors import ExpectedError, UserError, WriteError
 from cplearn.host import host_name
 
 
@@ -36,28 +36,25 @@ def is_main() -> bool:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """DistributedDataParallel, if there is more than one process.
+    """Wrap the module in DistributedDataParallel, if there is more than one process.
 
-    Buffers are not synchronised: batch-norm statistics are the same on all ranks already (see
-    `BatchNorm`), and non-persistent buffers such as a frozen dictionary are rebuilt from the flags on
-    every rank, so DDP shall not even see them.
+    Weights and persistent buffers are rank 0's. DDP itself synchronizes no buffers, now or later: batch-norm statistics
+    are the same on all ranks already (see `BatchNorm`), and non-persistent buffers such as a frozen dictionary are
+    rebuilt from the flags on every rank.
 
     On CPUs gradients are summed in the order of the ranks. DDP regroups them after the first step of a process, and its
     own sums over three or more ranks depend on the groups: a resumed run would differ in the last bit.
     """
     if world_size() == 1:
         return module
-    rebuilt = [
-        f"{name}.{buffer}" if name else buffer
-        for name, m in module.named_modules()
-        for buffer in m._non_persistent_buffers_set
-    ]
-    ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(module, rebuilt)
-    # torch 2.15 renamed the switch and warns about the old name.
-    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
-    never = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    wrapped = ddp(module, device_ids=[device] if device.type == "cuda" else None, **never)
+    for value in module.state_dict().values():
+        if isinstance(value, Tensor):
+            dist.broadcast(value, 0)
+    # Names of the switches differ between torch's versions: later ones warn about `broadcast_buffers`.
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    off = {"init_sync", "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"} & set(known)
+    devices = [device] if device.type == "cuda" else None
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices, **dict.fromkeys(off, False))
     if device.type == "cpu":
         wrapped.register_comm_hook(None, _mean_in_rank_order)
     return wrapped
@@ -76,12 +73,12 @@ def _mean_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 
 
 def on_main(function: Callable, *args):
-    """function(*args) on rank 0 alone; every rank gets its value, or raises the `UserError` it raised."""
+    """Call function(*args) on rank 0 alone; every rank returns its value, or raises the `ExpectedError` it raised."""
     outcome = None
     if is_main():
         try:
             outcome = (function(*args), None)
-        except UserError as error:
+        except ExpectedError as error:
             outcome = (None, error)
         except OSError as error:
             outcome = (None, WriteError(f"{error.filename or 'a file'}: {error.strerror or error}"))
@@ -96,12 +93,12 @@ def on_main(function: Callable, *args):
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """A `UserError` that any rank meets inside is raised by all at the end, so that none waits for another."""
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise on all ranks, at the end, an `ExpectedError` that any rank meets inside, so that none waits for another."""
     mine = None
     try:
         yield
-    except UserError as error:
+    except ExpectedError as error:
         mine = error
     found = gather_objects(None if mine is None else (host_name(), mine))
     first = next((r for r, x in enumerate(found) if x is not None), None)
@@ -112,7 +109,7 @@ def together() -> Iterator[None]:
 
 
 def check_same(what: dict[str, object]) -> None:
-    """Raises `UserError` on every rank that names what differs between the ranks, and where."""
+    """Check that all ranks hold the same values. Raises `UserError` on every rank that names what differs, and where."""
     for r, (host, theirs) in enumerate(everyone := gather_objects((host_name(), what))):
         differ = [k for k in what if theirs.get(k) != everyone[0][1].get(k)]
         if differ:

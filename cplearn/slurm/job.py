@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the batch script runs this file by its path
 
 from cplearn import errors  # noqa: E402
-from cplearn.errors import Interrupted, PeerError, UserError, WriteError  # noqa: E402
+from cplearn.errors import ExpectedError, Interrupted, PeerError, WriteError  # noqa: E402
 from cplearn.files import check_output_dir, read_json, remove_quietly, write_text  # noqa: E402
 from cplearn.host import end_with_parent, host_name  # noqa: E402
 from cplearn.slurm.status import AT_WORK, read_ends, show_job, the_cause  # noqa: E402
@@ -52,7 +52,7 @@ class Task:
             content = {"code": code, "line": line, "rank": rank, "host": host_name(), "restarts": restarts}
             try:
                 write_text(end, json.dumps({**content, "time": time.time()}) + "\n")
-            except UserError as error:  # a full disk, perhaps the very reason of the end
+            except ExpectedError as error:  # a full disk, perhaps the very reason of the end
                 print(error, file=sys.stderr)
 
         early: list[str] = []
@@ -104,7 +104,7 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
 
     def say(line: str) -> None:
         print(f"job {job}: {line}", flush=True)
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(ExpectedError):
             write_text(folder / f"{job}_end.json", json.dumps({"restarts": restart_count(), "line": line}) + "\n")
 
     if not folder.is_dir():
@@ -112,7 +112,7 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
         return WriteError.exit_code
     try:
         check_output_dir(str(folder))  # to write into a folder also makes NFS look what others have written there
-    except UserError as error:
+    except ExpectedError as error:
         say(str(error))
         return WriteError.exit_code
     ends = [end for end in read_ends(folder, job) if end["restarts"] == restart_count()]

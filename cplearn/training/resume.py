@@ -121,7 +121,7 @@ def resume(run: Run, defaults: dict) -> bool:
     path = collectives.on_main(choose)
     if path is None:
         return False
-    with collectives.together():  # each rank reads the file on its own
+    with collectives.raise_on_all_ranks():  # each rank reads the file on its own
         state = checkpoints.load(path)
         if state.keys() != STATE_KEYS:
             names = ", ".join(sorted(map(str, state.keys() ^ STATE_KEYS)))
