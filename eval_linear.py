@@ -79,7 +79,7 @@ class Probe:
 def cached_batches(train: Features, args) -> "datasets.Batches":
     """Batches of indices into features that were extracted once."""
     batch = min(args.batch_size_per_gpu, len(train.features) // collectives.world_size())
-    return loaders.Batches(len(train.features), batch, args.seed, collectives.rank(), collectives.world_size())
+    return loaders.BatchSampler(len(train.features), batch, args.seed, collectives.rank(), collectives.world_size())
 
 
 def augmented_loader(args, model: Model, dataset, device: torch.device):

@@ -336,7 +336,7 @@ def test_warnings_name_the_knob():
     assert "almost one-hot" in make_method(n_ref=64.0).warnings()[0]
     assert any("beta" in w for w in make_method(beta=2.0).warnings())
     assert any("no invariance term" in w for w in make_method(beta=0.0).warnings())
-    with pytest.raises(UserError, match="beta -0.5 must not be negative"):
+    with pytest.raises(ValueError, match="beta -0.5 must not be negative"):
         make_method(beta=-0.5)
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from cplearn.files import append_json_line, read_json_lines
-from cplearn.training.progress import Later, Meter, Progress
+from cplearn.training.progress import DeferredRead, Meter, Progress
 
 
 def test_meter_reads_recent_and_averages_all():
@@ -41,7 +41,7 @@ def test_meter_leaves_out_skipped_steps_and_goes_on_from_its_state():
 
 
 def test_later_hands_out_the_step_before():
-    later = Later()
+    later = DeferredRead()
     assert later.flush() is None and later.push(torch.tensor([1.0])) is None and later.waiting
     assert later.push(torch.tensor([2.0])) == [1.0] and later.flush() == [2.0] and not later.waiting
 

@@ -108,7 +108,7 @@ def test_beta_of_table_7():
         ("--epochs 1 --dataset digits --scale small --train_flags '--lr nan'", "barlow_twins_c16_s0: --lr nan"),
         (
             "--epochs 1 --dataset digits --scale small --train_flags '--beta 0.1'",
-            "barlow_twins_c16_s0: main_cplearn.py: error: unrec",
+            "barlow_twins_c16_s0: --beta belongs to --method cplearn",
         ),
         ("--status", "holds no grid"),
     ],

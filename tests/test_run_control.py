@@ -15,7 +15,7 @@ from conftest import ROOT
 from torch import nn
 
 from cplearn import errors
-from cplearn.errors import NonFiniteError, UserError
+from cplearn.errors import ExpectedError, NonFiniteError, UserError
 from cplearn.host import process_start, system_id
 from cplearn.training.bad_batches import BadSteps, RunningStatistics
 from cplearn.training.folder_lock import FolderLock
@@ -196,9 +196,10 @@ def test_bad_steps_are_counted_in_a_row_and_reported(tmp_path):
 
 
 def test_every_error_has_its_own_exit_code():
-    kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, UserError)]
+    kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, ExpectedError)]
     codes = {error.__name__: error.exit_code for error in kinds}
     assert codes == {
+        "ExpectedError": 1,
         "UserError": 2,
         "LocalError": 2,
         "NonFiniteError": 3,
@@ -208,5 +209,5 @@ def test_every_error_has_its_own_exit_code():
         "CollapseError": 7,
         "Interrupted": 75,
     }
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"| {code} |" in readme for code in set(codes.values()) | {0, 130})
+    page = (ROOT / "docs" / "errors.md").read_text()
+    assert all(f"| {code} |" in page for code in set(codes.values()) | {0, 130})

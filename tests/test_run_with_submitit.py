@@ -75,7 +75,7 @@ def test_the_batch_script_of_8_gpus(tmp_path):
         (["--sbatch", "Mail=x"], "--sbatch Mail=x is not OPTION=VALUE"),
         (["--script", "eval_knn", "--pretrained_weights", "/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--script", "eval_knn", "--load_features", "/nowhere"], "--load_features /nowhere does not exist"),
-        (["--dry_run", "--momentum_teacher", "0.99"], "--momentum_teacher makes no sense"),
+        (["--dry_run", "--momentum_teacher", "0.99"], "--momentum_teacher belongs to --method dino"),
     ],
 )
 def test_wrong_flags_before_anything_is_submitted(flags, words):
