@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import hadamard
 
+from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
 from cplearn_head import CPLearnHead, cplearn_loss, invariance, log_mean_probs, prior_forward, prior_reverse
 
@@ -140,7 +141,7 @@ def test_two_views_equal_the_written_out_loss():
     expected = 0.5 * (beta * cross_entropy(p2, p1) + kl(p2.mean(0), u)) + 0.5 * (
         beta * cross_entropy(p1, p2) + kl(p1.mean(0), u)
     )
-    loss, terms, usage = cplearn_loss([s1, s2], beta)
+    loss, terms, usage = cplearn_loss([s1, s2], LossSpec(beta))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(terms["entropy"], 0.5 * (cross_entropy(p1, p1) + cross_entropy(p2, p2)))
     torch.testing.assert_close(usage, (p1 + p2).mean(0) / 2)
@@ -151,7 +152,7 @@ def test_forward_prior_equals_the_written_out_loss():
     p1, p2, beta = s1.softmax(1), s2.softmax(1), 0.7
     prior = -0.5 * (p1.mean(0).log().mean() + p2.mean(0).log().mean())
     expected = beta * 0.5 * (cross_entropy(p1, p2) + cross_entropy(p2, p1)) + prior
-    torch.testing.assert_close(cplearn_loss([s1, s2], beta, prior="forward")[0], expected)
+    torch.testing.assert_close(cplearn_loss([s1, s2], LossSpec(beta, prior="forward"))[0], expected)
 
 
 @pytest.mark.parametrize(("views", "n_global"), [(2, 2), (5, 2), (4, 1), (3, 3)])
@@ -165,14 +166,14 @@ def test_invariance_equals_a_loop_over_pairs(views, n_global):
 @pytest.mark.parametrize("prior", ["reverse", "forward"])
 def test_gradcheck(prior):
     logits = [s.requires_grad_() for s in logits_of(3, n=4, c=5)]
-    assert torch.autograd.gradcheck(lambda *s: cplearn_loss(list(s), 0.4, prior=prior)[0], logits)
+    assert torch.autograd.gradcheck(lambda *s: cplearn_loss(list(s), LossSpec(0.4, prior=prior))[0], logits)
 
 
 def test_gradient_equals_the_closed_form():
     """d CE(p, p') / ds' = p' - p;  d CE / ds = -p (log p' - t);  d KL / ds = p (g - u) / n."""
     s1, s2 = (s.requires_grad_() for s in logits_of(n=5, c=7))
     beta, n, c = 0.6, 5, 7
-    loss, _, _ = cplearn_loss([s1, s2], beta)
+    loss, _, _ = cplearn_loss([s1, s2], LossSpec(beta))
     grads = torch.autograd.grad(loss, [s1, s2])
     lp = [s.detach().log_softmax(1) for s in (s1, s2)]
     for mine, other, grad in ((0, 1, grads[0]), (1, 0, grads[1])):
@@ -201,7 +202,7 @@ def test_saturated_logits_stay_finite(prior):
     """Acceptance check 5: +-150, where softmax-then-log underflows."""
     sign = torch.sign(torch.randn(16, 200, generator=torch.Generator().manual_seed(0)))
     logits = [(150 * sign).requires_grad_(), (-150 * sign).requires_grad_()]
-    loss, terms, _ = cplearn_loss(logits, 0.25, prior=prior)
+    loss, terms, _ = cplearn_loss(logits, LossSpec(0.25, prior=prior))
     loss.backward()
     assert all(torch.isfinite(value) for value in terms.values())
     assert all(torch.isfinite(s.grad).all() for s in logits)
@@ -214,19 +215,19 @@ def test_curvature_near_uniform():
     shared = torch.randn(1, c, generator=generator, dtype=torch.float64).expand(n, c)
     own = torch.randn(n, c, generator=generator, dtype=torch.float64)
     own = own - own.mean(0, keepdim=True)
-    base = cplearn_loss([torch.zeros(n, c, dtype=torch.float64)] * 2, beta)[0]
+    base = cplearn_loss([torch.zeros(n, c, dtype=torch.float64)] * 2, LossSpec(beta))[0]
     for direction, factor in ((shared, 1 - beta), (own, -beta)):
         direction = direction - direction.mean(1, keepdim=True)
-        loss = cplearn_loss([size * direction] * 2, beta)[0]
+        loss = cplearn_loss([size * direction] * 2, LossSpec(beta))[0]
         variance = (size * direction).square().mean()
         assert ((loss - base) / (0.5 * variance)).item() == pytest.approx(factor, rel=0.02)
 
 
 def test_half_precision_logits_are_raised_to_float32():
     logits = [s.half() for s in logits_of()]
-    assert cplearn_loss(logits, 0.25)[0].dtype == torch.float32
+    assert cplearn_loss(logits, LossSpec(0.25))[0].dtype == torch.float32
 
 
 def test_a_single_view_is_refused():
     with pytest.raises(ValueError, match="two or more views"):
-        cplearn_loss(logits_of(1), 0.25)
+        cplearn_loss(logits_of(1), LossSpec(0.25))

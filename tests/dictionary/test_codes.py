@@ -11,6 +11,7 @@ import torch
 from cplearn.dictionary import DICTIONARIES
 from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.dictionary.terms import LossSpec
 from cplearn.random_streams import random_bits
 from cplearn_head import CPLearnHead
 
@@ -74,7 +75,7 @@ def test_workspaces_are_reused_and_stay_behind():
     assert head.dictionary._workspaces["codes"].data_ptr() == first
     for dtype in (torch.float64, torch.float32):
         x = [torch.randn(3, 32, dtype=dtype, requires_grad=True) for _ in range(2)]
-        streamed_loss(x, head.dictionary, 1.0, 0.3)[0].backward()
+        streamed_loss(x, head.dictionary, 1.0, LossSpec(0.3))[0].backward()
     twin = copy.deepcopy(head)
     assert twin.dictionary._workspaces == {} and twin.dictionary.checksum() == head.dictionary.checksum()
     assert torch.equal(twin.assign(h), expected)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cplearn.dictionary.prior_buffer import PriorBuffer
+from cplearn.dictionary.terms import LossSpec
 from cplearn_head import cplearn_loss
 
 
@@ -15,8 +16,8 @@ def test_buffer_averages_the_last_steps(prior):
     buffer, past = PriorBuffer(3, c).double(), []
     for _ in range(6):
         s = [torch.randn(n, c, dtype=torch.float64).requires_grad_() for _ in range(2)]
-        loss, terms, usage = cplearn_loss(s, beta, prior=prior, buffer=buffer)
-        plain_loss, plain_terms, plain_usage = cplearn_loss(s, beta, prior=prior)
+        loss, terms, usage = cplearn_loss(s, LossSpec(beta, prior=prior, buffer=buffer))
+        plain_loss, plain_terms, plain_usage = cplearn_loss(s, LossSpec(beta, prior=prior))
         p = [x.softmax(1) for x in s]
         torch.testing.assert_close(usage, (p[0] + p[1]).mean(0).detach() / 2)
         torch.testing.assert_close(usage, plain_usage)

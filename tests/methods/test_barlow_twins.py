@@ -32,7 +32,7 @@ def test_barlow_multi_crop_is_the_mean_over_pairs():
 
 
 def test_barlow_reference_losses():
-    method = BarlowTwins(FakeBackbone(4), out_dim=400, hidden=8)
+    method = BarlowTwins(FakeBackbone(4), out_dim=400, projector_width=8)
     refs = method.references(100)
     draws = [barlow_loss_explicit(*(F.batch_norm(randn(100, 400, seed=2 * i + v), None, None, training=True)
                                     for v in range(2)), 0.0051) for i in range(20)]  # fmt: skip

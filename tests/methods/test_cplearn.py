@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cplearn.backbones import ResNet8
+from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
 from cplearn.methods.base import forward_by_size
 from cplearn.methods.cplearn import CPLearn, forward_prior_warning, reference_losses
@@ -25,13 +26,13 @@ def test_floor_is_attained_and_never_passed(beta):
     blocks = torch.zeros(n, c, dtype=torch.float64)
     for i in range(n):
         blocks[i, i * (c // n) : i * (c // n) + width] = 500.0
-    assert cplearn_loss([blocks] * 2, beta)[0].item() == pytest.approx(floor, rel=1e-9)
+    assert cplearn_loss([blocks] * 2, LossSpec(beta))[0].item() == pytest.approx(floor, rel=1e-9)
     logits = logits_of(n=n, c=c, seed=4)
     free = torch.stack(logits).requires_grad_()
     optimizer = torch.optim.Adam([free], lr=0.1)
     for _ in range(300):
         optimizer.zero_grad()
-        loss = cplearn_loss(list(free), beta)[0]
+        loss = cplearn_loss(list(free), LossSpec(beta))[0]
         loss.backward()
         optimizer.step()
         assert loss.item() >= floor - 1e-9
@@ -41,10 +42,10 @@ def test_floor_is_attained_and_never_passed(beta):
 def test_reference_losses_are_the_losses_of_those_states():
     n, c, beta = 8, 64, 0.25
     refs = reference_losses(beta, c, n)
-    assert cplearn_loss([torch.zeros(n, c)] * 2, beta)[0].item() == pytest.approx(refs.uniform, rel=1e-5)
+    assert cplearn_loss([torch.zeros(n, c)] * 2, LossSpec(beta))[0].item() == pytest.approx(refs.uniform, rel=1e-5)
     one = torch.zeros(n, c)
     one[:, 3] = 200
-    assert cplearn_loss([one] * 2, beta)[0].item() == pytest.approx(refs.one_code, rel=1e-5)
+    assert cplearn_loss([one] * 2, LossSpec(beta))[0].item() == pytest.approx(refs.one_code, rel=1e-5)
     assert reference_losses(beta, 4, n).floor == 0
 
 
@@ -67,13 +68,13 @@ def test_forward_by_size_equals_one_pass_a_view():
 def test_batch_norm_sees_one_view_at_a_time():
     method = make_method()
     views = [torch.randn(8, 3, 16, 16), 3 * torch.randn(8, 3, 16, 16) + 1]
-    loss, _ = method(views)
+    loss, _, *_ = method(views)
     logits = []
     for view in views:
         a = method.head.linear(method.backbone(view))
         a = (a - a.mean(0)) / (a.var(0, unbiased=False) + 1e-5).sqrt()
         logits.append(method.head.scale * F.normalize(a, dim=1) @ method.head.dictionary.codes().T / 4)
-    torch.testing.assert_close(loss, cplearn_loss(logits, 0.25)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, cplearn_loss(logits, LossSpec(0.25))[0], rtol=1e-4, atol=1e-5)
 
 
 def test_every_trained_parameter_gets_a_gradient_through_both_views():
@@ -90,7 +91,7 @@ def test_a_few_steps_lower_the_loss():
     optimizer = torch.optim.Adam(method.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss, _ = method(views)
+        loss, _, *_ = method(views)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,7 +118,7 @@ def test_the_forward_prior_has_a_trap_and_the_reverse_prior_has_none(c, beta, tr
     def loss(share, prior):
         p = torch.full((4, c), (1 - share) / (c - 1), dtype=torch.float64)
         p[:, 0] = share
-        return cplearn_loss([p.log()] * 2, beta, prior=prior)[0].item()
+        return cplearn_loss([p.log()] * 2, LossSpec(beta, prior=prior))[0].item()
 
     shares = [k / 100 for k in range(5, 96)]
     assert (min(loss(x, "forward") for x in shares) < loss(1 / c, "forward") - 1e-3) == trap

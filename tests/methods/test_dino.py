@@ -67,16 +67,16 @@ def test_dino_step_moves_teacher_and_centre_by_the_rule_unless_it_is_skipped():
     method.before_step(30, 10, 10)  # a cosine from 0.9 to 1: at 0.3 of it
     momentum = 1 - (1 - 0.9) * 0.5 * (1 + math.cos(math.pi * 0.3))
     assert math.isclose(method.momentum, momentum)
-    loss, _ = method(views)
+    loss, _, *_ = method(views)
     loss.backward()
     with torch.no_grad():
         for p in method.parameters():
             if p.grad is not None:
                 p -= p.grad
         logits = method.teacher["head"].logits(method.teacher["backbone"](torch.cat(views[:2])))
-    method.after_step(torch.tensor(True))
+    method.after_step(None, torch.tensor(True))
     assert all_close(method.teacher.parameters(), before) and not method.center.any()
-    method.after_step(torch.tensor(False))
+    method.after_step(None, torch.tensor(False))
     students = [*method.backbone.parameters(), *method.head.parameters()]
     assert all_close(method.teacher.parameters(), [momentum * t + (1 - momentum) * s
                                               for t, s in zip(before, students, strict=True)])  # fmt: skip

@@ -33,16 +33,16 @@ def test_gedi_gen_loss_replay_and_limit():
     method, plain = make("gedi_gen", *GEN), make("gedi", "--out_dim", "6")
     plain.load_state_dict({k: v for k, v in method.state_dict().items() if k in plain.state_dict()})
     views = [randn(8, 3, 16, 16, seed=v) for v in range(2)]
-    loss, terms = method(views)
+    loss, terms, *_ = method(views)
     samples, noise = method.sample(views[0])  # of the same step: the same
     noise = 0.03 * noise / torch.tensor(augmentations.STD).double().view(1, 3, 1, 1)
     energy = [-(method.backbone(x) @ method.energy.weight[0]).mean() for x in (views[0] + noise, samples)]
     assert torch.allclose(loss, plain(views)[0] + 0.02 * 0.25 * (energy[0] - energy[1]))
     assert torch.allclose(terms["generative"], energy[0] - energy[1])
     assert not method.replay.any()
-    method.after_step(torch.tensor(True))
+    method.after_step(None, torch.tensor(True))
     assert not method.replay.any()
-    method.after_step(torch.tensor(False))
+    method.after_step(None, torch.tensor(False))
     written = method.replay.flatten(1).any(1)
     assert written.sum() == 8 and torch.equal(method.replay[method._drawn[0]], samples)
     method.gen_limit = 0.0

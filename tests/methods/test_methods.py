@@ -40,14 +40,14 @@ def step(rank, world, method_name, more):
         views = [randn(8, 3, s, s, seed=10 * i + v) for v, s in enumerate((16, 16, 8))]
         method.zero_grad()
         method.before_step(i + 1, 1, 10)
-        loss, _ = model([v[rank::world] for v in views])
+        loss, _, *_ = model([v[rank::world] for v in views])
         loss.backward()
         losses.append(collectives.mean_over_ranks(loss.detach()))
         with torch.no_grad():
             for p in method.parameters():
                 if p.grad is not None:
                     p -= 0.1 * p.grad
-        method.after_step(torch.tensor(False))
+        method.after_step(None, torch.tensor(False))
     state = {k: v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     grads = [p.grad for p in method.parameters() if p.grad is not None]
     queue = state.pop("queue", state.pop("replay", None))  # hold the same rows in another order
@@ -86,7 +86,7 @@ def test_half_precision_features_give_float32_losses(name):
     method = build_method(arguments(name))
     views = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(v)) for v in range(2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, terms = method(views)
+        loss, terms, *_ = method(views)
     assert loss.dtype == torch.float32 and all(t.dtype == torch.float32 for t in terms.values())
 
 
@@ -182,7 +182,7 @@ def test_bad_values_are_refused_by_name(name, flags):
 
 
 def test_references_at_lambda_above_one_and_gedis_warning():
-    barlow = BarlowTwins(FakeBackbone(4), out_dim=40, hidden=8, lambd=3.0)
+    barlow = BarlowTwins(FakeBackbone(4), out_dim=40, projector_width=8, lambd=3.0)
     assert barlow.references(8).floor == 40 - 8 + 1  # min(1, lambda) times what rank N - 1 leaves
     assert "above 1" in make("gedi", "--beta", "5").warnings()[0] and not make("gedi").warnings()
     assert "forward prior" in make("gedi", "--beta", "5").warnings()[1]

@@ -29,7 +29,7 @@ def test_sinkhorn_equals_the_linear_form_and_lightly():
 def test_swav_loss_equals_lightly(local):
     method = make("swav", "--queue_length", "0")
     views = [randn(6, 3, 16, 16, seed=v) for v in range(2)] + [randn(6, 3, 8, 8, seed=5 + v) for v in range(local)]
-    loss, _ = method(views)
+    loss, _, *_ = method(views)
     scores = [method.embed(method.backbone(v)) @ method.prototypes.weight.T for v in views]
     # lightly has local views predict too, as here; its mean runs over the same pairs.
     theirs = SwaVLoss(temperature=0.1, sinkhorn_epsilon=0.05)(scores[:2], scores[2:])
@@ -56,10 +56,10 @@ def test_swav_queue_is_used_when_full_and_changes_the_targets_only():
             rows = torch.cat([embeddings[i][0], embeddings[i - 1][0], embeddings[i - 2][0]])
             assert torch.allclose(q, sinkhorn(rows @ method.prototypes.weight.T / 0.05)[:8], atol=1e-10)
         method(views)
-        method.after_step(torch.tensor(False))
+        method.after_step(None, torch.tensor(False))
     assert used == [False, False, True, True]
     kept = method.queue.clone()
-    method.after_step(torch.tensor(True))
+    method.after_step(None, torch.tensor(True))
     assert torch.equal(method.queue, kept)
 
 
@@ -69,7 +69,7 @@ def test_swav_prototypes_are_unit_and_frozen_at_first():
     assert has_gradient(method, method.prototypes.weight, step=20)
     with torch.no_grad():
         method.prototypes.weight.mul_(3)
-    method.after_step(torch.tensor(False))
+    method.after_step(None, torch.tensor(False))
     assert torch.allclose(method.prototypes.weight.norm(dim=1), torch.ones(30).double())
     parameters = sum(p.numel() for p in SwAV(FakeBackbone(384), out_dim=70).parameters())
     assert parameters == 1_054_848 + 128 * 70
