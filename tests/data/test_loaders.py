@@ -13,12 +13,12 @@ from helpers import LONG, ROOT, write_images
 from cplearn import checkpoints
 from cplearn.data.augmentations import build_views
 from cplearn.data.datasets import Folder, build_dataset
-from cplearn.data.loaders import Batches, deadline, stop_workers, train_loader, worker_error
+from cplearn.data.loaders import BatchSampler, deadline, stop_workers, train_loader, worker_error
 from cplearn.errors import UserError, WorkerError
 
 
 def test_batches_cover_each_epoch_once_in_a_new_order():
-    batches = Batches(23, 5, seed=0)
+    batches = BatchSampler(23, 5, seed=0)
     seen = []
     for epoch in (0, 1):
         batches.epoch = epoch
@@ -29,12 +29,12 @@ def test_batches_cover_each_epoch_once_in_a_new_order():
     assert seen[0] != seen[1]
     batches.epoch = 0
     assert [i for batch in batches for _, i in batch] == seen[0]
-    assert [i for batch in Batches(23, 5, seed=1) for _, i in batch] != seen[0]
+    assert [i for batch in BatchSampler(23, 5, seed=1) for _, i in batch] != seen[0]
 
 
 def test_two_ranks_share_the_batches_of_one():
-    whole = list(Batches(50, 8, seed=3))
-    parts = [list(Batches(50, 4, seed=3, rank=r, world_size=2)) for r in range(2)]
+    whole = list(BatchSampler(50, 8, seed=3))
+    parts = [list(BatchSampler(50, 4, seed=3, rank=r, world_size=2)) for r in range(2)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
 
 

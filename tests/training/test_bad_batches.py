@@ -21,7 +21,7 @@ from torch import nn
 
 import main_cplearn
 from cplearn import checkpoints
-from cplearn.data.loaders import Batches
+from cplearn.data.loaders import BatchSampler
 from cplearn.errors import NonFiniteError, UserError
 from cplearn.training.bad_batches import BadSteps, RunningStatistics
 from cplearn.training.folder_lock import FolderLock
@@ -98,7 +98,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_with_a_report(tmp_path, 
     with pytest.raises(NonFiniteError, match=r"2 steps in a row were not finite \(entropy, grad_norm, .*loss, prior\)"):
         train(tmp_path, *common, "--max_skipped_steps", "1")
     report = json.loads((tmp_path / "bad_step.json").read_text())
-    order = [i for i in next(iter(Batches(48, 16, 0)))]
+    order = [i for i in next(iter(BatchSampler(48, 16, 0)))]
     assert (report["step"], report["in_a_row"], report["loss_scale"]) == (4, 2, 1.0) and len(order) == 16
     assert report["ranks"][0]["terms"]["loss"] == "nan" and len(report["ranks"][0]["files"]) == 16
     assert all((image_folder / "train" / name).is_file() for name in report["ranks"][0]["files"])
@@ -198,7 +198,7 @@ def test_an_unreadable_image_is_named_by_whichever_rank_meets_it(tmp_path):
 
     write_images(tmp_path / "data", 8)
     names = sorted((tmp_path / "data").iterdir())
-    order = [i for batch in Batches(8, 4, 0, rank=1, world_size=2) for _, i in batch]
+    order = [i for batch in BatchSampler(8, 4, 0, rank=1, world_size=2) for _, i in batch]
     names[order[0]].write_bytes(b"no image")  # in the first batch of rank 1
     done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
                       "--batch_size_per_gpu", "4", "--data_path", str(tmp_path / "data"), "--epochs", "1",

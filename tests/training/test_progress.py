@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from cplearn.training.progress import Later, Meter, Progress
+from cplearn.training.progress import DeferredRead, Meter, Progress
 
 
 def test_meter_reads_recent_and_averages_all():
@@ -39,10 +39,10 @@ def test_meter_leaves_out_skipped_steps_and_goes_on_from_its_state():
     assert meter.read()["loss"] != meter.average()["loss"] and meter.average() == other.average()
 
 
-def test_later_hands_out_the_step_before():
-    later = Later()
-    assert later.flush() is None and later.push(torch.tensor([1.0])) is None and later.waiting
-    assert later.push(torch.tensor([2.0])) == [1.0] and later.flush() == [2.0] and not later.waiting
+def test_a_deferred_read_hands_out_the_step_before():
+    deferred = DeferredRead()
+    assert deferred.flush() is None and deferred.push(torch.tensor([1.0])) is None and deferred.waiting
+    assert deferred.push(torch.tensor([2.0])) == [1.0] and deferred.flush() == [2.0] and not deferred.waiting
 
 
 def test_plain_lines_come_at_intervals(capsys):
