@@ -219,8 +219,7 @@ def test_flags_of_dino_without_meaning_here(flag):
 def test_an_unknown_flag_is_one_line():
     with pytest.raises(UserError, match="unrecognized arguments: --outdim 10") as error:
         main_cplearn.parse_args(["--outdim", "10"])
-    assert "
-" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_an_error_is_one_line_on_stderr_and_code_2():

@@ -14,7 +14,7 @@ from cplearn.data import augmentations, datasets
 from cplearn.errors import CollapseError, LocalError, UserError
 from cplearn.evaluation import collapse
 from cplearn.methods import build_method
-from cplearn.training.monitor import CodeUsage, ProbeResult, Probe
+from cplearn.training.monitor import CodeUsage, Probe, ProbeResult
 
 NOT, SKIPPED = torch.tensor(False), torch.tensor(True)
 
