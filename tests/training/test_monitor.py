@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_in_processes
-from test_main import log_of, model_of, same_weights, train
+from helpers import log_of, model_of, run_in_processes, same_weights, train
 
 import main_cplearn
 from cplearn import checkpoints
