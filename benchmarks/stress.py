@@ -38,17 +38,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-import main_cplearn
-from cplearn import checkpoints, errors
-from cplearn.data import datasets
-from cplearn.errors import LocalError, UserError
-from cplearn.host import git_commit
-from cplearn.text import format_table
-from cplearn.training.folder_lock import FolderLock
-from cplearn.training.resume import save
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import main_cplearn  # noqa: E402
+from cplearn import checkpoints, errors  # noqa: E402
+from cplearn.data import datasets  # noqa: E402
+from cplearn.errors import LocalError, UserError  # noqa: E402
+from cplearn.host import git_commit  # noqa: E402
+from cplearn.text import format_table  # noqa: E402
+from cplearn.training.folder_lock import FolderLock  # noqa: E402
+from cplearn.training.resume import save  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
