@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn.dictionary import DICTIONARIES
-from cplearn.dictionary.prior_buffer import PriorBuffer
-from cplearn.dictionary.streamed_loss import block_size
+from cplearn.dictionary.streamed_loss import block_size, streamed_loss
+from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
@@ -106,6 +106,34 @@ class CPLearnHead(nn.Module):
                 index = torch.where(better, j + start, index)
         return index
 
+    def loss(
+        self, features: list[Tensor], beta: float = 0.25, *, n_global: int = 2
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a batch from backbone features, for a training loop of your own.
+
+        Batch norm sees one view at a time. In several processes every rank must call it with as many images; the prior
+        then runs over all of them, and the averaging of gradients in DDP gives the exact gradient.
+
+        Shape: one (n, in_dim) tensor per view, the `n_global` global crops first -> scalar loss; detached scalars
+        loss, invariance, prior, entropy (nats).
+        """
+        loss, terms, _ = self.loss_of(features, LossSpec(beta, n_global=n_global))
+        return loss, terms
+
+    def loss_of(
+        self, features: list[Tensor], spec: LossSpec, form: str = "auto", precision: str = "ieee"
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Compute the loss `spec` by one of the streamed forms, or by `plain`, in float32 also under autocast.
+
+        Shape: as `loss`, and the detached mean assignment (c,), as in `cplearn_loss`.
+        """
+        with torch.autocast(features[0].device.type, enabled=False):
+            h = [self(float32(z)) for z in features]
+            if form == "plain":
+                return cplearn_loss([self.logits(x) for x in h], spec)
+            scale = self.scale * self.kappa
+            return streamed_loss(h, self.dictionary, scale, spec, form=form, precision=precision)
+
     def initial_logit_std(self) -> float:
         """Standard deviation of the logits over codes at initialisation, s * kappa * |h|.
 
@@ -157,33 +185,21 @@ def prior_forward(log_mean: Tensor) -> Tensor:
 PRIORS = {"reverse": prior_reverse, "forward": prior_forward}
 
 
-def cplearn_loss(
-    logits: list[Tensor],
-    beta: float,
-    *,
-    prior: str = "reverse",
-    prior_group: str = "global",
-    n_global: int = 2,
-    buffer: PriorBuffer | None = None,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """beta * invariance + prior, the prior averaged over the global crops (paper, Algorithm 1, symmetrised).
+def cplearn_loss(logits: list[Tensor], spec: LossSpec) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Compute beta * invariance + prior, averaged over the global crops (paper, Algorithm 1, symmetrized).
 
-    `buffer` adds the code usage of earlier steps to p-bar.
-
-    Shape: one (n, c) tensor of logits a view, the `n_global` global crops first -> scalar loss; detached
-    scalars loss, invariance, prior, entropy (mean entropy of the assignments of the global crops, nats); detached
-    mean assignment of the population, averaged over the global crops (c,).
+    Shape: one (n, c) tensor of logits per view, the global crops first -> scalar loss; detached scalars loss,
+    invariance, prior, entropy (mean entropy of the assignments of the global crops, nats); detached mean assignment of
+    the population, averaged over the global crops (c,). Raises ValueError for fewer than two views.
     """
-    if len(logits) < 2 or not 1 <= n_global <= len(logits):
-        raise ValueError(f"cplearn_loss needs two or more views, got {len(logits)} with {n_global} global")
-    if prior not in PRIORS or prior_group not in ("global", "local"):
-        raise ValueError(f"prior {prior!r} / prior_group {prior_group!r} is unknown")
+    spec.check_views(len(logits))
+    n_global, buffer = spec.n_global, spec.buffer
     log_probs = [F.log_softmax(float32(x), dim=1) for x in logits]
     inv = invariance(log_probs, n_global)
-    log_means = [log_mean_probs(lp, prior_group) for lp in log_probs[:n_global]]
+    log_means = [log_mean_probs(lp, spec.prior_group) for lp in log_probs[:n_global]]
     mixed = log_means if buffer is None else [buffer.mix(x) for x in log_means]
-    pri = sum(PRIORS[prior](x) for x in mixed) / n_global
-    loss = beta * inv + pri
+    pri = sum(PRIORS[spec.prior](x) for x in mixed) / n_global
+    loss = spec.beta * inv + pri
     with torch.no_grad():
         usage = sum(x.exp() for x in log_means) / n_global
         entropy = sum(-(lp.exp() * lp).sum(1).mean() for lp in log_probs[:n_global]) / n_global

@@ -1,4 +1,4 @@
-"""Pre-train a backbone with CPLearn (or, by --method, what it is compared with).
+"""Pre-train a backbone with CPLearn, or with one of the baselines (--method).
 
     python main_cplearn.py @recipes/digits.txt --output_dir output/digits                     # a laptop
     torchrun --nproc_per_node=8 main_cplearn.py @recipes/imagenet100_cplearn.txt \\
@@ -7,7 +7,7 @@
         main_cplearn.py ...                                                                    # two nodes
 
 Flags have DINO's names and meaning wherever the concept exists. The same command on the same --output_dir
-resumes at the very step (on CPUs: to the same bits).
+resumes at the exact step (on CPUs: to the same bits).
 """
 
 import argparse
@@ -23,43 +23,33 @@ from cplearn import backbones, checkpoints, errors, random_streams
 from cplearn.data import augmentations, datasets, loaders
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.files import check_output_dir
-from cplearn.flags import ArgumentParser, bool_flag, check_finite, expand_paths
+from cplearn.flags import fraction, fraction_below_one, nonnegative, positive
 from cplearn.methods import METHODS, build_method, method_class
-from cplearn.training.bad_batches import BadSteps, RunningStatistics, check_bad_images, check_gradients
+from cplearn.precision import autocast, choose_precision
+from cplearn.training.bad_batches import BadImages, BadSteps, RunningStatistics, check_gradients
 from cplearn.training.folder_lock import FolderLock
 from cplearn.training.monitor import Monitor
 from cplearn.training.optimizer import build_optimizer, check_memory, clip_gradients, set_schedules
-from cplearn.training.progress import Meter, Progress, Stopwatch
-from cplearn.training.report import announce, report_epoch, tensorboard_writer
+from cplearn.training.progress import EpochState
+from cplearn.training.report import EpochReport, announce, report_end, report_epoch, tensorboard_writer
 from cplearn.training.resume import resume, save
 from cplearn.training.run import Run
 from cplearn.training.run_control import StopSignals
-from cplearn.training.votes import count, settle, stop_if_asked, vote
-
-# Flags of DINO's script that a user may bring along, and why they have no meaning for another method.
-DINO_ONLY = {
-    "--momentum_teacher": "only DINO has an EMA teacher",
-    "--teacher_temp": "only DINO has an EMA teacher",
-    "--warmup_teacher_temp": "only DINO has an EMA teacher",
-    "--warmup_teacher_temp_epochs": "only DINO has an EMA teacher",
-    "--norm_last_layer": "it is about DINO's prototypes",
-    "--freeze_last_layer": "it is about DINO's prototypes",
-    "--use_bn_in_head": "it is about DINO's head; the others have batch norm always",
-}
+from cplearn.training.votes import act_on_votes, count, stop_if_asked, vote
+from utils import ArgumentParser, bool_flag, check_output_dir, expand_paths
 
 
 def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     # fmt: off
     p = ArgumentParser(prog="main_cplearn.py", description=__doc__)
     p.add_argument("--method", default="cplearn", help=f"What to train with: {', '.join(METHODS)}")
-    p.add_argument("--out_dim", type=int, default=65536, help="Number of codes c. Any size trains the same number of weights")
+    p.add_argument("--out_dim", type=positive(int), default=65536, help="Number of codes c. Any size trains the same number of weights")
     method_class(method).add_flags(p)
 
     g = p.add_argument_group("backbone")
     g.add_argument("--arch", default="vit_small", help=f"One of {', '.join(backbones.ARCHS)}")
-    g.add_argument("--patch_size", type=int, default=16, help="ViT patch in pixels; smaller is slower and better")
-    g.add_argument("--drop_path_rate", type=float, default=0.1, help="Stochastic depth of a ViT")
+    g.add_argument("--patch_size", type=positive(int), default=16, help="ViT patch in pixels; smaller is slower and better")
+    g.add_argument("--drop_path_rate", type=fraction_below_one, default=0.1, help="Stochastic depth of a ViT")
     g.add_argument("--init_from", default=None, help="Start from the backbone weights of this file (ours, DINO's, timm's)")
 
     g = p.add_argument_group("data and views")
@@ -67,150 +57,106 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--data_path", default=None, help="Folder of images, with or without train/ and class folders; or of the downloaded data set")
     g.add_argument("--class_list", default=None, help="File of class folders to use, e.g. the bundled imagenet100.txt")
     g.add_argument("--augmentation", default=None, help=f"One of {', '.join(augmentations.RECIPES)} (default: by data set)")
-    g.add_argument("--image_size", type=int, default=None, help="Global crop in pixels (default: 224, or 32 for the small data sets)")
-    g.add_argument("--local_image_size", type=int, default=None, help="Local crop in pixels (default: 96 at 224, in proportion otherwise)")
-    g.add_argument("--global_crops_scale", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"), help="Area range of global crops (default: 0.4 1, or 0.14 1 without local crops)")
-    g.add_argument("--local_crops_number", type=int, default=None, help="Local crops an image (default: 8, or 0 for images below 96 pixels)")
-    g.add_argument("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.4), metavar=("LOW", "HIGH"), help="Area range of local crops")
+    g.add_argument("--image_size", type=positive(int), default=None, help="Global crop in pixels (default: 224, or 32 for the small data sets)")
+    g.add_argument("--local_image_size", type=positive(int), default=None, help="Local crop in pixels (default: 96 at 224, in proportion otherwise)")
+    g.add_argument("--global_crops_scale", type=fraction, nargs=2, default=None, metavar=("LOW", "HIGH"), help="Area range of global crops (default: 0.4 1, or 0.14 1 without local crops)")
+    g.add_argument("--local_crops_number", type=nonnegative(int), default=None, help="Local crops per image (default: 8, or 0 for images below 96 pixels)")
+    g.add_argument("--local_crops_scale", type=fraction, nargs=2, default=(0.05, 0.4), metavar=("LOW", "HIGH"), help="Area range of local crops")
 
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--batch_size_per_gpu", type=int, default=64, help="Images a process and step. The batch over all processes is what the prior sees")
-    g.add_argument("--epochs", type=int, default=300, help="Length of the schedules")
-    g.add_argument("--max_steps", type=int, default=None, help="Stop after this many steps, for a smoke test; schedules stay as they are")
+    g = p.add_argument_group("optimization")
+    g.add_argument("--batch_size_per_gpu", type=positive(int), default=64, help="Images per process and step. The batch over all processes is what the prior sees")
+    g.add_argument("--epochs", type=positive(int), default=300, help="Length of the schedules")
+    g.add_argument("--max_steps", type=positive(int), default=None, help="Stop after this many steps, for a smoke test; schedules stay as they are")
     g.add_argument("--optimizer", default="adamw", choices=("adamw", "adam", "sgd", "lars"))
-    g.add_argument("--lr", type=float, default=0.0005, help="Peak learning rate for a batch of 256; scaled linearly with the batch over all processes")
-    g.add_argument("--min_lr", type=float, default=1e-6, help="Learning rate at the end (not scaled)")
-    g.add_argument("--warmup_epochs", type=int, default=10, help="Epochs of linear warm-up")
-    g.add_argument("--weight_decay", type=float, default=0.04, help="At the start; biases and norms have none")
-    g.add_argument("--weight_decay_end", type=float, default=0.4, help="At the end, by a cosine. Same as --weight_decay for a constant")
-    g.add_argument("--clip_grad", type=float, default=3.0, help="Largest norm of each parameter's gradient; 0 for none")
+    g.add_argument("--lr", type=positive(float), default=0.0005, help="Peak learning rate for a batch of 256; scaled linearly with the batch over all processes")
+    g.add_argument("--min_lr", type=nonnegative(float), default=1e-6, help="Learning rate at the end (not scaled)")
+    g.add_argument("--warmup_epochs", type=nonnegative(int), default=None, help="Epochs of linear warm-up (default: 10, or a tenth of --epochs if that is less)")
+    g.add_argument("--weight_decay", type=nonnegative(float), default=0.04, help="At the start; biases and norms have none")
+    g.add_argument("--weight_decay_end", type=nonnegative(float), default=0.4, help="At the end, by a cosine. Same as --weight_decay for a constant")
+    g.add_argument("--clip_grad", type=nonnegative(float), default=3.0, help="Largest norm of each parameter's gradient; 0 for none")
     g.add_argument("--precision", default=None, choices=("fp32", "bf16", "fp16"), help="Of the backbone; head and loss are always fp32 (default: fp16 on GPUs, fp32 on CPUs)")
     g.add_argument("--use_fp16", type=bool_flag, default=None, help="DINO's flag: false means --precision fp32")
 
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="output/cplearn", help="Checkpoints, log.txt and args.json; resumes if a checkpoint is there")
-    g.add_argument("--saveckp_freq", type=int, default=20, help="Keep a numbered checkpoint every so many epochs; 0 for none")
-    g.add_argument("--saveckp_minutes", type=float, default=15.0, help="Also save checkpoint.pth every so many minutes; 0 for none. What a kill can cost")
+    g.add_argument("--saveckp_freq", type=nonnegative(int), default=20, help="Keep a numbered checkpoint every N epochs; 0 for none")
+    g.add_argument("--saveckp_minutes", type=nonnegative(float), default=15.0, help="Also save checkpoint.pth every N minutes; 0 for none. At most this much work is lost on a kill")
     g.add_argument("--resume_force", nargs="+", default=[], metavar="FLAG", help="Resume although these flags differ from the checkpoint's, e.g. lr (or processes, data)")
-    g.add_argument("--seed", type=int, default=0, help="Of weights, order of images, and views")
-    g.add_argument("--num_workers", type=int, default=None, help="Loader processes a process (default: 10, or fewer with fewer cores); 0 for none")
-    g.add_argument("--worker_timeout", type=float, default=600.0, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
-    g.add_argument("--max_bad_images", type=float, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
-    g.add_argument("--max_skipped_steps", type=int, default=20, help="Stop after more than so many steps in a row without a finite loss and gradient")
-    g.add_argument("--print_freq", type=int, default=10, help="Steps between two readings of the loss")
+    g.add_argument("--seed", type=nonnegative(int), default=0, help="Of weights, order of images, and views")
+    g.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes per process (default: 10, or fewer with fewer cores); 0 for none")
+    g.add_argument("--worker_timeout", type=nonnegative(float), default=600.0, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
+    g.add_argument("--max_bad_images", type=fraction, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
+    g.add_argument("--max_skipped_steps", type=nonnegative(int), default=20, help="Stop after more than N steps in a row without a finite loss and gradient")
+    g.add_argument("--print_freq", type=positive(int), default=10, help="Steps between two readings of the loss")
     g.add_argument("--on_collapse", default="warn", choices=("warn", "stop"), help="After two epochs in a row whose verdict is not healthy: go on, or save and end with exit code 7")
-    g.add_argument("--knn_freq", type=int, default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none")
+    g.add_argument("--knn_freq", type=nonnegative(int), default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
-    g.add_argument("--dist_timeout", type=float, default=5.0, help="Minutes to wait for all processes at the start")
+    g.add_argument("--dist_timeout", type=positive(float), default=5.0, help="Minutes to wait for all processes at the start")
     # fmt: on
     return p
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse, refuse what makes no sense here, and fill in every default that depends on another flag."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first = ArgumentParser(add_help=False)
-    first.add_argument("--method", default="cplearn")
-    method = first.parse_known_args(argv)[0].method
-    parser = get_args_parser(method)
-    args, unknown = parser.parse_known_args(argv)
-    for flag in (token.split("=")[0] for token in unknown):
-        if flag in DINO_ONLY:
-            raise UserError(f"{flag} makes no sense with --method {method}: {DINO_ONLY[flag]}; leave it out")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    fill_defaults(args)
-    check_args(args)
-    return args
+def train_one_epoch(run: Run) -> dict:
+    """Run Algorithm 1 over what is left of an epoch: views -> embeddings -> codes -> loss -> step.
+
+    Returns the epoch's log record.
+    """
+    args, method, optimizer, scaler = run.args, run.method, run.optimizer, run.scaler
+    statistics, report = RunningStatistics(method), EpochReport(run)
+    run.model.train()
+    for crops, _, samples, failures in run.rest_of_epoch():
+        lr = set_schedules(optimizer, run.step, run.steps_per_epoch, args)
+        random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, collectives.rank())  # drop path
+        images = augmentations.colour_views(crops, run.views, run.device)
+        method.before_step(run.step, run.steps_per_epoch, args.epochs)
+        statistics.keep()
+        with autocast(run.device, args.precision):
+            output = run.model(images)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(output.loss).backward()
+        method.after_backward()
+        votes = vote(run, output.loss, failures)
+        skipped = check_gradients(method, votes[0], optimizer, scaler)
+        grad_norm = clip_gradients(method, args.clip_grad)
+        scaler.step(optimizer)  # not if `skipped`
+        scaler.update(None if args.precision == "fp16" else 1.0)
+        statistics.restore(skipped)
+        method.after_step(output, skipped)
+        report.step(output, grad_norm, skipped, samples, lr)
+        act_on_votes(run, skipped, votes)
+
+    count(run, run.outcomes.flush())
+    if not run.between_epochs:  # cut by --max_steps: the epoch goes on from here, as if there had been no line of it
+        save(run)
+    return report.close()
 
 
-def fill_defaults(args: argparse.Namespace) -> None:
-    if args.dataset is None:
-        args.dataset = "folder" if args.data_path else "digits"
-    if args.dataset not in datasets.DATASETS:
-        raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
-    expand_paths(args, "data_path", "output_dir", "init_from", "class_list")
-    if args.data_path is not None:  # an evaluation started elsewhere has to find it
-        args.data_path = os.path.abspath(args.data_path)
-    if args.class_list and os.path.isfile(args.class_list):
-        args.class_list = os.path.abspath(args.class_list)
-    if args.augmentation is None:
-        args.augmentation = datasets.RECIPE[args.dataset]
-    if args.image_size is None:
-        args.image_size = datasets.NATIVE_SIZE[args.dataset]
-    unit = args.patch_size if backbones.is_vit(args.arch) else 1
-    if args.local_image_size is None:
-        args.local_image_size = max(1, round(args.image_size * 96 / 224 / max(1, unit))) * max(1, unit)
-    if args.local_crops_number is None:
-        args.local_crops_number = 8 if args.image_size >= 96 else 0
-    if args.global_crops_scale is None:
-        args.global_crops_scale = [0.4, 1.0] if args.local_crops_number else [0.14, 1.0]
-    args.global_crops_scale = list(args.global_crops_scale)
-    args.local_crops_scale = list(args.local_crops_scale)
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """What can be judged from the flags alone; models and data sets check the rest."""
-    check_finite(args)
-    if not 0 <= args.drop_path_rate < 1:
-        raise UserError(f"--drop_path_rate {args.drop_path_rate:g} must be at least 0 and below 1")
-    for name in (
-        "batch_size_per_gpu",
-        "epochs",
-        "print_freq",
-        "lr",
-        "image_size",
-        "local_image_size",
-        "patch_size",
-        "dist_timeout",
-    ):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name):g} must be positive")
-    for name in (
-        "local_crops_number",
-        "warmup_epochs",
-        "saveckp_freq",
-        "clip_grad",
-        "min_lr",
-        "weight_decay",
-        "weight_decay_end",
-        "seed",
-        "saveckp_minutes",
-        "worker_timeout",
-        "max_skipped_steps",
-        "knn_freq",
-    ):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name):g} must not be negative")
-    if args.num_workers is not None and args.num_workers < 0:
-        raise UserError(f"--num_workers {args.num_workers} must not be negative")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise UserError(f"--max_steps {args.max_steps} must be positive")
-    if not 0 <= args.max_bad_images <= 1:
-        raise UserError(
-            f"--max_bad_images {args.max_bad_images:g} must lie between 0 and 1: 0.001 is one in a thousand"
-        )
-    unknown = sorted(set(args.resume_force) - set(vars(args)) - {"processes", "data"})
-    if unknown:
-        raise UserError(f"--resume_force {' '.join(unknown)}: not the name of a flag (or processes, data)")
-    for name in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(args, name)
-        if not 0 < low <= high <= 1:
-            raise UserError(f"--{name} {low:g} {high:g} must satisfy 0 < LOW <= HIGH <= 1")
-    if args.local_crops_number and backbones.is_vit(args.arch) and args.local_image_size % args.patch_size:
-        raise UserError(
-            f"--local_image_size {args.local_image_size} is not a multiple of --patch_size {args.patch_size}"
-        )
-    if not args.dist_url.startswith(("env://", "file://", "tcp://")):
-        raise UserError(f"--dist_url {args.dist_url} is unknown: env:// (torchrun), tcp://HOST:PORT or file:///PATH")
-    if args.warmup_epochs > args.epochs:
-        raise UserError(f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: shorten the warm-up")
+def train(run: Run) -> dict:
+    """Train until `last_step`, or until a signal. Return the last epoch's log record."""
+    args, record = run.args, {}
+    writer = tensorboard_writer(args, run.step // run.steps_per_epoch)
+    run.saved_at = time.monotonic()
+    stop_if_asked(run)  # while it was built
+    while run.step < run.last_step:
+        record = train_one_epoch(run)
+        if run.between_epochs:
+            record |= run.monitor.end_epoch(run.method, run.device, args.batch_size_per_gpu, record)
+        collectives.on_main(report_epoch, run, record, writer)
+        if run.between_epochs:
+            run.epoch = EpochState()
+            save(run)
+            if args.on_collapse == "stop":
+                run.monitor.check(record, run.saved_step)
+        run.bad_images.check()
+        stop_if_asked(run)
+    collectives.on_main(report_end, run, record)
+    return record
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Train; returns the last epoch's log record."""
+    """Train; return the last epoch's log record."""
     args = parse_args(argv)
     device = launch.init(args.dist_url, args.device, args.dist_timeout)
     if args.batch_size_per_gpu * collectives.world_size() < 2:
@@ -218,19 +164,22 @@ def main(argv: Sequence[str] | None = None) -> dict:
     choose_precision(args, device)
     collectives.on_main(check_output_dir, args.output_dir)
     with StopSignals() as signals, FolderLock(args.output_dir) as lock:
-        run = build(args, device, lock)
+        run = build(args, device, lock, signals)
         try:
-            return train(run, signals)
+            return train(run)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
             raise loaders.worker_error(error, run.loader) or error from None
         finally:
             loaders.stop_workers(run.loader)
 
 
-def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
-    """Data, model and optimiser, and the checkpoint in the folder if there is one."""
+# --- a run -------------------------------------------------------------------------------------------------
+
+
+def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, signals: StopSignals) -> Run:
+    """Build data, model and optimizer, and load the checkpoint in the folder if there is one."""
     with collectives.raise_on_all_ranks():
-        run = assemble(args, device, lock)
+        run = assemble(args, device, lock, signals)
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in ("num_workers", "dist_url")}
     collectives.check_same({"data": run.identity["data"], **flags})
     # A flag that is younger than the checkpoint had its default there.
@@ -246,8 +195,8 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> R
     return run
 
 
-def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> Run:
-    """A run at its beginning."""
+def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock, signals: StopSignals) -> Run:
+    """Return a run at its beginning."""
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     if args.knn_freq and not dataset.classes:
@@ -289,119 +238,79 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock) -
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
         monitor=Monitor(dataset, views, args.seed, len(loader), args.knn_freq),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
+        bad_images=BadImages(dataset, args.max_bad_images, args.output_dir),
         lock=lock,
+        signals=signals,
     )
 
 
-def train(run: Run, signals: StopSignals) -> dict:
-    """Epoch after epoch until `last_step`, or until a signal. Returns the last epoch's log record."""
-    args, record = run.args, {}
-    writer = tensorboard_writer(args, run.step // len(run.loader))
-    run.saved_at = time.monotonic()
-    stop_if_asked(run, signals)  # while it was built
-    while run.step < run.last_step:
-        record = train_one_epoch(run, signals)
-        if run.step % len(run.loader) == 0:
-            record |= run.monitor.end_epoch(run, record)
-        collectives.on_main(report_epoch, run, record, writer)
-        if run.step % len(run.loader) == 0:
-            run.meter, run.skipped, run.replaced, run.seconds = Meter(), 0, 0, 0.0
-            run.waiting = Stopwatch()
-            save(run)
-            if args.on_collapse == "stop":
-                run.monitor.check(run, record)
-        check_bad_images(run)
-        stop_if_asked(run, signals)
-    if collectives.is_main():
-        if run.bad_steps.in_a_row:
-            print(f"WARNING: the last {run.bad_steps.in_a_row} steps were not finite and had to be left out")
-        print(
-            f"Done: {args.output_dir}/checkpoint.pth"
-            if record
-            else f"Nothing left to do in {args.output_dir}: step {run.step} is its last"
+# --- flags -------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse, refuse what makes no sense here, and fill in every default that depends on another flag."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--method", default="cplearn")
+    method = first.parse_known_args(argv)[0].method
+    parser = get_args_parser(method)
+    args, unknown = parser.parse_known_args(argv)
+    for flag in (word.split("=")[0] for word in unknown):
+        owners = [name for name in METHODS if flag in get_args_parser(name)._option_string_actions]
+        if owners:
+            raise UserError(f"{flag} belongs to --method {' or '.join(owners)}, not to {method}: leave it out")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    fill_defaults(args)
+    check_args(args)
+    return args
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Fill in every default that depends on another flag."""
+    if args.dataset is None:
+        args.dataset = "folder" if args.data_path else "digits"
+    if args.dataset not in datasets.DATASETS:
+        raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
+    expand_paths(args, "data_path", "output_dir", "init_from", "class_list")
+    if args.data_path is not None:  # an evaluation started elsewhere has to find it
+        args.data_path = os.path.abspath(args.data_path)
+    if args.class_list and os.path.isfile(args.class_list):
+        args.class_list = os.path.abspath(args.class_list)
+    if args.augmentation is None:
+        args.augmentation = datasets.RECIPE[args.dataset]
+    if args.image_size is None:
+        args.image_size = datasets.NATIVE_SIZE[args.dataset]
+    unit = args.patch_size if backbones.is_vit(args.arch) else 1
+    if args.local_image_size is None:
+        args.local_image_size = max(1, round(args.image_size * 96 / 224 / max(1, unit))) * max(1, unit)
+    if args.local_crops_number is None:
+        args.local_crops_number = 8 if args.image_size >= 96 else 0
+    if args.global_crops_scale is None:
+        args.global_crops_scale = [0.4, 1.0] if args.local_crops_number else [0.14, 1.0]
+    args.global_crops_scale = list(args.global_crops_scale)
+    args.local_crops_scale = list(args.local_crops_scale)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs // 10)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Check the rules between flags; their types check the ranges, models and data sets the rest."""
+    unknown = sorted(set(args.resume_force) - set(vars(args)) - {"processes", "data"})
+    if unknown:
+        raise UserError(f"--resume_force {' '.join(unknown)}: not the name of a flag (or processes, data)")
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--{name} {low:g} {high:g} must satisfy 0 < LOW <= HIGH <= 1")
+    if args.local_crops_number and backbones.is_vit(args.arch) and args.local_image_size % args.patch_size:
+        raise UserError(
+            f"--local_image_size {args.local_image_size} is not a multiple of --patch_size {args.patch_size}"
         )
-    return record
-
-
-def train_one_epoch(run: Run, signals: StopSignals) -> dict:
-    """Algorithm 1 over what is left of an epoch: views -> embeddings -> codes -> loss -> step. Returns its log record."""
-    args, method, optimizer, scaler, device = run.args, run.method, run.optimizer, run.scaler, run.device
-    epoch, first = divmod(run.step, len(run.loader))
-    last = min(len(run.loader), run.last_step - epoch * len(run.loader))
-    run.loader.batch_sampler.epoch, run.loader.batch_sampler.first = epoch, first
-    run.model.train()
-    batch = args.batch_size_per_gpu * collectives.world_size()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    statistics = RunningStatistics(method)
-    progress = Progress(epoch, args.epochs, len(run.loader))
-    start, first_step = time.perf_counter() - run.seconds, 0.0
-    with loaders.deadline(args.worker_timeout):
-        batches = iter(run.loader)
-
-    for i in range(first, last):
-        with run.waiting, loaders.deadline(args.worker_timeout):
-            crops, _, samples, failures = next(batches)
-        lr = set_schedules(optimizer, run.step, len(run.loader), args)
-        random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, collectives.rank())  # drop path
-        images = [
-            augmentations.colour(pixels.to(device, non_blocking=True), params, view)
-            for (pixels, params), view in zip(crops, run.views, strict=True)
-        ]
-        method.before_step(run.step, len(run.loader), args.epochs)
-        statistics.keep()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss, terms = run.model(images)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        method.after_backward()
-        votes = vote(run, loss, signals, failures)
-        skipped = check_gradients(method, votes[0], optimizer, scaler)
-        terms["grad_norm"] = clip_gradients(method, args.clip_grad)
-        scaler.step(optimizer)  # not if `skipped`
-        scaler.update(None if args.precision == "fp16" else 1.0)
-        statistics.restore(skipped)
-        method.after_step(skipped)
-        run.meter.add(terms, skipped)
-        run.monitor.add(method, batch, skipped)
-        run.bad_steps.remember(run.step, samples, terms)
-        run.step += 1
-        before, run.seconds = run.seconds, time.perf_counter() - start
-        first_step = run.seconds - before if i == first else first_step
-        if (i + 1) % args.print_freq == 0 or i + 1 == len(run.loader):
-            values = run.meter.read() | run.monitor.use.read()
-            progress.show(i + 1, values, lr, (i + 1) * batch / run.seconds, run.waiting.seconds / run.seconds)
-        settle(run, run.outcomes.push(torch.cat([skipped[None], votes[1:]])), signals)
-
-    progress.close()
-    count(run, run.outcomes.flush())
-    if last < len(run.loader):  # cut by --max_steps: the epoch goes on from here, as if there had been no line of it
-        save(run)
-    values = run.meter.average()
-    references = method.references(args.batch_size_per_gpu)
-    return {
-        "epoch": epoch,
-        "step": run.step,
-        "steps": last,
-        **{f"train_{name}": value for name, value in values.items()},
-        "loss_uniform": references.uniform,
-        "loss_one_code": references.one_code if math.isfinite(references.one_code) else None,
-        "loss_floor": references.floor,
-        "uniform_to_floor": (references.uniform - values["loss"]) / max(references.uniform - references.floor, 1e-9),
-        "skipped_steps": run.skipped,
-        "replaced_images": run.replaced,
-        "lr": lr,
-        "weight_decay": optimizer.param_groups[0]["weight_decay"],
-        "images_per_second": last * batch / run.seconds,
-        "data_wait": run.waiting.seconds / run.seconds,
-        "seconds": run.seconds,
-        "first_step_seconds": first_step,  # with all that happens once
-    }
-
-
-def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
-    if args.precision is None:
-        args.precision = "fp16" if device.type == "cuda" and args.use_fp16 is not False else "fp32"
-    args.use_fp16 = args.precision == "fp16"
+    if not args.dist_url.startswith(("env://", "file://", "tcp://")):
+        raise UserError(f"--dist_url {args.dist_url} is unknown: env:// (torchrun), tcp://HOST:PORT or file:///PATH")
+    if args.warmup_epochs > args.epochs:
+        raise UserError(f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: shorten the warm-up")
 
 
 if __name__ == "__main__":

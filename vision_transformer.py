@@ -1,4 +1,4 @@
-"""ViT-Ti/S/B with DINO's state-dict names, on timm's VisionTransformer."""
+"""ViT-Ti/S/B with DINO's names and state-dict keys, on timm's VisionTransformer."""
 
 from functools import partial
 
@@ -50,3 +50,18 @@ class ViT(VisionTransformer):
         if old is not None and old.shape != new.shape and old.shape[-1] == new.shape[-1]:
             state["pos_embed"] = resample_abs_pos_embed(old, list(self.patch_embed.grid_size))
         return state
+
+
+def vit_tiny(patch_size: int = 16, *, image_size: int = 224, drop_path_rate: float = 0.0) -> ViT:
+    """Build a ViT-Ti with random weights: 192 features, 3 heads."""
+    return ViT("vit_tiny", patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)
+
+
+def vit_small(patch_size: int = 16, *, image_size: int = 224, drop_path_rate: float = 0.0) -> ViT:
+    """Build a ViT-S with random weights: 384 features, 6 heads."""
+    return ViT("vit_small", patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)
+
+
+def vit_base(patch_size: int = 16, *, image_size: int = 224, drop_path_rate: float = 0.0) -> ViT:
+    """Build a ViT-B with random weights: 768 features, 12 heads."""
+    return ViT("vit_base", patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)

@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 
 import main_cplearn
 from cplearn.data import augmentations, datasets
+from cplearn.dictionary.terms import LossSpec
 from cplearn.evaluation import collapse
 from cplearn.host import git_commit
 from cplearn.methods import build_method
@@ -185,7 +186,7 @@ def curvature(args) -> None:
         found = []
         for direction in (shared, own):
             step = 1e-2 * direction / direction.square().mean().sqrt()  # of variance 1e-4 over codes
-            low, middle, high = (cplearn_loss([k * step] * 2, beta)[0].item() for k in (-1, 0, 1))
+            low, middle, high = (cplearn_loss([k * step] * 2, LossSpec(beta))[0].item() for k in (-1, 0, 1))
             found.append((low - 2 * middle + high) / 1e-4)
         rows.append((beta, *(f"{x:.4f}" for x in (found[0], 1 - beta, found[1], -beta))))
     print(f"commit {git_commit()}\n")

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from cplearn.dictionary import DICTIONARIES
 from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.dictionary.terms import LossSpec
 from cplearn.host import git_commit
 from cplearn.text import format_table
 from cplearn_head import cplearn_loss
@@ -57,7 +58,9 @@ def build(kind: str, n: int, f: int, c: int, device: torch.device):
         if kind in ("stored", "recomputed", "triton", "triton_bf16", "hadamard"):
             form = "stored" if kind == "hadamard" else kind.split("_")[0]
             precision = "bf16" if kind.endswith("bf16") else "ieee"
-            return lambda: streamed_loss(h, dictionary, SCALE, BETA, form=form, precision=precision)[0].backward()
+            return lambda: streamed_loss(h, dictionary, SCALE, LossSpec(BETA), form=form, precision=precision)[
+                0
+            ].backward()
         w = dictionary.codes()
         if kind.startswith("products"):
             dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
@@ -74,7 +77,7 @@ def build(kind: str, n: int, f: int, c: int, device: torch.device):
             return lambda: (w @ x, w.T @ g)
 
         def loss(*x):
-            return cplearn_loss([SCALE * v @ w.T for v in x], BETA)[0]
+            return cplearn_loss([SCALE * v @ w.T for v in x], LossSpec(BETA))[0]
 
         if kind == "compiled":
             loss = torch.compile(loss, dynamic=False)

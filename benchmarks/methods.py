@@ -48,12 +48,12 @@ def one_cell(args, method: str, out_dim: int) -> dict[str, float]:
     for i in range(args.repeats + 1):
         start = time.perf_counter()
         model.before_step(10_000 + i, 100, 1000)
-        loss, _ = model(images)
+        loss, _, *_ = model(images)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         model.after_backward()
         optimizer.step()
-        model.after_step(skipped)
+        model.after_step(None, skipped)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))

@@ -1,26 +1,24 @@
-"""Names on the command line -> modules: `--arch` and `--method`."""
+"""Backbones by their names on the command line (--arch): ViT, ResNet-8 and -18, any timm model."""
 
 import re
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from cplearn.distributed.batch_norm import BatchNorm, convert_batch_norm
 from cplearn.errors import UserError
-from vision_transformer import SIZES, ViT
 
-ARCHS = (*SIZES, "resnet8", "resnet8bn", "resnet8_wWIDTH", "resnet8bn_wWIDTH", "resnet18", "timm:NAME")
+VITS = ("vit_tiny", "vit_small", "vit_base")  # functions of vision_transformer.py
+ARCHS = (*VITS, "resnet8", "resnet8bn", "resnet8_wWIDTH", "resnet8bn_wWIDTH", "resnet18", "timm:NAME")
 
 
 def is_vit(arch: str) -> bool:
-    return arch in SIZES
+    return arch in VITS
 
 
 def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rate: float = 0.0) -> nn.Module:
-    """A backbone: images (n, 3, H, W) -> features (n, num_features), randomly initialised.
+    """Build a randomly initialized backbone: images (n, 3, H, W) -> features (n, num_features).
 
     Raises `UserError` for an unknown name, or an image size that is no multiple of the ViT's patch.
     """
@@ -30,7 +28,10 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
                 f"--image_size {image_size} is not a multiple of --patch_size {patch_size}: "
                 f"use {max(1, image_size // max(1, patch_size)) * max(1, patch_size)}, or another patch size"
             )
-        return ViT(arch, patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)
+        import vision_transformer  # brings timm, at more than a second, which --help does not need
+
+        build = getattr(vision_transformer, arch)
+        return build(patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)
     if arch == "resnet18":
         return resnet18_cifar()
     if match := re.fullmatch(r"resnet8(bn)?(?:_w(\d+))?", arch):
@@ -43,7 +44,9 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
 
 
 def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Module:
-    """Any timm model, pooled features, random weights. `img_size` and drop path go to models that take them."""
+    """Build any timm model with pooled features and random weights. `img_size` and drop path go to models that take them."""
+    import timm
+
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:5] or timm.list_models(f"{name[:6]}*")[:5]
         raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}; near: {', '.join(near) or '-'}")
@@ -64,7 +67,7 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
 
 @torch.no_grad()
 def check_image_size(backbone: nn.Module, arch: str, size: int) -> int:
-    """Try one image, on the CPU; returns the number of features.
+    """Try one image, on the CPU; return the number of features.
 
     Raises `UserError` if the backbone cannot take this size.
     """
@@ -108,7 +111,7 @@ class ResNet8(nn.Module):
     """ResNet-8 of the paper's Table 5: width F = 128 (256 for CIFAR-100), no normalisation layers.
 
     `norm=True` puts batch norm behind every 3x3 convolution: not the paper's network, but one that learns in
-    minutes on a CPU (see RESULTS.md).
+    minutes on a CPU (results/cifar10_dictionary_size.md).
 
     Shape: (n, 3, H, W), H and W at least 4 -> (n, F).
     """
@@ -133,6 +136,8 @@ def resnet18_cifar() -> nn.Module:
 
     Its batch norm takes the statistics of all ranks.
     """
+    import torchvision
+
     net = torchvision.models.resnet18(weights=None, norm_layer=BatchNorm)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()

@@ -52,9 +52,7 @@ def _type(kind: type, holds: Callable[[float], bool], requirement: str) -> Calla
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a {'whole number' if kind is int else 'number'}"
-            ) from None
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole number' if kind is int else 'number'}") from None
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not holds(value):
@@ -92,3 +90,11 @@ def expand_paths(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+
+def check_finite(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a flag that is NaN or infinite, which float() accepts."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, float) and not math.isfinite(x):
+                raise UserError(f"--{name} {x} is not a finite number")

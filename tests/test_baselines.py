@@ -17,6 +17,7 @@ import eval_knn
 import main_cplearn
 from cplearn import checkpoints
 from cplearn.data import augmentations
+from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.methods import base as base
@@ -122,16 +123,16 @@ def test_dino_step_moves_teacher_and_centre_by_the_rule_unless_it_is_skipped():
     method.before_step(30, 10, 10)  # a cosine from 0.9 to 1: at 0.3 of it
     momentum = 1 - (1 - 0.9) * 0.5 * (1 + math.cos(math.pi * 0.3))
     assert math.isclose(method.momentum, momentum)
-    loss, _ = method(views)
+    loss, _, *_ = method(views)
     loss.backward()
     with torch.no_grad():
         for p in method.parameters():
             if p.grad is not None:
                 p -= p.grad
         logits = method.teacher["head"].logits(method.teacher["backbone"](torch.cat(views[:2])))
-    method.after_step(torch.tensor(True))
+    method.after_step(None, torch.tensor(True))
     assert same(method.teacher.parameters(), before) and not method.center.any()
-    method.after_step(torch.tensor(False))
+    method.after_step(None, torch.tensor(False))
     students = [*method.backbone.parameters(), *method.head.parameters()]
     assert same(method.teacher.parameters(), [momentum * t + (1 - momentum) * s
                                               for t, s in zip(before, students, strict=True)])  # fmt: skip
@@ -207,7 +208,7 @@ def test_sinkhorn_equals_the_linear_form_and_lightly():
 def test_swav_loss_equals_lightly(local):
     method = make("swav", "--queue_length", "0")
     views = [randn(6, 3, 16, 16, seed=v) for v in range(2)] + [randn(6, 3, 8, 8, seed=5 + v) for v in range(local)]
-    loss, _ = method(views)
+    loss, _, *_ = method(views)
     scores = [method.embed(method.backbone(v)) @ method.prototypes.weight.T for v in views]
     # lightly has local views predict too, as here; its mean runs over the same pairs.
     theirs = SwaVLoss(temperature=0.1, sinkhorn_epsilon=0.05)(scores[:2], scores[2:])
@@ -234,10 +235,10 @@ def test_swav_queue_is_used_when_full_and_changes_the_targets_only():
             rows = torch.cat([embeddings[i][0], embeddings[i - 1][0], embeddings[i - 2][0]])
             assert torch.allclose(q, sinkhorn(rows @ method.prototypes.weight.T / 0.05)[:8], atol=1e-10)
         method(views)
-        method.after_step(torch.tensor(False))
+        method.after_step(None, torch.tensor(False))
     assert used == [False, False, True, True]
     kept = method.queue.clone()
-    method.after_step(torch.tensor(True))
+    method.after_step(None, torch.tensor(True))
     assert torch.equal(method.queue, kept)
 
 
@@ -247,7 +248,7 @@ def test_swav_prototypes_are_unit_and_frozen_at_first():
     assert has_gradient(method, method.prototypes.weight, step=20)
     with torch.no_grad():
         method.prototypes.weight.mul_(3)
-    method.after_step(torch.tensor(False))
+    method.after_step(None, torch.tensor(False))
     assert torch.allclose(method.prototypes.weight.norm(dim=1), torch.ones(30).double())
     parameters = sum(p.numel() for p in SwAV(FakeBackbone(384), out_dim=70).parameters())
     assert parameters == 1_054_848 + 128 * 70
@@ -282,7 +283,7 @@ def test_barlow_multi_crop_is_the_mean_over_pairs():
 
 
 def test_barlow_reference_losses():
-    method = BarlowTwins(FakeBackbone(4), out_dim=400, hidden=8)
+    method = BarlowTwins(FakeBackbone(4), out_dim=400, projector_width=8)
     refs = method.references(100)
     draws = [barlow_loss_explicit(*(F.batch_norm(randn(100, 400, seed=2 * i + v), None, None, training=True)
                                     for v in range(2)), 0.0051) for i in range(20)]  # fmt: skip
@@ -312,16 +313,16 @@ def test_gedi_in_both_readings():
     assert torch.allclose(terms["invariance"], ce) and torch.allclose(usage, p1.mean(0))
     assert torch.allclose(terms["entropy"], -(p1 * p1.log()).sum(1).mean())
     equations = 0.25 * (ce + back) / 2 - (p1.mean(0).log().mean() + p2.mean(0).log().mean()) / 2
-    assert torch.allclose(cplearn_loss(logits, 0.25, prior="forward")[0], equations)
+    assert torch.allclose(cplearn_loss(logits, LossSpec(0.25, prior="forward"))[0], equations)
     views = [randn(6, 3, 16, 16, seed=v) for v in range(2)]
-    for reduction, loss in (("mean", lambda x: cplearn_loss(x, 0.25, prior="forward")[0]),
+    for reduction, loss in (("mean", lambda x: cplearn_loss(x, LossSpec(0.25, prior="forward"))[0]),
                             ("sum", lambda x: gedi_loss_as_published(x, 0.25)[0])):  # fmt: skip
         method = make("gedi", "--gedi_prior_reduction", reduction)
         expected = loss([method.projector(method.backbone(v)) / 0.1 for v in views])
         assert torch.allclose(method(views)[0], expected)
         uniform = loss([torch.zeros(6, 30).double()] * 2).item()
         assert math.isclose(method.references(6).uniform, uniform, rel_tol=1e-9)
-    parameters = sum(p.numel() for p in GEDI(FakeBackbone(384), out_dim=50, beta=1.0, reduction="mean").parameters())
+    parameters = sum(p.numel() for p in GEDI(FakeBackbone(384), out_dim=50, beta=1.0).parameters())
     assert parameters == 792_576 + 2_049 * 50
 
 
@@ -396,16 +397,16 @@ def test_gedi_gen_loss_replay_and_limit():
     method, plain = make("gedi_gen", *GEN), make("gedi", "--out_dim", "6")
     plain.load_state_dict({k: v for k, v in method.state_dict().items() if k in plain.state_dict()})
     views = [randn(8, 3, 16, 16, seed=v) for v in range(2)]
-    loss, terms = method(views)
+    loss, terms, *_ = method(views)
     samples, noise = method.sample(views[0])  # of the same step: the same
     noise = 0.03 * noise / torch.tensor(augmentations.STD).double().view(1, 3, 1, 1)
     energy = [-(method.backbone(x) @ method.energy.weight[0]).mean() for x in (views[0] + noise, samples)]
     assert torch.allclose(loss, plain(views)[0] + 0.02 * 0.25 * (energy[0] - energy[1]))
     assert torch.allclose(terms["generative"], energy[0] - energy[1])
     assert not method.replay.any()
-    method.after_step(torch.tensor(True))
+    method.after_step(None, torch.tensor(True))
     assert not method.replay.any()
-    method.after_step(torch.tensor(False))
+    method.after_step(None, torch.tensor(False))
     written = method.replay.flatten(1).any(1)
     assert written.sum() == 8 and torch.equal(method.replay[method._drawn[0]], samples)
     method.gen_limit = 0.0
@@ -428,14 +429,14 @@ def step(rank, world, method_name, more):
         views = [randn(8, 3, s, s, seed=10 * i + v) for v, s in enumerate((16, 16, 8))]
         method.zero_grad()
         method.before_step(i + 1, 1, 10)
-        loss, _ = model([v[rank::world] for v in views])
+        loss, _, *_ = model([v[rank::world] for v in views])
         loss.backward()
         losses.append(collectives.mean_over_ranks(loss.detach()))
         with torch.no_grad():
             for p in method.parameters():
                 if p.grad is not None:
                     p -= 0.1 * p.grad
-        method.after_step(torch.tensor(False))
+        method.after_step(None, torch.tensor(False))
     state = {k: v for k, v in method.state_dict().items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     grads = [p.grad for p in method.parameters() if p.grad is not None]
     queue = state.pop("queue", state.pop("replay", None))  # hold the same rows in another order
@@ -474,7 +475,7 @@ def test_half_precision_features_give_float32_losses(name):
     method = build_method(arguments(name))
     views = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(v)) for v in range(2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, terms = method(views)
+        loss, terms, *_ = method(views)
     assert loss.dtype == torch.float32 and all(t.dtype == torch.float32 for t in terms.values())
 
 
@@ -601,7 +602,7 @@ def test_bad_values_are_refused_by_name(name, flags):
 
 
 def test_references_at_lambda_above_one_and_gedis_warning():
-    barlow = BarlowTwins(FakeBackbone(4), out_dim=40, hidden=8, lambd=3.0)
+    barlow = BarlowTwins(FakeBackbone(4), out_dim=40, projector_width=8, lambd=3.0)
     assert barlow.references(8).floor == 40 - 8 + 1  # min(1, lambda) times what rank N - 1 leaves
     assert "above 1" in make("gedi", "--beta", "5").warnings()[0] and not make("gedi").warnings()
     assert "forward prior" in make("gedi", "--beta", "5").warnings()[1]

@@ -235,7 +235,7 @@ HEALTHY = {
 )
 def test_verdicts_name_the_collapse_its_evidence_and_the_knob(name, changed, number, knob):
     found = collapse.verdict(HEALTHY | changed, 1024)
-    line = found.line(CPLearn.KNOBS)
+    line = found.line(CPLearn.REMEDIES)
     assert found.name == name and number in found.evidence
     assert knob in line and ("collapse" in line) == (name != "stuck at uniform")
     assert "--beta" not in found.line({})  # which other methods do not have

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from scipy.linalg import hadamard
 
 from cplearn.backbones import ResNet8
+from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
 from cplearn.methods.base import forward_by_size
 from cplearn.methods.cplearn import CPLearn, forward_prior_warning, reference_losses
@@ -152,7 +153,7 @@ def test_two_views_equal_the_written_out_loss():
     expected = 0.5 * (beta * cross_entropy(p2, p1) + kl(p2.mean(0), u)) + 0.5 * (
         beta * cross_entropy(p1, p2) + kl(p1.mean(0), u)
     )
-    loss, terms, usage = cplearn_loss([s1, s2], beta)
+    loss, terms, usage = cplearn_loss([s1, s2], LossSpec(beta))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(terms["entropy"], 0.5 * (cross_entropy(p1, p1) + cross_entropy(p2, p2)))
     torch.testing.assert_close(usage, (p1 + p2).mean(0) / 2)
@@ -163,7 +164,7 @@ def test_forward_prior_equals_the_written_out_loss():
     p1, p2, beta = s1.softmax(1), s2.softmax(1), 0.7
     prior = -0.5 * (p1.mean(0).log().mean() + p2.mean(0).log().mean())
     expected = beta * 0.5 * (cross_entropy(p1, p2) + cross_entropy(p2, p1)) + prior
-    torch.testing.assert_close(cplearn_loss([s1, s2], beta, prior="forward")[0], expected)
+    torch.testing.assert_close(cplearn_loss([s1, s2], LossSpec(beta, prior="forward"))[0], expected)
 
 
 @pytest.mark.parametrize(("views", "n_global"), [(2, 2), (5, 2), (4, 1), (3, 3)])
@@ -177,14 +178,14 @@ def test_invariance_equals_a_loop_over_pairs(views, n_global):
 @pytest.mark.parametrize("prior", ["reverse", "forward"])
 def test_gradcheck(prior):
     logits = [s.requires_grad_() for s in logits_of(3, n=4, c=5)]
-    assert torch.autograd.gradcheck(lambda *s: cplearn_loss(list(s), 0.4, prior=prior)[0], logits)
+    assert torch.autograd.gradcheck(lambda *s: cplearn_loss(list(s), LossSpec(0.4, prior=prior))[0], logits)
 
 
 def test_gradient_equals_the_closed_form():
     """d CE(p, p') / ds' = p' - p;  d CE / ds = -p (log p' - t);  d KL / ds = p (g - u) / n."""
     s1, s2 = (s.requires_grad_() for s in logits_of(n=5, c=7))
     beta, n, c = 0.6, 5, 7
-    loss, _, _ = cplearn_loss([s1, s2], beta)
+    loss, _, _ = cplearn_loss([s1, s2], LossSpec(beta))
     grads = torch.autograd.grad(loss, [s1, s2])
     lp = [s.detach().log_softmax(1) for s in (s1, s2)]
     for mine, other, grad in ((0, 1, grads[0]), (1, 0, grads[1])):
@@ -213,7 +214,7 @@ def test_saturated_logits_stay_finite(prior):
     """Acceptance check 5: +-150, where softmax-then-log underflows."""
     sign = torch.sign(torch.randn(16, 200, generator=torch.Generator().manual_seed(0)))
     logits = [(150 * sign).requires_grad_(), (-150 * sign).requires_grad_()]
-    loss, terms, _ = cplearn_loss(logits, 0.25, prior=prior)
+    loss, terms, _ = cplearn_loss(logits, LossSpec(0.25, prior=prior))
     loss.backward()
     assert all(torch.isfinite(value) for value in terms.values())
     assert all(torch.isfinite(s.grad).all() for s in logits)
@@ -226,10 +227,10 @@ def test_curvature_near_uniform():
     shared = torch.randn(1, c, generator=generator, dtype=torch.float64).expand(n, c)
     own = torch.randn(n, c, generator=generator, dtype=torch.float64)
     own = own - own.mean(0, keepdim=True)
-    base = cplearn_loss([torch.zeros(n, c, dtype=torch.float64)] * 2, beta)[0]
+    base = cplearn_loss([torch.zeros(n, c, dtype=torch.float64)] * 2, LossSpec(beta))[0]
     for direction, factor in ((shared, 1 - beta), (own, -beta)):
         direction = direction - direction.mean(1, keepdim=True)
-        loss = cplearn_loss([size * direction] * 2, beta)[0]
+        loss = cplearn_loss([size * direction] * 2, LossSpec(beta))[0]
         variance = (size * direction).square().mean()
         assert ((loss - base) / (0.5 * variance)).item() == pytest.approx(factor, rel=0.02)
 
@@ -243,13 +244,13 @@ def test_floor_is_attained_and_never_passed(beta):
     blocks = torch.zeros(n, c, dtype=torch.float64)
     for i in range(n):
         blocks[i, i * (c // n) : i * (c // n) + width] = 500.0
-    assert cplearn_loss([blocks] * 2, beta)[0].item() == pytest.approx(floor, rel=1e-9)
+    assert cplearn_loss([blocks] * 2, LossSpec(beta))[0].item() == pytest.approx(floor, rel=1e-9)
     logits = logits_of(n=n, c=c, seed=4)
     free = torch.stack(logits).requires_grad_()
     optimizer = torch.optim.Adam([free], lr=0.1)
     for _ in range(300):
         optimizer.zero_grad()
-        loss = cplearn_loss(list(free), beta)[0]
+        loss = cplearn_loss(list(free), LossSpec(beta))[0]
         loss.backward()
         optimizer.step()
         assert loss.item() >= floor - 1e-9
@@ -259,21 +260,21 @@ def test_floor_is_attained_and_never_passed(beta):
 def test_reference_losses_are_the_losses_of_those_states():
     n, c, beta = 8, 64, 0.25
     refs = reference_losses(beta, c, n)
-    assert cplearn_loss([torch.zeros(n, c)] * 2, beta)[0].item() == pytest.approx(refs.uniform, rel=1e-5)
+    assert cplearn_loss([torch.zeros(n, c)] * 2, LossSpec(beta))[0].item() == pytest.approx(refs.uniform, rel=1e-5)
     one = torch.zeros(n, c)
     one[:, 3] = 200
-    assert cplearn_loss([one] * 2, beta)[0].item() == pytest.approx(refs.one_code, rel=1e-5)
+    assert cplearn_loss([one] * 2, LossSpec(beta))[0].item() == pytest.approx(refs.one_code, rel=1e-5)
     assert reference_losses(beta, 4, n).floor == 0
 
 
 def test_half_precision_logits_are_raised_to_float32():
     logits = [s.half() for s in logits_of()]
-    assert cplearn_loss(logits, 0.25)[0].dtype == torch.float32
+    assert cplearn_loss(logits, LossSpec(0.25))[0].dtype == torch.float32
 
 
 def test_a_single_view_is_refused():
     with pytest.raises(ValueError, match="two or more views"):
-        cplearn_loss(logits_of(1), 0.25)
+        cplearn_loss(logits_of(1), LossSpec(0.25))
 
 
 # --- method --------------------------------------------------------------------------------------------
@@ -298,13 +299,13 @@ def test_forward_by_size_equals_one_pass_a_view():
 def test_batch_norm_sees_one_view_at_a_time():
     method = make_method()
     views = [torch.randn(8, 3, 16, 16), 3 * torch.randn(8, 3, 16, 16) + 1]
-    loss, _ = method(views)
+    loss, _, *_ = method(views)
     logits = []
     for view in views:
         a = method.head.linear(method.backbone(view))
         a = (a - a.mean(0)) / (a.var(0, unbiased=False) + 1e-5).sqrt()
         logits.append(method.head.scale * F.normalize(a, dim=1) @ method.head.dictionary.codes().T / 4)
-    torch.testing.assert_close(loss, cplearn_loss(logits, 0.25)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, cplearn_loss(logits, LossSpec(0.25))[0], rtol=1e-4, atol=1e-5)
 
 
 def test_every_trained_parameter_gets_a_gradient_through_both_views():
@@ -321,7 +322,7 @@ def test_a_few_steps_lower_the_loss():
     optimizer = torch.optim.Adam(method.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss, _ = method(views)
+        loss, _, *_ = method(views)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -348,7 +349,7 @@ def test_the_forward_prior_has_a_trap_and_the_reverse_prior_has_none(c, beta, tr
     def loss(share, prior):
         p = torch.full((4, c), (1 - share) / (c - 1), dtype=torch.float64)
         p[:, 0] = share
-        return cplearn_loss([p.log()] * 2, beta, prior=prior)[0].item()
+        return cplearn_loss([p.log()] * 2, LossSpec(beta, prior=prior))[0].item()
 
     shares = [k / 100 for k in range(5, 96)]
     assert (min(loss(x, "forward") for x in shares) < loss(1 / c, "forward") - 1e-3) == trap

@@ -14,6 +14,7 @@ from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.hadamard import HadamardDictionary, hadamard, hadamard_factors, paley, sylvester
 from cplearn.dictionary.prior_buffer import PriorBuffer
 from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
 from cplearn.random_streams import hash64, random_bits, random_normal
 from cplearn_head import CPLearnHead, cplearn_loss
@@ -111,7 +112,7 @@ def test_workspaces_are_reused_and_stay_behind():
     assert head.dictionary._workspaces["codes"].data_ptr() == first
     for dtype in (torch.float64, torch.float32):
         x = [torch.randn(3, 32, dtype=dtype, requires_grad=True) for _ in range(2)]
-        streamed_loss(x, head.dictionary, 1.0, 0.3)[0].backward()
+        streamed_loss(x, head.dictionary, 1.0, LossSpec(0.3))[0].backward()
     twin = copy.deepcopy(head)
     assert twin.dictionary._workspaces == {} and twin.dictionary.checksum() == head.dictionary.checksum()
     assert torch.equal(twin.assign(h), expected)
@@ -174,8 +175,8 @@ def test_buffer_averages_the_last_steps(prior):
     buffer, past = PriorBuffer(3, c).double(), []
     for _ in range(6):
         s = [torch.randn(n, c, dtype=torch.float64).requires_grad_() for _ in range(2)]
-        loss, terms, usage = cplearn_loss(s, beta, prior=prior, buffer=buffer)
-        plain_loss, plain_terms, plain_usage = cplearn_loss(s, beta, prior=prior)
+        loss, terms, usage = cplearn_loss(s, LossSpec(beta, prior=prior, buffer=buffer))
+        plain_loss, plain_terms, plain_usage = cplearn_loss(s, LossSpec(beta, prior=prior))
         p = [x.softmax(1) for x in s]
         torch.testing.assert_close(usage, (p[0] + p[1]).mean(0).detach() / 2)
         torch.testing.assert_close(usage, plain_usage)

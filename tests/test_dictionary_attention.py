@@ -11,6 +11,7 @@ from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.hadamard import HadamardDictionary
 from cplearn.dictionary.prior_buffer import PriorBuffer
 from cplearn.dictionary.streamed_loss import block_size, pick_form, streamed_loss
+from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
 from cplearn.methods.cplearn import CPLearn
 from cplearn_head import CPLearnHead, cplearn_loss
@@ -24,7 +25,7 @@ def embeddings(views=2, n=6, width=32, dtype=torch.float64, seed=0):
 def plain(h, dictionary, scale, beta, **options):
     """By definition, on the whole matrix of logits, in float64."""
     w = dictionary.codes(dtype=torch.float64)
-    return cplearn_loss([scale * x.double() @ w.T for x in h], beta, **options)
+    return cplearn_loss([scale * x.double() @ w.T for x in h], LossSpec(beta, **options))
 
 
 @pytest.mark.parametrize("kind", DICTIONARIES)
@@ -37,7 +38,7 @@ def test_equals_the_plain_form(form, views, n_global, prior, kind):
     h = embeddings(views)
     options = {"prior": prior, "n_global": n_global}
     loss, terms, usage = streamed_loss(
-        h, dictionary, 1.3, 0.4, form=form, block=128 + (kind == "rademacher"), **options
+        h, dictionary, 1.3, LossSpec(0.4, **options), form=form, block=128 + (kind == "rademacher")
     )
     expected, expected_terms, expected_usage = plain(h, dictionary, 1.3, 0.4, **options)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -55,7 +56,7 @@ def test_forms_agree_to_the_bit_and_on_the_block():
     dictionary = Dictionary(3000, 48)
     results = []
     for form in ("stored", "recomputed"):
-        loss, _, usage = streamed_loss(h, dictionary, 2.0, 0.25, form=form, block=700)
+        loss, _, usage = streamed_loss(h, dictionary, 2.0, LossSpec(0.25), form=form, block=700)
         results.append((loss, usage, *torch.autograd.grad(loss, h)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -65,7 +66,7 @@ def test_buffer_equals_the_plain_form(prior):
     dictionary, buffer = Dictionary(500, 32), PriorBuffer(2, 500).double()
     for step in range(4):
         h = embeddings(3, seed=step)
-        loss, terms, usage = streamed_loss(h, dictionary, 1.3, 0.4, prior=prior, buffer=buffer, block=77)
+        loss, terms, usage = streamed_loss(h, dictionary, 1.3, LossSpec(0.4, prior=prior, buffer=buffer), block=77)
         expected, expected_terms, _ = plain(h, dictionary, 1.3, 0.4, prior=prior, buffer=buffer)
         torch.testing.assert_close(terms["prior"], expected_terms["prior"])
         for got, want in zip(torch.autograd.grad(loss, h), torch.autograd.grad(expected, h), strict=True):
@@ -79,7 +80,7 @@ def test_gradcheck(prior, kind):
     dictionary = DICTIONARIES[kind](37, 8)
     h = embeddings(3, 4, 8)
     assert torch.autograd.gradcheck(
-        lambda *x: streamed_loss(list(x), dictionary, 0.9, 0.4, prior=prior, block=16)[0], h
+        lambda *x: streamed_loss(list(x), dictionary, 0.9, LossSpec(0.4, prior=prior), block=16)[0], h
     )
 
 
@@ -91,7 +92,7 @@ def test_saturated_logits(n, prior, form):
     dictionary = Dictionary(300, 32)
     codes = dictionary.codes()
     h = [codes[:n].clone().requires_grad_(), (-codes[:n]).clone().requires_grad_()]
-    loss, terms, _ = streamed_loss(h, dictionary, 150 / 32, 0.25, prior=prior, form=form, block=64)
+    loss, terms, _ = streamed_loss(h, dictionary, 150 / 32, LossSpec(0.25, prior=prior), form=form, block=64)
     expected, expected_terms, _ = plain(h, dictionary, 150 / 32, 0.25, prior=prior)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(terms["prior"], expected_terms["prior"].float(), rtol=1e-5, atol=1e-6)
@@ -106,13 +107,13 @@ def test_saturated_logits(n, prior, form):
 def test_half_precision_and_autocast_are_raised_to_float32():
     dictionary = Dictionary(500, 32)
     h = [x.detach().requires_grad_() for x in embeddings(dtype=torch.float32)]
-    exact = streamed_loss(h, dictionary, 1.0, 0.3)[0]
+    exact = streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = streamed_loss(h, dictionary, 1.0, 0.3)[0]
+        loss = streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0]
         loss.backward()
     assert torch.equal(loss, exact) and loss.dtype == torch.float32
     half = [x.detach().bfloat16().requires_grad_() for x in h]
-    loss = streamed_loss(half, dictionary, 1.0, 0.3)[0]
+    loss = streamed_loss(half, dictionary, 1.0, LossSpec(0.3))[0]
     loss.backward()
     assert loss.dtype == torch.float32 and half[0].grad.dtype == torch.bfloat16
 
@@ -121,22 +122,22 @@ def test_gradient_follows_what_is_done_with_the_loss():
     """Loss scaling, a sum with another loss, one view in two roles, a view without gradient."""
     dictionary = Dictionary(500, 32)
     h = embeddings()
-    g = torch.autograd.grad(streamed_loss(h, dictionary, 1.0, 0.3)[0], h)
-    scaled = torch.autograd.grad(65536 * streamed_loss(h, dictionary, 1.0, 0.3)[0] + h[0].sum(), h)
+    g = torch.autograd.grad(streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0], h)
+    scaled = torch.autograd.grad(65536 * streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0] + h[0].sum(), h)
     torch.testing.assert_close(scaled[0], 65536 * g[0] + 1)
     torch.testing.assert_close(scaled[1], 65536 * g[1])
-    (same,) = torch.autograd.grad(streamed_loss([h[0], h[0]], dictionary, 1.0, 0.3)[0], [h[0]])
+    (same,) = torch.autograd.grad(streamed_loss([h[0], h[0]], dictionary, 1.0, LossSpec(0.3))[0], [h[0]])
     (want,) = torch.autograd.grad(plain([h[0], h[0]], dictionary, 1.0, 0.3)[0], [h[0]])
     torch.testing.assert_close(same, want)
-    (one,) = torch.autograd.grad(streamed_loss([h[0], h[1].detach()], dictionary, 1.0, 0.3)[0], [h[0]])
+    (one,) = torch.autograd.grad(streamed_loss([h[0], h[1].detach()], dictionary, 1.0, LossSpec(0.3))[0], [h[0]])
     torch.testing.assert_close(one, g[0])
     with torch.no_grad():
-        assert not streamed_loss(h, dictionary, 1.0, 0.3)[0].requires_grad
+        assert not streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0].requires_grad
 
 
 def test_differentiable_once():
     h = embeddings()
-    loss = streamed_loss(h, Dictionary(50, 32), 1.0, 0.3)[0]
+    loss = streamed_loss(h, Dictionary(50, 32), 1.0, LossSpec(0.3))[0]
     (g,) = torch.autograd.grad(loss.square(), [h[0]], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
@@ -145,7 +146,7 @@ def test_differentiable_once():
 def test_not_a_number_is_passed_on():
     h = embeddings()
     h[0].data[2, 3] = float("nan")
-    loss, _, _ = streamed_loss(h, Dictionary(500, 32), 1.0, 0.3, block=100)
+    loss, _, _ = streamed_loss(h, Dictionary(500, 32), 1.0, LossSpec(0.3), block=100)
     assert loss.isnan() and torch.autograd.grad(loss, h)[0].isnan().any()
 
 
@@ -184,7 +185,7 @@ def test_two_hundred_steps_follow_the_plain_form(form):
         for step in range(200):
             x = images[(16 * step) % 64 :][:16]
             views = [x + 0.3 * torch.randn(x.shape, generator=noise, dtype=x.dtype) for _ in range(2)]
-            loss, _ = method(views)
+            loss, _, *_ = method(views)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(method.parameters(), 3.0)
@@ -236,7 +237,7 @@ def test_recomputed_keeps_no_logits():
     seen = {}
     for form in ("stored", "recomputed"):
         with torch.profiler.profile(profile_memory=True) as profile:
-            streamed_loss(h, dictionary, 1.0, 0.3, form=form, block=200)[0].backward()
+            streamed_loss(h, dictionary, 1.0, LossSpec(0.3), form=form, block=200)[0].backward()
         alive = peak = 0
         for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":
@@ -263,9 +264,9 @@ def test_blocks_of_hadamard_are_whole():
 def test_wrong_arguments():
     h = embeddings()
     with pytest.raises(ValueError, match="two or more views, got 1"):
-        streamed_loss(h[:1], Dictionary(50, 32), 1.0, 0.3)
+        streamed_loss(h[:1], Dictionary(50, 32), 1.0, LossSpec(0.3))
     with pytest.raises(ValueError, match="prior 'kl'"):
-        streamed_loss(h, Dictionary(50, 32), 1.0, 0.3, prior="kl")
+        streamed_loss(h, Dictionary(50, 32), 1.0, LossSpec(0.3, prior="kl"))
 
 
 def test_assign_streams_for_both_dictionaries():

@@ -13,6 +13,7 @@ from cplearn.dictionary import triton_kernels as triton_kernels
 from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.prior_buffer import PriorBuffer
 from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
 from cplearn_head import CPLearnHead, cplearn_loss
 
@@ -33,9 +34,11 @@ def both_forms(views, n, width, c, scale, prior="reverse", kind="rademacher", pr
         options = {"prior": prior, "buffer": buffer}
         if exact:
             w = dictionary.codes(dtype=torch.float64)
-            loss, terms, usage = cplearn_loss([scale * v @ w.T for v in x], 0.4, **options)
+            loss, terms, usage = cplearn_loss([scale * v @ w.T for v in x], LossSpec(0.4, **options))
         else:
-            loss, terms, usage = streamed_loss(x, dictionary, scale, 0.4, form="triton", precision=precision, **options)
+            loss, terms, usage = streamed_loss(
+                x, dictionary, scale, LossSpec(0.4, **options), form="triton", precision=precision
+            )
         results.append((loss.detach(), terms, usage, torch.autograd.grad(loss, x)))
     return results
 
@@ -101,15 +104,15 @@ def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
     h = [torch.randn(3, 32, device=DEVICE) for _ in range(2)]
     dictionary = Dictionary(50, 32).to(DEVICE)
     with pytest.raises(UserError, match="two global views in float32, not 1 in torch.float32"):
-        streamed_loss(h, dictionary, 1.0, 0.3, n_global=1, form="triton")
+        streamed_loss(h, dictionary, 1.0, LossSpec(0.3, n_global=1), form="triton")
     with pytest.raises(UserError, match="not 2 in torch.float64"):
-        streamed_loss([x.double() for x in h], dictionary, 1.0, 0.3, form="triton")
+        streamed_loss([x.double() for x in h], dictionary, 1.0, LossSpec(0.3), form="triton")
     if DEVICE == "cpu":
         with pytest.raises(UserError, match="interpreter has no bf16"):
-            streamed_loss(h, dictionary, 1.0, 0.3, form="triton", precision="bf16")
+            streamed_loss(h, dictionary, 1.0, LossSpec(0.3), form="triton", precision="bf16")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match="needs a GPU: use --loss_form auto"):
-        streamed_loss([x.cpu() for x in h], dictionary.cpu(), 1.0, 0.3, form="triton")
+        streamed_loss([x.cpu() for x in h], dictionary.cpu(), 1.0, LossSpec(0.3), form="triton")
 
 
 COMPILE = """
@@ -151,7 +154,9 @@ def test_on_a_gpu_at_full_size(precision):
     h = [torch.nn.functional.normalize(torch.randn(64, 2048, device="cuda")).requires_grad_() for _ in range(2)]
     results = []
     for form in ("triton", "stored"):
-        loss, _, _ = streamed_loss(h, head.dictionary, head.scale * head.kappa, 0.25, form=form, precision=precision)
+        loss, _, _ = streamed_loss(
+            h, head.dictionary, head.scale * head.kappa, LossSpec(0.25), form=form, precision=precision
+        )
         results.append((loss.detach(), torch.autograd.grad(loss, h)))
     tolerance = {"ieee": 1e-4, "tf32": 5e-3, "bf16": 3e-2}[precision]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=0)

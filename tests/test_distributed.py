@@ -16,6 +16,7 @@ from cplearn import backbones
 from cplearn.backbones import ResNet8, resnet18_cifar
 from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.streamed_loss import streamed_loss
+from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives, launch
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
@@ -39,7 +40,7 @@ def make_views(n, views=3, seed=1):
 
 
 def loss_and_gradients(method, model, views):
-    loss, terms = model(views)
+    loss, terms, *_ = model(views)
     loss.backward()
     grads = torch.cat([p.grad.flatten() for p in method.parameters()])
     return {
@@ -94,7 +95,7 @@ def half_batch(rank):
     for prior, group, form in STREAMED:
         h = [x[rank * 4 : rank * 4 + 4].clone().requires_grad_() for x in make_embeddings(form)]
         loss, terms, _ = streamed_loss(
-            h, Dictionary(300, 32), 2.0, 0.5, prior=prior, prior_group=group, form=form, block=77
+            h, Dictionary(300, 32), 2.0, LossSpec(0.5, prior=prior, prior_group=group), form=form, block=77
         )
         loss.backward()
         out[f"{prior}_{group}_{form}"] = {"prior": terms["prior"], "grads": torch.stack([x.grad for x in h])}
@@ -145,7 +146,7 @@ def test_streamed_forms_over_several_blocks_and_two_processes(two, prior, group,
         mine = slice(rank * 4, rank * 4 + 4)
         h = [x.double() if group == "global" else x[mine].double() for x in make_embeddings(form)]
         h = [x.requires_grad_() for x in h]
-        loss, terms, _ = cplearn_loss([2.0 * x @ w.T for x in h], 0.5, prior=prior)
+        loss, terms, _ = cplearn_loss([2.0 * x @ w.T for x in h], LossSpec(0.5, prior=prior))
         grads = torch.stack(torch.autograd.grad(loss, h))
         if group == "global":
             grads = 2 * grads[:, mine]
@@ -178,7 +179,7 @@ def test_local_prior_sees_this_rank_only(two):
     h = [method.head(z) for z in [method.backbone(v) for v in make_views(8)]]
     for rank in range(2):
         logits = [method.head.logits(x)[rank * 4 : rank * 4 + 4] for x in h]
-        torch.testing.assert_close(two[rank]["local_prior"], cplearn_loss(logits, 0.5)[1]["prior"])
+        torch.testing.assert_close(two[rank]["local_prior"], cplearn_loss(logits, LossSpec(0.5))[1]["prior"])
 
 
 def test_the_dictionary_is_the_same_everywhere_and_ddp_never_sees_it(two):

@@ -14,16 +14,15 @@ from itertools import permutations
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
 
 from cplearn.errors import UserError
 from cplearn.random_streams import FOR_VIEWS, random_normal, random_stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in DINO
 
+BICUBIC = Image.Resampling.BICUBIC
 ORDERS = torch.tensor(list(permutations(range(4))))  # of brightness, contrast, saturation, hue
 
 
@@ -155,26 +154,35 @@ def _crop_box(view: View, width: int, height: int, rng: np.random.Generator) -> 
 # --- first half: geometry, one image, uint8 ----------------------------------------------------------
 
 
+def _functional():
+    """Return torchvision's transforms, imported when an image is first cut: that takes a second, and --help has none."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
 def crop(image: Image.Image, view: View, params: dict) -> Tensor:
     """Cut and mirror one view. Shape: PIL image -> uint8 (3, size, size)."""
+    tvf = _functional()
     box = (params["top"], params["left"], params["height"], params["width"])
     if view.pad:
         if image.size != (view.size, view.size):
-            image = tvf.resize(image, [view.size, view.size], interpolation=InterpolationMode.BICUBIC)
+            image = tvf.resize(image, [view.size, view.size], interpolation=BICUBIC)
         pixels = tvf.crop(tvf.pad(tvf.pil_to_tensor(image), view.pad, padding_mode="reflect"), *box)
     else:
         size = [view.size, view.size]
-        pixels = tvf.pil_to_tensor(tvf.resized_crop(image, *box, size, interpolation=InterpolationMode.BICUBIC))
+        pixels = tvf.pil_to_tensor(tvf.resized_crop(image, *box, size, interpolation=BICUBIC))
     return pixels.flip(-1) if params["flip"] else pixels
 
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
     """The fixed view of every evaluation: shorter side to 256/224 of `size`, centre crop (DINO); small images
     (size below 96) are only resized, because their border matters. Shape: PIL image -> uint8 (3, size, size)."""
+    tvf = _functional()
     if size < 96:
-        image = tvf.resize(image, [size, size], interpolation=InterpolationMode.BICUBIC)
+        image = tvf.resize(image, [size, size], interpolation=BICUBIC)
     else:
-        image = tvf.resize(image, [round(size * 256 / 224)], interpolation=InterpolationMode.BICUBIC)
+        image = tvf.resize(image, [round(size * 256 / 224)], interpolation=BICUBIC)
         image = tvf.center_crop(image, [size, size])
     return tvf.pil_to_tensor(image)
 
@@ -201,6 +209,14 @@ def colour(pixels: Tensor, params: dict[str, Tensor], view: View) -> Tensor:
         seeds = params["noise_seed"].to(x.device, non_blocking=True)
         x = x + view.noise_std * random_normal(seeds, tuple(x.shape[1:]))
     return normalise(x)
+
+
+def colour_views(crops: list, views: list[View], device: torch.device) -> list[Tensor]:
+    """Apply the color half to a batch of each view. Shape: V x (uint8 (n, 3, H_v, W_v), params) -> V x float32."""
+    return [
+        colour(pixels.to(device, non_blocking=True), params, view)
+        for (pixels, params), view in zip(crops, views, strict=True)
+    ]
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -179,13 +178,15 @@ class _TorchvisionDataset(Dataset):
 
 
 def _torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
+    from torchvision import datasets  # at most of a second, and only for these
+
     train = split == "train"
     try:
         if name == "svhn":
-            inner = torchvision.datasets.SVHN(data_path, split="train" if train else "test")
+            inner = datasets.SVHN(data_path, split="train" if train else "test")
             classes = [str(digit) for digit in range(10)]
         else:
-            kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
             inner = kind(data_path, train=train)
             classes = inner.classes
     except (RuntimeError, OSError) as error:

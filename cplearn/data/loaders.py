@@ -1,4 +1,4 @@
-"""TODO cplearn.data.loaders."""
+"""Which process reads which image when: batches of views for training, fixed views for evaluations."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from cplearn.random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
 # --- loading ---------------------------------------------------------------------------------------
 
 
-class Batches:
+class BatchSampler:
     """Which samples each rank sees at each step: a pure function of (seed, epoch).
 
     The global batch at a step is one run of a seeded permutation, and rank r takes its r-th slice, so two
@@ -111,7 +111,7 @@ def train_loader(
     pin_memory: bool,
 ) -> DataLoader:
     """Loader of views for this rank. `loader.batch_sampler.epoch` and `.first` choose epoch and first step."""
-    batches = Batches(len(dataset), batch_size, seed, collectives.rank(), collectives.world_size())
+    batches = BatchSampler(len(dataset), batch_size, seed, collectives.rank(), collectives.world_size())
     if len(batches) == 0:
         raise UserError(
             f"a batch of {batch_size * collectives.world_size()} images ({collectives.world_size()} processes x "
@@ -146,7 +146,7 @@ def _leave_signals_to_parent(_: int) -> None:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raises RuntimeError inside after that time; 0 for never. In the main thread, where the loader is read.
+    """Raise RuntimeError inside after that time; 0 for never. In the main thread, where the loader is read.
 
     torch's own timeout waits for the begin of a message only, and does not see a worker that is frozen in one.
     """
@@ -166,8 +166,24 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def read_batches(
+    loader: DataLoader, epoch: int, first: int, last: int, *, timeout: float, waiting: AbstractContextManager
+) -> Iterator[list]:
+    """Yield batches `first` .. `last` - 1 of an epoch, each within `timeout` seconds (0 for any time).
+
+    `waiting` is entered while a batch is waited for. Raises RuntimeError for a batch that does not come.
+    """
+    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
+    with deadline(timeout):
+        batches = iter(loader)
+    for _ in range(first, last):
+        with waiting, deadline(timeout):
+            batch = next(batches)
+        yield batch
+
+
 def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
-    """What to tell of a loader's worker that died or hangs, and of the file it was at; None for other errors."""
+    """Return what to say of a loader's worker that died or hangs, with the file it was at; None for other errors."""
     text = str(error)
     if "DataLoader worker" not in text and "DataLoader timed out" not in text:
         return None
@@ -181,7 +197,7 @@ def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
 
 
 def stop_workers(loader: DataLoader) -> None:
-    """kill -9: they heed no other signal, may hang, and Python waits for its children before it ends."""
+    """Kill the workers with signal 9: they handle no other, may hang, and Python waits for its children at its end."""
     iterator = getattr(loader, "_iterator", None)
     children = getattr(iterator, "_workers", [])
     if not children:

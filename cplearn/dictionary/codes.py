@@ -1,4 +1,4 @@
-"""The frozen codes, at one bit an entry, and how often each was used lately.
+"""The frozen codes, at one bit per entry.
 
 Two dictionaries: i.i.d. fair signs (`rademacher`, the paper's) and sign-flipped Hadamard blocks (`hadamard`, exactly
 orthogonal inside a block, with a fast product). Both hand out a `reader` of a few thousand codes at a time that can be
@@ -97,6 +97,10 @@ class Dictionary(nn.Module):
             return DenseBlock(signs.view(stop - start, -1)[:, : self.embed_dim])
 
         return read
+
+    def whole_blocks(self, size: int) -> int:
+        """Round a number of codes to what is read at once most cheaply."""
+        return size
 
     def workspace(self, purpose: str, numbers: int, dtype: torch.dtype) -> Tensor:
         """Memory of about a block, on a CPU kept for the next call: fresh pages cost more than filling them."""

@@ -1,4 +1,4 @@
-"""TODO cplearn.dictionary.hadamard."""
+"""Sign-flipped Hadamard blocks as a dictionary: orthogonal inside a block, with a fast product. A variant."""
 
 import math
 from collections.abc import Callable
@@ -61,6 +61,9 @@ class HadamardDictionary(Dictionary):
         if self.embed_dim % 8:
             same[..., -1] &= (1 << self.embed_dim % 8) - 1
         return same.flatten(0, 1)[: self.out_dim].contiguous()
+
+    def whole_blocks(self, size: int) -> int:
+        return max(1, size // self.embed_dim) * self.embed_dim
 
     def reader(self, size: int, dtype: torch.dtype = torch.float32) -> Callable[[int, int], HadamardBlock]:
         width = self.embed_dim

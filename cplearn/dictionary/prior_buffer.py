@@ -1,9 +1,7 @@
-"""TODO cplearn.dictionary.prior_buffer."""
+"""How often each code was used lately: the prior's memory over steps (--prior_buffer)."""
 
 import torch
 from torch import Tensor, nn
-
-# --- usage over steps ---------------------------------------------------------------------------------
 
 
 class PriorBuffer(nn.Module):

@@ -13,26 +13,33 @@ respect to the logits of view v (the prior as reverse KL: a_j = lambda_j + log c
     alpha (G p - sum of p over the global views)                       as a prediction, every view
     - alpha p (r - t)  +  1 / (G n) p (a - u)                          as a target and in the prior, global views
 
-(theory of the closed form: each line is a softmax derivative; the forward prior has -exp(l - lambda) / c in place of
-p a). The gradient with respect to h is this times W^T, so three passes over blocks of codes suffice:
+(each line is a softmax derivative; the forward prior has -exp(l - lambda) / c in place of p a). The gradient with
+respect to h is this times W^T, so three passes over blocks of codes suffice:
 
-    A  row logsumexp            B  column means, t, u           C  gradient
+    A   for each block of codes:   s = h W_block;  running logsumexp of each row
+    B   for each block of codes:   l = s - logsumexp;  p = exp(l)
+                                   t, entropy += sums over codes
+                                   lambda[block] = log mean of p over images, ranks and kept steps
+                                   u += sums over codes
+        loss = -alpha sum t + prior(lambda)
+    C   for each block of codes:   ds = the two lines above
+                                   dh += ds W_block^T
 
 Forms, all behind `streamed_loss`: `stored` keeps the logits of pass A and overwrites them (4 products of n x f_h x c
 for two views, as many as autograd needs); `recomputed` multiplies again in each pass (8 products, memory
-O(n f_h + c)); `triton` does the same in kernels that read the packed bits (see `dictionary_kernels.py`).
+O(n f_h + c)); both are in `blockwise.py`. `triton` does the same in kernels that read the packed bits
+(`triton_kernels.py`).
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cplearn.dictionary.blockwise import _loss_and_gradient
+from cplearn.dictionary.blockwise import blockwise_loss
 from cplearn.dictionary.codes import Dictionary
-from cplearn.dictionary.hadamard import HadamardDictionary
-from cplearn.dictionary.prior_buffer import PriorBuffer
-from cplearn.distributed import collectives
+from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
+from cplearn.precision import float32
 
 FORMS = ("auto", "stored", "recomputed", "triton")
 
@@ -42,9 +49,9 @@ STORED_LIMIT = 2**30
 
 
 def pick_form(form: str, rows: int, out_dim: int) -> str:
-    """`auto` by size: stored while the logits fit into `STORED_LIMIT`, recomputed above; others as told.
+    """Resolve `auto` by size: stored while the logits fit into `STORED_LIMIT`, recomputed above.
 
-    `triton` is never picked: its kernels have not been timed on a GPU yet.
+    `triton` is never picked: its kernels have not been timed on a GPU yet. Raises `UserError` for an unknown form.
     """
     if form not in FORMS:
         raise UserError(f"loss form {form!r} is unknown: {', '.join(FORMS)}")
@@ -54,83 +61,55 @@ def pick_form(form: str, rows: int, out_dim: int) -> str:
 
 
 def block_size(rows: int, dictionary: Dictionary, device: torch.device) -> int:
-    """Codes a block: logits and codes of a block stay in a CPU's cache, or are worth a launch on a GPU."""
+    """Return how many codes make a block: it stays in a CPU's cache, or is worth a launch on a GPU."""
     logits, codes = (2**24, 2**24) if device.type == "cuda" else (2**19, 2**21)  # numbers in a block
     block = min(max(256, logits // rows), max(256, codes // dictionary.embed_dim), 2**16)
-    if isinstance(dictionary, HadamardDictionary):  # whole Hadamard matrices
-        block = max(1, block // dictionary.embed_dim) * dictionary.embed_dim
-    return block
+    return dictionary.whole_blocks(block)
 
 
 def streamed_loss(
     h: list[Tensor],
     dictionary: Dictionary,
     scale: float,
-    beta: float,
+    spec: LossSpec,
     *,
-    prior: str = "reverse",
-    prior_group: str = "global",
-    n_global: int = 2,
-    buffer: PriorBuffer | None = None,
     form: str = "auto",
     block: int | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """beta * invariance + prior of the logits `scale * h W`, as `cplearn_head.cplearn_loss` computes it.
+    """Compute the loss `spec` of the logits `scale * h W`, as `cplearn_head.cplearn_loss` does.
 
     Half precision is raised to float32, also under autocast; float64 stays. `form` is one of FORMS, `block` the
     number of codes at a time. `precision` is that of the products' inputs in the triton form: ieee (float32), tf32
     or bf16; sums are float32 always. Differentiable once. Under torch.compile this is a graph break.
 
-    Shape: one (n, f_h) tensor of embeddings a view, the `n_global` global crops first -> scalar loss; detached
-    scalars loss, invariance, prior, entropy; detached mean assignment over population and global views (c,).
+    Shape: one (n, f_h) tensor of embeddings per view, the global crops first -> scalar loss; detached scalars loss,
+    invariance, prior, entropy; detached mean assignment over population and global views (c,).
     """
-    if len(h) < 2 or not 1 <= n_global <= len(h):
-        raise ValueError(f"streamed_loss needs two or more views, got {len(h)} with {n_global} global")
-    if prior not in ("reverse", "forward") or prior_group not in ("global", "local"):
-        raise ValueError(f"prior {prior!r} / prior_group {prior_group!r} is unknown")
+    spec.check_views(len(h))
     # The decorator would import the compiler with this file, at more than a second.
     run = torch.compiler.disable(_streamed_loss) if torch.compiler.is_compiling() else _streamed_loss
-    return run(h, dictionary, scale, beta, prior, prior_group, n_global, buffer, form, block, precision)
+    return run(h, dictionary, scale, spec, form, block, precision)
 
 
-def _streamed_loss(h, dictionary, scale, beta, prior, prior_group, n_global, buffer, form, block, precision):
-    device = h[0].device
+def _streamed_loss(h, dictionary, scale, spec, form, block, precision):
+    device, rows = h[0].device, len(h) * len(h[0])
     with torch.autocast(device.type, enabled=False):
-        stacked = torch.stack([x if x.dtype == torch.float64 else x.float() for x in h]) * scale
-        form = pick_form(form, len(h) * len(h[0]), dictionary.out_dim)
+        stacked = torch.stack([float32(x) for x in h]) * scale
+        form = pick_form(form, rows, dictionary.out_dim)
         with_grad = torch.is_grad_enabled() and stacked.requires_grad
-        block = block or block_size(len(h) * len(h[0]), dictionary, device)
-
-        def population(log_mean: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-            """log p-bar of this rank -> that of all ranks, and the one with the kept steps. Shape: (b, G)."""
-            if prior_group == "global" and collectives.world_size() > 1:
-                if prior == "forward":
-                    log_mean = collectives.log_mean_over_ranks(log_mean)
-                else:  # one all-reduce instead of two; p log p-bar is 0 where p-bar underflows
-                    mean = collectives.mean_over_ranks(log_mean.exp())
-                    log_mean = mean.clamp_min_(torch.finfo(mean.dtype).tiny).log_()
-            return log_mean, log_mean if buffer is None else buffer.mix(log_mean.T, start, stop).T
-
         if form == "triton":
             try:
-                from cplearn.dictionary import triton_kernels
+                from cplearn.dictionary.triton_kernels import triton_loss
             except ImportError:  # not on every system
                 raise UserError("loss form triton needs the triton package: use --loss_form auto") from None
-
-            def compute(x):
-                return triton_kernels.loss_and_gradient(
-                    x, dictionary, beta, prior, n_global, population, with_grad, precision
-                )
+            compute, options = triton_loss, {"precision": precision}
         else:
-
-            def compute(x):
-                return _loss_and_gradient(
-                    x, dictionary, beta, prior, n_global, population, with_grad, form == "stored", block
-                )
-
-        loss, invariance, prior_value, entropy, usage = _Streamed.apply(stacked, compute)
-    terms = {"loss": loss.detach(), "invariance": invariance, "prior": prior_value, "entropy": entropy}
+            block = block or block_size(rows, dictionary, device)
+            compute, options = blockwise_loss, {"store": form == "stored", "block": block}
+        values = _Streamed.apply(stacked, compute, dictionary, spec, {"with_grad": with_grad, **options})
+        loss, invariance, prior, entropy, usage = values
+    terms = {"loss": loss.detach(), "invariance": invariance, "prior": prior, "entropy": entropy}
     return loss, terms, usage
 
 
@@ -138,8 +117,8 @@ class _Streamed(torch.autograd.Function):
     """The gradient is computed with the loss and handed out in backward."""
 
     @staticmethod
-    def forward(ctx, h, compute):
-        *values, grad = compute(h)
+    def forward(ctx, h, compute, dictionary, spec, options):
+        *values, grad = compute(h, dictionary, spec, **options)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(*values[1:])
         return tuple(values)
@@ -148,4 +127,4 @@ class _Streamed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None
+        return grad * grad_loss, None, None, None, None

@@ -1,6 +1,6 @@
 """The streamed loss as Triton kernels that read the dictionary as bits and expand them in registers.
 
-Same mathematics and letters as `dictionary_attention.py`, one kernel a sum:
+Same mathematics and letters as `streamed_loss.py`, one kernel a sum:
 
     row_norms      logits, their running maximum and sum of exponentials            pass A
     column_means   log of the mean assignment of each code over the images          pass B
@@ -8,7 +8,7 @@ Same mathematics and letters as `dictionary_attention.py`, one kernel a sum:
     coefficients   derivative with respect to the logits, for a chunk of codes      pass C
     gradient       its product with the codes of that chunk, added up               pass C
 
-The logits are multiplied anew in the first four; the only thing of size images x codes is one chunk of coefficients.
+The logits are recomputed in the first four; the only thing of size images x codes is one chunk of coefficients.
 Sums are float32; the products' inputs are float32 (ieee), tf32 or bf16. With TRITON_INTERPRET=1 they run on the CPU,
 which is how the tests compare them with the plain form. **They have not been run on a GPU yet.**
 """
@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cplearn.dictionary.blockwise import join, summarise
+from cplearn.dictionary.codes import Dictionary
+from cplearn.dictionary.terms import LossSpec, join, population, summarize
 from cplearn.errors import UserError
 
 CHUNK_NUMBERS = 2**24  # coefficients kept at a time: 64 MiB
@@ -319,17 +320,14 @@ def tile(size: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
-def loss_and_gradient(h, *arguments) -> tuple[Tensor, ...]:
-    """The triton form of `dictionary_attention._loss_and_gradient`: same arguments and results.
+def triton_loss(
+    h: Tensor, dictionary: Dictionary, spec: LossSpec, *, with_grad: bool, precision: str
+) -> tuple[Tensor, ...]:
+    """Compute what `blockwise.blockwise_loss` computes, in kernels; `precision` is that of the products' inputs.
 
     Raises `UserError` without a GPU (unless TRITON_INTERPRET=1), for float64, and for other than two global views.
     """
-    # Triton launches on the current device, whatever the tensors' device.
-    with torch.cuda.device(h.device) if h.device.type == "cuda" else nullcontext():
-        return _loss_and_gradient(h, *arguments)
-
-
-def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_grad, precision) -> tuple[Tensor, ...]:
+    n_global = spec.n_global
     if n_global != 2 or h.dtype != torch.float32:
         raise UserError(
             f"loss form triton takes two global views in float32, not {n_global} in {h.dtype}: use stored or recomputed"
@@ -340,10 +338,16 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
         )
     if h.device.type != "cuda" and precision == "bf16":
         raise UserError("loss form triton: the interpreter has no bf16 products, use --precision fp32")
+    # Triton launches on the current device, whatever the tensors' device.
+    with torch.cuda.device(h.device) if h.device.type == "cuda" else nullcontext():
+        return _launch(h.contiguous(), dictionary, spec, with_grad, precision)
+
+
+def _launch(h: Tensor, dictionary: Dictionary, spec: LossSpec, with_grad: bool, precision: str) -> tuple[Tensor, ...]:
     views, n, f = h.shape
+    n_global = spec.n_global
     c, bits = dictionary.out_dim, dictionary.packed
     shape = (n, f, c, bits.shape[1])
-    h = h.contiguous()
     tiles = {"BI": tile(n, 64), "BJ": tile(c, 64), "BK": tile(f, 64), "PRECISION": precision}
     image_tiles = triton.cdiv(n, tiles["BI"])
     processors = torch.cuda.get_device_properties(h.device).multi_processor_count if h.device.type == "cuda" else 1
@@ -360,19 +364,19 @@ def _loss_and_gradient(h, dictionary, beta, prior, n_global, population, with_gr
 
     local = h.new_empty(n_global, c)
     column_means[(triton.cdiv(c, tiles["BJ"]), n_global)](h, bits, norm, views, local, *shape, **tiles)
-    now, log_mean = population((local - math.log(n)).T, 0, c)
+    now, log_mean = population(spec, (local - math.log(n)).T, 0, c)
     usage = now.exp().mean(1)
     log_mean = log_mean.T.contiguous()
 
-    kind = {"LOCAL": views > 2, "FORWARD": prior == "forward"}
+    kind = {"LOCAL": views > 2, "FORWARD": spec.prior == "forward"}
     parts = h.new_empty(splits, 6, n)
     row_sums[(image_tiles, splits)](h, bits, norm, views, log_mean, parts, *shape, per_split, **kind, **tiles)
     entropy, t, u = parts.sum(0).view(3, 2, n)
-    summary = summarise(t, entropy, views, log_mean.T, usage, beta, prior)
+    summary = summarize(spec, t, entropy, views, log_mean.T, usage)
     if not with_grad:
         return *summary, h.new_empty(0)
 
-    alpha, weight = beta / (n_global * (views - 1) * n), 1 / (n_global * n)
+    alpha, weight = spec.beta / (n_global * (views - 1) * n), 1 / (n_global * n)
     row = (alpha * (n_global + t) - weight * u).contiguous()
     chunk = min(triton.cdiv(c, tiles["BJ"]), max(1, CHUNK_NUMBERS // (views * n * tiles["BJ"]))) * tiles["BJ"]
     per_split = split_of(chunk, tiles["BJ"], 4 * processors // (grid[0] * triton.cdiv(f, tiles["BK"])))

@@ -1,4 +1,4 @@
-"""TODO cplearn.methods."""
+"""The methods by their names on the command line. Nothing that a method needs may import this."""
 
 import argparse
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
-from cplearn.errors import UserError
-from cplearn.methods.base import Method, ReferenceLosses, check_out_dim, forward_by_size
+from cplearn.flags import positive
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
 from cplearn.precision import float32
 
 
@@ -61,46 +61,44 @@ def all_rows(x: Tensor) -> Tensor:
 
 
 class BarlowTwins(Method):
-    KNOBS = {"dimensional": "a larger --lambd"}
+    REMEDIES = {"dimensional": "a larger --lambd"}
 
     def __init__(
-        self, backbone: nn.Module, *, out_dim: int, lambd: float = 0.0051, scale_loss: float = 1.0, hidden: int = 2048
+        self,
+        backbone: nn.Module,
+        *,
+        out_dim: int,
+        lambd: float = 0.0051,
+        scale_loss: float = 1.0,
+        projector_width: int = 2048,
     ):
         super().__init__()
-        for name, value in (("lambd", lambd), ("scale_loss", scale_loss), ("projector_width", hidden)):
-            if value <= 0:
-                raise UserError(f"--{name} {value:g} must be positive")
-        weights = hidden * (backbone.num_features + hidden + out_dim)
-        check_out_dim("barlow_twins", out_dim, weights, f" --projector_width {hidden}")
+        weights = projector_width * (backbone.num_features + projector_width + out_dim)
+        check_out_dim("barlow_twins", out_dim, weights, f" --projector_width {projector_width}")
         self.backbone, self.out_dim, self.lambd, self.scale_loss = backbone, out_dim, lambd, scale_loss
         self.projector = nn.Sequential(
-            nn.Linear(backbone.num_features, hidden, bias=False), BatchNorm(hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden, bias=False), BatchNorm(hidden), nn.ReLU(),
-            nn.Linear(hidden, out_dim, bias=False),
+            nn.Linear(backbone.num_features, projector_width, bias=False), BatchNorm(projector_width), nn.ReLU(),
+            nn.Linear(projector_width, projector_width, bias=False), BatchNorm(projector_width), nn.ReLU(),
+            nn.Linear(projector_width, out_dim, bias=False),
         )  # fmt: skip
         self.norm = BatchNorm(out_dim, affine=False)
 
-    @staticmethod
-    def add_flags(parser) -> None:
+    @classmethod
+    def add_flags(cls, parser) -> None:
         # fmt: off
-        g = parser.add_argument_group("Barlow Twins")
-        g.add_argument("--lambd", type=float, default=0.0051, help="Weight of the off-diagonal terms")
-        g.add_argument("--scale_loss", type=float, default=1.0, help="Factor of the whole loss: 1 in the original, 0.1 in some forks (matters for LARS, weight decay and clipping)")
-        g.add_argument("--projector_width", type=int, default=2048, help="Of its two hidden layers; 8192 in the original, with out_dim 8192")
+        add = cls.flag_group(parser, "Barlow Twins")
+        add("lambd", type=positive(float), help="Weight of the off-diagonal terms")
+        add("scale_loss", type=positive(float), help="Factor of the whole loss: 1 in the original, 0.1 in some forks (matters for LARS, weight decay and clipping)")
+        add("projector_width", type=positive(int), help="Of its two hidden layers; 8192 in the original, with out_dim 8192")
         # fmt: on
 
-    @classmethod
-    def from_args(cls, backbone: nn.Module, args) -> "BarlowTwins":
-        return cls(backbone, out_dim=args.out_dim, lambd=args.lambd, scale_loss=args.scale_loss,
-                   hidden=args.projector_width)  # fmt: skip
-
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor]) -> StepOutput:
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             z = [self.norm(self.projector(float32(x))) for x in features]  # batch norm sees one view at a time
             loss, terms = barlow_loss(z, self.lambd, self.N_GLOBAL)
             loss = self.scale_loss * loss
-        return loss, {"loss": loss.detach(), **terms}
+        return StepOutput(loss, {"loss": loss.detach(), **terms})
 
     def embed(self, features: Tensor) -> Tensor:
         """The last hidden layer, as wide for any `out_dim`."""

@@ -1,5 +1,7 @@
-"""What every method of the comparison is to the training loop and the evaluations: one interface."""
+"""What a method is to the training loop and the evaluations: one interface."""
 
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,45 +19,74 @@ class ReferenceLosses(NamedTuple):
     floor: float  # lower bound for a batch of n images
 
 
+class StepOutput(NamedTuple):
+    """What `Method.forward` returns."""
+
+    loss: Tensor  # scalar, with gradient
+    terms: dict[str, Tensor]  # detached scalars, by their names in the log, the loss among them
+    # Mean assignment of the global crops, detached (c,), of this rank's images or of all. None for methods whose loss
+    # has no such thing. Where there is one, the terms hold its mean `entropy` (nats).
+    usage: Tensor | None = None
+
+
 class Method(nn.Module):
     """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
 
-    A method defines `add_flags`, `from_args`, `forward`, `embed`, `assign` and `references`; the other functions do
-    nothing unless it needs them. The order of a step is `before_step`, `forward`, backward, `after_backward`, the
-    optimiser's step, `after_step`.
+    A method defines `add_flags`, `forward`, `embed`, `assign` and `references`; the other functions do nothing unless
+    it needs them. Its settings are keyword-only arguments of its constructor, whose defaults are those of the flags of
+    the same names. The order of a step is `before_step`, `forward`, backward, `after_backward`, the optimizer's step,
+    `after_step`.
     """
 
     N_GLOBAL = 2  # global crops, the first of the views
     backbone: nn.Module  # trained; num_features wide
     out_dim: int
-    # Mean assignment of the last batch's global crops, detached (c,), of this rank's images or those of all. None for
-    # methods whose loss has no such thing. Where there is one, `forward`'s terms have its mean `entropy` (nats).
-    usage: Tensor | None = None
-    KNOBS: dict[str, str] = {}  # what to try against a collapse, where there is more to say than `collapse.KNOBS`
+    # What to try against each kind of collapse, where there is more to say than `evaluation.collapse` has.
+    REMEDIES: dict[str, str] = {}
 
-    @staticmethod
-    def add_flags(parser) -> None:
-        """The flags that belong to this method alone."""
+    @classmethod
+    def settings(cls) -> dict[str, object]:
+        """Return the constructor's keyword-only arguments, by name, with their defaults (or `Parameter.empty`)."""
+        found = {}
+        for kind in reversed(cls.__mro__):
+            if issubclass(kind, Method) and kind is not Method:
+                parameters = inspect.signature(kind.__init__).parameters.values()
+                found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return found
+
+    @classmethod
+    def add_flags(cls, parser) -> None:
+        """Add the flags that belong to this method alone."""
+
+    @classmethod
+    def flag_group(cls, parser, title: str) -> Callable[..., None]:
+        """Add a group of flags to the parser; return add(name, **options), which takes the constructor's default."""
+        group, defaults = parser.add_argument_group(title), cls.settings()
+        return lambda name, **options: group.add_argument(f"--{name}", default=defaults[name], **options)
 
     @classmethod
     def from_args(cls, backbone: nn.Module, args) -> "Method":
-        raise NotImplementedError
+        """Build the method from a run's flags. A checkpoint older than a flag means the flag's default."""
+        return cls(backbone, **{name: getattr(args, name) for name in cls.settings() if hasattr(args, name)})
 
     def begin(self) -> None:
-        """Once, before the first step of a run that does not resume, when the weights are those it starts from."""
+        """Act once, before the first step of a run that does not resume, when the weights are those it starts from."""
 
     def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
-        """Schedules of the method's own."""
+        """Set the method's own schedules."""
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Shape: V tensors (n, 3, H_v, W_v), the global crops first -> scalar loss, named terms (detached scalars)."""
+    def forward(self, views: list[Tensor]) -> StepOutput:
+        """Compute the loss of a batch. Shape: V tensors (n, 3, H_v, W_v), the global crops first."""
         raise NotImplementedError
 
     def after_backward(self) -> None:
-        """Gradients that this step shall not apply."""
+        """Remove gradients that this step must not apply."""
 
-    def after_step(self, skipped: Tensor) -> None:
-        """After the optimiser's step. `skipped`, a bool on the device: it was left out, its gradient was not finite."""
+    def after_step(self, output: StepOutput, skipped: Tensor) -> None:
+        """Act after the optimizer's step on what `forward` returned.
+
+        `skipped`, a bool on the device: the step was left out, because its gradient was not finite.
+        """
 
     def use(self, network: str) -> None:
         """Choose what is evaluated, `teacher` or `student`, where there are two."""

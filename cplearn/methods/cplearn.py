@@ -1,18 +1,19 @@
-"""TODO cplearn.methods.cplearn."""
+"""CPLearn (Sansone, Lebailly and Tuytelaars, ICML 2025): Algorithm 1 as a method. Head and loss: `cplearn_head.py`."""
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from cplearn.dictionary import DICTIONARIES
 from cplearn.dictionary.prior_buffer import PriorBuffer
-from cplearn.dictionary.streamed_loss import FORMS, streamed_loss
+from cplearn.dictionary.streamed_loss import FORMS
+from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
-from cplearn.methods.base import Method, ReferenceLosses, forward_by_size
+from cplearn.flags import nonnegative, positive
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, forward_by_size
 from cplearn.precision import float32
-from cplearn_head import PRIORS, CPLearnHead, cplearn_loss
+from cplearn_head import PRIORS, CPLearnHead
 
 
 def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") -> ReferenceLosses:
@@ -44,7 +45,7 @@ def forward_prior_warning(beta: float, out_dim: int) -> str | None:
     )
 
 
-BETA_KNOBS = {  # against collapse, for every method with this loss
+BETA_REMEDIES = {  # against collapse, for every method with this loss
     "cluster": "a smaller --beta, 1 at most",
     "intracluster": "a larger --out_dim or a smaller --beta: fewer images that have to share a code",
 }
@@ -53,7 +54,7 @@ BETA_KNOBS = {  # against collapse, for every method with this loss
 class CPLearn(Method):
     """Algorithm 1 as a method: views in, loss out."""
 
-    KNOBS = BETA_KNOBS | {
+    REMEDIES = BETA_REMEDIES | {
         "stuck at uniform": "a larger --lr, --beta or logit scale (--n_ref; start-up prints initial_logit_std: 0.5 to 3)",
     }
 
@@ -62,24 +63,20 @@ class CPLearn(Method):
         backbone: nn.Module,
         *,
         out_dim: int,
-        embed_dim: int | None,
-        activation: str,
-        eps: float,
-        n_ref: float,
-        beta: float,
-        prior: str,
-        prior_group: str,
-        dictionary_seed: int,
+        beta: float = 0.25,
+        activation: str = "l2",
+        embed_dim: int | None = None,
+        n_ref: float = 1.0,
+        eps: float = 1e-8,
+        prior: str = "reverse",
+        prior_group: str = "global",
         dictionary: str = "rademacher",
+        dictionary_seed: int = 0,
         prior_buffer: int = 0,
         loss_form: str = "auto",
         loss_precision: str = "fp32",
     ):
         super().__init__()
-        if beta < 0:
-            raise UserError(f"beta {beta:g} must not be negative: 0.25 is the paper's value for ImageNet-100")
-        if prior_buffer < 0:
-            raise UserError(f"prior_buffer {prior_buffer} must not be negative: 0 for none")
         if prior_buffer and prior_group == "local":
             raise UserError(
                 "prior_buffer keeps the usage of all processes: use --prior_group global, or --prior_buffer 0"
@@ -98,71 +95,33 @@ class CPLearn(Method):
             dictionary=dictionary,
         )
         self.buffer = PriorBuffer(prior_buffer, out_dim) if prior_buffer else None
-        self.out_dim = out_dim
-        self.beta, self.prior, self.prior_group, self.loss_form = beta, prior, prior_group, loss_form
+        self.out_dim, self.loss_form = out_dim, loss_form
+        self.spec = LossSpec(beta, prior, prior_group, self.N_GLOBAL, self.buffer)
         # Inputs of the products in the Triton kernels; sums are float32 always.
         self.product_precision = {"fp32": "ieee"}.get(loss_precision, loss_precision)
 
-    @staticmethod
-    def add_flags(parser) -> None:
+    @classmethod
+    def add_flags(cls, parser) -> None:
         # fmt: off
-        group = parser.add_argument_group("CPLearn")
-        group.add_argument("--beta", type=float, default=0.25, help="Weight of the invariance term. Above 1 all images drift to one code; smaller for more codes or weaker augmentation")
-        group.add_argument("--activation", default="l2", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see RESULTS.md for a comparison")
-        group.add_argument("--embed_dim", type=int, default=None, help="Width f_h of the embedding and the codes (default: the backbone's width, as in the paper's equations; the published code uses 2048)")
-        group.add_argument("--n_ref", type=float, default=1.0, help="Logit scale: sqrt(n_ref) * log((1 - eps (c-1)) / eps). 1 is the theory, 64 the published code. Change it if the start-up warns about the logits")
-        group.add_argument("--eps", type=float, default=1e-8, help="Probability left for every wrong code at perfect alignment; must be below 1 / out_dim")
-        group.add_argument("--prior", default="reverse", choices=tuple(PRIORS), help="Direction of the prior term: reverse KL(mean p || uniform), or forward CE(uniform, mean p) as in the equations")
-        group.add_argument("--prior_group", default="global", choices=("global", "local"), help="Images that the batch mean runs over: those of all processes, or (published code) of each one")
-        group.add_argument("--prior_buffer", type=int, default=0, help="Steps whose mean assignments are kept and averaged into the prior's batch mean; 0 for none. See RESULTS.md for its effect")
-        group.add_argument("--dictionary", default="rademacher", choices=tuple(DICTIONARIES), help="Random signs (the paper's), or sign-flipped Hadamard blocks: orthogonal inside a block of embed_dim codes, and several times faster")
-        group.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes, apart from --seed")
-        group.add_argument("--loss_form", default="auto", choices=(*FORMS, "plain"), help="How the loss is computed, with the same result to rounding: stored keeps the logits, recomputed saves memory, triton is for GPUs (not yet timed on one), plain is the definition. auto is stored up to 1 GiB of logits, then recomputed")
-        group.add_argument("--loss_precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="Inputs of the products in --loss_form triton: tf32 and bf16 round the embeddings (the codes are exact) and are faster. Sums are fp32 always")
+        add = cls.flag_group(parser, "CPLearn")
+        add("beta", type=nonnegative(float), help="Weight of the invariance term. Above 1 all images drift to one code; smaller for more codes or weaker augmentation")
+        add("activation", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see RESULTS.md for a comparison")
+        add("embed_dim", type=positive(int), help="Width f_h of the embedding and the codes (default: the backbone's width, as in the paper's equations; the published code uses 2048)")
+        add("n_ref", type=positive(float), help="Logit scale: sqrt(n_ref) * log((1 - eps (c-1)) / eps). 1 is the theory, 64 the published code. Change it if the start-up warns about the logits")
+        add("eps", type=positive(float), help="Probability left for every wrong code at perfect alignment; must be below 1 / out_dim")
+        add("prior", choices=tuple(PRIORS), help="Direction of the prior term: reverse KL(mean p || uniform), or forward CE(uniform, mean p) as in the equations")
+        add("prior_group", choices=("global", "local"), help="Images that the batch mean runs over: those of all processes, or (published code) of each one")
+        add("prior_buffer", type=nonnegative(int), help="Steps whose mean assignments are kept and averaged into the prior's batch mean; 0 for none. Its effect: results/prior_buffer.md")
+        add("dictionary", choices=tuple(DICTIONARIES), help="Random signs (the paper's), or sign-flipped Hadamard blocks: orthogonal inside a block of embed_dim codes, and several times faster")
+        add("dictionary_seed", type=nonnegative(int), help="Seed of the frozen codes, apart from --seed")
+        add("loss_form", choices=(*FORMS, "plain"), help="How the loss is computed, with the same result to rounding: stored keeps the logits, recomputed saves memory, triton is for GPUs (not yet timed on one), plain is the definition. auto is stored up to 1 GiB of logits, then recomputed")
+        add("loss_precision", choices=("fp32", "tf32", "bf16"), help="Inputs of the products in --loss_form triton: tf32 and bf16 round the embeddings (the codes are exact) and are faster. Sums are fp32 always")
         # fmt: on
 
-    @classmethod
-    def from_args(cls, backbone: nn.Module, args) -> "CPLearn":
-        names = (
-            "out_dim",
-            "embed_dim",
-            "activation",
-            "eps",
-            "n_ref",
-            "beta",
-            "prior",
-            "prior_group",
-            "dictionary_seed",
-            "dictionary",
-            "prior_buffer",
-            "loss_form",
-            "loss_precision",
-        )
-        # A checkpoint from before a flag existed means its default.
-        return cls(backbone, **{name: getattr(args, name) for name in names if hasattr(args, name)})
-
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Shape: V tensors (n, 3, H_v, W_v), the two global crops first -> scalar loss, named terms."""
+    def forward(self, views: list[Tensor]) -> StepOutput:
+        """Compute the loss of a batch. Shape: V tensors (n, 3, H_v, W_v), the two global crops first."""
         features = forward_by_size(self.backbone, views)
-        with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            h = [self.head(float32(z)) for z in features]  # batch norm sees one view at a time
-            options = {"prior": self.prior, "prior_group": self.prior_group, "n_global": self.N_GLOBAL}
-            if self.loss_form == "plain":
-                logits = [self.head.logits(x) for x in h]
-                loss, terms, usage = cplearn_loss(logits, self.beta, buffer=self.buffer, **options)
-            else:
-                loss, terms, usage = streamed_loss(
-                    h,
-                    self.head.dictionary,
-                    self.head.scale * self.head.kappa,
-                    self.beta,
-                    buffer=self.buffer,
-                    form=self.loss_form,
-                    precision=self.product_precision,
-                    **options,
-                )
-        self.usage = usage
-        return loss, terms
+        return StepOutput(*self.head.loss_of(features, self.spec, self.loss_form, self.product_precision))
 
     def embed(self, features: Tensor) -> Tensor:
         return self.head(float32(features))
@@ -173,20 +132,20 @@ class CPLearn(Method):
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self.head.dictionary.select(codes)
 
-    def after_step(self, skipped: Tensor) -> None:
-        """Keeps the step's code usage for the prior, if it does; no teacher to move, no prototypes to normalise."""
+    def after_step(self, output: StepOutput, skipped: Tensor) -> None:
+        """Keep the step's code usage for the prior, with --prior_buffer. There is no teacher, there are no prototypes."""
         if self.buffer is not None:
-            self.buffer.push(self.usage, skipped)
+            self.buffer.push(output.usage, skipped)
 
     def references(self, n: int) -> ReferenceLosses:
         """Reference losses for n images a rank.
 
         With a prior buffer the floor is that of all its images, were they as they are now: a guide and no bound.
         """
-        population = n * collectives.world_size() if self.prior_group == "global" else n
+        population = n * collectives.world_size() if self.spec.prior_group == "global" else n
         if self.buffer is not None:
             population *= 1 + len(self.buffer.ring)
-        return reference_losses(self.beta, self.head.dictionary.out_dim, population, self.prior)
+        return reference_losses(self.spec.beta, self.head.dictionary.out_dim, population, self.spec.prior)
 
     def describe(self, n: int) -> dict[str, float | str]:
         """Derived values that decide a run, for n images a rank."""
@@ -211,12 +170,12 @@ class CPLearn(Method):
                 f"the logits start with a standard deviation of {std:.2f}, outside 0.5 to 3: assignments start "
                 f"{'almost one-hot' if std > 3 else 'almost uniform'}; --n_ref {(1.6 / std) ** 2 * self.head.n_ref:.3g} would start at 1.6"
             )
-        if self.beta == 0:
+        if self.spec.beta == 0:
             found.append("--beta 0 has no invariance term: nothing ties the views of an image together")
-        if self.prior == "forward" and (trap := forward_prior_warning(self.beta, self.out_dim)):
+        if self.spec.prior == "forward" and (trap := forward_prior_warning(self.spec.beta, self.out_dim)):
             found.append(trap)
-        if self.beta > 1:
-            found.append(f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction")
+        if self.spec.beta > 1:
+            found.append(f"--beta {self.spec.beta:g} is above 1: collapse to one code is then a growing direction")
         if self.buffer is not None and self.buffer.ring.nbytes > 2**28:
             found.append(f"--prior_buffer keeps {self.buffer.ring.nbytes / 2**20:.0f} MiB, also in every checkpoint")
         return found

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
-from cplearn.flags import bool_flag
-from cplearn.methods.base import Method, ReferenceLosses, check_out_dim, forward_by_size
+from cplearn.flags import bool_flag, fraction, nonnegative, positive
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
 from cplearn.methods.soft_targets import soft_target_loss
 from cplearn.precision import float32
 from cplearn.schedules import cosine
@@ -75,7 +75,7 @@ def dino_loss(bottlenecks: list[Tensor], prototypes: Tensor, targets: Tensor, st
 
 class DINO(Method):
     STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
-    KNOBS = {
+    REMEDIES = {
         "cluster": "a higher --teacher_temp, up to 0.07, or a higher --momentum_teacher",
         "stuck at uniform": "a lower --teacher_temp or --warmup_teacher_temp",
     }
@@ -94,17 +94,6 @@ class DINO(Method):
         use_bn_in_head: bool = False,
     ):
         super().__init__()
-        if not 0 <= momentum_teacher <= 1:
-            raise UserError(f"--momentum_teacher {momentum_teacher:g} must lie between 0 and 1: 0.996 is DINO's")
-        for name, value in (("warmup_teacher_temp", warmup_teacher_temp), ("teacher_temp", teacher_temp)):
-            if value <= 0:
-                raise UserError(f"--{name} {value:g} must be positive: 0.04 is DINO's")
-        for name, epochs in (
-            ("freeze_last_layer", freeze_last_layer),
-            ("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs),
-        ):
-            if epochs < 0:
-                raise UserError(f"--{name} {epochs} must not be negative")
         check_out_dim("dino", out_dim, 2 * 256 * out_dim)
         self.backbone, self.out_dim = backbone, out_dim
         self.head = DINOHead(backbone.num_features, out_dim, use_bn_in_head, norm_last_layer)
@@ -119,27 +108,25 @@ class DINO(Method):
         self.before_step(0, 1, 1)
         self.use("teacher")
 
-    @staticmethod
-    def add_flags(parser) -> None:
+    @classmethod
+    def add_flags(cls, parser) -> None:
         # fmt: off
-        g = parser.add_argument_group("DINO")
-        g.add_argument("--momentum_teacher", type=float, default=0.996, help="Of the EMA teacher, at the start; 1 at the end, by a cosine. 0.9995 for a batch of 256")
-        g.add_argument("--warmup_teacher_temp", type=float, default=0.04, help="Teacher temperature at the start")
-        g.add_argument("--teacher_temp", type=float, default=0.04, help="Teacher temperature after its warm-up; above 0.07 is unstable")
-        g.add_argument("--warmup_teacher_temp_epochs", type=int, default=0, help="Epochs of its linear warm-up")
-        g.add_argument("--norm_last_layer", type=bool_flag, default=True, help="Prototypes of unit length; false can be better for vit_small, and less stable")
-        g.add_argument("--freeze_last_layer", type=int, default=1, help="Epochs during which the prototypes are kept fixed")
-        g.add_argument("--use_bn_in_head", type=bool_flag, default=False, help="Batch norm in the head")
+        add = cls.flag_group(parser, "DINO")
+        add("momentum_teacher", type=fraction, help="Of the EMA teacher, at the start; 1 at the end, by a cosine. 0.9995 for a batch of 256")
+        add("warmup_teacher_temp", type=positive(float), help="Teacher temperature at the start")
+        add("teacher_temp", type=positive(float), help="Teacher temperature after its warm-up; above 0.07 is unstable")
+        add("warmup_teacher_temp_epochs", type=nonnegative(int), help="Epochs of its linear warm-up")
+        add("norm_last_layer", type=bool_flag, help="Prototypes of unit length; false can be better for vit_small, and less stable")
+        add("freeze_last_layer", type=nonnegative(int), help="Epochs during which the prototypes are kept fixed")
+        add("use_bn_in_head", type=bool_flag, help="Batch norm in the head")
         # fmt: on
 
     @classmethod
     def from_args(cls, backbone: nn.Module, args) -> "DINO":
-        names = ("momentum_teacher", "warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs",
-                 "norm_last_layer", "freeze_last_layer", "use_bn_in_head")  # fmt: skip
         warmup = args.warmup_teacher_temp_epochs
         if warmup > args.epochs:
             raise UserError(f"--warmup_teacher_temp_epochs {warmup} exceeds --epochs {args.epochs}: shorten it")
-        return cls(backbone, out_dim=args.out_dim, **{name: getattr(args, name) for name in names})
+        return super().from_args(backbone, args)
 
     # --- a step ---
 
@@ -155,7 +142,7 @@ class DINO(Method):
         self.momentum = cosine(self.momentum_teacher, 1.0, step / (epochs * steps_per_epoch))
         self.frozen = epoch < self.freeze_last_layer
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor]) -> StepOutput:
         features = forward_by_size(self.backbone, views)
         with torch.no_grad():
             of_teacher = self.teacher["backbone"](torch.cat(views[: self.N_GLOBAL]))
@@ -168,8 +155,7 @@ class DINO(Method):
             loss = dino_loss(list(bottlenecks), self.head.prototypes(), targets, self.STUDENT_TEMP)
             with torch.no_grad():  # of the teacher
                 entropy = torch.special.entr(targets).sum(-1).mean()
-                self.usage = targets.mean((0, 1))
-        return loss, {"loss": loss.detach(), "entropy": entropy}
+        return StepOutput(loss, {"loss": loss.detach(), "entropy": entropy}, targets.mean((0, 1)))
 
     def after_backward(self) -> None:
         if self.frozen:
@@ -177,14 +163,14 @@ class DINO(Method):
                 p.grad = None
 
     @torch.no_grad()
-    def after_step(self, skipped: Tensor) -> None:
+    def after_step(self, output: StepOutput, skipped: Tensor) -> None:
         taken = (~skipped).to(self.center.dtype)
         moved = self.center.lerp(self._mean_logits.to(self.center.dtype), 1 - self.CENTER_MOMENTUM)
         self.center.copy_(torch.where(skipped, self.center, moved))  # 0 * NaN would be NaN
         teachers, students = zip(*self._pairs(), strict=True)
-        way = torch._foreach_sub(students, teachers)
-        torch._foreach_mul_(way, taken * (1 - self.momentum))
-        torch._foreach_add_(teachers, way)
+        difference = torch._foreach_sub(students, teachers)
+        torch._foreach_mul_(difference, taken * (1 - self.momentum))
+        torch._foreach_add_(teachers, difference)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         students = [*self.backbone.parameters(), *self.head.parameters()]

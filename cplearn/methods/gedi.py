@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
-from cplearn.errors import UserError
-from cplearn.methods.base import Method, ReferenceLosses, check_out_dim, forward_by_size
-from cplearn.methods.cplearn import BETA_KNOBS, forward_prior_warning, reference_losses
+from cplearn.flags import positive
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
+from cplearn.methods.cplearn import BETA_REMEDIES, forward_prior_warning, reference_losses
 from cplearn.precision import float32
 from cplearn_head import cplearn_loss, log_mean_probs, prior_forward
 
@@ -39,43 +40,35 @@ def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, d
 
 
 class GEDI(Method):
-    TEMPERATURE = 0.1
-    KNOBS = BETA_KNOBS | {"stuck at uniform": "a larger --lr or --beta"}
+    TEMPERATURE, WIDTH = 0.1, 2048
+    REMEDIES = BETA_REMEDIES | {"stuck at uniform": "a larger --lr or --beta"}
 
-    def __init__(self, backbone: nn.Module, *, out_dim: int, beta: float, reduction: str, hidden: int = 2048):
+    def __init__(self, backbone: nn.Module, *, out_dim: int, beta: float = 0.25, gedi_prior_reduction: str = "mean"):
         super().__init__()
-        if beta <= 0:
-            raise UserError(f"--beta {beta:g} must be positive")
-        check_out_dim("gedi", out_dim, hidden * out_dim)
-        self.backbone, self.out_dim, self.beta, self.reduction = backbone, out_dim, beta, reduction
+        check_out_dim("gedi", out_dim, self.WIDTH * out_dim)
+        self.backbone, self.out_dim, self.beta, self.reduction = backbone, out_dim, beta, gedi_prior_reduction
         self.projector = nn.Sequential(
-            nn.Linear(backbone.num_features, hidden),
-            BatchNorm(hidden),
+            nn.Linear(backbone.num_features, self.WIDTH),
+            BatchNorm(self.WIDTH),
             nn.ReLU(),
-            nn.Linear(hidden, out_dim),
+            nn.Linear(self.WIDTH, out_dim),
         )
 
-    @staticmethod
-    def add_flags(parser) -> None:
+    @classmethod
+    def add_flags(cls, parser) -> None:
         # fmt: off
-        g = parser.add_argument_group("GEDI")
-        g.add_argument("--beta", type=float, default=0.25, help="Weight of the invariance term")
-        g.add_argument("--gedi_prior_reduction", default="mean", choices=("mean", "sum"), help="Of the prior over codes: mean is the equation, sum the published code (a prior c times stronger; there --beta 0.1)")
+        add = cls.flag_group(parser, "GEDI")
+        add("beta", type=positive(float), help="Weight of the invariance term")
+        add("gedi_prior_reduction", choices=("mean", "sum"), help="Of the prior over codes: mean is the equation, sum the published code (a prior c times stronger; there --beta 0.1)")
         # fmt: on
 
-    @classmethod
-    def from_args(cls, backbone: nn.Module, args) -> "GEDI":
-        return cls(backbone, out_dim=args.out_dim, beta=args.beta, reduction=args.gedi_prior_reduction)
-
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor]) -> StepOutput:
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             logits = [self.projector(float32(z)) / self.TEMPERATURE for z in features]  # one view at a time
             if self.reduction == "sum":
-                loss, terms, self.usage = gedi_loss_as_published(logits, self.beta)
-            else:
-                loss, terms, self.usage = cplearn_loss(logits, self.beta, prior="forward", n_global=self.N_GLOBAL)
-        return loss, terms
+                return StepOutput(*gedi_loss_as_published(logits, self.beta))
+            return StepOutput(*cplearn_loss(logits, LossSpec(self.beta, "forward", n_global=self.N_GLOBAL)))
 
     def embed(self, features: Tensor) -> Tensor:
         """The last hidden layer."""

@@ -16,6 +16,8 @@ from cplearn import random_streams
 from cplearn.data.augmentations import normalise
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
+from cplearn.flags import fraction, nonnegative, positive
+from cplearn.methods.base import StepOutput
 from cplearn.methods.gedi import GEDI
 
 
@@ -28,7 +30,7 @@ class GEDIGen(GEDI):
         seed: int = 0,
         gen_weight: float | None = None,
         gen_limit: float = 1e3,
-        input_noise: float = 0.03,
+        input_noise: float | None = None,
         sgld_steps: int = 20,
         sgld_step_size: float = 1.0,
         sgld_noise: float = 0.01,
@@ -41,58 +43,43 @@ class GEDIGen(GEDI):
             raise UserError(
                 "--method gedi_gen samples images with the backbone, whose batch norm would see them: use --arch resnet8"
             )
-        for name, value in (
-            ("gen_weight", gen_weight or 0.0),
-            ("input_noise", input_noise),
-            ("sgld_step_size", sgld_step_size),
-            ("sgld_noise", sgld_noise),
-        ):
-            if value < 0:
-                raise UserError(f"--{name} {value:g} must not be negative")
-        for name, value in (("sgld_steps", sgld_steps), ("sgld_buffer", sgld_buffer), ("gen_limit", gen_limit)):
-            if value < 1:
-                raise UserError(f"--{name} {value:g} must be at least 1")
-        if not 0 <= sgld_restart <= 1:
-            raise UserError(f"--sgld_restart {sgld_restart:g} must lie between 0 and 1")
         self.gen_weight = 0.02 * self.beta if gen_weight is None else gen_weight
-        self.gen_limit, self.input_noise, self.seed = gen_limit, input_noise, seed
+        self.gen_limit, self.seed = gen_limit, seed
+        self.input_noise = 0.03 if input_noise is None else input_noise
         self.steps, self.step_size, self.noise, self.restart = sgld_steps, sgld_step_size, sgld_noise, sgld_restart
         self.energy = nn.Linear(backbone.num_features, 1, bias=False)
-        # Samples of earlier steps, the same on all ranks; drawn anew at the first use (`_draw`).
+        # Samples of earlier steps, the same on all ranks; redrawn at the first use (`_draw`).
         self.register_buffer("replay", torch.zeros(sgld_buffer, 3, image_size, image_size))
         self.before_step(0, 1, 1)
 
-    @staticmethod
-    def add_flags(parser) -> None:
-        GEDI.add_flags(parser)
+    @classmethod
+    def add_flags(cls, parser) -> None:
+        super().add_flags(parser)
         # fmt: off
-        g = parser.add_argument_group("GEDI's generative term (constants of ours: the authors' code is not public)")
-        g.add_argument("--gen_weight", type=float, default=None, help="Weight of the term (default: 0.02 * beta)")
-        g.add_argument("--gen_limit", type=float, default=1e3, help="A step whose term is beyond this, or below minus this, counts as not finite and is skipped")
-        g.add_argument("--input_noise", type=float, default=None, help="Standard deviation of the noise on real images, whose pixels go from 0 to 1 (default: the paper's 0.03, or 0 with --augmentation cifar, which adds it itself)")
-        g.add_argument("--sgld_steps", type=int, default=20, help="Steps of Langevin dynamics a training step")
-        g.add_argument("--sgld_step_size", type=float, default=1.0)
-        g.add_argument("--sgld_noise", type=float, default=0.01)
-        g.add_argument("--sgld_buffer", type=int, default=10_000, help="Images kept, in memory and in each checkpoint")
-        g.add_argument("--sgld_restart", type=float, default=0.05, help="Probability that a chain starts again from uniform pixels")
+        add = cls.flag_group(parser, "GEDI's generative term (constants of ours: the authors' code is not public)")
+        add("gen_weight", type=nonnegative(float), help="Weight of the term (default: 0.02 * beta)")
+        add("gen_limit", type=positive(float), help="A step whose term is beyond this, or below minus this, counts as not finite and is skipped")
+        add("input_noise", type=nonnegative(float), help="Standard deviation of the noise on real images, whose pixels go from 0 to 1 (default: the paper's 0.03, or 0 with --augmentation cifar, which adds it itself)")
+        add("sgld_steps", type=positive(int), help="Steps of Langevin dynamics per training step")
+        add("sgld_step_size", type=nonnegative(float), help="Of a step of Langevin dynamics")
+        add("sgld_noise", type=nonnegative(float), help="Standard deviation of the noise of such a step")
+        add("sgld_buffer", type=positive(int), help="Images kept, in memory and in each checkpoint")
+        add("sgld_restart", type=fraction, help="Probability that a chain starts again from uniform pixels")
         # fmt: on
 
     @classmethod
     def from_args(cls, backbone: nn.Module, args) -> "GEDIGen":
-        names = ("image_size", "seed", "gen_weight", "gen_limit", "input_noise", "sgld_steps", "sgld_step_size",
-                 "sgld_noise", "sgld_buffer", "sgld_restart")  # fmt: skip
         if args.input_noise is None:
             args.input_noise = 0.0 if args.augmentation == "cifar" else 0.03
-        return cls(backbone, out_dim=args.out_dim, beta=args.beta, reduction=args.gedi_prior_reduction,
-                   **{name: getattr(args, name) for name in names})  # fmt: skip
+        return super().from_args(backbone, args)
 
     def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         self.step = step
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor]) -> StepOutput:
         with torch.autocast(views[0].device.type, enabled=False):
             views = [v if v.dtype == torch.float64 else v.float() for v in views]
-            loss, terms = super().forward(views)
+            loss, terms, usage = super().forward(views)
             samples, noise = self.sample(views[0])
             noise = self.input_noise * (normalise(noise) - normalise(torch.zeros_like(noise)))  # in units of pixels
             energies = -self.energy(self.backbone(torch.cat([views[0] + noise, samples])))
@@ -102,7 +89,7 @@ class GEDIGen(GEDI):
             # All ranks skip such a step together, and the run ends after too many of them.
             beyond = collectives.mean_over_ranks(generative.detach()).abs() > self.gen_limit
             loss = torch.where(beyond, torch.nan, loss)
-        return loss, {**terms, "loss": loss.detach(), "generative": generative.detach()}
+        return StepOutput(loss, {**terms, "loss": loss.detach(), "generative": generative.detach()}, usage)
 
     def sample(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Images drawn from the model, and noise for the real ones, for this rank's rows. Shape: both as `like`.
@@ -136,6 +123,6 @@ class GEDIGen(GEDI):
         return x.detach(), noise
 
     @torch.no_grad()
-    def after_step(self, skipped: Tensor) -> None:
+    def after_step(self, output: StepOutput, skipped: Tensor) -> None:
         rows, samples = self._drawn
         self.replay[rows] = torch.where(skipped, self.replay[rows], samples.to(self.replay.dtype))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
-from cplearn.errors import UserError
-from cplearn.methods.base import Method, ReferenceLosses, check_out_dim, forward_by_size
+from cplearn.flags import nonnegative, positive
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
 from cplearn.precision import float32
 from cplearn_head import CPLearnHead
 
@@ -62,16 +62,14 @@ class SelfClassifier(Method):
         backbone: nn.Module,
         *,
         out_dim: int,
-        head: str,
-        row_temp: float,
-        col_temp: float,
+        head: str = "selfclassifier",
+        row_temp: float = 0.1,
+        col_temp: float = 0.05,
         dictionary_seed: int = 0,
         embed_dim: int = 2048,
         activation: str = "l2",
     ):
         super().__init__()
-        if row_temp <= 0 or col_temp <= 0:
-            raise UserError(f"--row_temp {row_temp:g} and --col_temp {col_temp:g} must be positive: 0.1 and 0.05")
         check_out_dim("self_classifier", out_dim, self.WIDTH * out_dim)
         self.backbone, self.out_dim, self.row_temp, self.col_temp = backbone, out_dim, row_temp, col_temp
         if head == "cplearn":
@@ -86,23 +84,17 @@ class SelfClassifier(Method):
             )  # fmt: skip
             self.classifier = nn.Linear(self.WIDTH, out_dim, bias=False)  # rows are brought to length 1
 
-    @staticmethod
-    def add_flags(parser) -> None:
-        # fmt: off
-        g = parser.add_argument_group("Self-Classifier")
-        g.add_argument("--head", default="selfclassifier", choices=("selfclassifier", "cplearn"), help="Its own, or CPLearn's projector and frozen dictionary")
-        g.add_argument("--row_temp", type=float, default=0.1, help="Temperature of the softmax over codes")
-        g.add_argument("--col_temp", type=float, default=0.05, help="Temperature of the softmax over images")
-        g.add_argument("--embed_dim", type=int, default=2048, help="Width of the embedding and the codes of --head cplearn")
-        g.add_argument("--activation", default="l2", choices=("tanh", "l2"), help="Last step of the projector of --head cplearn")
-        g.add_argument("--dictionary_seed", type=int, default=0, help="Seed of the frozen codes of --head cplearn")
-        # fmt: on
-
     @classmethod
-    def from_args(cls, backbone: nn.Module, args) -> "SelfClassifier":
-        return cls(backbone, out_dim=args.out_dim, head=args.head, row_temp=args.row_temp, col_temp=args.col_temp,
-                   dictionary_seed=args.dictionary_seed, embed_dim=args.embed_dim,
-                   activation=args.activation)  # fmt: skip
+    def add_flags(cls, parser) -> None:
+        # fmt: off
+        add = cls.flag_group(parser, "Self-Classifier")
+        add("head", choices=("selfclassifier", "cplearn"), help="Its own, or CPLearn's projector and frozen dictionary")
+        add("row_temp", type=positive(float), help="Temperature of the softmax over codes")
+        add("col_temp", type=positive(float), help="Temperature of the softmax over images")
+        add("embed_dim", type=positive(int), help="Width of the embedding and the codes of --head cplearn")
+        add("activation", choices=("tanh", "l2"), help="Last step of the projector of --head cplearn")
+        add("dictionary_seed", type=nonnegative(int), help="Seed of the frozen codes of --head cplearn")
+        # fmt: on
 
     def embed(self, features: Tensor) -> Tensor:
         """Shape: (n, f) -> (n, 128), of unit length; or CPLearn's (n, embed_dim)."""
@@ -115,12 +107,11 @@ class SelfClassifier(Method):
             return self.frozen_head.logits(self.embed(z)) / self.frozen_head.scale
         return self.embed(z) @ F.normalize(self.classifier.weight, dim=1).T
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor]) -> StepOutput:
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             logits = [self.logits(z) for z in features]  # batch norm sees one view at a time
-            loss, terms, self.usage = self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp)
-        return loss, terms
+            return StepOutput(*self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp))
 
     def assign(self, embedding: Tensor) -> Tensor:
         if self.frozen_head is not None:

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
-from cplearn.errors import UserError
-from cplearn.methods.base import Method, ReferenceLosses, check_out_dim, forward_by_size
+from cplearn.flags import nonnegative, positive
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
 from cplearn.methods.soft_targets import soft_target_loss
 from cplearn.precision import float32
 
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, iterations: int = 3) -> Tensor:
-    """Assignments of equal mass a code, by turns of columns and rows, in log space: exp(1 / 0.05) overflows fp16.
+    """Assign rows to codes with equal mass per code, alternating columns and rows, in log space, as exp(1 / 0.05)
+    overflows fp16.
 
     Columns run over the rows of all ranks, so all hold parts of one matrix; constant factors of a column are undone
     by its next row step. Shape: S / eps (n, c) -> (n, c), rows sum to 1.
@@ -37,7 +38,7 @@ def sinkhorn(scores: Tensor, iterations: int = 3) -> Tensor:
 
 class SwAV(Method):
     TEMPERATURE, WIDTH = 0.1, 128
-    KNOBS = {
+    REMEDIES = {
         "cluster": "more --sinkhorn_iterations, or a longer --queue_length",
         "stuck at uniform": "a smaller --epsilon (0.03), or a longer --freeze_prototypes_epochs",
     }
@@ -54,15 +55,6 @@ class SwAV(Method):
         freeze_prototypes_epochs: int = 1,
     ):
         super().__init__()
-        if epsilon <= 0 or sinkhorn_iterations < 1:
-            raise UserError(f"--epsilon {epsilon:g} and --sinkhorn_iterations {sinkhorn_iterations} must be positive")
-        for name, value in (
-            ("queue_length", queue_length),
-            ("epoch_queue_starts", epoch_queue_starts),
-            ("freeze_prototypes_epochs", freeze_prototypes_epochs),
-        ):
-            if value < 0:
-                raise UserError(f"--{name} {value} must not be negative")
         check_out_dim("swav", out_dim, self.WIDTH * out_dim)
         self.backbone, self.out_dim = backbone, out_dim
         self.projector = nn.Sequential(
@@ -77,21 +69,16 @@ class SwAV(Method):
         self.before_step(0, 1, 1)
         self._normalise()
 
-    @staticmethod
-    def add_flags(parser) -> None:
-        # fmt: off
-        g = parser.add_argument_group("SwAV")
-        g.add_argument("--epsilon", type=float, default=0.05, help="Of Sinkhorn: smaller is harder. 0.03 if the loss sticks at log c")
-        g.add_argument("--sinkhorn_iterations", type=int, default=3)
-        g.add_argument("--queue_length", type=int, default=3840, help="Embeddings of earlier images in Sinkhorn, over all processes; 0 for none")
-        g.add_argument("--epoch_queue_starts", type=int, default=15, help="First epoch (from 0) that fills the queue; it is used when it is full")
-        g.add_argument("--freeze_prototypes_epochs", type=int, default=1, help="Epochs during which the prototypes are kept fixed")
-        # fmt: on
-
     @classmethod
-    def from_args(cls, backbone: nn.Module, args) -> "SwAV":
-        names = ("epsilon", "sinkhorn_iterations", "queue_length", "epoch_queue_starts", "freeze_prototypes_epochs")
-        return cls(backbone, out_dim=args.out_dim, **{name: getattr(args, name) for name in names})
+    def add_flags(cls, parser) -> None:
+        # fmt: off
+        add = cls.flag_group(parser, "SwAV")
+        add("epsilon", type=positive(float), help="Of Sinkhorn: smaller is harder. 0.03 if the loss sticks at log c")
+        add("sinkhorn_iterations", type=positive(int), help="Alternating normalizations of columns and rows")
+        add("queue_length", type=nonnegative(int), help="Embeddings of earlier images in Sinkhorn, over all processes; 0 for none")
+        add("epoch_queue_starts", type=nonnegative(int), help="First epoch (from 0) that fills the queue; it is used when it is full")
+        add("freeze_prototypes_epochs", type=nonnegative(int), help="Epochs during which the prototypes are kept fixed")
+        # fmt: on
 
     @torch.no_grad()
     def _normalise(self) -> None:
@@ -110,7 +97,7 @@ class SwAV(Method):
         """Shape: (n, f) -> (n, 128), of unit length."""
         return F.normalize(self.projector(float32(z)), dim=1)
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor]) -> StepOutput:
         features = forward_by_size(self.backbone, views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             x = [self.embed(z) for z in features]  # batch norm sees one view at a time
@@ -125,7 +112,7 @@ class SwAV(Method):
             loss = loss / (self.N_GLOBAL * (len(x) - 1) * len(x[0]))
             with torch.no_grad():
                 entropy = sum(torch.special.entr(q).sum(1).mean() for q in targets) / self.N_GLOBAL
-        return loss, {"loss": loss.detach(), "entropy": entropy}
+        return StepOutput(loss, {"loss": loss.detach(), "entropy": entropy})
 
     def targets(self, a: int, x: Tensor) -> Tensor:
         """Q^a of this rank's images; each rank brings its share of the queue. Shape: (n, 128) -> (n, c)."""
@@ -140,7 +127,7 @@ class SwAV(Method):
             self.prototypes.weight.grad = None
 
     @torch.no_grad()
-    def after_step(self, skipped: Tensor) -> None:
+    def after_step(self, output: StepOutput, skipped: Tensor) -> None:
         self._normalise()
         if self.fill_queue:
             pushed = torch.cat([self._fresh.to(self.queue.dtype), self.queue], dim=1)[:, : self.queue.shape[1]]

@@ -1,4 +1,4 @@
-"""TODO cplearn.training.bad_batches."""
+"""Batches that must not end a run: steps that are not finite, and images that cannot be read."""
 
 import json
 import math
@@ -35,13 +35,28 @@ class RunningStatistics:
 
     @torch.no_grad()
     def restore(self, skipped: Tensor) -> None:
-        """Back to what was kept if `skipped`, a bool on the device, is true."""
+        """Go back to what was kept if `skipped`, a bool on the device, is true."""
         for now, before in zip(self._buffers, self._kept, strict=True):
             now.copy_(torch.where(skipped, before, now))
 
 
+@torch.no_grad()
+def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tensor:
+    """Return whether the step must be skipped, as loss or gradient is not finite on some rank. Unscale the gradients.
+
+    The scaler looks for infinities in gradients only, so a loss that is not finite is made to show in one of them.
+    Nothing here waits for the device. Shape: loss () summed over ranks -> bool ().
+    """
+    grads = [p.grad for p in method.parameters() if p.grad is not None]
+    largest = torch.stack(torch._foreach_norm(grads, math.inf)).amax()  # the 2-norm could overflow on its own
+    skipped = ~(largest.isfinite() & loss.isfinite())
+    grads[0].masked_fill_(skipped, math.nan)
+    scaler.unscale_(optimizer)
+    return skipped
+
+
 class BadSteps:
-    """Counts skipped steps, and ends the run after more than `limit` in a row with a report of the last."""
+    """Counts skipped steps, and ends the run after more than `limit` in a row, with a report of the last."""
 
     def __init__(self, limit: int, folder: str | Path, names: Sequence[str]):
         self.limit, self.path, self.names = limit, Path(folder) / "bad_step.json", names
@@ -52,7 +67,7 @@ class BadSteps:
         self._seen.append((step, samples, terms))
 
     def count(self, step: int, skipped: bool, scale: Callable[[], float]) -> None:
-        """Every rank calls it with the same values. Raises `NonFiniteError` on all of them together."""
+        """Count one step. Every rank calls it with the same values; all raise `NonFiniteError` at the same step."""
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row <= self.limit:
             return
@@ -79,59 +94,61 @@ class BadSteps:
 # --- images that cannot be read ------------------------------------------------------------------------
 
 
-def share_bad_images(run) -> None:
-    """Every rank learns what the others could not read; rank 0 prints and writes it. Every rank must call it."""
-    fresh = {name: reason for news in collectives.gather_objects(run.news) for name, reason in news.items()}
-    fresh = {name: reason for name, reason in sorted(fresh.items()) if name not in run.bad_images}
-    run.bad_images.update(fresh)
-    run.news = {}
-    for reason in fresh.values() if collectives.is_main() else ():
-        print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
-    collectives.on_main(list_bad_images, run)
+class BadImages:
+    """Counts images that cannot be read, lists them in bad_images.txt, and ends the run when there are too many."""
 
+    def __init__(self, dataset, limit: float, folder: str | Path):
+        self.dataset, self.limit, self.path = dataset, limit, Path(folder) / "bad_images.txt"
+        self.known: dict[str, str] = {}  # name -> reason, the same on all ranks
+        self.unshared: dict[str, str] = {}  # of this rank, which the others do not know of yet
 
-def list_bad_images(run) -> None:
-    lines = "".join(f"{name}\t{reason}\n" for name, reason in run.bad_images.items())
-    write_text(Path(run.args.output_dir, "bad_images.txt"), lines)
+    def note(self, failures: list[tuple[int, str]]) -> int:
+        """Remember what could not be read for a batch, (sample, reason) each; return how many."""
+        for sample, reason in failures:
+            name = str(self.dataset.names[sample])
+            if name not in self.known:
+                self.unshared[name] = reason
+        return len(failures)
 
+    def share(self) -> None:
+        """Tell every rank what the others could not read; rank 0 prints and writes it. Every rank must call it."""
+        fresh = {name: reason for one in collectives.gather_objects(self.unshared) for name, reason in one.items()}
+        fresh = {name: reason for name, reason in sorted(fresh.items()) if name not in self.known}
+        self.known.update(fresh)
+        self.unshared = {}
+        for reason in fresh.values() if collectives.is_main() else ():
+            print(f"WARNING: replaced by another image: {reason}", file=sys.stderr, flush=True)
+        collectives.on_main(self._write)
 
-def still_unreadable(run, known: dict[str, str]) -> dict[str, str]:
-    """Of the images that could not be read before, those that were not repaired since."""
-    place = {str(name): i for i, name in enumerate(run.dataset.names)} if known else {}
-    found = {}
-    for name in known.keys() & place.keys():
-        try:
-            run.dataset[place[name]]
-        except LocalError as error:
-            found[name] = str(error).partition("; repair it")[0]
-    return dict(sorted(found.items()))
+    def load(self, known: dict[str, str]) -> None:
+        """Go on with those of an earlier run that were not repaired since. Every rank must call it."""
+        self.known = collectives.on_main(self._still_unreadable, known)
+        if known:
+            collectives.on_main(self._write)
 
+    def _still_unreadable(self, known: dict[str, str]) -> dict[str, str]:
+        place = {str(name): i for i, name in enumerate(self.dataset.names)} if known else {}
+        found = {}
+        for name in known.keys() & place.keys():
+            try:
+                self.dataset[place[name]]
+            except LocalError as error:
+                found[name] = str(error).partition("; repair it")[0]
+        return dict(sorted(found.items()))
 
-def too_many_bad_images(run) -> bool:
-    return len(run.bad_images) > run.args.max_bad_images * len(run.dataset)
+    def _write(self) -> None:
+        write_text(self.path, "".join(f"{name}\t{reason}\n" for name, reason in self.known.items()))
 
+    @property
+    def too_many(self) -> bool:
+        return len(self.known) > self.limit * len(self.dataset)
 
-def check_bad_images(run) -> None:
-    """Raises `UserError` on every rank if there are too many."""
-    if too_many_bad_images(run):
-        last = next(reversed(run.bad_images.values()))
-        raise UserError(
-            f"{len(run.bad_images)} of {len(run.dataset)} images cannot be read, more than --max_bad_images "
-            f"{run.args.max_bad_images:g} allows ({int(run.args.max_bad_images * len(run.dataset))}): repair those in "
-            f"{run.args.output_dir}/bad_images.txt, or allow more; the last: {last}"
-        )
-
-
-@torch.no_grad()
-def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tensor:
-    """Whether the step must be skipped: loss or gradient is not finite on some rank. Unscales the gradients.
-
-    The scaler looks for infinities in gradients only, so a loss that is not finite is made to show in one of them.
-    Nothing here waits for the device. Shape: loss () summed over ranks -> bool ().
-    """
-    grads = [p.grad for p in method.parameters() if p.grad is not None]
-    largest = torch.stack(torch._foreach_norm(grads, math.inf)).amax()  # the 2-norm could overflow on its own
-    skipped = ~(largest.isfinite() & loss.isfinite())
-    grads[0].masked_fill_(skipped, math.nan)
-    scaler.unscale_(optimizer)
-    return skipped
+    def check(self) -> None:
+        """Raise `UserError` on every rank if there are too many."""
+        if self.too_many:
+            last = next(reversed(self.known.values()))
+            raise UserError(
+                f"{len(self.known)} of {len(self.dataset)} images cannot be read, more than --max_bad_images "
+                f"{self.limit:g} allows ({int(self.limit * len(self.dataset))}): repair those in {self.path}, "
+                f"or allow more; the last: {last}"
+            )

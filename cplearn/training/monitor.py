@@ -1,5 +1,5 @@
-"""Collapse, seen while it happens: the use of the codes from numbers that the loss already has, and after an epoch a
-look at a fixed set of training images, the probe.
+"""Collapse, seen while it happens: code usage from numbers that the loss already has, and after an epoch the probe, a
+fixed set of training images.
 
 No labels are used, except by `--knn_freq`. The probe is read in evaluation mode; it changes no weight, no running
 statistic and no random number, so a run with and without it comes to the same bits. Numbers and verdict: `collapse.py`.
@@ -21,7 +21,7 @@ from cplearn.methods.base import Method, forward_by_size
 from cplearn.training.progress import Meter
 
 
-class CodeUse:
+class CodeUsage:
     """Entropy of the mean assignment, and codes in use, over windows of `STEPS` steps of an epoch.
 
     What is left of an epoch after its last whole window is not looked at, unless the epoch has no whole one.
@@ -37,7 +37,7 @@ class CodeUse:
 
     @torch.no_grad()
     def add(self, usage: Tensor, images: int, skipped: Tensor) -> None:
-        """After a step of so many images. Nothing here waits for the device. Shape: (c,), bool ()."""
+        """Count a step of so many images. Nothing here waits for the device. Shape: (c,), bool ()."""
         taken = (~skipped).to(usage.dtype)
         usage = torch.where(skipped, torch.zeros_like(usage), usage)
         self.total = usage.clone() if self.total is None else self.total.add_(usage)
@@ -56,17 +56,17 @@ class CodeUse:
         self.windows += 1
 
     def read(self) -> dict[str, float]:
-        """Averages over the windows closed since the last reading; {} if there is none. Every rank must call it."""
+        """Return averages over the windows closed since the last reading, {} if none. Every rank must call it."""
         return self.meter.read() if self.meter.recent else {}
 
     def average(self) -> dict[str, float]:
-        """At the end of an epoch: averages over its windows. Every rank must call it."""
+        """Return averages over the windows of an epoch that is at its end. Every rank must call it."""
         if not self.windows and self.steps:
             self._close()
         return self.meter.average() if self.windows else {}
 
     def state(self) -> dict:
-        """To go on later to the same bits. Every rank must call it."""
+        """Return what a continuation needs to come to the same bits. Every rank must call it."""
         mine = {"total": None, "images": None}
         if self.steps:
             mine = {"total": self.total.cpu(), "images": self.images.cpu()}
@@ -82,10 +82,10 @@ class CodeUse:
 
 
 class Probe:
-    """A fixed set of training images in two fixed views, and after how many epochs it is looked at.
+    """A fixed set of training images in two fixed views, measured every `every` epochs.
 
-    It is as large as memory and `COST` allow, a forward pass being a third of a step's work for an image and a view.
-    Where `LEAST` images would cost more in every epoch, they are looked at in every so many.
+    It is as large as memory and `COST` allow, a forward pass being a third of a step's work per image and view. Where
+    `LEAST` images would cost more in every epoch, it is measured less often.
     """
 
     MOST, LEAST, COST, BYTES = 2000, 256, 0.015, 2**28
@@ -94,7 +94,7 @@ class Probe:
     def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int):
         self.dataset, self.views, self.seed = dataset, views[: Method.N_GLOBAL], seed
         size = self.views[0].size
-        budget = self.COST * 3 * len(dataset) * sum(v.size**2 for v in views) / size**2  # of forward passes an epoch
+        budget = self.COST * 3 * len(dataset) * sum(v.size**2 for v in views) / size**2  # of forward passes per epoch
         room = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
         count = min(self.MOST, len(dataset), room, max(self.LEAST, int(budget / 2)))
         self.every = max(1, math.ceil(2 * count / budget))
@@ -107,7 +107,7 @@ class Probe:
         return epochs_done >= self.first and (epochs_done - self.first) % self.every == 0
 
     def _read(self) -> list[tuple[list[tuple[Tensor, dict]], int]]:
-        """This rank's images, read once. Those that cannot be read are left out."""
+        """Read this rank's images, once. Those that cannot be read are left out."""
         found = []
         for i in self.samples[collectives.rank() :: collectives.world_size()]:
             try:
@@ -116,17 +116,17 @@ class Probe:
                 continue
             crops = []
             for v, view in enumerate(self.views):
-                # Of an epoch that no run comes to: these views are not trained on.
+                # Of an epoch that no run reaches: these views are not trained on.
                 params = augmentations.draw(view, *image.size, augmentations.rng_for(self.seed, 2**31, i, v))
                 crops.append((augmentations.crop(image, view, params), params))
             found.append((crops, int(label)))
         return found
 
     @torch.no_grad()
-    def look(self, method: Method, device: torch.device, batch: int) -> "Look | None":
-        """Features, embeddings and codes of both views, so many images at a time. Every rank must call it.
+    def measure(self, method: Method, device: torch.device, batch: int) -> "ProbeResult | None":
+        """Compute features, embeddings and codes of both views, `batch` images at a time. Every rank must call it.
 
-        None if some rank could not read any of its images.
+        Returns None if some rank could not read any of its images.
         """
         if self._pixels is None:
             self._pixels = self._read()
@@ -138,11 +138,7 @@ class Probe:
         for start in range(0, len(self._pixels), batch):
             rows = [crops for crops, _ in self._pixels[start : start + batch]]
             pixels = torch.utils.data.default_collate(rows)
-            images = [
-                augmentations.colour(p.to(device, non_blocking=True), params, view)
-                for (p, params), view in zip(pixels, self.views, strict=True)
-            ]
-            features = forward_by_size(method.evaluated, images)
+            features = forward_by_size(method.evaluated, augmentations.colour_views(pixels, self.views, device))
             with torch.autocast(device.type, enabled=False):
                 embeddings = [method.embed(z) for z in features]
                 codes = [method.assign(h) for h in embeddings]
@@ -152,11 +148,11 @@ class Probe:
         labels = torch.tensor([label for _, label in self._pixels])
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
         rows = [None if x is None else collectives.gather_rows(x).cpu() for x in (*columns, labels.to(device))]
-        return Look(*rows)
+        return ProbeResult(*rows)
 
 
-class Look:
-    """What one look at the probe has found, of all ranks, on the CPU."""
+class ProbeResult:
+    """What measuring the probe found, of all ranks, on the CPU."""
 
     def __init__(self, features: Tensor, embedding: Tensor, vectors: Tensor | None, codes: Tensor, others: Tensor,
                  labels: Tensor):  # fmt: skip
@@ -164,13 +160,13 @@ class Look:
         self.codes, self.others, self.labels = codes, others, labels
 
     def metrics(self) -> dict:
-        """NaN as the cosine, and no more, if an entry is not finite."""
+        """Return the numbers of the verdict; NaN as the cosine, and no more, if an entry is not finite."""
         if not (self.features.isfinite().all() and self.embedding.isfinite().all()):
             return {"images": len(self.features), "features_cosine": math.nan}
         return collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
 
     def knn(self, k: int = 20, temperature: float = 0.07) -> float:
-        """Top-1 of the weighted k nearest neighbours of each image among the others (`eval_knn.py`'s votes)."""
+        """Return the top-1 of the weighted k nearest neighbors of each image among the others."""
         x = nn.functional.normalize(self.features, dim=1)
         cosine = (x @ x.T).fill_diagonal_(-2)
         similarity, neighbour = cosine.topk(min(k, len(x) - 1), dim=1)
@@ -179,38 +175,37 @@ class Look:
 
 
 class Monitor:
-    """What a run keeps of both, and its verdict after each epoch."""
+    """Code usage and probe of a run, and its verdict after each epoch."""
 
     PATIENCE = 2  # alarms in a row, before --on_collapse stop does
 
     def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int, knn_freq: int = 0):
-        self.use, self.probe, self.knn_freq = CodeUse(), Probe(dataset, views, seed, steps_per_epoch), knn_freq
+        self.usage, self.probe, self.knn_freq = CodeUsage(), Probe(dataset, views, seed, steps_per_epoch), knn_freq
         self.alarms = 0  # in a row
         self.last: dict[str, str] = {}  # verdict, and when it was found
 
-    def add(self, method: Method, images: int, skipped: Tensor) -> None:
-        if method.usage is not None:
-            self.use.add(method.usage, images, skipped)
+    def add(self, usage: Tensor | None, images: int, skipped: Tensor) -> None:
+        """Count the mean assignment of a step of so many images over all ranks, if the method has one."""
+        if usage is not None:
+            self.usage.add(usage, images, skipped)
 
-    def end_epoch(self, run, record: dict) -> dict:
-        """Numbers and verdict for the log of an epoch that is whole. Every rank must call it.
+    def end_epoch(self, method: Method, device: torch.device, batch: int, record: dict) -> dict:
+        """Return numbers and verdict for the log of an epoch that is whole. Every rank must call it.
 
-        In an epoch without a look at the probe the last verdict stands, and is shown with its epoch.
+        In an epoch in which the probe is not measured the last verdict stands, and is shown with its epoch.
         """
         start = time.perf_counter()
-        found, done = self.use.average(), record["epoch"] + 1
-        self.use = CodeUse()
+        found, done = self.usage.average(), record["epoch"] + 1
+        self.usage = CodeUsage()
         if not math.isfinite(found.get("usage_entropy", math.nan)):  # none, or every step was skipped
             found = {}
         else:
             found["usage_perplexity"] = math.exp(found["usage_entropy"])
             found["information"] = found["usage_entropy"] - record["train_entropy"]
         knn = self.knn_freq > 0 and done % self.knn_freq == 0
-        look = None
-        if self.probe.due(done) or knn:
-            look = self.probe.look(run.method, run.device, run.args.batch_size_per_gpu)
-        # By one rank, so that all are of one mind.
-        found, verdict, line = collectives.on_main(self._judge, run.method, found, look, knn, done)
+        probed = self.probe.measure(method, device, batch) if self.probe.due(done) or knn else None
+        # By one rank, so that all ranks agree.
+        found, verdict, line = collectives.on_main(self._verdict, method, found, probed, knn, done)
         if verdict:
             self.alarms = 0 if verdict == "healthy" else self.alarms + 1
             self.last = {"verdict": verdict, "line": line, "epoch": str(done)}
@@ -219,18 +214,29 @@ class Monitor:
             found |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + since}
         return found | {"monitor_seconds": time.perf_counter() - start}
 
-    def _judge(self, method: Method, found: dict, look: Look | None, knn: bool, done: int) -> tuple[dict, str, str]:
-        """Numbers, verdict and its line; "" and "" for none."""
-        probe = {} if look is None else {f"probe_{name}": value for name, value in look.metrics().items()}
+    def _verdict(
+        self, method: Method, found: dict, probed: ProbeResult | None, knn: bool, done: int
+    ) -> tuple[dict, str, str]:
+        """Return numbers, verdict and its line; "" and "" for none."""
+        probe = {} if probed is None else {f"probe_{name}": value for name, value in probed.metrics().items()}
         verdict = collapse.verdict(found | (probe if done >= self.probe.first else {}), method.out_dim)
-        if knn and look is not None:
-            probe["probe_knn20"] = look.knn()
-        return found | probe, verdict.name if verdict else "", verdict.line(method.KNOBS) if verdict else ""
+        if knn and probed is not None:
+            probe["probe_knn20"] = probed.knn()
+        return found | probe, verdict.name if verdict else "", verdict.line(method.REMEDIES) if verdict else ""
 
-    def check(self, run, record: dict) -> None:
-        """Raises `CollapseError` after as many alarms in a row as there may be."""
+    def check(self, record: dict, saved_step: int) -> None:
+        """Raise `CollapseError` after `PATIENCE` alarms in a row."""
         if self.alarms >= self.PATIENCE and record["verdict"] != "healthy":
             raise CollapseError(
                 f"--on_collapse stop: {record['verdict_line']}. Alarm number {self.alarms} in a row; saved after step "
-                f"{run.saved_step}, --on_collapse warn goes on"
+                f"{saved_step}, --on_collapse warn goes on"
             )
+
+    def state(self) -> dict:
+        """Return what a continuation needs, by its names in a checkpoint. Every rank must call it."""
+        return {"code_use": self.usage.state(), "alarms": self.alarms, "verdict": self.last}
+
+    def load(self, state: dict, device: torch.device) -> None:
+        if "code_use" in state:  # not in checkpoints of the first versions
+            self.usage.load(state["code_use"], device)
+            self.alarms, self.last = state["alarms"], state["verdict"]

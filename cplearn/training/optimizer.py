@@ -1,8 +1,7 @@
-"""TODO cplearn.training.optimizer."""
+"""The optimizer and what is set or clipped at each step; and the memory that a run needs."""
 
 import argparse
 
-import timm.optim
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from cplearn.schedules import cosine, lr_at
 
 
 def expected_memory(method: nn.Module, args: argparse.Namespace, views: int) -> tuple[int, int]:
-    """Bytes a process of weights, gradients and optimiser states; and of head and loss. Without activations."""
+    """Return bytes per process of weights, gradients and optimizer states, and of head and loss. Without activations."""
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in [*method.parameters(), *method.buffers()]) - 4 * trained
     states = 2 if args.optimizer.startswith("adam") else 1
@@ -21,7 +20,7 @@ def expected_memory(method: nn.Module, args: argparse.Namespace, views: int) -> 
 
 
 def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device: torch.device) -> None:
-    """Raises `UserError`, with numbers, for what cannot fit."""
+    """Raise `UserError`, with numbers, for what cannot fit."""
     weights, loss = expected_memory(method, args, views)
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
@@ -29,7 +28,7 @@ def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device
         have = physical_memory() // collectives.local_world_size()
     if weights + loss > have:
         raise UserError(
-            f"--method {args.method} --out_dim {args.out_dim}: weights, gradients and optimiser states take "
+            f"--method {args.method} --out_dim {args.out_dim}: weights, gradients and optimizer states take "
             f"{weights / 1e9:.1f} GB, head and loss {loss / 1e9:.1f} GB for {args.batch_size_per_gpu} images and {views} "
             f"views, and a process has {have / 1e9:.1f} GB: smaller --out_dim or --batch_size_per_gpu, or another machine"
         )
@@ -39,27 +38,26 @@ def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device
 
 
 def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
-    """Weight decay for matrices only, as in DINO: biases and one-dimensional parameters have none.
+    """Build the optimizer. Only matrices are decayed, as in DINO: biases and one-dimensional parameters are not.
 
-    torch's own optimisers are fused on a GPU: with fp16 the others ask the device at each step for overflows.
+    torch's own optimizers are fused on a GPU: with fp16 the others ask the device at each step for overflows.
     """
-    decayed = [
-        p for name, p in method.named_parameters() if p.requires_grad and p.ndim > 1 and not name.endswith(".bias")
-    ]
-    exempt = [p for name, p in method.named_parameters() if p.requires_grad and (p.ndim <= 1 or name.endswith(".bias"))]
-    groups = [{"params": decayed, "decay": True}, {"params": exempt, "decay": False, "weight_decay": 0.0}]
+    from timm.optim import Lars, param_groups_weight_decay  # at half a second, not for --help
+
+    exempt, decayed = param_groups_weight_decay(method)
+    groups = [{**decayed, "decay": True}, {**exempt, "decay": False}]
     fused = device.type == "cuda"
     kinds = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
         "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=fused),
         "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)),
-        "lars": lambda: timm.optim.Lars(groups, lr=0.0, momentum=0.9),
+        "lars": lambda: Lars(groups, lr=0.0, momentum=0.9),
     }
     return kinds[args.optimizer]()
 
 
 def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """Momentum from zero, to the same effect. torch's fused form would leave it uninitialised if step 0 is skipped."""
+    """Start momentum from zero, to the same effect: torch's fused form leaves it uninitialized if step 0 is skipped."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -67,12 +65,12 @@ def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 
 
 def actual_lr(args: argparse.Namespace) -> float:
-    """The linear rule: --lr is for a batch of 256 over all processes."""
+    """Return the peak learning rate by the linear rule: --lr is for a batch of 256 over all processes."""
     return args.lr * args.batch_size_per_gpu * collectives.world_size() / 256
 
 
 def set_schedules(optimizer, step: int, steps_per_epoch: int, args) -> float:
-    """Learning rate and weight decay of this step. Returns the learning rate."""
+    """Set learning rate and weight decay of this step; return the learning rate."""
     total = args.epochs * steps_per_epoch
     lr = lr_at(
         step,

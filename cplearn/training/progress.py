@@ -1,7 +1,8 @@
-"""What a run shows while it trains: averages kept on the device, and a bar or plain lines."""
+"""How far a run is: averages kept on the device, the state of an epoch, and a bar or plain lines."""
 
 import sys
 import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Meter:
         self.recent: dict[str, Tensor] = {}  # of this rank, since then
 
     def add(self, terms: dict[str, Tensor], skipped: Tensor | None = None) -> None:
-        """Nothing is added if `skipped`, a bool on the device, is true."""
+        """Add one step's scalars, unless `skipped`, a bool on the device, is true."""
         terms = {"": torch.ones_like(next(iter(terms.values()))), **terms}  # counts the steps
         for name, value in terms.items():
             if skipped is not None:
@@ -26,11 +27,11 @@ class Meter:
             self.recent[name] = self.recent[name] + value if name in self.recent else value.clone()
 
     def read(self) -> dict[str, float]:
-        """Averages since the last reading, over all ranks; NaN if every step was skipped."""
+        """Return averages since the last reading, over all ranks; NaN if every step was skipped."""
         return _averages(self._flush())
 
     def average(self) -> dict[str, float]:
-        """Averages since the beginning, over all ranks."""
+        """Return averages since the beginning, over all ranks."""
         if self.recent:
             self._flush()
         return _averages(self.totals)
@@ -45,7 +46,7 @@ class Meter:
         return values
 
     def state(self) -> dict:
-        """To go on later to the same bits. Every rank must call it: `recent` is each rank's own."""
+        """Return what a continuation needs. Every rank must call it: `recent` is each rank's own."""
         recent = {name: value.cpu() for name, value in self.recent.items()}
         return {
             "totals": {name: value.cpu() for name, value in self.totals.items()},
@@ -61,14 +62,54 @@ def _averages(sums: dict[str, Tensor]) -> dict[str, float]:
     return {name: (value / sums[""]).item() for name, value in sums.items() if name}
 
 
-class Later:
+class Stopwatch:
+    """Wall-clock seconds spent in a `with` block, added up."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self._start
+
+
+@dataclass
+class EpochState:
+    """How far the current epoch is, over all its parts if it was interrupted. Saved with the run."""
+
+    meter: Meter = field(default_factory=Meter)
+    skipped: int = 0  # steps
+    replaced: int = 0  # images
+    seconds: float = 0.0
+    waiting: Stopwatch = field(default_factory=Stopwatch)  # for data
+
+    def state(self) -> dict:
+        """Return what a continuation needs. Every rank must call it."""
+        return {
+            "meter": self.meter.state(),
+            "skipped": self.skipped,
+            "replaced": self.replaced,
+            "seconds": self.seconds,
+            "waiting": self.waiting.seconds,
+        }
+
+    def load(self, state: dict, device: torch.device) -> None:
+        self.meter.load(state["meter"], device)
+        self.skipped, self.replaced, self.seconds = state["skipped"], state["replaced"], state["seconds"]
+        self.waiting.seconds = state["waiting"]
+
+
+class DeferredRead:
     """Numbers of one step, read by the host at the next, so that it never waits for the device it has just fed."""
 
     def __init__(self):
         self._waiting: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def push(self, x: Tensor) -> list[float] | None:
-        """Start the way of this step's numbers to the host; returns those of the step before. Shape: (k,)."""
+        """Start copying this step's numbers to the host; return those of the step before. Shape: (k,)."""
         before, event = self.flush(), None
         if x.is_cuda:
             x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -82,7 +123,7 @@ class Later:
         return self._waiting is not None
 
     def flush(self) -> list[float] | None:
-        """What is still under way, if anything."""
+        """Return what is still under way, if anything."""
         if self._waiting is None:
             return None
         (x, event), self._waiting = self._waiting, None
@@ -122,17 +163,3 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-class Stopwatch:
-    """Wall-clock seconds spent in a `with` block, added up."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def __enter__(self):
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_):
-        self.seconds += time.perf_counter() - self._start

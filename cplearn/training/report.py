@@ -1,26 +1,33 @@
-"""TODO cplearn.training.report."""
+"""What a run says and keeps of itself: at start-up, while an epoch runs, after it; TensorBoard."""
 
+import argparse
 import json
+import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cplearn.data import datasets
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.files import append_json_line, write_text
 from cplearn.host import git_commit
+from cplearn.methods.base import StepOutput
 from cplearn.text import format_duration
 from cplearn.training.optimizer import actual_lr, expected_memory
+from cplearn.training.progress import Progress
 from cplearn.training.run import Run
 
-# --- what the run says and keeps ---------------------------------------------------------------------
+TIMED_STEPS = 6  # after which a run says how long it will take; the first one is not counted
+SLOW_EPOCH = 3600  # seconds, above which other settings are recommended for a CPU
 
 
 def announce(run: Run, lines: list[str]) -> None:
-    """Processes, effective arguments, derived values and warnings: printed, and saved as args.json."""
+    """Print processes, effective arguments, derived values and warnings; save them as args.json."""
     print("\n".join([*lines, f"Data: {datasets.summary(run.dataset)}"]))
     args, method, device = run.args, run.method, run.device
     derived = {
@@ -29,7 +36,7 @@ def announce(run: Run, lines: list[str]) -> None:
         "effective_batch": args.batch_size_per_gpu * collectives.world_size(),
         "actual_lr": actual_lr(args),
         "train_images": len(run.dataset),
-        "steps_per_epoch": len(run.loader),
+        "steps_per_epoch": run.steps_per_epoch,
         "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
         "expected_memory_gb": sum(expected_memory(method, args, len(run.views))) / 1e9,
         "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
@@ -53,24 +60,104 @@ def announce(run: Run, lines: list[str]) -> None:
     sys.stdout.flush()
 
 
+class EpochReport:
+    """Records the steps of an epoch, or of what is left of one: averages, time, a progress bar."""
+
+    def __init__(self, run: Run):
+        self.run, self.first_step = run, run.step
+        self.batch = run.args.batch_size_per_gpu * collectives.world_size()
+        self.progress = Progress(run.step // run.steps_per_epoch, run.args.epochs, run.steps_per_epoch)
+        self.seconds_before = run.epoch.seconds
+        self.start = time.perf_counter() - self.seconds_before
+        self.first_step_seconds = 0.0  # with all that happens once
+
+    def step(self, output: StepOutput, grad_norm: Tensor, skipped: Tensor, samples: Tensor, lr: float) -> None:
+        """Record a step of these samples. Nothing here waits for the device, except every --print_freq steps."""
+        run, epoch = self.run, self.run.epoch
+        terms = {**output.terms, "grad_norm": grad_norm}
+        epoch.meter.add(terms, skipped)
+        run.monitor.add(output.usage, self.batch, skipped)
+        run.bad_steps.remember(run.step, samples, terms)
+        before, epoch.seconds = epoch.seconds, time.perf_counter() - self.start
+        if run.step == self.first_step:
+            self.first_step_seconds = epoch.seconds - before
+        run.step += 1
+        done = (run.step - 1) % run.steps_per_epoch + 1
+        if done % run.args.print_freq == 0 or done == run.steps_per_epoch:
+            values = epoch.meter.read() | run.monitor.usage.read()
+            rate, wait = done * self.batch / epoch.seconds, epoch.waiting.seconds / epoch.seconds
+            self.progress.show(done, values, lr, rate, wait)
+        if not run.duration_told and (run.step - self.first_step == TIMED_STEPS or done == run.steps_per_epoch):
+            counted = run.step - self.first_step - 1
+            all_but_first = epoch.seconds - self.seconds_before - self.first_step_seconds
+            self._tell_duration(all_but_first / counted if counted else self.first_step_seconds)
+
+    def _tell_duration(self, seconds: float) -> None:
+        """Say how long an epoch and all of them take, from the seconds per step."""
+        run, epoch = self.run, seconds * self.run.steps_per_epoch
+        run.duration_told = True
+        if not collectives.is_main():
+            return
+        print(
+            f"{seconds:.2g} s per step: an epoch takes about {format_duration(epoch)}, what is left of "
+            f"{run.args.epochs} epochs {format_duration(seconds * (run.last_step - run.step))}",
+            flush=True,
+        )
+        if run.device.type == "cpu" and epoch > SLOW_EPOCH:
+            print(
+                "WARNING: that is long for a CPU. Smaller views and networks take minutes: --image_size 64 "
+                "--arch resnet8bn_w64, or fewer --local_crops_number",
+                flush=True,
+            )
+
+    def close(self) -> dict:
+        """Return the log record of the epoch so far. Every rank must call it."""
+        self.progress.close()
+        run, epoch = self.run, self.run.epoch
+        values = epoch.meter.average()
+        references = run.method.references(run.args.batch_size_per_gpu)
+        uniform, floor = references.uniform, references.floor
+        steps = (run.step - 1) % run.steps_per_epoch + 1
+        return {
+            "epoch": (run.step - 1) // run.steps_per_epoch,
+            "step": run.step,
+            "steps": steps,
+            **{f"train_{name}": value for name, value in values.items()},
+            "loss_uniform": uniform,
+            "loss_one_code": references.one_code if math.isfinite(references.one_code) else None,
+            "loss_floor": floor,
+            "uniform_to_floor": (uniform - values["loss"]) / max(uniform - floor, 1e-9),
+            "skipped_steps": epoch.skipped,
+            "replaced_images": epoch.replaced,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "weight_decay": run.optimizer.param_groups[0]["weight_decay"],
+            "images_per_second": steps * self.batch / epoch.seconds,
+            "data_wait": epoch.waiting.seconds / epoch.seconds,
+            "seconds": epoch.seconds,
+            "first_step_seconds": self.first_step_seconds,
+        }
+
+
 def report_epoch(run: Run, record: dict, writer) -> None:
-    """One line on the terminal, one in log.txt, and TensorBoard if asked for."""
+    """Write one line on the terminal, one in log.txt, and TensorBoard events if asked for."""
     args = run.args
     remaining = (run.last_step - record["step"]) * record["seconds"] / record["steps"]
-    print(
-        f"epoch {record['epoch'] + 1}/{args.epochs}  loss {record['train_loss']:.4f}  "
-        + "  ".join(
-            f"{k.removeprefix('train_')} {v:.4f}"
-            for k, v in record.items()
-            if k.startswith("train_") and k != "train_loss"
-        )
-        + f"  (uniform {record['loss_uniform']:.4f}, floor {record['loss_floor']:.4f}, {record['uniform_to_floor']:.0%} of the way)  lr {record['lr']:.3g}"
-        + f"  {record['images_per_second']:.0f} img/s  wait {record['data_wait']:.0%}"
-        + f"  skipped {record['skipped_steps']} steps" * (record["skipped_steps"] > 0)
-        + f"  replaced {record['replaced_images']} unreadable images" * (record["replaced_images"] > 0)
-        + f"  ETA {format_duration(remaining)}",
-        flush=True,
-    )
+    terms = (name for name in record if name.startswith("train_") and name != "train_loss")
+    parts = [
+        f"epoch {record['epoch'] + 1}/{args.epochs}",
+        f"loss {record['train_loss']:.4f}",
+        *(f"{name.removeprefix('train_')} {record[name]:.4f}" for name in terms),
+        f"(uniform {record['loss_uniform']:.4f}, floor {record['loss_floor']:.4f}, "
+        f"{record['uniform_to_floor']:.0%} of the way)",
+        f"lr {record['lr']:.3g}",
+        f"{record['images_per_second']:.0f} img/s",
+        f"wait {record['data_wait']:.0%}",
+    ]
+    if record["skipped_steps"]:
+        parts.append(f"skipped {record['skipped_steps']} steps")
+    if record["replaced_images"]:
+        parts.append(f"replaced {record['replaced_images']} unreadable images")
+    print("  ".join([*parts, f"ETA {format_duration(remaining)}"]), flush=True)
     if "verdict" in record:
         mark = "" if record["verdict"] == "healthy" else "WARNING: "
         print(f"  {mark}{record['verdict_line']}", flush=True)
@@ -82,7 +169,17 @@ def report_epoch(run: Run, record: dict, writer) -> None:
         writer.flush()
 
 
-def tensorboard_writer(args, epoch: int):
+def report_end(run: Run, record: dict) -> None:
+    """Say that the run is at its end, and with which last steps."""
+    folder = run.args.output_dir
+    if run.bad_steps.in_a_row:
+        print(f"WARNING: the last {run.bad_steps.in_a_row} steps were not finite and had to be left out")
+    nothing = f"Nothing left to do in {folder}: step {run.step} is its last"
+    print(f"Done: {folder}/checkpoint.pth" if record else nothing)
+
+
+def tensorboard_writer(args: argparse.Namespace, epoch: int):
+    """Return a TensorBoard writer on rank 0 with --tensorboard, else None. Raises `UserError` without the package."""
     if not args.tensorboard or not collectives.is_main():
         return None
     try:

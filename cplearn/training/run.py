@@ -1,22 +1,26 @@
-"""A run: what it is made of and how far it is; what its ranks agree on at each step; its way to disk and back."""
+"""What a run is made of, and how far it is."""
 
 import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from cplearn.data import loaders
 from cplearn.data.augmentations import View
-from cplearn.training.bad_batches import BadSteps
+from cplearn.methods.base import Method
+from cplearn.training.bad_batches import BadImages, BadSteps
 from cplearn.training.folder_lock import FolderLock
 from cplearn.training.monitor import Monitor
-from cplearn.training.progress import Later, Meter, Stopwatch
+from cplearn.training.progress import DeferredRead, EpochState
+from cplearn.training.run_control import StopSignals
 
 
 @dataclass
 class Run:
-    """What a run is made of, and how far it is."""
+    """A pre-training: its parts, and how far it is."""
 
     args: argparse.Namespace
     identity: dict[str, int | str]  # what else must not differ in a continuation
@@ -24,24 +28,35 @@ class Run:
     dataset: torch.utils.data.Dataset
     views: list[View]
     loader: torch.utils.data.DataLoader
-    method: nn.Module
+    method: Method
     model: nn.Module  # the method, in several processes inside DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     last_step: int
     bad_steps: BadSteps
+    bad_images: BadImages
     monitor: Monitor
     lock: FolderLock
-    step: int = 0  # finished optimiser steps
-    # of the current epoch
-    meter: Meter = field(default_factory=Meter)
-    outcomes: Later = field(default_factory=Later)  # of the last step, on their way to the host
-    skipped: int = 0  # steps
-    replaced: int = 0  # images
-    seconds: float = 0.0
-    waiting: Stopwatch = field(default_factory=Stopwatch)
-    # unreadable images: name -> reason; and those that the other ranks do not know of yet
-    bad_images: dict[str, str] = field(default_factory=dict)
-    news: dict[str, str] = field(default_factory=dict)
+    signals: StopSignals
+    step: int = 0  # finished optimizer steps
+    epoch: EpochState = field(default_factory=EpochState)
+    outcomes: DeferredRead = field(default_factory=DeferredRead)  # of the last step, on their way to the host
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
+    duration_told: bool = False  # how long it will take
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loader)
+
+    def rest_of_epoch(self) -> Iterator[list]:
+        """Yield the batches that are left of the current epoch, as far as `last_step`."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        last = min(self.steps_per_epoch, self.last_step - epoch * self.steps_per_epoch)
+        return loaders.read_batches(
+            self.loader, epoch, first, last, timeout=self.args.worker_timeout, waiting=self.epoch.waiting
+        )
+
+    @property
+    def between_epochs(self) -> bool:
+        return self.step % len(self.loader) == 0
