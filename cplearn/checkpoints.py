@@ -6,12 +6,15 @@ turns an original DINO checkpoint, which carries a pickled argparse.Namespace, i
 """
 
 import argparse
+import hashlib
+import io
 import os
 import pathlib
 import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -121,20 +124,40 @@ def load_file(path: str | Path, classes: list[type] = ()) -> dict:
     does not, and would hand out weights with flipped bits. `classes` may be in the file besides tensors and plain
     containers.
     """
+    with _open(path) as file:
+        return _load(file, path, classes)
+
+
+def load_file_and_hash(path: str | Path, classes: list[type] = ()) -> tuple[dict, str]:
+    """Load as `load_file` does; also return the SHA-256 of the very bytes that were loaded.
+
+    The file is read once, into memory: replaced meanwhile, it cannot lend its hash to other weights.
+    """
+    with _open(path, in_memory=True) as file:
+        return _load(file, path, classes), hashlib.sha256(file.getvalue()).hexdigest()  # getvalue copies nothing
+
+
+def _open(path: str | Path, in_memory: bool = False) -> BinaryIO:
     path = Path(path)
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {reason}: give the path of a checkpoint")
     try:
-        with open(path, "rb") as f:
-            is_zip = f.read(2) == b"PK"
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
+        return io.BytesIO(path.read_bytes()) if in_memory else open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give the path of a checkpoint") from None
+
+
+def _load(file: BinaryIO, path: str | Path, classes: list[type]) -> dict:
+    try:
+        if file.read(2) == b"PK":
+            with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy")
+        file.seek(0)
         with torch.serialization.safe_globals(list(classes)):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds Python objects that could run code" if "Weights only" in str(error) else "it is damaged"
         raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
