@@ -1,10 +1,13 @@
 """Files that are whole or not there: text, JSON, JSON lines. Standard library only."""
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cplearn.errors import UserError, WriteError
@@ -30,7 +33,7 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all. Raises `WriteError`."""
+    """Write a text file whole or not at all. Raises `WriteError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -41,8 +44,15 @@ def write_text(path: Path, text: str) -> None:
         remove_quietly(temporary)
 
 
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a header and rows as CSV, whole or not at all. Raises `WriteError`."""
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
 def remove_quietly(path: Path) -> None:
-    """If it is there and can be removed; a disk that failed has been reported by then."""
+    """Remove a file if it is there and can be removed; a disk that failed has been reported by then."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
@@ -72,7 +82,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
-    """Records of `append_json_line`, without what a kill cut short. [] if there is no file."""
+    """Return the records of `append_json_line`, without what a kill cut short. [] if there is no file."""
     found = []
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():

@@ -3,6 +3,7 @@
 from helpers import ROOT
 
 from cplearn import errors
+from cplearn.errors import ExpectedError
 
 
 def test_every_error_has_its_own_exit_code():
