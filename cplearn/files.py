@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a header and rows as CSV, whole or not at all. Raises `WriteError`."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text).writerows([header, *rows])
     write_text(path, text.getvalue())
 
 
