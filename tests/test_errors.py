@@ -3,7 +3,6 @@
 from helpers import ROOT
 
 from cplearn import errors
-from cplearn.errors import ExpectedError
 
 
 def test_every_error_has_its_own_exit_code():
