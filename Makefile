@@ -11,11 +11,11 @@ help:  ## Show this list
 
 venv: $(STAMP)  ## Create .venv and install everything (a few minutes, about 6 GB with PyTorch's GPU libraries)
 
-$(STAMP): pyproject.toml requirements.txt
+$(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
 demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (about 4 minutes on 2 CPU cores)

@@ -33,7 +33,7 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises `WriteError`."""
+    """Whole or not at all. Raises `WriteError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -52,7 +52,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 
 
 def remove_quietly(path: Path) -> None:
-    """Remove a file if it is there and can be removed; a disk that failed has been reported by then."""
+    """If it is there and can be removed; a disk that failed has been reported by then."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
@@ -82,7 +82,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
-    """Return the records of `append_json_line`, without what a kill cut short. [] if there is no file."""
+    """Records of `append_json_line`, without what a kill cut short. [] if there is no file."""
     found = []
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():

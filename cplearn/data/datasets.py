@@ -40,7 +40,7 @@ RECIPE = {"folder": "dino", "cifar10": "cifar", "cifar100": "cifar", "svhn": "sv
 
 
 def build_dataset(name: str, data_path: str | None, split: str, class_list: str | None = None) -> Dataset:
-    """Build a data set. Raises `UserError` for an unknown name, and a folder that is missing, empty or lacks classes."""
+    """Build a data set. Raises `UserError` for an unknown name, or a folder that is missing, empty or incomplete."""
     if name not in DATASETS:
         raise UserError(f"--dataset {name} is unknown: {', '.join(DATASETS)}")
     if class_list and name != "folder":
