@@ -35,7 +35,7 @@ def train(out, *more):
 
 
 def run_script(*command, **env):
-    """Run `python command` to its end in a process of its own."""
+    """Run `python command` to its end, as typed: a new interpreter, which takes seconds to start."""
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
@@ -115,32 +115,28 @@ LONG = ["main_cplearn.py", *SMALL, "--arch", "timm:test_vit", "--drop_path_rate"
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes started by `pid`, oldest first."""
+    """Return the processes that `pid` has started, oldest first, without Python's own helper."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
+            command = stat.with_name("cmdline").read_text()
         except OSError:  # it has just ended
             continue
-        if int(fields[1]) == pid:
+        if int(fields[1]) == pid and "resource_tracker" not in command:
             found.append((int(fields[19]), int(stat.parent.name)))
     return [number for _, number in sorted(found)]
 
 
-def interrupted(out, name, count, number, command):
-    """Start, signal rank `number` some time after two checkpoints, and return exit code and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, *command, "--output_dir", str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint_previous.pth").exists() and time.monotonic() < deadline:
+def interrupt(process, out, name, count, rank=None):
+    """Send a signal to a run, or to this rank of one below torchrun, some time after two checkpoints."""
+    end = time.monotonic() + 120
+    while not (out / "checkpoint_previous.pth").exists():
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.02 * count)
-    pid = process.pid if number is None else children_of(process.pid)[number]  # a rank below torchrun
+    pid = process.pid if rank is None else children_of(process.pid)[rank]
     os.kill(pid, getattr(signal, name))
-    _, said = process.communicate(timeout=120)
-    return process.returncode, said
 
 
 # --- images --------------------------------------------------------------------------------------------------
@@ -207,6 +203,11 @@ class Script:
         return subprocess.CompletedProcess(self.args, self.process.exitcode, *(path.read_text() for path in self.files))
 
 
+def fork_script(folder: Path, *command, **env) -> subprocess.CompletedProcess:
+    """Run a script to its end in a process of its own, quickly; its output goes to files in `folder`."""
+    return Script(folder, *command, **env).wait()
+
+
 def _script(command: list[str], environment: dict, out: str, err: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -215,8 +216,13 @@ def _script(command: list[str], environment: dict, out: str, err: str) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     torch.set_num_threads(1)
-    sys.argv = command
-    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        sys.modules.pop(command[1], None)  # imported already: runpy would warn
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
 
 # --- methods -------------------------------------------------------------------------------------------------

@@ -5,12 +5,11 @@ import os
 import pathlib
 import pickle
 import resource
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from helpers import fork_script
 
 from cplearn import checkpoints
 from cplearn.backbones import ResNet8
@@ -224,16 +223,17 @@ def test_the_converter_lets_plain_data_through_and_nothing_else(tmp_path):
     torch.save(state, tmp_path / "dino.pth")
     with pytest.raises(UserError, match="could run code"):
         checkpoints.load_file(tmp_path / "dino.pth")
-    convert = [sys.executable, "-m", "cplearn.checkpoints", str(tmp_path / "dino.pth")]
-    done = subprocess.run([*convert, str(tmp_path / "plain.pth")], capture_output=True, text=True)
+    convert = ["-m", "cplearn.checkpoints", str(tmp_path / "dino.pth")]
+    done = fork_script(tmp_path / "said", *convert, str(tmp_path / "plain.pth"))
     assert done.returncode == 0 and f"{len(weights)} tensors of the teacher" in done.stdout, done.stderr
-    subprocess.run([*convert, str(tmp_path / "student.pth"), "--key", "student"], check=True, capture_output=True)
+    student = fork_script(tmp_path / "said", *convert, str(tmp_path / "student.pth"), "--key", "student")
+    assert student.returncode == 0, student.stderr
     for name, shift in (("plain", 0), ("student", 1)):
         found = checkpoints.backbone_weights(checkpoints.load_file(tmp_path / f"{name}.pth"))
         assert found.keys() == weights.keys() and all(torch.equal(found[k], weights[k] + shift) for k in weights)
-    again = subprocess.run([*convert, str(tmp_path / "plain.pth")], capture_output=True, text=True)
+    again = fork_script(tmp_path / "said", *convert, str(tmp_path / "plain.pth"))
     assert again.returncode == 2 and "exists: choose another name" in again.stderr
     torch.save({**state, "args": Attack(tmp_path / "executed")}, tmp_path / "dino.pth")
-    done = subprocess.run([*convert, str(tmp_path / "evil.pth")], capture_output=True, text=True)
+    done = fork_script(tmp_path / "said", *convert, str(tmp_path / "evil.pth"))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "could run code" in done.stderr
     assert not (tmp_path / "executed").exists() and not (tmp_path / "evil.pth").exists()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, log_of, model_of, run_script, same_weights, train, without_time
+from helpers import ROOT, SMALL, TORCHRUN, fork_script, log_of, model_of, run_script, same_weights, train, without_time
 
 import main_cplearn
 from cplearn import checkpoints
@@ -113,16 +113,15 @@ def test_torchrun_line_of_the_readme_starts_as_typed(tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path, image_folder):
     """torchrun with 2 x 8 images follows one process with 16, step by step."""
     common = ["main_cplearn.py", *SMALL, "--data_path", str(image_folder), "--epochs", "2", "--beta", "0.5",
               "--optimizer", "sgd", "--lr", "0.5",  # Adam would blow up rounding noise in gradients that are zero
               "--local_crops_number", "1", "--local_image_size", "16"]  # fmt: skip
-    two = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common,
+    two = run_script(*TORCHRUN, *common,
                      "--batch_size_per_gpu", "8", "--output_dir", str(tmp_path / "two"))  # fmt: skip
     assert two.returncode == 0, two.stderr[-2000:]
-    one = run_script(*common, "--output_dir", str(tmp_path / "one"))
+    one = fork_script(tmp_path / "said", *common, "--output_dir", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr[-2000:]
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for name in (
@@ -141,8 +140,8 @@ def test_two_processes_train_like_one(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize("script", ["main_cplearn.py", "eval_knn.py", "eval_linear.py", "eval_cluster.py"])
-def test_help(script):
-    done = run_script(script, "--help")
+def test_help(tmp_path, script):
+    done = fork_script(tmp_path, script, "--help")
     assert done.returncode == 0 and "--output_dir" in done.stdout and "python " in done.stdout
 
 

@@ -3,12 +3,11 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
-from helpers import LONG, ROOT, write_images
+from helpers import LONG, Script, children_of, write_images
 
 from cplearn import checkpoints
 from cplearn.data.augmentations import build_views
@@ -128,23 +127,19 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, how):
     assert worker_error(RuntimeError("shapes do not match"), loader) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
 def test_a_worker_that_dies_or_hangs_ends_the_run(tmp_path, image_folder, signal_name):
     """A real worker of a real run, killed or stopped from outside."""
-    import signal
-    import time
-
-    command = [*LONG, "--data_path", str(image_folder), "--num_workers", "1", "--worker_timeout", "2",
+    command = [*LONG, "--data_path", str(image_folder), "--num_workers", "1", "--worker_timeout", "8",
                "--epochs", "4000", "--output_dir", str(tmp_path / "out")]  # fmt: skip
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "log.txt").exists() and time.monotonic() < deadline:
+    process = Script(tmp_path / "said", *command)
+    end = time.monotonic() + 60
+    while not (tmp_path / "out" / "log.txt").exists():
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "main_cplearn"], capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[-1]), getattr(signal, signal_name))
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 5 and len(said.splitlines()) == 1, said
+    os.kill(children_of(process.pid)[-1], getattr(signal, signal_name))
+    done = process.wait(60)
+    said = done.stderr
+    assert done.returncode == 5 and len(said.splitlines()) == 1, said
     assert "DataLoader" in said and ("while reading" in said or "between two files" in said) and "--num_workers" in said
     assert checkpoints.load(tmp_path / "out" / "checkpoint.pth")["step"] >= 3 and not (tmp_path / "out/.lock").exists()

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from helpers import SMALL, run_in_processes, run_script
+from helpers import SERVER, SMALL, fork_script, run_in_processes
 
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -54,21 +53,23 @@ def test_an_address_left_by_an_earlier_start_does_no_harm(tmp_path, left):
     assert not file.exists()
 
 
+def _wait_for_rank_1(meet):
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
+    os.environ.update(RANK="0", WORLD_SIZE="2")
+    launch.init(f"file://{meet}", "cpu", 5.0)
+
+
 def test_a_rank_that_waits_for_others_hears_signals(tmp_path):
-    program = """
-import os, signal, sys
-from cplearn.distributed import launch
-def leave(*_): sys.exit(7)
-signal.signal(signal.SIGUSR2, leave)
-launch.init(f"file://{sys.argv[1]}", "cpu", 5.0)
-"""
-    command = [sys.executable, "-c", program, str(tmp_path / "meet")]
-    process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
+    process = SERVER.Process(target=_wait_for_rank_1, args=(str(tmp_path / "meet"),))
+    process.start()
+    end = time.monotonic() + 60
     while not (tmp_path / "meet").exists():
+        assert process.is_alive() and time.monotonic() < end
         time.sleep(0.05)
     time.sleep(1)
-    process.send_signal(signal.SIGUSR2)
-    assert process.wait(timeout=10) == 7
+    os.kill(process.pid, signal.SIGUSR2)
+    process.join(10)
+    assert process.exitcode == 7
 
 
 @pytest.mark.parametrize("url", ["env://", "file://"])
@@ -78,7 +79,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, url):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    done = run_script("main_cplearn.py", *SMALL, "--dist_timeout", "0.02", "--output_dir", str(tmp_path / "out"),
+    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--dist_timeout", "0.02", "--output_dir", str(tmp_path / "out"),
                       "--dist_url", url if url == "env://" else f"{url}{tmp_path}/meet",
                       RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
     assert done.returncode == 6, done.stderr
@@ -92,6 +93,6 @@ def test_a_port_that_is_taken(tmp_path):
         s.bind(("0.0.0.0", 0))
         s.listen()
         port = str(s.getsockname()[1])
-        done = run_script("main_cplearn.py", *SMALL, "--dist_timeout", "0.1", "--output_dir", str(tmp_path / "out"),
+        done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--dist_timeout", "0.1", "--output_dir", str(tmp_path / "out"),
                           RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
     assert done.returncode == 2 and "is taken on 127.0.0.1: choose another one" in done.stderr, done.stderr

@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import (
     SMALL,
+    TORCHRUN,
+    fork_script,
     log_of,
     model_of,
     run_in_processes,
@@ -170,7 +172,7 @@ def test_too_many_unreadable_images_end_the_run_in_one_line(tmp_path, image_fold
 
     shutil.copytree(image_folder, tmp_path / "data")
     (tmp_path / "data/train/ant/000.jpg").write_bytes(b"\xff\xd8 broken")
-    done = run_script("main_cplearn.py", *SMALL, "--data_path", str(tmp_path / "data"), "--epochs", "1",
+    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--data_path", str(tmp_path / "data"), "--epochs", "1",
                       "--num_workers", workers, "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode == UserError.exit_code
     warning, error = done.stderr.splitlines()
@@ -201,7 +203,7 @@ def test_an_unreadable_image_is_named_by_whichever_rank_meets_it(tmp_path):
     names = sorted((tmp_path / "data").iterdir())
     order = [i for batch in BatchSampler(8, 4, 0, rank=1, world_size=2) for _, i in batch]
     names[order[0]].write_bytes(b"no image")  # in the first batch of rank 1
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
+    done = run_script(*TORCHRUN, "main_cplearn.py", *SMALL,
                       "--batch_size_per_gpu", "4", "--data_path", str(tmp_path / "data"), "--epochs", "1",
                       "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode != 0

@@ -3,42 +3,47 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from helpers import ROOT, train
+from helpers import SERVER, train
 
 from cplearn.errors import UserError
 from cplearn.host import process_start, system_id
 from cplearn.training.folder_lock import FolderLock
 
-HOLD = """
-import sys, time
-sys.path.insert(0, {root!r})
-from cplearn.training.folder_lock import FolderLock
-with FolderLock({folder!r}):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+
+def _hold(folder, held):
+    with FolderLock(folder):
+        held.send("held")
+        time.sleep(60)
+
+
+def start(folder):
+    """Start a real process that takes the lock; return it, and what tells that it has it."""
+    told, held = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_hold, args=(folder, held))
+    process.start()
+    return process, told
 
 
 def hold(folder):
-    """A real process that has the lock."""
-    code = HOLD.format(root=str(ROOT), folder=str(folder))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    process, told = start(folder)
+    assert told.recv() == "held"
     return process
+
+
+def end(process):
+    process.kill()
+    process.join()
 
 
 def test_a_second_process_is_refused_and_a_killed_one_is_replaced(tmp_path, capsys):
     process = hold(tmp_path)
     with pytest.raises(UserError, match=f"in use by process {process.pid} on {socket.gethostname()}: stop it, or"):
         FolderLock(tmp_path).__enter__()
-    process.kill()
-    process.wait()
+    end(process)
     with FolderLock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert f"taking over {tmp_path}/.lock of a run that is gone: process {process.pid}" in capsys.readouterr().out
@@ -105,19 +110,15 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 def test_only_one_of_many_gets_a_dead_lock(tmp_path):
     dead = {"host": socket.gethostname(), "system": system_id(), "pid": 2**22 + 1, "started": "1"}
     (tmp_path / ".lock").write_text(json.dumps(dead))
-    code = HOLD.format(root=str(ROOT), folder=str(tmp_path))
-    many = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
+    started = [start(tmp_path) for _ in range(4)]  # with the pipes, which have to stay open
+    many = [process for process, _ in started]
     deadline = time.monotonic() + 60
-    while sum(p.poll() is None for p in many) > 1 and time.monotonic() < deadline:
+    while sum(p.exitcode is None for p in many) > 1 and time.monotonic() < deadline:
         time.sleep(0.05)
-    alive = [p for p in many if p.poll() is None]
+    alive = [p for p in many if p.exitcode is None]
     assert len(alive) == 1 and json.loads((tmp_path / ".lock").read_text())["pid"] == alive[0].pid
-    alive[0].kill()
     for p in many:
-        p.communicate()
+        end(p)
 
 
 def test_a_folder_in_use_is_refused(tmp_path, image_folder):
@@ -125,5 +126,4 @@ def test_a_folder_in_use_is_refused(tmp_path, image_folder):
     process = hold(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path} is in use by process {process.pid}"):
         train(tmp_path, "--data_path", str(image_folder))
-    process.kill()
-    process.wait()
+    end(process)
