@@ -1,4 +1,4 @@
-"""Pre-train on the bundled digits, evaluate against random initialisation, and draw what happened (`make demo`).
+"""Pre-train on the bundled digits, evaluate against random initialization, and draw what happened (`make demo`).
 
 python demo.py [--output_dir output/demo]
 """
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         train_flags += ["--max_steps", str(args.max_steps)]
     main_cplearn.main(train_flags)
 
-    print("\nEvaluating: trained, and the same backbone at random initialisation ...", flush=True)
+    print("\nEvaluating: trained, and the same backbone at random initialization ...", flush=True)
     rows = {name: evaluate(out, name) for name in ("trained", "random")}
     plot_losses(out)
     plot_code_usage(out)
     plot_confusion(out)
-    analyse_collapse(out)
+    analyze_collapse(out)
     print(f"\nDigits held out from training, {out}/checkpoint.pth, {time.perf_counter() - start:.0f} s in all:\n")
     columns = list(rows["trained"])
     print(format_table([(c, rows["trained"][c], rows["random"][c]) for c in columns], ("", "trained", "random init")))
@@ -75,7 +75,7 @@ def evaluate(out: Path, name: str) -> dict[str, float]:
     }
 
 
-def analyse_collapse(out: Path) -> None:
+def analyze_collapse(out: Path) -> None:
     """The figures of eval_collapse.py on the training images; its own output goes to eval_collapse.txt."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -116,7 +116,7 @@ def plot_code_usage(out: Path) -> None:
         codes = checkpoints.load(out / f"features_{name}" / "features_train_last1.pth")
         counts = np.sort(np.bincount(codes["codes"].numpy(), minlength=codes["out_dim"]))[::-1]
         used = int((counts > 0).sum())
-        label = {"trained": "trained", "random": "random initialisation"}[name]
+        label = {"trained": "trained", "random": "random initialization"}[name]
         axis.step(
             np.arange(1, used + 1),
             counts[:used],

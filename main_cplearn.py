@@ -109,7 +109,7 @@ def train_one_epoch(run: Run) -> dict:
     for crops, _, samples, failures in run.rest_of_epoch():
         lr = set_schedules(optimizer, run.step, run.steps_per_epoch, args)
         random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, collectives.rank())  # drop path
-        images = augmentations.colour_views(crops, run.views, run.device)
+        images = augmentations.color_views(crops, run.views, run.device)
         method.before_step(run.step, run.steps_per_epoch, args.epochs)
         statistics.keep()
         with autocast(run.device, args.precision):

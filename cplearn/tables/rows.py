@@ -49,7 +49,7 @@ SMALL_FLAGS: dict[str, Callable[[int], str]] = {
 CHOICES = {
     1: "sizes of Barlow Twins and SwAV are the published ResNet-18 code's; GEDI's is the number of classes, with the "
     "beta of CPLearn's Table 7, which is above 1 / log c. The head is the equations' (--n_ref 1, embed_dim = f), tanh.",
-    2: "head, size of Barlow Twins and SwAV, and GEDI's prior (sum, beta 0.1) are the published code's. One optimiser "
+    2: "head, size of Barlow Twins and SwAV, and GEDI's prior (sum, beta 0.1) are the published code's. One optimizer "
     "for all, as the paper's text has it; the code trains the others with LARS. Self-Classifier has CPLearn's frozen "
     "head, as the sizes in the paper's Table 8 say. The paper's NMI of SwAV is not of its prototypes.",
     3: "crops, width, activation and logit scale are not in the paper: DINO's crops for all, this project's head. GEDI "

@@ -66,9 +66,9 @@ def half_batch(rank):
         views = [v[rank * 4 : rank * 4 + 4] for v in make_views(8)]
         out[prior] = loss_and_gradients(method, model, views)
         seen = [name for name, _ in method.named_buffers()]
-        synchronised = [id(b) for b in model.modules_buffers]
+        synchronized = [id(b) for b in model.modules_buffers]
         out[f"{prior}_dictionary_in_ddp"] = any(
-            id(b) in synchronised for name, b in method.named_buffers() if name.endswith("packed")
+            id(b) in synchronized for name, b in method.named_buffers() if name.endswith("packed")
         )
         out[f"{prior}_has_dictionary"] = any(name.endswith("packed") for name in seen)
     for form in ("plain", "recomputed"):
