@@ -45,9 +45,11 @@ from cplearn import checkpoints, errors  # noqa: E402
 from cplearn.data import datasets  # noqa: E402
 from cplearn.errors import LocalError, UserError  # noqa: E402
 from cplearn.host import git_commit  # noqa: E402
+from cplearn.precision import choose_precision  # noqa: E402
 from cplearn.text import format_table  # noqa: E402
 from cplearn.training.folder_lock import FolderLock  # noqa: E402
 from cplearn.training.resume import save  # noqa: E402
+from cplearn.training.run_control import StopSignals  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
@@ -462,12 +464,12 @@ def overhead(folder: Path) -> list[tuple]:
     args = main_cplearn.parse_args(["--arch", "vit_small", "--out_dim", "131072", "--device", "cpu", "--output_dir",
                                     str(folder / "vit"), "--num_workers", "0", "--use_fp16", "false"])  # fmt: skip
     device = torch.device("cpu")
-    main_cplearn.choose_precision(args, device)
+    choose_precision(args, device)
     Path(args.output_dir).mkdir(parents=True)
     stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
     try:
         lock = FolderLock(args.output_dir).__enter__()
-        run = main_cplearn.build(args, device, lock)
+        run = main_cplearn.build(args, device, lock, StopSignals())
     finally:
         sys.stdout = stdout
     for p in run.method.parameters():
