@@ -28,7 +28,7 @@ OUT_DIMS = {"paper": (128, 1024, 2048, 32768, 65536, 131072), "small": (16, 128,
 # Sizes that the paper does not name: those of the published ResNet-18 code.
 UNNAMED = {"barlow_twins": 2048, "swav": 3000}
 
-# The flags of a method at --scale small (what was tried is in results/).
+# The flags of a method at --scale small (what was tried is in results/methods.md).
 SMALL_FLAGS: dict[str, Callable[[int], str]] = {
     "cplearn": lambda c: "--beta 0.5" if c <= 128 else "--beta 0.25",  # the direction of the paper's Table 7
     # Below 1 / log c, or it falls to one code; the rate of the paper's Table 6, or it ends below the untrained network.
