@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, as in DINO).
+"""Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018, as in DINO).
 
 python eval_knn.py --pretrained_weights output/digits/checkpoint.pth
 torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
@@ -9,39 +9,36 @@ from collections.abc import Sequence
 
 from cplearn import errors
 from cplearn.distributed import collectives
-from cplearn.errors import UserError
 from cplearn.evaluation import cli
-from cplearn.evaluation.features import features
+from cplearn.evaluation.features import get_features, load_model
 from cplearn.evaluation.knn import knn
-from cplearn.flags import ArgumentParser
+from cplearn.flags import ArgumentParser, positive
 from cplearn.text import format_table
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    # fmt: off
     parser = ArgumentParser(prog="eval_knn.py", description=__doc__)
-    parser.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="Numbers of neighbours")
-    parser.add_argument("--temperature", type=float, default=0.07, help="Of the votes, exp(cosine / T)")
+    parser.add_argument("--nb_knn", type=positive(int), nargs="+", default=[10, 20, 100, 200], help="Numbers of neighbors")
+    parser.add_argument("--temperature", type=positive(float), default=0.07, help="Of the votes, exp(cosine / T)")
     cli.add_flags(parser)
+    # fmt: on
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Evaluate; returns the metrics on rank 0, {} elsewhere."""
+    """Evaluate; return the metrics on rank 0, {} elsewhere."""
     args = get_args_parser().parse_args(argv)
-    if min(args.nb_knn) < 1 or args.temperature <= 0:
-        raise UserError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
     device = cli.start(args)
-    (train, val), _ = features(args, device, ("train", "val"), labels_for="eval_knn.py")
+    model = None if args.load_features else load_model(args, device)
+    train, val = get_features(args, model, device, ("train", "val"), labels_for="eval_knn.py")
     if not collectives.is_main():
         return {}
     metrics = knn(train.features, train.labels, val.features, val.labels, ks=args.nb_knn, temperature=args.temperature)
-    rows = [
-        (k.removeprefix("knn").removesuffix("_top1"), metrics[k], metrics[k.replace("top1", "top5")])
-        for k in metrics
-        if k.endswith("top1")
-    ]
+    ks = [name.removesuffix("_top1") for name in metrics if name.endswith("_top1")]
+    rows = [(k.removeprefix("knn"), metrics[f"{k}_top1"], metrics[f"{k}_top5"]) for k in ks]
     print(format_table(rows, ("k", "top-1", "top-5")))
-    cli.write_result(args, "eval_knn", metrics, val)
+    cli.write_result(cli.effective_flags(args, model), "eval_knn", metrics, val)
     return metrics
 
 

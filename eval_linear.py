@@ -4,14 +4,14 @@
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
 
 DINO's protocol sends random crops and flips of every training image through the backbone in every epoch.
-`--augment false` extracts the features once, from centre crops, and takes seconds. The result on the last
+`--augment false` extracts the features once, from center crops, and takes seconds. The result on the last
 epoch is the one to report; the best epoch is chosen on the evaluation images and is named for what it is.
 """
 
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,33 +19,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, datasets, loaders
+from cplearn.data import augmentations, loaders
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError
 from cplearn.evaluation import cli
-from cplearn.evaluation.features import Features, Model, backbone_features, features, has_features
-from cplearn.flags import ArgumentParser, bool_flag
+from cplearn.evaluation.features import Features, Model, backbone_features, get_features, has_features, load_model
+from cplearn.flags import ArgumentParser, bool_flag, positive
 from cplearn.schedules import cosine
 from cplearn.text import format_table
+
+Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> this rank's (features, labels) of its steps
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="eval_linear.py", description=__doc__)
     # fmt: off
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=None, help="For a batch of 256 over all processes (default: 0.001 for sgd, 0.01 for adam)")
+    parser.add_argument("--epochs", type=positive(int), default=100)
+    parser.add_argument("--lr", type=positive(float), default=None, help="For a batch of 256 over all processes (default: 0.001 for sgd, 0.01 for adam)")
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"), help="sgd is DINO's; adam the paper's appendix, not scaled with the batch")
-    parser.add_argument("--n_last_blocks", type=int, default=None, help="Blocks whose CLS tokens are concatenated (default: 4 for vit_tiny and vit_small, else 1)")
+    parser.add_argument("--n_last_blocks", type=positive(int), default=None, help="Blocks whose CLS tokens are concatenated (default: 4 for vit_tiny and vit_small, else 1)")
     parser.add_argument("--augment", type=bool_flag, default=None, help="Random crops and flips in every epoch (default: true, false with --load_features)")
-    parser.add_argument("--standardise", type=bool_flag, default=None, help="Batch norm without weights before the classifier (default: true unless the backbone is a ViT, whose last LayerNorm does it)")
+    parser.add_argument("--standardise", type=bool_flag, default=None, help="Batch norm without weights before the classifier (default: true, or false for a ViT, whose last LayerNorm does it)")
     # fmt: on
     cli.add_flags(parser)
     return parser
 
 
 class Probe:
-    """A linear classifier in training, with all that is needed to go on with it later."""
+    """A linear classifier in training, with everything that it needs to resume."""
 
     def __init__(self, width: int, n_classes: int, args: argparse.Namespace, device: torch.device):
         linear = nn.Linear(width, n_classes)
@@ -76,17 +78,31 @@ class Probe:
         self.epoch, self.history = state["epoch"], state["history"]
 
 
-def cached_batches(train: Features, args) -> "datasets.Batches":
-    """Batches of indices into features that were extracted once."""
-    batch = min(args.batch_size_per_gpu, len(train.features) // collectives.world_size())
-    return loaders.BatchSampler(len(train.features), batch, args.seed, collectives.rank(), collectives.world_size())
+def cached_batches(args: argparse.Namespace, train: Features, device: torch.device) -> Batches:
+    """Return batches of features that were extracted once."""
+    size = min(args.batch_size_per_gpu, len(train.features) // collectives.world_size())
+    sampler = loaders.BatchSampler(len(train.features), size, args.seed, collectives.rank(), collectives.world_size())
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        sampler.epoch = epoch
+        for batch in sampler:
+            index = torch.tensor([i for _, i in batch])
+            yield train.features[index].to(device), train.labels[index].to(device)
+
+    return batches
 
 
-def augmented_loader(args, model: Model, dataset, device: torch.device):
-    """DINO's training images of the probe: random resized crops of 8 to 100 %, flipped where a flip keeps the class."""
-    flip_p = 0.0 if args.dataset in ("digits", "svhn") else 0.5
+def augmented_batches(
+    args: argparse.Namespace, model: Model, classes: list[str] | None, device: torch.device
+) -> Batches:
+    """Return batches of DINO's protocol: features of random resized crops of 8 to 100 %, flipped where a flip keeps
+    the class. Raises `UserError` if the training images have other classes than those of the evaluation."""
+    dataset = model.images("train")
+    if dataset.classes != classes:
+        raise UserError(f"{model.data_path}: the class folders of train and val differ")
+    flip_p = 0.0 if model.dataset in ("digits", "svhn") else 0.5
     view = augmentations.View(model.image_size, scale=(0.08, 1.0), flip_p=flip_p)
-    return view, loaders.train_loader(
+    loader = loaders.train_loader(
         dataset,
         [view],
         batch_size=args.batch_size_per_gpu,
@@ -95,9 +111,21 @@ def augmented_loader(args, model: Model, dataset, device: torch.device):
         pin_memory=device.type == "cuda",
     )
 
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        loader.batch_sampler.epoch = epoch
+        for crops, labels, _, failures in loader:
+            for _, reason in loaders.read_failures(failures):
+                raise LocalError(reason)  # a probe on other images than the user's would be another probe
+            with torch.no_grad():
+                (x,) = augmentations.colour_views(crops, [view], device)
+                x = backbone_features(model.backbone, x, args.n_last_blocks)
+            yield x, labels.to(device)
+
+    return batches
+
 
 def accuracy(classifier: nn.Module, features: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
-    """Top-1 and top-5 on features that every rank holds."""
+    """Return top-1 and top-5 on features that every rank holds. Shape: (n, f), int64 (n,)."""
     hits = torch.zeros(2, dtype=torch.float64)
     classifier.eval()
     with torch.inference_mode():
@@ -110,15 +138,9 @@ def accuracy(classifier: nn.Module, features: Tensor, labels: Tensor, device: to
 
 
 def train_probe(
-    probe: Probe,
-    epochs: int,
-    batches,
-    val: Features,
-    device: torch.device,
-    checkpoint: Path,
-    log_every: int = 10,
+    probe: Probe, epochs: int, batches: Batches, val: Features, device: torch.device, checkpoint: Path
 ) -> dict[str, float]:
-    """Train to the end; `batches(epoch)` yields this rank's (features, labels). Returns last and best accuracies."""
+    """Train to the last epoch, saving each; return the accuracies of the last and the best."""
     model = collectives.wrap(probe.classifier, device)
     while probe.epoch < epochs:
         for group in probe.optimizer.param_groups:
@@ -133,7 +155,7 @@ def train_probe(
         probe.history.append(accuracy(probe.classifier, val.features, val.labels, device))
         if collectives.is_main():
             checkpoints.save(checkpoint, probe.state())
-            if probe.epoch % log_every == 0 or probe.epoch == epochs:
+            if probe.epoch % 10 == 0 or probe.epoch == epochs:
                 print(
                     f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {probe.history[-1]['top1']:.4f}",
                     flush=True,
@@ -148,83 +170,55 @@ def train_probe(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Evaluate; returns the metrics."""
+    """Evaluate; return the metrics."""
     args = get_args_parser().parse_args(argv)
-    if args.epochs < 1 or (args.lr is not None and args.lr <= 0):
-        raise UserError(f"--epochs {args.epochs} and --lr {args.lr} must be positive")
     device = cli.start(args)
-    if args.lr is None:
-        args.lr = 0.001 if args.optimizer == "sgd" else 0.01
-    if args.augment is None:
-        args.augment = args.load_features is None
-    if args.augment and args.load_features:
-        raise UserError("--augment true needs the images: leave out --load_features")
-    model = None
-    if args.n_last_blocks is None:
-        args.n_last_blocks = default_blocks(args)
-    n_blocks = args.n_last_blocks
-    if n_blocks < 1:
-        raise UserError(f"--n_last_blocks {n_blocks} must be positive")
+    model = None if args.load_features else load_model(args, device)
+    fill_in_defaults(args, model)
     splits = ("val",) if args.augment else ("train", "val")
-    found, model = features(args, device, splits, n_blocks, labels_for="eval_linear.py")
-    val = found[-1]
-
+    data = get_features(args, model, device, splits, args.n_last_blocks, labels_for="eval_linear.py")
+    val = data[-1]
     if args.standardise is None:
         args.standardise = not backbones.is_vit(val.arch)
+
     random_streams.seed_everything(random_streams.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)
-    checkpoint = resume_file(args, found)
+    flags = cli.effective_flags(args, model)
+    checkpoint = resume_file(flags, data)
     if checkpoint.exists():
         probe.load(checkpoints.load(checkpoint))
         if collectives.is_main():
             print(f"Resuming {checkpoint} after epoch {probe.epoch}")
     if args.augment:
-        dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
-        if dataset.classes != val.classes:
-            raise UserError(f"{args.data_path}: the class folders of train and val differ")
-        view, loader = augmented_loader(args, model, dataset, device)
-
-        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            loader.batch_sampler.epoch = epoch
-            for ((pixels, params),), labels, _, failures in loader:
-                for _, reason in loaders.read_failures(failures):
-                    raise LocalError(reason)  # a probe on other images than the user's would be another probe
-                with torch.no_grad():
-                    x = augmentations.colour(pixels.to(device, non_blocking=True), params, view)
-                    x = backbone_features(model.backbone, x, n_blocks)
-                yield x, labels.to(device)
+        batches = augmented_batches(args, model, val.classes, device)
     else:
-        train = found[0]
-        sampler = cached_batches(train, args)
-
-        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            sampler.epoch = epoch
-            for batch in sampler:
-                index = torch.tensor([i for _, i in batch])
-                yield train.features[index].to(device), train.labels[index].to(device)
-
+        batches = cached_batches(args, data[0], device)
     metrics = train_probe(probe, args.epochs, batches, val, device, checkpoint)
+
     if collectives.is_main():
         rows = [("last epoch", metrics["linear_last_top1"], metrics["linear_last_top5"])]
         rows += [(f"best epoch on val ({metrics['linear_best_epoch']})", metrics["linear_best_top1"], None)]
         print(format_table(rows, ("linear", "top-1", "top-5")))
-    cli.write_result(args, "eval_linear", metrics, val)
+    cli.write_result(flags, "eval_linear", metrics, val)
     return metrics
 
 
-def default_blocks(args) -> int:
-    """DINO's choice by architecture, which a checkpoint of ours names; of kept features, what was kept."""
-    if args.load_features:
-        return 4 if has_features(args.load_features, "train", 4) else 1
-    arch = args.arch
-    state = checkpoints.load_file(args.pretrained_weights, checkpoints.DINO_CLASSES)
-    if checkpoints.is_ours(state):
-        arch = state["args"]["arch"]
-    return 4 if arch in ("vit_tiny", "vit_small") else 1
+def fill_in_defaults(args: argparse.Namespace, model: Model | None) -> None:
+    """Set the flags whose defaults depend on others, or on the model (None for kept features)."""
+    if args.augment and args.load_features:
+        raise UserError("--augment true needs the images: leave out --load_features")
+    if args.augment is None:
+        args.augment = args.load_features is None
+    if args.lr is None:
+        args.lr = 0.001 if args.optimizer == "sgd" else 0.01
+    if args.n_last_blocks is None and model is not None:  # DINO's choice
+        args.n_last_blocks = 4 if model.arch in ("vit_tiny", "vit_small") else 1
+    elif args.n_last_blocks is None:
+        args.n_last_blocks = 4 if has_features(args.load_features, "train", 4) else 1
 
 
-def resume_file(args, found: list[Features]) -> Path:
-    """A file of its own for each set of flags, weights and images: no other probe's state is ever taken up."""
+def resume_file(flags: dict[str, object], data: list[Features]) -> Path:
+    """Name a file for each set of flags, weights and images: no other probe's state is ever resumed."""
     ignored = {
         "output_dir",
         "num_workers",
@@ -234,13 +228,13 @@ def resume_file(args, found: list[Features]) -> Path:
         "load_features",
         "pretrained_weights",
     }
-    key = {k: v for k, v in vars(args).items() if k not in ignored} | {"processes": collectives.world_size()}
+    key = {k: v for k, v in flags.items() if k not in ignored} | {"processes": collectives.world_size()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
-    for data in found:
-        digest.update(json.dumps([data.source, data.names, data.classes]).encode())
-        digest.update(data.labels.numpy().tobytes())
-        digest.update(data.features.numpy().tobytes())
-    return Path(args.output_dir, f"linear_{digest.hexdigest()[:12]}.pth")
+    for split in data:
+        digest.update(json.dumps([split.source, split.names, split.classes]).encode())
+        digest.update(split.labels.numpy().tobytes())
+        digest.update(split.features.numpy().tobytes())
+    return Path(flags["output_dir"], f"linear_{digest.hexdigest()[:12]}.pth")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""TODO cplearn.evaluation.cli."""
+"""What every evaluation script shares: its flags, its start, and the line that it appends to results.jsonl."""
 
 import argparse
-import copy
 from pathlib import Path
 
 import torch
@@ -9,70 +8,52 @@ import torch
 from cplearn.data import datasets
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation.features import Features
+from cplearn.evaluation.features import Features, Model
 from cplearn.files import append_json_line, check_output_dir
-from cplearn.flags import check_finite, expand_paths
+from cplearn.flags import expand_paths, nonnegative, positive
 from cplearn.host import git_commit
+
+# What is fixed once features are kept.
+OF_FEATURES = ("random_init", "arch", "patch_size", "image_size", "dataset", "data_path", "class_list", "dump_features",
+               "checkpoint_key")  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every evaluation, with DINO's names."""
+    """Add the flags of every evaluation, with DINO's names."""
     # fmt: off
     g = parser.add_argument_group("weights")
     g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
     g.add_argument("--checkpoint_key", default=None, help="Network to evaluate where there are two (DINO): teacher (default) or student")
-    g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialisation: the baseline every result needs")
+    g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialization: the baseline every result needs")
     g.add_argument("--arch", default=None, help="For weights that do not say (default: the checkpoint's)")
-    g.add_argument("--patch_size", type=int, default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
-    g.add_argument("--image_size", type=int, default=None, help="Pixels (default: the checkpoint's, or by data set)")
+    g.add_argument("--patch_size", type=positive(int), default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
+    g.add_argument("--image_size", type=positive(int), default=None, help="Pixels (default: the checkpoint's, or by data set)")
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: the checkpoint's)")
     g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/) (default: the checkpoint's)")
     g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's; '' for all folders)")
-    g.add_argument("--batch_size_per_gpu", type=int, default=128, help="Images a process and step")
-    g.add_argument("--num_workers", type=int, default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
+    g.add_argument("--batch_size_per_gpu", type=positive(int), default=128, help="Images per process and step")
+    g.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
     g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
     g.add_argument("--load_features", default=None, metavar="DIR", help="Use the features kept there; no images and no weights are read")
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", default=None, help="Where results.jsonl goes (default: beside the weights)")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=nonnegative(int), default=0)
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
-
-
     # fmt: on
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Check the flags, join the process group, seed. Every evaluation's first line."""
-    check_finite(args)
-    for name in ("seed", "num_workers"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
-    if args.image_size is not None and args.image_size < 1:
-        raise UserError(f"--image_size {args.image_size} must be positive")
+    """Check the flags, fill in --output_dir, join the process group, try to write. Every evaluation calls it first."""
     expand_paths(args, "pretrained_weights", "data_path", "output_dir", "dump_features", "load_features")
-    if args.batch_size_per_gpu < 1:
-        raise UserError(f"--batch_size_per_gpu {args.batch_size_per_gpu} must be positive")
     if args.pretrained_weights and args.load_features:
         raise UserError("--load_features holds features of other weights already: leave out --pretrained_weights")
     if not args.pretrained_weights and not args.load_features:
         raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
-    if args.load_features:
-        fixed = (
-            "random_init",
-            "arch",
-            "patch_size",
-            "image_size",
-            "dataset",
-            "data_path",
-            "class_list",
-            "dump_features",
-            "checkpoint_key",
-        )
-        given = [f"--{name}" for name in fixed if getattr(args, name)]
-        if given:
-            raise UserError(f"{', '.join(given)} cannot change kept features: leave it out, or extract again")
+    given = [f"--{name}" for name in OF_FEATURES if getattr(args, name)]
+    if args.load_features and given:
+        raise UserError(f"{', '.join(given)} cannot change kept features: leave it out, or extract again")
     if args.output_dir is None:
         args.output_dir = args.load_features or str(Path(args.pretrained_weights).parent)
     device = launch.init(args.dist_url, args.device)
@@ -82,20 +63,25 @@ def start(args: argparse.Namespace) -> torch.device:
     return device
 
 
-# --- results ---------------------------------------------------------------------------------------------
+def effective_flags(args: argparse.Namespace, model: Model | None) -> dict[str, object]:
+    """Return all flags as the model's file completes them (None for kept features)."""
+    return vars(args) | (model.flags() if model else {})
 
 
-def write_result(args: argparse.Namespace, script: str, metrics: dict, data: Features, split: str = "val") -> None:
-    """Append one JSON line to output_dir/results.jsonl: metrics with everything needed to trace them."""
+def write_result(flags: dict[str, object], script: str, metrics: dict, data: Features, split: str = "val") -> None:
+    """Append one JSON line to --output_dir/results.jsonl: metrics with everything needed to trace them.
+
+    `flags` are those of `effective_flags`. Only rank 0 writes.
+    """
     if not collectives.is_main():
         return
     record = {
         "script": script,
         **data.source,
         "split": split,
-        "seed": args.seed,
+        "seed": flags["seed"],
         "commit": git_commit(),
         "metrics": metrics,
-        "flags": copy.copy(vars(args)),
+        "flags": flags,
     }
-    append_json_line(Path(args.output_dir, "results.jsonl"), record)
+    append_json_line(Path(flags["output_dir"], "results.jsonl"), record)

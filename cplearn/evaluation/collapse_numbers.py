@@ -1,4 +1,4 @@
-"""TODO cplearn.evaluation.collapse_numbers."""
+"""Numbers of a finished network: those of `collapse.py`, and the paper's analysis of covariances, codes and entropy."""
 
 import math
 import warnings
@@ -15,7 +15,7 @@ from cplearn.evaluation.features import Features
 
 @dataclass
 class Network:
-    """What is known of one network on one split, on the CPU."""
+    """What one network makes of one split, on the CPU."""
 
     label: str
     data: Features
@@ -24,12 +24,11 @@ class Network:
     chance_alignment: float | None  # the same of random directions, mean
 
 
-# --- numbers -------------------------------------------------------------------------------------------
-
-
 def off_diagonal_energy(x: Tensor) -> tuple[float, float]:
-    """Share of the covariance's squared entries that lie off its diagonal: 0 if decorrelated. And what independent
-    dimensions of equal variance would show on so many images, (d - 1) / (n + d - 1). Shape: (n, d)."""
+    """Return the share of the covariance's squared entries that lie off its diagonal, and its level of chance.
+
+    0 if decorrelated; independent dimensions of equal variance show (d - 1) / (n + d - 1) on n images. Shape: (n, d).
+    """
     covariance = covariance_of(x)
     total = covariance.square().sum().item()
     n, d = x.shape
@@ -38,20 +37,20 @@ def off_diagonal_energy(x: Tensor) -> tuple[float, float]:
 
 
 def covariance_of(x: Tensor, rows: int = 4096) -> Tensor:
-    """In float64, a few rows at a time. Shape: (n, d) -> (d, d)."""
+    """Compute the covariance in float64, a few rows at a time. Shape: (n, d) -> (d, d)."""
     mean = x.mean(0, dtype=torch.float64)
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for part in x.split(rows):
-        centred = part.double() - mean
-        total.addmm_(centred.T, centred)
+        centered = part.double() - mean
+        total.addmm_(centered.T, centered)
     return total / max(1, len(x) - 1)
 
 
 def block_energy(x: Tensor, codes: Tensor) -> dict[str, float | None]:
-    """Mean squared cosine of two different images of the same code, and of different codes; never an n x n matrix.
+    """Return the mean squared cosine of two different images of the same code, and of different codes.
 
-    sum_ij (u_i . u_j)^2 = |U^T U|^2, for all images and for each code. None where there is no such pair. Shape: (n, d),
-    int64 (n,).
+    No n x n matrix is needed: sum_ij (u_i . u_j)^2 = |U^T U|^2, for all images and for each code. None where there is
+    no such pair. Shape: (n, d), int64 (n,).
     """
     u = F.normalize(x.double(), dim=1)
 
@@ -70,10 +69,10 @@ def block_energy(x: Tensor, codes: Tensor) -> dict[str, float | None]:
     }
 
 
-def numbers(network: Network) -> dict[str, float | int | None]:
-    """Of one network; the names that `monitor.py` logs mean the same here."""
+def collapse_metrics(network: Network) -> dict[str, float | int | None]:
+    """Measure how far a network is from collapse; the names that a run logs mean the same here."""
     x, h, codes = network.data.features, network.embedding, network.data.codes
-    found: dict[str, float | int | None] = {
+    metrics: dict[str, float | int | None] = {
         "images": len(x),
         "features_dim": x.shape[1],
         "features_rank": collapse.rankme(x),
@@ -82,11 +81,11 @@ def numbers(network: Network) -> dict[str, float | int | None]:
         "features_off_diagonal": off_diagonal_energy(x)[0],
     }
     if h is None or codes is None:
-        return found
+        return metrics
     used, perplexity = collapse.code_usage(codes)
     off, chance = off_diagonal_energy(h)
     largest = codes.unique(return_counts=True)[1].max().item()
-    return found | {
+    return metrics | {
         "embedding_dim": h.shape[1],
         "embedding_rank": collapse.rankme(h),
         "embedding_dimensions": collapse.dimensions(collapse.covariance_spectrum(h)),
@@ -106,8 +105,10 @@ def numbers(network: Network) -> dict[str, float | int | None]:
 
 
 def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) -> tuple[float | None, str]:
-    """Entropy, in nats a dimension, of a Gaussian mixture with diagonal covariances fitted to x, by Monte Carlo; and
-    what is to be said of the fit. None where there is no usable one. Shape: (n, f)."""
+    """Fit a Gaussian mixture with diagonal covariances; return its entropy per dimension (nats), and how the fit went.
+
+    The entropy is a Monte Carlo estimate; None where there is no usable fit. Shape: (n, f).
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -117,7 +118,7 @@ def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) 
         return None, "all images have the same features"
     model = GaussianMixture(components, covariance_type="diag", random_state=seed, max_iter=200)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # k-means that starts it, and what is asked for below
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of the k-means that starts it; `converged_` is read below
         try:
             model.fit(x)
             entropy = -float(model.score_samples(model.sample(samples)[0]).mean()) / x.shape[1]
@@ -127,10 +128,10 @@ def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) 
         return None, "entropy not finite"
     if not model.converged_:
         return entropy, "stopped before it converged"
-    return entropy, "ok" if len(x) >= 10 * components else f"only {len(x) / components:.1f} images a component"
+    return entropy, "ok" if len(x) >= 10 * components else f"only {len(x) / components:.1f} images per component"
 
 
 def scaled(features: Tensor) -> np.ndarray:
-    """To 0..1 by one minimum and one maximum over all entries, so that entropies of networks can be compared."""
+    """Scale to 0..1 by the minimum and maximum of all entries, so that entropies of networks can be compared."""
     low, high = features.min(), features.max()
     return ((features - low) / (high - low).clamp(min=1e-30)).double().numpy()

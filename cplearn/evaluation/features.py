@@ -1,7 +1,6 @@
-"""What the evaluations share: flags, a frozen model from a file, features extracted once, one JSON line a result."""
+"""A frozen model from a file of weights, and features: extracted once, or those that an evaluation kept earlier."""
 
 import argparse
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,64 +16,133 @@ from cplearn.methods import build_method
 # --- the model -----------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
+class WeightsFile:
+    """The content of a file of weights, and the hash of what was read."""
+
+    path: str
+    state: dict
+    sha256: str
+
+
+def read_weights(path: str) -> WeightsFile:
+    """Read a checkpoint of ours or of DINO, or backbone weights. Raises `UserError` if the file is not safe."""
+    return WeightsFile(path, *checkpoints.load_file_and_hash(path, checkpoints.DINO_CLASSES))
+
+
+@dataclass(frozen=True)
 class Model:
-    """A frozen backbone in eval mode, and the method around it if the file had one."""
+    """A frozen backbone in eval mode, the method around it if the file had one, and what file and flags say of them."""
 
     backbone: nn.Module
     method: nn.Module | None
+    method_name: str | None
+    arch: str
+    patch_size: int
     image_size: int
-    epoch: int | None
+    dataset: str
+    data_path: str | None
+    class_list: str | None
+    weights: str  # path of the file
+    weights_sha256: str
+    epoch: int | None  # epochs that the weights were trained for, if the file says so
+    random_init: bool  # not the file's weights, but those that such a model starts from
+    network: str | None  # teacher or student, where the method has two
+
+    def flags(self) -> dict[str, object]:
+        """Return the flags as the file completes them."""
+        names = ("arch", "patch_size", "image_size", "dataset", "data_path", "class_list")
+        return {**{name: getattr(self, name) for name in names}, "method": self.method_name}
+
+    def source(self) -> dict[str, object]:
+        """Return what a result has to name of its weights."""
+        named = {name: getattr(self, name) for name in ("weights", "weights_sha256", "epoch", "random_init")}
+        return named | ({"network": self.network} if self.network else {})
+
+    def images(self, split: str):
+        """Return the data set of a split. Raises `UserError` if it is not there."""
+        return datasets.build_dataset(self.dataset, self.data_path, split, self.class_list)
 
 
-def load_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """Build what the weights belong to, load every key, and fill in the data flags that were not given.
+def load_model(args: argparse.Namespace, device: torch.device, file: WeightsFile | None = None) -> Model:
+    """Build the model that `--pretrained_weights` belong to and load every key; data flags may come from the file.
 
-    Raises `UserError` if the file is no safe checkpoint or does not fit.
+    `file`: the same weights, if they have been read already. Raises `UserError` if they do not fit.
     """
-    state = checkpoints.load_file(args.pretrained_weights, checkpoints.DINO_CLASSES)
-    if checkpoints.is_ours(state):
-        theirs = argparse.Namespace(**state["args"])
-        for name in ("arch", "patch_size"):
-            given = getattr(args, name)
-            if given is not None and given != getattr(theirs, name):
-                raise UserError(
-                    f"--{name} {given}, but {args.pretrained_weights} was trained with {getattr(theirs, name)}: "
-                    "leave the flag out"
-                )
-        if args.data_path is None and args.dataset is None:
-            args.data_path, args.dataset = theirs.data_path, theirs.dataset
-        args.dataset = args.dataset or "folder"
-        if args.class_list is None and args.dataset == theirs.dataset == "folder":
-            args.class_list = theirs.class_list
-        args.arch, args.patch_size = theirs.arch, theirs.patch_size
-        image_size = args.image_size or theirs.image_size
-        random_streams.seed_everything(
-            random_streams.FOR_WEIGHTS, theirs.seed
-        )  # --random_init: where the run started from
-        method = build_method(theirs)
-        if not args.random_init:
-            checkpoints.load_into(method, state["model"], args.pretrained_weights)
-        method.use(args.checkpoint_key or "teacher")
-        backbone, epoch = method.evaluated, state["epoch"]
-        args.method = theirs.method
-    else:
-        if args.arch is None:
-            raise UserError(f"{args.pretrained_weights} does not say its architecture: add --arch (and --patch_size)")
-        args.patch_size = args.patch_size or 16
-        args.dataset = args.dataset or ("folder" if args.data_path else "digits")
-        image_size = args.image_size or datasets.NATIVE_SIZE.get(args.dataset, 224)
-        random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
-        backbone = backbones.build_backbone(args.arch, patch_size=args.patch_size, image_size=image_size)
-        if not args.random_init:
-            checkpoints.load_backbone(backbone, state, args.pretrained_weights, args.checkpoint_key or "teacher")
-        method, epoch, args.method = None, None, None
-    args.dataset = args.dataset or ("folder" if args.data_path else "digits")
-    args.image_size = image_size
-    if backbones.is_vit(args.arch) and image_size % args.patch_size:
-        raise UserError(f"--image_size {image_size} is not a multiple of the patch size {args.patch_size}")
-    (method or backbone).to(device).eval().requires_grad_(False)
-    return Model(backbone, method, image_size, epoch)
+    file = file or read_weights(args.pretrained_weights)
+    build = _run_model if checkpoints.is_ours(file.state) else _bare_model
+    model = build(args, file)
+    if backbones.is_vit(model.arch) and model.image_size % model.patch_size:
+        raise UserError(f"--image_size {model.image_size} is not a multiple of the patch size {model.patch_size}")
+    (model.method or model.backbone).to(device).eval().requires_grad_(False)
+    return model
+
+
+def _run_model(args: argparse.Namespace, file: WeightsFile) -> Model:
+    """Build what a checkpoint of main_cplearn.py holds."""
+    run = argparse.Namespace(**file.state["args"])
+    for name in ("arch", "patch_size"):
+        given = getattr(args, name)
+        if given is not None and given != getattr(run, name):
+            raise UserError(
+                f"--{name} {given}, but {file.path} was trained with {getattr(run, name)}: leave the flag out"
+            )
+    data_path, dataset, class_list = args.data_path, args.dataset, args.class_list
+    if data_path is None and dataset is None:
+        data_path, dataset = run.data_path, run.dataset
+    dataset = dataset or "folder"
+    if class_list is None and dataset == run.dataset == "folder":
+        class_list = run.class_list
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, run.seed)  # --random_init: where the run started from
+    method, network = build_method(run), args.checkpoint_key or "teacher"
+    if not args.random_init:
+        checkpoints.load_into(method, file.state["model"], file.path)
+    method.use(network)
+    return Model(
+        backbone=method.evaluated,
+        method=method,
+        method_name=run.method,
+        arch=run.arch,
+        patch_size=run.patch_size,
+        image_size=args.image_size or run.image_size,
+        dataset=dataset,
+        data_path=data_path,
+        class_list=class_list,
+        weights=file.path,
+        weights_sha256=file.sha256,
+        epoch=file.state["epoch"],
+        random_init=args.random_init,
+        network=network if hasattr(method, "network") else None,
+    )
+
+
+def _bare_model(args: argparse.Namespace, file: WeightsFile) -> Model:
+    """Build a backbone alone, for weights that do not say what they belong to."""
+    if args.arch is None:
+        raise UserError(f"{file.path} does not say its architecture: add --arch (and --patch_size)")
+    patch_size = args.patch_size or 16
+    dataset = args.dataset or ("folder" if args.data_path else "digits")
+    image_size = args.image_size or datasets.NATIVE_SIZE.get(dataset, 224)
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
+    backbone = backbones.build_backbone(args.arch, patch_size=patch_size, image_size=image_size)
+    if not args.random_init:
+        checkpoints.load_backbone(backbone, file.state, file.path, args.checkpoint_key or "teacher")
+    return Model(
+        backbone=backbone,
+        method=None,
+        method_name=None,
+        arch=args.arch,
+        patch_size=patch_size,
+        image_size=image_size,
+        dataset=dataset,
+        data_path=args.data_path,
+        class_list=args.class_list,
+        weights=file.path,
+        weights_sha256=file.sha256,
+        epoch=None,
+        random_init=args.random_init,
+        network=None,
+    )
 
 
 # --- features -------------------------------------------------------------------------------------------
@@ -91,43 +159,46 @@ class Features:
     classes: list[str] | None
     out_dim: int | None  # number of codes of the method
     arch: str  # of the backbone
-    source: dict  # weights, epoch, random_init, data: what a result has to name
+    source: dict  # what a result has to name: weights and data, each with a hash
 
 
-def features(
+def get_features(
     args: argparse.Namespace,
+    model: Model | None,
     device: torch.device,
     splits: tuple[str, ...],
     n_last_blocks: int = 1,
     *,
     labels_for: str | None = None,
-) -> tuple[list[Features], Model | None]:
-    """Features of the asked splits, from `--load_features`, or extracted (and kept by `--dump_features`).
+) -> list[Features]:
+    """Extract the features of these splits (and keep them with `--dump_features`), or load them without a model.
 
     `labels_for`: script that needs class labels. Raises `UserError`, before anything is extracted, if there are
     none, if the splits have different classes, or if kept features of two splits belong to different weights.
     """
-    if args.load_features:
-        found = [_load_features(args.load_features, split, n_last_blocks) for split in splits]
-        _check_classes([x.classes for x in found], splits, labels_for)
-        sources = [{k: v for k, v in x.source.items() if not k.startswith("data")} for x in found]
-        if any(source != sources[0] for source in sources):
-            raise UserError(f"--load_features {args.load_features}: {' and '.join(splits)} come from different weights")
-        return found, None
-    model = load_model(args, device)
-    data = {split: datasets.build_dataset(args.dataset, args.data_path, split, args.class_list) for split in splits}
+    if model is None:
+        return _load_splits(args.load_features, splits, n_last_blocks, labels_for)
+    data = {split: model.images(split) for split in splits}
     _check_classes([dataset.classes for dataset in data.values()], splits, labels_for)
-    if args.random_init:
-        train = data.get("train") or datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
-        calibrate_batch_norm(model, train, device, seed=args.seed)
-    found = []
+    if model.random_init:
+        calibrate_batch_norm(model, data.get("train") or model.images("train"), device, seed=args.seed)
+    extracted = []
     for split, dataset in data.items():
         if collectives.is_main():
             print(f"Extracting features of {split}: {datasets.summary(dataset)}", flush=True)
-        found.append(extract_features(model, dataset, args, device, n_last_blocks))
+        extracted.append(extract_features(model, dataset, args, device, n_last_blocks))
         if args.dump_features and collectives.is_main():
-            checkpoints.save(_feature_file(args.dump_features, split, n_last_blocks), vars(found[-1]))
-    return found, model
+            checkpoints.save(_feature_file(args.dump_features, split, n_last_blocks), vars(extracted[-1]))
+    return extracted
+
+
+def _load_splits(folder: str, splits: tuple[str, ...], n_last_blocks: int, labels_for: str | None) -> list[Features]:
+    kept = [_load_features(folder, split, n_last_blocks) for split in splits]
+    _check_classes([x.classes for x in kept], splits, labels_for)
+    sources = [{k: v for k, v in x.source.items() if not k.startswith("data")} for x in kept]
+    if any(source != sources[0] for source in sources):
+        raise UserError(f"--load_features {folder}: {' and '.join(splits)} come from different weights")
+    return kept
 
 
 def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], labels_for: str | None) -> None:
@@ -180,7 +251,9 @@ def _load_features(folder: str, split: str, n_last_blocks: int) -> Features:
 
 
 @torch.inference_mode()
-def extract_features(model: Model, dataset, args, device: torch.device, n_last_blocks: int = 1) -> Features:
+def extract_features(
+    model: Model, dataset, args: argparse.Namespace, device: torch.device, n_last_blocks: int = 1
+) -> Features:
     """Run every image through the frozen backbone once, in eval mode, float32; each rank takes its share."""
     loader = loaders.eval_loader(
         dataset,
@@ -197,21 +270,16 @@ def extract_features(model: Model, dataset, args, device: torch.device, n_last_b
             codes.append(model.method.predict(rows[-1]))
     if not rows:
         raise UserError(f"{len(dataset)} images are too few for {collectives.world_size()} processes")
-    classes = list(dataset.classes) if dataset.classes else None
     return Features(
         features=collectives.gather_rows(torch.cat(rows)).float().cpu(),
         labels=torch.as_tensor(dataset.labels).long(),
         codes=collectives.gather_rows(torch.cat(codes)).cpu() if codes else None,
         names=[str(name) for name in dataset.names],
-        classes=classes,
+        classes=list(dataset.classes) if dataset.classes else None,
         out_dim=model.method.out_dim if codes else None,
-        arch=args.arch,
+        arch=model.arch,
         source={
-            "weights": args.pretrained_weights,
-            "weights_sha256": file_sha256(args.pretrained_weights),
-            "epoch": model.epoch,
-            "random_init": args.random_init,
-            **({"network": args.checkpoint_key or "teacher"} if hasattr(model.method, "network") else {}),
+            **model.source(),
             "data": dataset.where,
             "data_hash": datasets.fingerprint(dataset),
             "image_size": model.image_size,
@@ -220,7 +288,10 @@ def extract_features(model: Model, dataset, args, device: torch.device, n_last_b
 
 
 def backbone_features(backbone: nn.Module, x: Tensor, n_last_blocks: int = 1) -> Tensor:
-    """Shape: (n, 3, H, W) -> (n, f * n_last_blocks)."""
+    """Return the backbone's features; of several blocks of a ViT, their CLS tokens side by side.
+
+    Shape: (n, 3, H, W) -> (n, f * n_last_blocks).
+    """
     if n_last_blocks == 1:
         return backbone(x)
     if not hasattr(backbone, "last_cls_tokens"):
@@ -228,7 +299,3 @@ def backbone_features(backbone: nn.Module, x: Tensor, n_last_blocks: int = 1) ->
     if n_last_blocks > len(backbone.blocks):
         raise UserError(f"--n_last_blocks {n_last_blocks} exceeds the {len(backbone.blocks)} blocks of this ViT")
     return backbone.last_cls_tokens(x, n_last_blocks)
-
-
-def file_sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,19 +1,10 @@
-"""TODO cplearn.evaluation.knn."""
+"""Weighted k-nearest-neighbor classification: between two sets of images, and among the images of one."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def votes(similarity: Tensor, label: Tensor, n_classes: int, temperature: float) -> Tensor:
-    """Sum of exp(cosine / temperature) over neighbours of each class, up to a factor of the row's own.
-
-    Shape: similarities (n, k), the most similar first, and labels (n, k) of the neighbours -> (n, n_classes).
-    """
-    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the best at 1: no overflow at small T
-    return torch.zeros(len(label), n_classes).scatter_add_(1, label, weight)
 
 
 def knn(
@@ -25,9 +16,9 @@ def knn(
     ks: Sequence[int],
     temperature: float,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy for each k; k is capped at the number of training images.
+    """Return top-1 and top-5 accuracy for each k; k is capped at the number of training images.
 
-    Each test image takes its k neighbours of largest cosine (exact search); each votes for its class with
+    Each test image takes its k neighbors of largest cosine (exact search); each votes for its class with
     weight exp(cosine / temperature). Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
     """
     import faiss
@@ -37,20 +28,45 @@ def knn(
     n_classes = int(max(train_labels.max(), test_labels.max())) + 1
     index = faiss.IndexFlatIP(train.shape[1])
     index.add(train)
-    results: dict[str, float] = {}
     ks = sorted({min(k, len(train)) for k in ks})
     hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
     for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
-        similarity, neighbour = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1]))
-        label = train_labels[neighbour]
-        truth = test_labels[start : start + 4096, None]
+        cosine, neighbor = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1]))
+        labels, truth = train_labels[neighbor], test_labels[start : start + 4096]
         for k in ks:
-            ranked = (
-                votes(similarity[:, :k], label[:, :k], n_classes, temperature).topk(min(5, n_classes), dim=1).indices
-            )
-            correct = ranked == truth
-            hits[k] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
+            hits[k] += count_hits(cosine[:, :k], labels[:, :k], truth, n_classes, temperature)
+    results: dict[str, float] = {}
     for k in ks:
         top1, top5 = (hits[k] / len(test)).tolist()
         results |= {f"knn{k}_top1": top1, f"knn{k}_top5": top5}
     return results
+
+
+def leave_one_out_knn(features: Tensor, labels: Tensor, *, k: int = 20, temperature: float = 0.07) -> float:
+    """Return the top-1 accuracy of each image among all others: for sets of which an n x n matrix fits in memory.
+
+    Shape: features (n, f), labels int64 (n,), classes 0..K-1.
+    """
+    x = F.normalize(features, dim=1)
+    cosine, neighbor = (x @ x.T).fill_diagonal_(-2).topk(min(k, len(x) - 1), dim=1)
+    top1, _ = count_hits(cosine, labels[neighbor], labels, int(labels.max()) + 1, temperature).tolist()
+    return top1 / len(labels)
+
+
+def count_hits(cosine: Tensor, labels: Tensor, truth: Tensor, n_classes: int, temperature: float) -> Tensor:
+    """Count the images whose class has the most votes, and those whose class is among the first five.
+
+    Shape: cosines (n, k) of the neighbors, largest first, their labels (n, k), truth (n,) -> int64 (2,).
+    """
+    ranked = votes(cosine, labels, n_classes, temperature).topk(min(5, n_classes), dim=1).indices
+    correct = ranked == truth[:, None]
+    return torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
+
+
+def votes(cosine: Tensor, labels: Tensor, n_classes: int, temperature: float) -> Tensor:
+    """Sum exp(cosine / temperature) over the neighbors of each class, up to a factor common to the row.
+
+    Shape: cosines (n, k) of the neighbors, largest first, and their labels (n, k) -> (n, n_classes).
+    """
+    weight = ((cosine - cosine[:, :1]) / temperature).exp()  # the best at 1: no overflow at small T
+    return torch.zeros(len(labels), n_classes).scatter_add_(1, labels, weight)

@@ -125,7 +125,7 @@ def test_a_mixture_that_cannot_be_fitted_is_a_marked_gap():
     x = randn(30, 3).numpy()
     assert mixture_entropy(x, 31, samples=10, seed=0) == (None, "more components than the 30 images")
     entropy, fit = mixture_entropy(x, 10, samples=10, seed=0)
-    assert entropy is not None and "3.0 images a component" in fit
+    assert entropy is not None and "3.0 images per component" in fit
     x[3, 1] = np.nan
     entropy, fit = mixture_entropy(x, 2, samples=10, seed=0)
     assert entropy is None and "NaN" in fit
