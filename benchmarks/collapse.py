@@ -34,7 +34,7 @@ from cplearn.evaluation import collapse
 from cplearn.host import git_commit
 from cplearn.methods import build_method
 from cplearn.text import format_table
-from cplearn.training.monitor import CodeUse
+from cplearn.training.monitor import CodeUsage
 from cplearn_head import cplearn_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,8 +207,8 @@ def cost(args) -> None:
 
 
 def time_of_windows(out_dim: int, steps: int) -> float:
-    """Seconds that `CodeUse` takes for so many steps."""
-    use, usage, skipped = CodeUse(), torch.full((out_dim,), 1 / out_dim), torch.tensor(False)
+    """Seconds that `CodeUsage` takes for so many steps."""
+    use, usage, skipped = CodeUsage(), torch.full((out_dim,), 1 / out_dim), torch.tensor(False)
     start = time.perf_counter()
     for _ in range(steps):
         use.add(usage, 64, skipped)

@@ -1,14 +1,17 @@
-"""TODO cplearn.text."""
+"""Tables and durations as text."""
 
 from collections.abc import Sequence
 
 
 def format_duration(seconds: float) -> str:
+    """Return the duration in hours, minutes or seconds."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Plain-text table, which is also a Markdown one; floats get four digits after the point."""
+    """Return a plain-text table, which is also a Markdown one; floats get four digits after the point."""
     text = [[f"{x:.4f}" if isinstance(x, float) else "" if x is None else str(x) for x in row] for row in rows]
     widths = [max(len(r[i]) for r in [list(header), *text]) for i in range(len(header))]
     lines = [

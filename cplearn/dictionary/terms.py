@@ -32,6 +32,8 @@ class LossSpec:
     def __post_init__(self):
         if self.prior not in ("reverse", "forward") or self.prior_group not in ("global", "local"):
             raise ValueError(f"prior {self.prior!r} / prior_group {self.prior_group!r} is unknown")
+        if not self.beta >= 0:
+            raise ValueError(f"beta {self.beta:g} must not be negative: 0.25 is the paper's value for ImageNet-100")
 
     def check_views(self, views: int) -> None:
         """Raises ValueError unless there are two or more views, and as many global ones."""

@@ -12,8 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, write_images
-from test_main import log_of, run_script, same_state, without_time
+from helpers import ROOT, log_of, run_script, same_state, without_time, write_images
 
 import run_with_submitit
 from cplearn.errors import UserError

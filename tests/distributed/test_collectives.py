@@ -1,23 +1,16 @@
 """Two real gloo processes against one process with the concatenated batch."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
-from conftest import run_in_processes
+from helpers import run_in_processes
 from torch import nn
 
 from cplearn import backbones
-from cplearn.backbones import ResNet8, resnet18_cifar
+from cplearn.backbones import ResNet8
 from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.streamed_loss import streamed_loss
 from cplearn.dictionary.terms import LossSpec
-from cplearn.distributed import collectives, launch
+from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
 from cplearn.methods.cplearn import CPLearn
@@ -228,43 +221,6 @@ def test_one_process_is_a_normal_case():
     assert collectives.wrap(module, torch.device("cpu")) is module
 
 
-def test_batch_norm_of_resnet18_has_torchs_names_and_values():
-    import torchvision
-
-    ours, peer = resnet18_cifar(), torchvision.models.resnet18()
-    peer.conv1, peer.maxpool, peer.fc = (
-        nn.Conv2d(3, 64, 3, padding=1, bias=False),
-        nn.Identity(),
-        nn.Identity(),
-    )
-    peer.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(ours(x), peer(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.bn1.running_var, peer.bn1.running_var)
-
-
-def test_devices_that_are_not_there(monkeypatch):
-    with pytest.raises(UserError, match="--device tpu is unknown"):
-        launch.init(device="tpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="torch sees no GPU"):
-        launch.init(device="cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="4 processes but 1 GPUs"):
-        launch.init()
-
-
-def test_two_ranks_on_one_gpu_are_refused():
-    def rank(r, host, gpu):
-        return {"rank": r, "host": host, "pid": 1, "device": "cuda:0 H100", "gpu": gpu}
-
-    launch._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "b", "x")])
-    with pytest.raises(UserError, match="ranks 1 and 2 share cuda:0 H100 on a: start one process a GPU"):
-        launch._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "a", "y")])
-
-
 def _fail_on_main(rank):
     def fail():
         raise UserError("wrong") if rank == 0 else AssertionError("only rank 0 may run this")
@@ -306,37 +262,3 @@ def _compare(rank):
 def test_ranks_with_other_data_are_refused(tmp_path):
     told = run_in_processes(tmp_path, _compare)
     assert told[0] == told[1] and "rank 1 on" in told[0] and "has data 49 images, rank 0 on" in told[0]
-
-
-def _sum_of_ranks(rank):
-    return collectives.sum_over_ranks(torch.tensor(rank + 1.0)).item()
-
-
-@pytest.mark.parametrize("left", ["nobody listens", "somebody else listens", "cut"])
-def test_an_address_left_by_an_earlier_start_does_no_harm(tmp_path, left):
-    """The file of --dist_url file:// is there already, and rank 1 may read it before rank 0 has replaced it."""
-    other = torch.distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
-    other.set("number", "theirs")
-    port = other.port if left == "somebody else listens" else 9
-    address = json.dumps({"host": "127.0.0.1", "port": port, "number": "mine"})
-    file = tmp_path / f"init_{_sum_of_ranks.__name__}"
-    file.write_text(address[:20] if left == "cut" else address)
-    assert run_in_processes(tmp_path, _sum_of_ranks) == [3.0, 3.0]
-    assert not file.exists()
-
-
-def test_a_rank_that_waits_for_others_hears_signals(tmp_path):
-    program = """
-import os, signal, sys
-import distributed
-def leave(*_): sys.exit(7)
-signal.signal(signal.SIGUSR2, leave)
-launch.init(f"file://{sys.argv[1]}", "cpu", 5.0)
-"""
-    command = [sys.executable, "-c", program, str(tmp_path / "meet")]
-    process = subprocess.Popen(command, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
-    while not (tmp_path / "meet").exists():
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGUSR2)
-    assert process.wait(timeout=10) == 7

@@ -1,22 +1,15 @@
-"""Folders with and without classes, class lists, the order of samples, and views that do not depend on workers."""
+"""Folders with and without classes, class lists, odd images, small data sets."""
 
-import multiprocessing
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, write_images
+from helpers import ROOT, write_images
 from PIL import Image
 
 from cplearn.data import datasets
-from cplearn.data.augmentations import build_views
 from cplearn.data.datasets import Digits, Folder, build_dataset, read_class_list
-from cplearn.data.imagenet100 import link_imagenet100, main
-from cplearn.data.loaders import Batches, deadline, stop_workers, train_loader, worker_error
-from cplearn.errors import UserError, WorkerError
+from cplearn.errors import UserError
 
 
 def test_class_folders(image_folder):
@@ -179,93 +172,6 @@ def test_digits_splits_do_not_overlap():
     assert np.bincount(val.labels, minlength=10).min() in (35, 36, 37)
 
 
-# --- order and views ------------------------------------------------------------------------------------
-
-
-def test_batches_cover_each_epoch_once_in_a_new_order():
-    batches = Batches(23, 5, seed=0)
-    seen = []
-    for epoch in (0, 1):
-        batches.epoch = epoch
-        found = list(batches)
-        assert len(found) == len(batches) == 4 and {e for batch in found for e, _ in batch} == {epoch}
-        seen.append([i for batch in found for _, i in batch])
-        assert len(set(seen[-1])) == 20 and set(seen[-1]) <= set(range(23))
-    assert seen[0] != seen[1]
-    batches.epoch = 0
-    assert [i for batch in batches for _, i in batch] == seen[0]
-    assert [i for batch in Batches(23, 5, seed=1) for _, i in batch] != seen[0]
-
-
-def test_two_ranks_share_the_batches_of_one():
-    whole = list(Batches(50, 8, seed=3))
-    parts = [list(Batches(50, 4, seed=3, rank=r, world_size=2)) for r in range(2)]
-    assert [a + b for a, b in zip(*parts, strict=True)] == whole
-
-
-def test_views_do_not_depend_on_the_number_of_workers(image_folder):
-    dataset = build_dataset("folder", str(image_folder), "train")
-    views = build_views("dino", size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
-
-    def epochs(num_workers):
-        loader = train_loader(dataset, views, batch_size=8, seed=5, num_workers=num_workers, pin_memory=False)
-        found = []
-        for epoch in (0, 1):
-            loader.batch_sampler.epoch = epoch
-            found += [
-                [pixels for pixels, _ in crops] + [params["hue"] for _, params in crops] for crops, _, _, _ in loader
-            ]
-        return found
-
-    one, two = epochs(0), epochs(2)
-    assert len(one) == len(two) == 12
-    for a, b in zip(one, two, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not torch.equal(one[0][0], one[6][0])  # another epoch, other views
-    assert [tuple(x.shape) for x in one[0][:4]] == [(8, 3, 32, 32)] * 2 + [(8, 3, 16, 16)] * 2
-
-
-def test_batch_larger_than_the_data(image_folder):
-    dataset = build_dataset("folder", str(image_folder), "train")
-    with pytest.raises(UserError, match="batch of 64 images .* larger than the data set of 48"):
-        train_loader(dataset, [], batch_size=64, seed=0, num_workers=0, pin_memory=False)
-
-
-# --- images that cannot be read, workers that cannot read ------------------------------------------------
-
-
-def small_loader(dataset, workers):
-    views = build_views("dino", size=16, local_size=8, n_local=0, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
-    return train_loader(dataset, views, batch_size=4, seed=5, num_workers=workers, pin_memory=False)
-
-
-def test_an_unreadable_image_is_replaced_by_a_drawn_one(tmp_path):
-    """The same one with any number of workers, another one in another epoch."""
-    write_images(tmp_path, 12)
-    names = sorted(p.name for p in tmp_path.iterdir())
-    for i in (2, 7):
-        (tmp_path / names[i]).write_bytes(b"")
-    found = {}
-    for workers in (0, 2):
-        loader = small_loader(Folder(tmp_path), workers)
-        for epoch in range(4):
-            loader.batch_sampler.epoch = epoch
-            found[workers, epoch] = [(used.tolist(), why) for _, _, used, why in loader]
-            order = [i for batch in loader.batch_sampler for _, i in batch]
-            used = [j for js, _ in found[workers, epoch] for j in js]
-            reasons = [r for _, rs in found[workers, epoch] for r in rs]
-            for i, j, why in zip(order, used, reasons, strict=True):
-                assert (i == j and why == "") if i not in (2, 7) else (j not in (2, 7) and f"[{i}, " in why)
-    assert all(found[0, e] == found[2, e] for e in range(4)) and len({str(found[0, e]) for e in range(4)}) == 4
-
-
-def test_a_folder_without_a_readable_image(tmp_path):
-    for i in range(8):
-        (tmp_path / f"{i}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="20 images in a row cannot be read; the last: cannot read the image"):
-        next(iter(small_loader(Folder(tmp_path), 0)))
-
-
 def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
     import time
 
@@ -276,73 +182,3 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
         Folder(tmp_path)[0]
     assert time.perf_counter() - start < 1
     assert Folder(tmp_path)[1][0].size == (20000, 20)
-
-
-class Trouble(Folder):
-    """Image 5 ends or stops the process that reads it."""
-
-    how = ""
-
-    def __getitem__(self, i):
-        if i == 5 and self.how == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if i == 5 and self.how == "hangs":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return super().__getitem__(i)
-
-
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, how):
-    write_images(tmp_path, 12)
-    dataset = Trouble(tmp_path)
-    dataset.how = how
-    loader = small_loader(dataset, 2)
-    with pytest.raises(RuntimeError) as error, deadline(3.0):
-        list(loader)
-    told = worker_error(error.value, loader)
-    assert isinstance(told, WorkerError) and told.exit_code == 5 and "\n" not in str(told)
-    assert "while reading 005.jpg" in str(told) or (how == "hangs" and "005.jpg" in str(told)), str(told)
-    stop_workers(loader)
-    pids = loader.dataset.reading[:, 0].tolist()
-    assert min(pids) > 0 and not [p for p in multiprocessing.active_children() if p.pid in pids]
-    assert worker_error(RuntimeError("shapes do not match"), loader) is None
-
-
-# --- ImageNet-100 as links -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
-    """One image in each of the 100 classes, and in one more."""
-    root = tmp_path_factory.mktemp("imagenet")
-    write_images(root / "one", 1, (8, 8))
-    for name in [*read_class_list("imagenet100.txt"), "n00000000"]:
-        for split in ("train", "val"):
-            (root / split / name).mkdir(parents=True)
-            os.link(root / "one" / "000.jpg", root / split / name / "000.jpg")
-    return root
-
-
-def test_the_imagenet100_tree_is_links_to_the_listed_classes(imagenet, tmp_path, capsys):
-    command = ["--imagenet", str(imagenet), "--out", str(tmp_path / "out"), "--allow_incomplete"]
-    main(command)
-    said = capsys.readouterr().out
-    main(command)  # again: nothing to do
-    assert capsys.readouterr().out == said
-    made = datasets.build_dataset("folder", str(tmp_path / "out"), "train")
-    listed = datasets.build_dataset("folder", str(imagenet), "train", "imagenet100.txt")
-    assert len(made) == 100 and list(made.names) == list(listed.names) and made.classes == listed.classes
-    assert f"train: 100 classes, {datasets.fingerprint(listed)}" in said
-    assert (tmp_path / "out/val" / made.classes[7]).resolve() == imagenet / "val" / made.classes[7]
-
-
-def test_an_incomplete_imagenet_is_refused_before_a_link_is_made(imagenet, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match="has 100 images of the 100 classes, the data set 126,689"):
-        link_imagenet100(str(imagenet), str(out))
-    with pytest.raises(UserError, match="has no train folder"):
-        link_imagenet100(str(tmp_path), str(out), incomplete=True)
-    assert not out.exists()
-    (out / "train" / "n99999999").mkdir(parents=True)
-    with pytest.raises(UserError, match="other things in train: n99999999"):
-        link_imagenet100(str(imagenet), str(out), incomplete=True)

@@ -9,10 +9,9 @@ import termios
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
-from cplearn.files import append_json_line, read_json_lines
-from cplearn.training.progress import Later, Meter, Progress
+from cplearn.training.progress import DeferredRead, Meter, Progress
 
 
 def test_meter_reads_recent_and_averages_all():
@@ -40,10 +39,10 @@ def test_meter_leaves_out_skipped_steps_and_goes_on_from_its_state():
     assert meter.read()["loss"] != meter.average()["loss"] and meter.average() == other.average()
 
 
-def test_later_hands_out_the_step_before():
-    later = Later()
-    assert later.flush() is None and later.push(torch.tensor([1.0])) is None and later.waiting
-    assert later.push(torch.tensor([2.0])) == [1.0] and later.flush() == [2.0] and not later.waiting
+def test_a_deferred_read_hands_out_the_step_before():
+    deferred = DeferredRead()
+    assert deferred.flush() is None and deferred.push(torch.tensor([1.0])) is None and deferred.waiting
+    assert deferred.push(torch.tensor([2.0])) == [1.0] and deferred.flush() == [2.0] and not deferred.waiting
 
 
 def test_plain_lines_come_at_intervals(capsys):
@@ -79,15 +78,3 @@ def test_a_terminal_gets_a_bar():
     assert os.waitpid(pid, 0)[1] == 0
     text = said.decode()
     assert "epoch 1/3:  50%" in text and "loss 1.25  lr 0.1  30 img/s  wait 2%" in text and "end" in text
-
-
-def test_a_line_after_one_that_was_cut_short_is_whole(tmp_path):
-    path = tmp_path / "log.txt"
-    assert read_json_lines(path) == []
-    append_json_line(path, {"a": 1})
-    with open(path, "a") as f:
-        f.write('{"b": ')
-    append_json_line(path, {"c": float("inf")})
-    append_json_line(path, {"d": "ü"})
-    assert read_json_lines(path) == [{"a": 1}, {"c": None}, {"d": "ü"}]
-    assert path.read_text().count("\n") == 4

@@ -1,36 +1,16 @@
-"""Numbers of collapse against brute force, collapsed cases, and the analysis script on real runs."""
+"""Numbers of collapse against brute force, collapsed cases, verdicts."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from test_evaluations import TRAIN, flags
+from helpers import randn
 
-import eval_collapse
-import main_cplearn
-from cplearn.errors import UserError
 from cplearn.evaluation import collapse
-from cplearn.evaluation.collapse_figures import FIGURES
 from cplearn.evaluation.collapse_numbers import block_energy, covariance_of, mixture_entropy, off_diagonal_energy
 from cplearn.methods.cplearn import CPLearn
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, image_folder):
-    out = tmp_path_factory.mktemp("run")
-    main_cplearn.main([*TRAIN, "--data_path", str(image_folder), "--output_dir", str(out)])
-    return out
-
-
-# --- numbers ---------------------------------------------------------------------------------------------
 
 
 def test_rankme_counts_equal_directions_and_is_the_formula():
@@ -107,9 +87,6 @@ def test_probe_metrics_of_collapsed_probes_are_finite():
     assert found["agreement_chance"] == pytest.approx(1 / n) and found["codes_perplexity"] == pytest.approx(n)
 
 
-# --- eval_collapse.py ----------------------------------------------------------------------------------------
-
-
 def test_off_diagonal_energy():
     x = randn(400, 3) * torch.tensor([1, 2, 3])
     c = np.cov(x.numpy().T)
@@ -153,63 +130,6 @@ def test_a_mixture_that_cannot_be_fitted_is_a_marked_gap():
     entropy, fit = mixture_entropy(x, 2, samples=10, seed=0)
     assert entropy is None and "NaN" in fit
 
-
-def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):
-    both = [str(run / "checkpoint.pth"), str(run / "checkpoint_previous.pth")]
-    common = flags(run, tmp_path)[2:]
-    results = eval_collapse.main(
-        ["--checkpoints", *both, "--labels", "last", "before", *common, "--components", "2", "20", "--mc_samples", "50"]
-    )
-    assert list(results) == ["last", "before", "random init"]
-    said = capsys.readouterr().out
-    assert "mixture of 20: more components than the 12 images" in said
-    assert "codes.png, matrices.png, mixture.png, spectrum.png, tsne.png" in said
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [x["metrics"]["label"] for x in lines] == list(results) and lines[-1]["random_init"]
-    assert lines[0]["metrics"]["images"] == 12 and lines[0]["metrics"]["mixture20_entropy"] is None
-    for name in FIGURES:
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert min(image.size) > 300
-            assert len(image.convert("L").getcolors()) > 10  # something is drawn
-    spectrum = (tmp_path / "spectrum.csv").read_text().splitlines()
-    assert spectrum[0] == "network,of,index,singular value" and len(spectrum) == 1 + 3 * (8 + 8)
-    cosines = np.loadtxt(tmp_path / "matrices_3_random_init_cosines.csv", delimiter=",")
-    assert cosines.shape == (12, 12) and np.allclose(np.diag(cosines), 1)
-    assert len((tmp_path / "tsne.csv").read_text().splitlines()) == 1 + 3 * 12
-
-
-def test_the_baseline_and_slow_parts_can_be_left_out(run, tmp_path):
-    results = eval_collapse.main(
-        [*flags(run, tmp_path), "--baseline", "false", "--components", "--tsne_images", "0", "--split", "train"]
-    )
-    ((_, found),) = results.items()
-    assert found["images"] == 48 and found["codes_used"] <= 40 and not any("mixture" in k for k in found)
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["codes.png", "matrices.png", "spectrum.png"]
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (("--labels", "a", "b"), "--labels names 2 networks, there are 1"),
-        (("--labels", "random init"), "they must differ"),
-        (("--components", "0"), "--components 0 must be positive"),
-        (("--mc_samples", "1"), "--mc_samples 1 must be at least 2"),
-        (("--tsne_images", "-1"), "--tsne_images -1 must be at least 5"),
-        (("--checkpoints", "x.pth"), "give one of them"),
-    ],
-)
-def test_wrong_flags_are_refused(run, tmp_path, more, message):
-    with pytest.raises(UserError, match=message):
-        eval_collapse.main([*flags(run, tmp_path), *more])
-
-
-def test_networks_are_named_by_what_tells_them_apart():
-    assert eval_collapse.names_of(["/a/b/checkpoint.pth"]) == ["b"]
-    assert eval_collapse.names_of(["/a/x/c.pth", "/b/x/c.pth"]) == ["a/x", "b/x"]
-    assert eval_collapse.names_of(["/a/x/1.pth", "/a/x/2.pth"]) == ["1: 1.pth", "2: 2.pth"]
-
-
-# --- the verdict ---------------------------------------------------------------------------------------------
 
 HEALTHY = {
     "usage_perplexity": 900.0, "information": 0.9, "probe_images": 256, "probe_features_cosine": 0.4,

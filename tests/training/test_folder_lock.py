@@ -1,8 +1,7 @@
-"""Signals, the folder's lock, and steps that are not finite: with real signals, processes and files."""
+"""The lock of a run's folder, with real processes and files."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,46 +9,11 @@ import threading
 import time
 
 import pytest
-import torch
-from conftest import ROOT
-from torch import nn
+from helpers import ROOT, train
 
-from cplearn import errors
-from cplearn.errors import NonFiniteError, UserError
+from cplearn.errors import UserError
 from cplearn.host import process_start, system_id
-from cplearn.training.bad_batches import BadSteps, RunningStatistics
 from cplearn.training.folder_lock import FolderLock
-from cplearn.training.run_control import StopSignals
-
-# --- signals -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
-def test_a_signal_is_noted_and_the_old_handler_comes_back(name):
-    number = getattr(signal, name)
-    before = signal.getsignal(number)
-    with StopSignals() as signals:
-        assert signals.name is None
-        os.kill(os.getpid(), number)
-        time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
-        assert signals.name == name
-    assert signal.getsignal(number) is before
-
-
-def test_ctrl_c_twice_ends_at_once_but_not_within_a_second(monkeypatch):
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # torchrun passes it on a second time
-        assert signals.name == "SIGINT"
-        signals._ctrl_c -= 2
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)
-
-
-# --- lock ----------------------------------------------------------------------------------------------------
-
 
 HOLD = """
 import sys, time
@@ -156,57 +120,10 @@ def test_only_one_of_many_gets_a_dead_lock(tmp_path):
         p.communicate()
 
 
-# --- not finite ----------------------------------------------------------------------------------------------
+def test_a_folder_in_use_is_refused(tmp_path, image_folder):
 
-
-def test_running_statistics_are_as_before_a_skipped_step():
-    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
-    statistics = RunningStatistics(module)
-    statistics.keep()
-    module(torch.full((4, 3), float("nan")))
-    assert module[0].running_mean.isnan().all()
-    statistics.restore(torch.tensor(True))
-    assert torch.equal(module[0].running_mean, torch.zeros(3)) and torch.equal(module[0].running_var, torch.ones(3))
-    statistics.keep()
-    module(torch.ones(4, 3))
-    statistics.restore(torch.tensor(False))
-    torch.testing.assert_close(module[0].running_mean, torch.full((3,), 0.1))
-
-
-def test_bad_steps_are_counted_in_a_row_and_reported(tmp_path):
-    bad = BadSteps(2, tmp_path, [f"{i}.jpg" for i in range(6)])
-
-    def step(number, skipped):
-        terms = {"loss": torch.tensor(float("nan") if skipped else 1.0), "prior": torch.tensor(2.0)}
-        bad.remember(number, torch.tensor([number]), terms)
-        bad.count(number, skipped, lambda: 8.0)
-
-    for number, skipped in enumerate((True, True, False, True, True)):
-        step(number, skipped)
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row were not finite \(loss\), the last 5: see .*bad_step"):
-        step(5, True)
-    report = json.loads((tmp_path / "bad_step.json").read_text())
-    assert report == {
-        "step": 5,
-        "in_a_row": 3,
-        "not_finite": ["loss"],
-        "loss_scale": 8.0,
-        "ranks": [{"terms": {"loss": "nan", "prior": 2.0}, "files": ["5.jpg"]}],
-    }
-
-
-def test_every_error_has_its_own_exit_code():
-    kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, UserError)]
-    codes = {error.__name__: error.exit_code for error in kinds}
-    assert codes == {
-        "UserError": 2,
-        "LocalError": 2,
-        "NonFiniteError": 3,
-        "WriteError": 4,
-        "WorkerError": 5,
-        "PeerError": 6,
-        "CollapseError": 7,
-        "Interrupted": 75,
-    }
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"| {code} |" in readme for code in set(codes.values()) | {0, 130})
+    process = hold(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} is in use by process {process.pid}"):
+        train(tmp_path, "--data_path", str(image_folder))
+    process.kill()
+    process.wait()

@@ -11,7 +11,6 @@ from torch.utils.data import default_collate
 from cplearn.data import augmentations
 from cplearn.data.augmentations import MEAN, ORDERS, STD, View, build_views, colour, crop, draw, eval_pixels, rng_for
 from cplearn.errors import UserError
-from cplearn.random_streams import FOR_ORDER, random_stream
 
 SIZES = dict(size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 
@@ -125,12 +124,6 @@ def test_draws_depend_on_seed_epoch_sample_and_view_and_on_nothing_else():
     assert draw(view, 60, 50, rng_for(1, 2, 3, 0)) == base
     for other in ((2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1)):
         assert draw(view, 60, 50, rng_for(*other)) != base
-
-
-def test_streams_of_different_purpose_differ():
-    """NumPy pads seeds with zeros: without a purpose the order of images would be the first view's stream."""
-    streams = [random_stream(FOR_ORDER, 3, 1), rng_for(3, 1, 0, 0), random_stream(FOR_ORDER, 3), rng_for(3, 0, 0, 0)]
-    assert len({tuple(s.random(4)) for s in streams}) == 4
 
 
 # --- geometry -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from cplearn.dictionary import DICTIONARIES
 from cplearn.dictionary import triton_kernels as triton_kernels
@@ -79,8 +79,6 @@ def test_saturated_logits(prior):
 
 
 def test_many_chunks_and_the_other_dictionary(monkeypatch):
-    pass  # import moved up
-
     monkeypatch.setattr(triton_kernels, "CHUNK_NUMBERS", 4096)
     assert_equal(*both_forms(4, 16, 24, 500, 8.0, kind="hadamard"))
 

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_in_processes
-from test_main import log_of, model_of, same_weights, train
+from helpers import log_of, model_of, run_in_processes, same_weights, train
 
 import main_cplearn
 from cplearn import checkpoints
@@ -15,7 +14,7 @@ from cplearn.data import augmentations, datasets
 from cplearn.errors import CollapseError, LocalError, UserError
 from cplearn.evaluation import collapse
 from cplearn.methods import build_method
-from cplearn.training.monitor import CodeUse, Look, Probe
+from cplearn.training.monitor import CodeUsage, Probe, ProbeResult
 
 NOT, SKIPPED = torch.tensor(False), torch.tensor(True)
 
@@ -33,7 +32,7 @@ def entropy_of(shares):
 
 
 def test_windows_against_a_loop():
-    use, rows = CodeUse(), assignments(2 * CodeUse.STEPS + 7)
+    use, rows = CodeUsage(), assignments(2 * CodeUsage.STEPS + 7)
     for row in rows:
         use.add(row, 4, NOT)
     windows = [rows[:20].mean(0), rows[20:40].mean(0)]  # the seven steps after them are left out
@@ -45,21 +44,21 @@ def test_windows_against_a_loop():
 
 def test_a_short_epoch_is_one_window_and_skipped_steps_do_not_count():
     rows = assignments(5)
-    use = CodeUse()
+    use = CodeUsage()
     for i, row in enumerate(rows):
         use.add(row if i != 2 else torch.full_like(row, math.nan), 4, SKIPPED if i == 2 else NOT)
     assert use.average()["usage_entropy"] == pytest.approx(entropy_of(rows[[0, 1, 3, 4]].mean(0)))
-    use = CodeUse()
+    use = CodeUsage()
     for row in rows:
         use.add(row, 4, SKIPPED)
     assert math.isnan(use.average()["usage_entropy"])
-    assert CodeUse().average() == {} and CodeUse().read() == {}
+    assert CodeUsage().average() == {} and CodeUsage().read() == {}
 
 
 def test_one_code_has_entropy_zero_and_uniform_has_log_c():
     for row, entropy, used in ((torch.eye(8)[3], 0.0, 1), (torch.full((8,), 1 / 8), math.log(8), 8)):
-        use = CodeUse()
-        for _ in range(CodeUse.STEPS):
+        use = CodeUsage()
+        for _ in range(CodeUsage.STEPS):
             use.add(row, 16, NOT)
         found = use.read()
         assert found["usage_entropy"] == pytest.approx(entropy, abs=1e-6) and found["codes_used"] == used
@@ -67,7 +66,7 @@ def test_one_code_has_entropy_zero_and_uniform_has_log_c():
 
 @pytest.mark.parametrize("cut", [7, 20, 33])
 def test_the_use_of_codes_goes_on_where_it_was(cut):
-    rows, whole, before, after = assignments(45).float(), CodeUse(), CodeUse(), CodeUse()
+    rows, whole, before, after = assignments(45).float(), CodeUsage(), CodeUsage(), CodeUsage()
     for row in rows:
         whole.add(row, 4, NOT)
     for row in rows[:cut]:
@@ -79,7 +78,7 @@ def test_the_use_of_codes_goes_on_where_it_was(cut):
 
 
 def _use_of_two(rank):
-    use, rows = CodeUse(), assignments(2 * CodeUse.STEPS).float()
+    use, rows = CodeUsage(), assignments(2 * CodeUsage.STEPS).float()
     for row in rows[rank::2]:
         use.add(row, 8, NOT)
     return use.average()
@@ -151,7 +150,7 @@ def test_knn_of_the_probe_is_leave_one_out():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 5, generator=generator), torch.randint(0, 4, (60,), generator=generator)
     codes = torch.zeros(60, dtype=torch.int64)
-    look = Look(x, x, None, codes, codes, labels)
+    look = ProbeResult(x, x, None, codes, codes, labels)
     hits = 0
     for i in range(60):
         cosine = torch.nn.functional.cosine_similarity(x[i : i + 1], x)
@@ -202,7 +201,7 @@ def test_the_probe_sees_the_weights_of_its_epoch(tmp_path, image_folder):
         global_scale=tuple(state["args"]["global_crops_scale"]),
         local_scale=tuple(args.local_crops_scale),
     )
-    found = Probe(dataset, views, state["args"]["seed"], 3).look(method, torch.device("cpu"), batch=7).metrics()
+    found = Probe(dataset, views, state["args"]["seed"], 3).measure(method, torch.device("cpu"), batch=7).metrics()
     assert method.training
     for name in ("features_rank", "features_cosine", "within_code", "agreement", "code_cosine"):
         assert record[f"probe_{name}"] == pytest.approx(found[name], rel=1e-4), name
@@ -273,7 +272,7 @@ def test_a_backbone_that_sees_nothing_is_named_and_stopped(
 
 def test_features_that_are_not_finite_are_an_alarm():
     x, codes = torch.full((40, 3), math.nan), torch.zeros(40, dtype=torch.int64)
-    found = Look(x, x, None, codes, codes, codes).metrics()
+    found = ProbeResult(x, x, None, codes, codes, codes).metrics()
     assert collapse.verdict({f"probe_{k}": v for k, v in found.items()}, 10).name == "representation"
 
 
@@ -285,7 +284,7 @@ def _look_of_two(rank, broken):
     probe = Probe(Images(8, broken=broken), views, seed=0, steps_per_epoch=1)
     args = main_cplearn.parse_args(["--arch", "resnet8_w8", "--image_size", "16", "--out_dim", "40"])
     torch.manual_seed(0)
-    look = probe.look(build_method(args), torch.device("cpu"), batch=3)
+    look = probe.measure(build_method(args), torch.device("cpu"), batch=3)
     return None if look is None else [look.features, look.codes]
 
 

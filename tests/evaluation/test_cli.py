@@ -1,0 +1,75 @@
+"""What the evaluations share: flags, the result line, two processes against one."""
+
+import pytest
+from helpers import eval_flags, last_result, run_in_processes
+
+import eval_cluster
+import eval_knn
+import eval_linear
+from cplearn.errors import UserError
+
+
+def test_scripts_read_everything_from_the_checkpoint(run, tmp_path, image_folder):
+    metrics = eval_knn.main(eval_flags(run, tmp_path, "--nb_knn", "3", "5000"))
+    assert set(metrics) == {"knn3_top1", "knn3_top5", "knn48_top1", "knn48_top5"}
+    record = last_result(tmp_path)
+    assert record["metrics"] == metrics and record["split"] == "val" and record["epoch"] == 2 and record["seed"] == 0
+    assert record["flags"]["data_path"] == str(image_folder) and record["flags"]["arch"] == "resnet8_w8"
+    assert record["flags"]["method"] == "cplearn" and record["commit"]
+    rows = eval_cluster.main(eval_flags(run, tmp_path, "--out_csv", str(tmp_path / "codes.csv")))
+    assert set(rows) == {"codes", "codes_shuffled", "random_codes", "kmeans", "singletons"}
+    lines = (tmp_path / "codes.csv").read_text().splitlines()
+    assert lines[0] == "image,class,code" and len(lines) == 13 and lines[1].startswith("ant/000.jpg,ant,")
+    assert len({line.split(",")[2] for line in lines[1:]}) == rows["codes"]["used_codes"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--arch", "vit_small"], "was trained with resnet8_w8"),
+        (["--dataset", "mnist"], "--dataset mnist is unknown"),
+        (["--nb_knn", "0"], "must be positive"),
+        (["--load_features", "/tmp"], "leave out --pretrained_weights"),
+        (["--data_path", "/nowhere"], "/nowhere is not a folder"),
+        (["--output_dir", "/proc/x"], "--output_dir /proc/x cannot be written"),
+    ],
+)
+def test_wrong_flags(run, tmp_path, more, words):
+    with pytest.raises(UserError, match=words):
+        eval_knn.main(eval_flags(run, tmp_path, *more))
+
+
+@pytest.mark.parametrize("script", ["eval_knn", "eval_linear", "eval_cluster"])
+def test_weights_are_asked_for(script):
+    with pytest.raises(UserError, match="--pretrained_weights is missing"):
+        {"eval_knn": eval_knn, "eval_linear": eval_linear, "eval_cluster": eval_cluster}[script].main([])
+
+
+def _evaluate(rank, run, out):
+    common = [
+        "--pretrained_weights",
+        f"{run}/checkpoint.pth",
+        "--output_dir",
+        out,
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    knn = eval_knn.main([*common, "--nb_knn", "5"])
+    cluster = eval_cluster.main(common)
+    linear = eval_linear.main([*common, "--epochs", "3", "--augment", "true", "--batch_size_per_gpu", "8"])
+    cached = eval_linear.main([*common, "--epochs", "3", "--augment", "false", "--batch_size_per_gpu", "8"])
+    return {"knn": knn, "cluster": cluster, "linear": linear, "cached": cached}
+
+
+@pytest.mark.dist
+def test_two_processes_evaluate_like_one(run, tmp_path):
+    first, second = run_in_processes(tmp_path, _evaluate, str(run), str(tmp_path / "two"))
+    one = eval_flags(run, tmp_path / "one")
+    assert first["knn"] == eval_knn.main([*one, "--nb_knn", "5"]) and second["knn"] == {}
+    assert first["cluster"]["codes"] == eval_cluster.main(one)["codes"]
+    for name, augment in (("linear", "true"), ("cached", "false")):
+        whole = eval_linear.main([*one, "--epochs", "3", "--augment", augment, "--batch_size_per_gpu", "16"])
+        assert first[name] == pytest.approx(whole) and second[name] == first[name]
+    assert len((tmp_path / "two" / "results.jsonl").read_text().splitlines()) == 4  # one writer

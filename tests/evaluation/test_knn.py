@@ -1,0 +1,37 @@
+"""The k-NN vote against a loop."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cplearn.evaluation.knn import knn
+
+
+def test_knn_equals_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(n, 5, generator=generator) for n in (60, 25))
+    train_labels, test_labels = (torch.randint(0, 7, (n,), generator=generator) for n in (60, 25))
+    got = knn(train, train_labels, test, test_labels, ks=[1, 9, 200], temperature=0.07)
+    assert set(got) == {f"knn{k}_top{t}" for k in (1, 9, 60) for t in (1, 5)}  # 200 is capped at 60
+    for k in (1, 9, 60):
+        top1 = top5 = 0
+        for x, y in zip(test, test_labels.tolist(), strict=True):
+            similarity = F.cosine_similarity(x[None], train)
+            votes = [0.0] * 7
+            for j in similarity.argsort(descending=True)[:k].tolist():
+                votes[train_labels[j]] += math.exp(similarity[j].item() / 0.07)
+            ranked = sorted(range(7), key=lambda c: -votes[c])
+            top1 += ranked[0] == y
+            top5 += y in ranked[:5]
+        assert got[f"knn{k}_top1"] == pytest.approx(top1 / 25)
+        if k >= 9:  # with fewer neighbours than classes the fifth place is a tie of empty votes
+            assert got[f"knn{k}_top5"] == pytest.approx(top5 / 25, abs=0.05)
+
+
+def test_knn_of_separated_classes_is_perfect():
+    centres = 10 * torch.eye(4)
+    labels = torch.arange(4).repeat(20)
+    features = centres[labels] + 0.1 * torch.randn(80, 4)
+    assert knn(features, labels, features, labels, ks=[5], temperature=0.07)["knn5_top1"] == 1

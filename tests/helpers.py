@@ -1,0 +1,222 @@
+"""What the tests share: short runs with their logs and states, small images, real processes, small methods.
+
+Nothing heavy is imported here: a spawned process imports this module to find the function it has to run.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --- runs --------------------------------------------------------------------------------------------------
+
+SMALL = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--batch_size_per_gpu", "16",
+         "--warmup_epochs", "0", "--num_workers", "0", "--device", "cpu"]  # fmt: skip
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def train(out, *more):
+    """Run main() in this process, for at most 12 steps."""
+    import main_cplearn
+
+    return main_cplearn.main([*SMALL, "--max_steps", "12", "--output_dir", str(out), *more])
+
+
+def run_script(*command, **env):
+    """Run `python command` to its end in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+def eval_flags(run, tmp_path, *more):
+    """Flags of an evaluation of the run in the folder `run`."""
+    return ["--pretrained_weights", str(run / "checkpoint.pth"), "--output_dir", str(tmp_path), "--num_workers", "0",
+            "--device", "cpu", *more]  # fmt: skip
+
+
+def last_result(folder):
+    return json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def without_time(records):
+    """Log records without what differs from run to run."""
+    measured = ("images_per_second", "data_wait", "seconds", "monitor_seconds", "first_step_seconds")
+    return [{k: v for k, v in r.items() if k not in measured} for r in records]
+
+
+def model_of(out):
+    from cplearn import checkpoints
+
+    return checkpoints.load(out / "checkpoint.pth")["model"]
+
+
+def same_weights(a, b):
+    tensors = [k for k, v in a.items() if isinstance(v, torch.Tensor)]
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in tensors)
+
+
+def same_state(a, b):
+    """Whether two folders hold the same weights, optimizer and averages, bit by bit; times and paths apart."""
+    from cplearn import checkpoints
+
+    def tensors(x, path=""):
+        if isinstance(x, torch.Tensor):
+            yield path, x
+        elif isinstance(x, dict):
+            for k, v in x.items():
+                yield from tensors(v, f"{path}/{k}")
+        elif isinstance(x, list):
+            for k, v in enumerate(x):
+                yield from tensors(v, f"{path}/{k}")
+        elif not path.startswith(("/args", "/commit", "/progress/seconds", "/progress/waiting", "/log_bytes")):
+            yield path, x
+
+    one, two = (dict(tensors(checkpoints.load(folder / "checkpoint.pth"))) for folder in (a, b))
+    return one.keys() == two.keys() and all(
+        torch.equal(x, two[k]) if isinstance(x, torch.Tensor) else x == two[k] for k, x in one.items()
+    )
+
+
+def spoil(monkeypatch, steps):
+    """Turn the pixels of these steps into NaN on the device."""
+    from cplearn.data import augmentations
+
+    colour, calls = augmentations.colour, []
+
+    def spoiled(pixels, params, view):
+        calls.append(1)
+        x = colour(pixels, params, view)
+        return x * float("nan") if (len(calls) - 1) // 2 in steps else x  # two views per step
+
+    monkeypatch.setattr(augmentations, "colour", spoiled)
+
+
+# A run that is long enough to be interrupted.
+LONG = ["main_cplearn.py", *SMALL, "--arch", "timm:test_vit", "--drop_path_rate", "0.3", "--epochs", "24",
+        "--print_freq", "2", "--saveckp_freq", "0"]  # fmt: skip
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes started by `pid`, oldest first."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[1]) == pid:
+            found.append((int(fields[19]), int(stat.parent.name)))
+    return [number for _, number in sorted(found)]
+
+
+def interrupted(out, name, count, number, command):
+    """Start, signal rank `number` some time after two checkpoints, and return exit code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, *command, "--output_dir", str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint_previous.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.02 * count)
+    pid = process.pid if number is None else children_of(process.pid)[number]  # a rank below torchrun
+    os.kill(pid, getattr(signal, name))
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+# --- images --------------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 36), seed: int = 0) -> None:
+    """Write smooth random images, so that JPEG keeps them and crops differ."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:03}.jpg", quality=95)
+
+
+# --- processes -----------------------------------------------------------------------------------------------
+
+
+def _entry(rank: int, world: int, init_file: str, function, args, results: str) -> None:
+    from cplearn.distributed import launch
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    launch.init(f"file://{init_file}", "cpu")
+    torch.save(function(rank, *args), f"{results}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def run_in_processes(tmp_path: Path, function, *args, world: int = 2) -> list:
+    """Run function(rank, *args) in `world` gloo processes and return its values in rank order."""
+    results = str(tmp_path / f"results_{function.__name__}")
+    init_file = str(tmp_path / f"init_{function.__name__}")
+    mp.spawn(_entry, (world, init_file, function, args, results), nprocs=world)
+    return [torch.load(f"{results}.{rank}", weights_only=True) for rank in range(world)]
+
+
+# --- methods -------------------------------------------------------------------------------------------------
+
+GEN = ["--out_dim", "6"]  # for gedi_gen
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def arguments(method, *more):
+    import main_cplearn
+
+    small = ["--image_size", "16", "--sgld_buffer", "40", "--sgld_steps", "2"] if method == "gedi_gen" else []
+    return main_cplearn.parse_args(["--method", method, "--arch", "resnet8_w16", "--out_dim", "30", *small, *more])
+
+
+def make(method, *more):
+    """Build a small method in float64."""
+    from cplearn.methods import build_method
+
+    torch.manual_seed(0)
+    return build_method(arguments(method, *more)).double()
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors, retain_graph=True)
+
+
+def all_close(got, expected, tolerance=1e-10):
+    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(got, expected, strict=True))
+
+
+def has_gradient(method, weight, *, step: int) -> bool:
+    """Whether this step would change the weight; 10 steps per epoch."""
+    method.zero_grad()
+    method.before_step(step, 10, 20)
+    method([randn(6, 3, 16, 16, seed=v) for v in range(2)])[0].backward()
+    method.after_backward()
+    return weight.grad is not None
+
+
+class FakeBackbone(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.num_features = width

@@ -1,0 +1,138 @@
+"""Time limits of partitions; jobs of submitit's local executor."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, SMALL, log_of, run_script, same_state, without_time
+
+import run_with_submitit
+from cplearn.errors import UserError
+from cplearn.host import process_start
+from cplearn.slurm.status import status
+from cplearn.slurm.submit import _minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("UNLIMITED", float("inf")), ("00:30:00", 30), ("2-01:00:30", 2940.5), ("12:00:00", 720)]
+)
+def test_time_limits_of_partitions(text, minutes):
+    assert _minutes(text) == minutes
+
+
+def submit(out, *more) -> str:
+    argv = ["--local", "--cpu", "--ngpus", "2", "--cpus_per_task", "1", *SMALL, "--output_dir", out, *more]
+    (job,) = run_with_submitit.main([str(x) for x in argv])
+    return job
+
+
+def wait_end(out, job: str) -> str:
+    """The job's line in --status when it has ended."""
+    end = time.monotonic() + 120
+    while "RUNNING" in (line := status(out)[-1]):
+        assert time.monotonic() < end, line + (out / f"slurm/{job}_0_log.out").read_text()
+        time.sleep(0.1)
+        reap(job)
+    assert line.split()[0] == job
+    return line
+
+
+def reap(job: str) -> None:
+    """The job is a child of this process, unlike that of a launcher which has returned."""
+    try:
+        os.waitpid(int(job), os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_local_job_trains_and_equals_torchrun(tmp_path, image_folder):
+    data = ("--data_path", str(image_folder), "--epochs", "2")
+    job = submit(tmp_path / "out", *data)
+    with pytest.raises(UserError, match=rf"has job {job} \(main_cplearn\), which is RUNNING: kill {job}"):
+        submit(tmp_path / "out", *data)
+    assert wait_end(tmp_path / "out", job).split() == f"{job} main_cplearn COMPLETED epoch 2 of 2".split()
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
+                      *data, "--output_dir", str(tmp_path / "torchrun"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert same_state(tmp_path / "out", tmp_path / "torchrun")
+    evaluated = ("--script", "eval_knn", "--pretrained_weights", str(tmp_path / "out/checkpoint.pth"))
+    (job,) = run_with_submitit.main(["--local", "--cpu", "--ngpus", "1", "--cpus_per_task", "1", *evaluated])
+    assert "COMPLETED" in wait_end(tmp_path / "out", job)
+    assert json.loads((tmp_path / "out/results.jsonl").read_text())["script"] == "eval_knn"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_local_job_is_stopped_and_told_to_go_on(tmp_path, image_folder):
+    data = ("--data_path", str(image_folder), "--epochs", "15", "--batch_size_per_gpu", "2", "--saveckp_freq", "0")
+    job = submit(tmp_path / "out", *data)
+    log = tmp_path / f"out/slurm/{job}_0_log.out"
+    while not log.exists() or "epoch 2/15  loss" not in log.read_text():
+        time.sleep(0.05)
+    os.kill(int(job), signal.SIGTERM)
+    line = wait_end(tmp_path / "out", job)
+    assert "INTERRUPTED" in line and "exit 75 on rank" in line and "SIGTERM: stopped after step" in line
+    job = submit(tmp_path / "out", *data)
+    assert "COMPLETED" in wait_end(tmp_path / "out", job)
+    assert "Resuming" in (tmp_path / f"out/slurm/{job}_0_log.out").read_text()
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
+                      *data, "--output_dir", str(tmp_path / "whole"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert same_state(tmp_path / "out", tmp_path / "whole")
+    assert without_time(log_of(tmp_path / "out")) == without_time(log_of(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_local_job_out_of_time_goes_on(tmp_path, image_folder):
+    data = ("--data_path", str(image_folder), "--epochs", "60", "--batch_size_per_gpu", "2", "--saveckp_freq", "0")
+    job = submit(tmp_path / "out", *data, "--ngpus", "1", "--timeout", "1", "--signal_delay_s", "50")
+    assert re.search("COMPLETED +requeued [1-9] time", wait_end(tmp_path / "out", job))
+    assert "SIGUSR2: stopped after step" in (tmp_path / f"out/slurm/{job}_0_log.out").read_text()
+    # With as many threads as the job had.
+    done = run_script("main_cplearn.py", *SMALL, *data, "--output_dir", str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    assert same_state(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_local_job_that_fails_says_why(tmp_path):
+    job = submit(tmp_path / "%j", "--data_path", tmp_path / "nowhere")
+    (out,) = tmp_path.iterdir()
+    assert out.name == f"local{os.getpid()}"
+    line = wait_end(out, job)
+    assert re.search(r"FAILED .* exit 2 on rank [01] .*--data_path .* is not a folder", line)
+    assert process_start(int(job)) is None
+
+
+def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
+    for name in ("utils.py", "errors.py", "datasets.py"):
+        (tmp_path / name).write_text("raise RuntimeError('a module of another project')\n")
+    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
+    command += ["--data_path", str(image_folder), "--max_steps", "1", "--output_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"Submitted job (\d+)", done.stdout)[1]
+    assert "COMPLETED" in wait_end(tmp_path / "out", job)
+
+
+def test_a_local_job_does_not_hold_the_pipe_of_its_launcher_and_ends_with_its_controller(tmp_path, image_folder):
+    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
+    command += ["--data_path", str(image_folder), "--epochs", "100000", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)  # until all have closed the pipe
+    job = re.search(r"Submitted job (\d+)", done.stdout)[1]
+    log = tmp_path / f"out/slurm/{job}_0_log.out"
+    end = time.monotonic() + 60
+    while not log.exists() or "epoch 2/" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(int(job), signal.SIGKILL)
+    while not (tmp_path / f"out/slurm/{job}_0_end.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert "INTERRUPTED" in status(tmp_path / "out")[0]

@@ -1,0 +1,43 @@
+"""Probe, plan and budget."""
+
+import json
+import re
+
+import reproduce_table3
+from cplearn.tables import launch as launch
+from cplearn.tables.plan import epochs_within
+
+
+def test_the_plan_adds_up(tmp_path, capsys):
+    flags = (
+        "--scale small --dataset digits --methods cplearn --out_dims 16 --epochs 7000 --dry_run --price 2 --seeds 0 1"
+    )
+    reproduce_table3.main(["--output_dir", str(tmp_path), *flags.split(), "--probe_steps", "4"])
+    said = capsys.readouterr().out
+    (probe,) = json.loads((tmp_path / "probe.json").read_text()).values()
+    assert probe["train_images"] == 1433 and probe["step_seconds"] > 0
+    step = probe["step_seconds"]
+    # Features for k-NN and, as nothing is augmented, for the linear probe: once each, of the trained and the untrained
+    # network; a tenth for collapse. Forward only, of one view of the two.
+    hours = 2 * (7000 * (1433 // 64) * step + (2 + 2 + 0.1) * 1433 * step / 64 / 3 / 2) / 3600
+    found = re.search(r" ([\d,]+) CPU-hours.* ([\d,]+) euros at 2 for such", said)
+    assert found and float(found[1].replace(",", "")) == round(hours) > 2, said
+    assert float(found[2].replace(",", "")) == round(2 * hours)
+    assert (
+        said.count("main_cplearn.py @") == 2
+        and "2 cells, 1 process each, a batch of 64: " in said
+        and "eval_linear.py --pretrained_weights" in said
+    )
+    assert not (tmp_path / "grid.json").exists() and not list(tmp_path.glob("cplearn*"))
+
+
+def test_minutes_per_cell_give_the_slowest_line_its_time(monkeypatch, tmp_path):
+    args, _ = reproduce_table3.parse_args(
+        f"--output_dir {tmp_path} --scale small --dataset digits --methods cplearn swav --out_dims 16 "
+        "--minutes_per_cell 3 --ngpus 1".split()
+    )
+    times = {
+        key: {"step_seconds": seconds, "images": 64, "processes": 1, "train_images": 1433}
+        for key, seconds in (("cplearn_c16", 0.5), ("swav_c16", 1.0))
+    }
+    assert epochs_within(args, times) == 180 // 22  # 22 steps of a second

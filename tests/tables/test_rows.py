@@ -1,0 +1,60 @@
+"""The lines of each table against the paper's values."""
+
+import pytest
+
+import main_cplearn
+from cplearn.errors import UserError
+from cplearn.tables import launch as launch
+from cplearn.tables.rows import beta_of, rows
+
+
+def test_lines_of_table_3():
+    lines = rows(3, "paper", [], [], "cifar10")
+    assert len(lines) == 30 and len({x.key for x in lines}) == 30
+    assert {x.out_dim for x in lines} == {128, 1024, 2048, 32768, 65536, 131072}
+    by_key = {x.key: x for x in lines}
+    assert by_key["cplearn_c131072"].paper == {"nmi": 70.9, "linear": 78.0}
+    assert by_key["dino_c1024"].paper == {"nmi": 53.4, "linear": 73.6}
+    assert by_key["gedi_c128"].paper == {"nmi": 24.5, "linear": 71.8}
+    assert by_key["barlow_twins_c65536"].paper == {"nmi": "oom", "linear": "oom"}
+
+
+@pytest.mark.parametrize("scale", ("paper", "small"))
+@pytest.mark.parametrize("data", ("cifar10", "cifar100", "svhn"))
+@pytest.mark.parametrize("table", (1, 2, 3, 4, 9))
+def test_every_line_can_be_trained(table, data, scale):
+    if (table, data) in ((2, "cifar100"), (2, "svhn")):
+        with pytest.raises(UserError, match="Table 2|--table 2"):
+            rows(table, scale, [], [], data)
+        return
+    lines = rows(table, scale, [], [], data)
+    assert len({x.key for x in lines}) == len(lines)
+    for line in lines:
+        args = main_cplearn.parse_args([*line.flags, "--data_path", "."])
+        assert (args.method, args.out_dim) == (line.method, line.out_dim)
+
+
+def test_values_of_the_small_tables():
+    def values(table, data="cifar10"):
+        return {x.key: (x.paper, x) for x in rows(table, "paper", [], [], data)}
+
+    assert values(1)["cplearn_c16384"][0] == {"nmi": 35.0, "linear": 67.0}
+    assert values(1, "svhn")["self_classifier_c10"][0] == {"nmi": 7.0, "linear": 58.0}
+    assert values(1, "cifar100")["cplearn_c256"][0] == {"nmi": 33.0, "linear": 18.0}  # c = f
+    assert values(2)["cplearn_c512"][0] == {"nmi": 47.4, "linear": 91.6}
+    assert values(4)["l2_c16384"][0] == {"nmi": 35.0, "linear": 68.0}
+    assert values(9)["beta1.25_c512"][0] == {"linear": 10.0, "collapse": "yes"}
+
+    def trained_with(line):
+        return main_cplearn.parse_args([*line.flags, "--data_path", "."])
+
+    assert trained_with(values(1, "svhn")["cplearn_c128"][1]).epochs == 20
+    assert trained_with(values(1)["cplearn_c16384"][1]).beta == 0.05  # Table 7
+    assert trained_with(values(4)["tanh_c10"][1]).activation == "tanh"
+    assert trained_with(values(9)["beta0.1_c512"][1]).beta == 0.1
+
+
+def test_beta_of_table_7():
+    assert [beta_of(c) for c in (10, 100, 128, 256, 2048, 16384, 131072)] == [
+        "0.5", "0.5", "0.5", "0.25", "0.1", "0.05", "0.05",
+    ]  # fmt: skip

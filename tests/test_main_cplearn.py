@@ -1,0 +1,240 @@
+"""The training script on real images: results, precisions, processes, the commands as typed, wrong input."""
+
+import json
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, log_of, model_of, run_script, same_weights, train, without_time
+
+import main_cplearn
+from cplearn import checkpoints
+from cplearn.errors import UserError
+
+
+def test_a_run_leaves_log_arguments_and_checkpoints(tmp_path, image_folder, capsys):
+    record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "2", "--saveckp_freq", "1")
+    said = capsys.readouterr().out
+    assert f"48 images, 3 classes, {image_folder}/train" in said and "loss_floor" in said
+    log = log_of(tmp_path)
+    assert [r["epoch"] for r in log] == [0, 1] and log[-1] == record and log[-1]["step"] == 6
+    assert {"train_loss", "train_invariance", "train_prior", "train_entropy", "train_grad_norm", "lr"} <= set(record)
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "checkpoint.pth",
+        "checkpoint0001.pth",
+        "checkpoint0002.pth",
+        "checkpoint_previous.pth",
+    ]
+    saved = json.loads((tmp_path / "args.json").read_text())
+    assert saved["args"]["out_dim"] == 40 and saved["derived"]["effective_batch"] == 16
+    assert saved["derived"]["actual_lr"] == pytest.approx(0.0005 * 16 / 256)
+    assert saved["derived"]["dictionary"].startswith("rademacher-splitmix64-v1 seed 0")
+    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    assert not any("packed" in key for key in state["model"]) and state["epoch"] == 2
+    assert sum(len(g["params"]) for g in state["optimizer"]["param_groups"]) == len(
+        [
+            k
+            for k, v in state["model"].items()
+            if isinstance(v, torch.Tensor) and "running" not in k and "tracked" not in k
+        ]
+    )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "2", "--arch", "vit_tiny", "--drop_path_rate", "0.5")
+    for name, more in (("a", ()), ("b", ("--num_workers", "2")), ("c", ("--seed", "1"))):
+        train(tmp_path / name, *common, *more)
+    assert same_weights(model_of(tmp_path / "a"), model_of(tmp_path / "b"))  # workers do not matter
+    assert without_time(log_of(tmp_path / "a")) == without_time(log_of(tmp_path / "b"))
+    assert not same_weights(model_of(tmp_path / "a"), model_of(tmp_path / "c"))
+
+
+def test_loss_forms_give_the_same_log(tmp_path, image_folder):
+    """To rounding; and a run may go on with another form."""
+    logs = []
+    for form in ("auto", "recomputed", "plain"):
+        train(
+            tmp_path / form, "--data_path", str(image_folder), "--epochs", "2", "--loss_form", form, "--max_steps", "3"
+        )
+        train(tmp_path / form, "--data_path", str(image_folder), "--epochs", "2", "--loss_form", "auto")
+        logs.append([r["train_loss"] for r in log_of(tmp_path / form)])
+    assert logs[0] == logs[1] == pytest.approx(logs[2], rel=1e-5) and len(logs[0]) == 2
+
+
+def test_local_crops_and_other_precisions(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "1", "--max_steps", "2", "--image_size", "32",
+              "--local_crops_number", "3", "--local_image_size", "16")  # fmt: skip
+    for precision in ("fp32", "bf16"):
+        record = train(tmp_path / precision, *common, "--precision", precision)
+        assert record["step"] == 2 and record["train_loss"] > 0
+    assert json.loads((tmp_path / "fp32" / "args.json").read_text())["args"]["global_crops_scale"] == [
+        0.4,
+        1.0,
+    ]
+
+
+def test_optimizers_and_tensorboard(tmp_path, image_folder):
+    for optimizer in ("adam", "sgd", "lars"):
+        out = tmp_path / optimizer
+        train(out, "--data_path", str(image_folder), "--epochs", "1", "--max_steps", "1", "--optimizer", optimizer,
+              "--tensorboard")  # fmt: skip
+        assert list((out / "tensorboard").glob("events.*"))
+
+
+def test_init_from_starts_from_the_backbone(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "1")
+    train(tmp_path / "a", *common)
+    train(
+        tmp_path / "b",
+        *common,
+        "--out_dim",
+        "64",
+        "--init_from",
+        str(tmp_path / "a" / "checkpoint.pth"),
+        "--lr",
+        "1e-12",
+        "--min_lr",
+        "0",
+    )
+    a, b = (checkpoints.backbone_weights(checkpoints.load(tmp_path / x / "checkpoint.pth")) for x in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_torchrun_line_of_the_readme_starts_as_typed(tmp_path):
+    """`torchrun main_cplearn.py --arch vit_small --out_dim 131072`, cut short."""
+    done = run_script(
+        "-m", "torch.distributed.run", "main_cplearn.py", "--arch", "vit_small", "--out_dim", "131072",
+        "--max_steps", "1", "--batch_size_per_gpu", "4", "--output_dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "WARNING: no --data_path" in done.stdout and "--data_path FOLDER" in done.stdout
+    assert checkpoints.load(tmp_path / "checkpoint.pth")["args"]["out_dim"] == 131072
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path, image_folder):
+    """torchrun with 2 x 8 images follows one process with 16, step by step."""
+    common = ["main_cplearn.py", *SMALL, "--data_path", str(image_folder), "--epochs", "2", "--beta", "0.5",
+              "--optimizer", "sgd", "--lr", "0.5",  # Adam would blow up rounding noise in gradients that are zero
+              "--local_crops_number", "1", "--local_image_size", "16"]  # fmt: skip
+    two = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common,
+                     "--batch_size_per_gpu", "8", "--output_dir", str(tmp_path / "two"))  # fmt: skip
+    assert two.returncode == 0, two.stderr[-2000:]
+    one = run_script(*common, "--output_dir", str(tmp_path / "one"))
+    assert one.returncode == 0, one.stderr[-2000:]
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for name in (
+            "train_loss",
+            "train_invariance",
+            "train_prior",
+            "train_entropy",
+            "train_grad_norm",
+            "lr",
+        ):
+            assert a[name] == pytest.approx(b[name], rel=2e-4), name
+    a, b = model_of(tmp_path / "one"), model_of(tmp_path / "two")
+    for name in a:
+        if isinstance(a[name], torch.Tensor):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", ["main_cplearn.py", "eval_knn.py", "eval_linear.py", "eval_cluster.py"])
+def test_help(script):
+    done = run_script(script, "--help")
+    assert done.returncode == 0 and "--output_dir" in done.stdout and "python " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data_path", "/nowhere"], "--data_path /nowhere is not a folder"),
+        (["--out_dim", "1"], "out_dim 1 is too small"),
+        (["--eps", "0.1"], "eps 0.1 must lie between 0 and 1/out_dim"),
+        (["--beta", "-1"], "beta -1 must not be negative"),
+        (["--knn_freq", "-1"], "--knn_freq -1 must not be negative"),
+        (["--prior_buffer", "2", "--prior_group", "local"], "use --prior_group global, or --prior_buffer 0"),
+        (["--loss_precision", "bf16"], "loss_precision bf16 needs --loss_form triton"),
+        (["--prior_buffer", "-1"], "prior_buffer -1 must not be negative"),
+        (["--dictionary", "hadamard", "--embed_dim", "30"], "order 30 is built here: use --embed_dim 28 or 32"),
+        (
+            ["--arch", "vit_small", "--image_size", "30"],
+            "--image_size 30 is not a multiple of --patch_size 16: use 16",
+        ),
+        (
+            ["--arch", "vit_tiny", "--local_crops_number", "1", "--local_image_size", "20"],
+            "--local_image_size 20",
+        ),
+        (["--arch", "vgg"], "--arch vgg is unknown: vit_tiny"),
+        (["--method", "moco"], "--method moco is unknown: cplearn"),
+        (["--dataset", "mnist"], "--dataset mnist is unknown: folder"),
+        (["--augmentation", "autoaugment"], "--augmentation autoaugment is unknown: dino"),
+        (["--batch_size_per_gpu", "5000"], "larger than the data set of 1433"),
+        (["--batch_size_per_gpu", "1"], "at least 2 images"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0 must be positive"),
+        (["--warmup_epochs", "400"], "--warmup_epochs 400 exceeds --epochs 300"),
+        (["--global_crops_scale", "0.9", "0.3"], "--global_crops_scale 0.9 0.3"),
+        (["--class_list", "none.txt"], "--class_list none.txt only goes with --dataset folder"),
+        (["--output_dir", "/proc/none"], "--output_dir /proc/none cannot be written"),
+        (["--init_from", "/none.pth"], "/none.pth does not exist"),
+        (["--device", "tpu"], "--device tpu is unknown"),
+        (["--num_workers", "-1"], "--num_workers -1"),
+        (["--dist_url", "http://x"], "--dist_url"),
+        (["--lr", "nan"], "--lr nan is not a finite number"),
+        (["--drop_path_rate", "1"], "--drop_path_rate 1 must be"),
+        (["--arch", "resnet8_w0"], "--arch resnet8_w0 has no width"),
+        (["--arch", "resnet8", "--image_size", "2"], "cannot take images of 2 pixels"),
+        (["--image_size", "4", "--augmentation", "cifar"], "--image_size 4 is too small"),
+        (["--arch", "timm:vit_tiny_patch16_224", "--local_crops_number", "1", "--local_image_size", "20"], "20 pixels"),
+        (["--data_path=~/none"], "/none is not a folder"),
+    ],
+)
+def test_wrong_flags_are_one_line_errors_before_training(tmp_path, more, words):
+    with pytest.raises(UserError) as error:
+        train(tmp_path / "out", *more)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "log.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--momentum_teacher",
+        "--teacher_temp",
+        "--warmup_teacher_temp",
+        "--warmup_teacher_temp_epochs",
+        "--norm_last_layer",
+        "--freeze_last_layer",
+        "--use_bn_in_head",
+    ],
+)
+def test_flags_of_dino_without_meaning_here(flag):
+    with pytest.raises(UserError, match=f"{flag} belongs to --method dino, not to cplearn: leave it out"):
+        main_cplearn.parse_args([flag, "0.9"])
+    with pytest.raises(UserError, match=flag):
+        main_cplearn.parse_args([f"{flag}=0.9"])
+
+
+def test_an_unknown_flag_is_one_line():
+    with pytest.raises(UserError, match="unrecognized arguments: --outdim 10") as error:
+        main_cplearn.parse_args(["--outdim", "10"])
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_is_one_line_on_stderr_and_code_2():
+    done = run_script("main_cplearn.py", "--data_path", "/nowhere")
+    assert done.returncode == UserError.exit_code
+    assert done.stderr == "main_cplearn.py: error: --data_path /nowhere is not a folder: check the path\n"
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path):
+    (tmp_path / "r.txt").write_text("--data_path /tmp/user's\n")
+    with pytest.raises(UserError, match="recipe's line cannot be read .*user's"):
+        main_cplearn.parse_args([f"@{tmp_path}/r.txt"])
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.txt")))
+def test_recipes_parse(recipe, image_folder):
+    args = main_cplearn.parse_args([f"@{ROOT}/recipes/{recipe}", "--data_path", str(image_folder)])
+    assert args.epochs > 1

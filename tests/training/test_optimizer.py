@@ -1,0 +1,40 @@
+"""Weight decay, gradient clipping, and memory that will not do."""
+
+import pytest
+import torch
+from helpers import SMALL, train
+
+import main_cplearn
+from cplearn.errors import UserError
+from cplearn.methods import base as base
+from cplearn.methods import build_method
+from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
+
+
+def test_weight_decay_spares_biases_and_norms():
+    args = main_cplearn.parse_args([*SMALL, "--arch", "vit_tiny"])
+    method = build_method(args)
+    optimizer = build_optimizer(method, args, torch.device("cpu"))
+    names = {id(p): name for name, p in method.named_parameters()}
+    decayed, exempt = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
+    assert decayed | exempt == set(names.values()) and not decayed & exempt
+    assert {"backbone.norm.weight", "head.linear.bias", "head.norm.weight"} <= exempt
+    assert {"head.linear.weight", "backbone.blocks.0.attn.qkv.weight", "backbone.pos_embed"} <= decayed
+    set_schedules(optimizer, 1, 10, args)
+    assert optimizer.param_groups[0]["weight_decay"] > 0 and optimizer.param_groups[1]["weight_decay"] == 0
+
+
+def test_gradients_are_clipped_one_parameter_at_a_time():
+    module = torch.nn.Linear(4, 3)
+    module.weight.grad, module.bias.grad = 5 * torch.ones(3, 4), 0.1 * torch.ones(3)
+    norm = clip_gradients(module, 3.0)
+    assert norm.item() == pytest.approx((12 * 25 + 0.03) ** 0.5)
+    assert module.weight.grad.norm().item() == pytest.approx(3.0) and module.bias.grad[0].item() == pytest.approx(0.1)
+    clip_gradients(module, 0)
+    assert module.weight.grad.norm().item() == pytest.approx(3.0)
+
+
+def test_what_cannot_fit_with_its_optimiser_is_refused_with_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("cplearn.training.optimizer.physical_memory", lambda: 2 * 10**9)
+    with pytest.raises(UserError, match="--out_dim 65536: weights, .* take 2.2 GB, head and loss 0.0 GB for 16"):
+        train(tmp_path, "--method", "barlow_twins", "--out_dim", "65536")

@@ -1,0 +1,69 @@
+"""Signals: noted, and a run that one stops resumes as if nothing had happened."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from helpers import LONG, interrupted, log_of, run_script, same_state, without_time
+
+from cplearn import checkpoints
+from cplearn.training.run_control import StopSignals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+def test_a_signal_is_noted_and_the_old_handler_comes_back(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert signals.name is None
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
+        assert signals.name == name
+    assert signal.getsignal(number) is before
+
+
+def test_ctrl_c_twice_ends_at_once_but_not_within_a_second(monkeypatch):
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun passes it on a second time
+        assert signals.name == "SIGINT"
+        signals._ctrl_c -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_same_command_ends_like_an_undisturbed_run(tmp_path, image_folder, name):
+    """In the middle of an epoch, with workers; resumed with another number of them."""
+    command = [*LONG, "--data_path", str(image_folder), "--num_workers", "2"]
+    code, said = interrupted(tmp_path / "cut", name, ord(name[3]) % 7, None, command)
+    assert code == 75 and f"{name}: stopping after this step" in said, said
+    assert "the same command goes on from there" in said and len(said.splitlines()) == 2
+    step = checkpoints.load(tmp_path / "cut" / "checkpoint.pth")["step"]
+    assert 6 <= step < 72 and f"stopped after step {step} of 72, saved after step {step} in" in said
+    for out, workers in (("cut", "0"), ("whole", "1")):
+        done = run_script(*command, "--num_workers", workers, "--output_dir", str(tmp_path / out))
+        assert done.returncode == 0, done.stderr
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, image_folder):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, *LONG, "--data_path", str(image_folder), "--batch_size_per_gpu", "8", "--num_workers", "1"]
+    code, said = interrupted(tmp_path / "cut", "SIGUSR1", 3, 1, command)
+    assert code == 1 and said.count("exitcode  : 75") == 2, said
+    for out in ("cut", "whole"):
+        done = run_script(*command, "--output_dir", str(tmp_path / out))
+        assert done.returncode == 0, done.stderr
+        assert "2 processes on 1 host, gloo, 1 MiB summed over all in" in done.stdout
+        assert re.search(r"(?m)^\| 1 +\| +\S+ \| +1 \| +cpu \| +\d+ \|$", done.stdout)
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
