@@ -213,7 +213,7 @@ def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], lab
 def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: int, images: int = 2048) -> None:
     """Give batch norms of an untrained network the statistics of training images.
 
-    At initialisation they hold mean 0 and variance 1, with which the baseline would look worse than a random
+    At initialization they hold mean 0 and variance 1, with which the baseline would look worse than a random
     network is (and its head would put every image on one code). Every rank takes the same images.
     """
     norms = [m for m in (model.method or model.backbone).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
