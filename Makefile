@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-slurm lint format check bench torture clean
+.PHONY: help venv demo test test-all test-slurm lint format check bench stress clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -11,17 +11,20 @@ help:  ## Show this list
 
 venv: $(STAMP)  ## Create .venv and install everything (a few minutes, about 6 GB with PyTorch's GPU libraries)
 
-$(STAMP): pyproject.toml requirements.txt
+$(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
 demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (about 4 minutes on 2 CPU cores)
 	$(BIN)/python demo.py --output_dir output/demo
 
-test: venv  ## Run the tests (CPU, no network)
+test: venv  ## Run the quick tests (CPU, no network; about 3 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not slurm and not slow"
+
+test-all: venv  ## Run all tests but those for Slurm (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slurm"
 
 test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 15 minutes; skipped where there is none)
@@ -31,7 +34,7 @@ lint: venv  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: venv  ## Mend style
+format: venv  ## Fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -41,8 +44,8 @@ bench: venv  ## Measure speed against named peers (about 20 minutes on 2 CPU cor
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/loss.py
 
-torture:  ## Kill, damage, fill the disk: what a run survives (about 12 minutes)
-	$(BIN)/python benchmarks/torture.py
+stress: venv  ## Inject faults, kill -9 to a full disk: what a run survives (about 12 minutes)
+	$(BIN)/python benchmarks/stress.py
 
 clean:  ## Remove caches and the demo's output
 	rm -rf output/demo .pytest_cache .ruff_cache

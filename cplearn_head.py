@@ -74,12 +74,12 @@ class CPLearnHead(nn.Module):
         self.kappa = 1 / embed_dim if activation == "tanh" else 1 / math.sqrt(embed_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Embedding of backbone features. Shape: z (n, f) -> h (n, f_h), in (-1, 1) or of unit length."""
+        """Embed backbone features. Shape: z (n, f) -> h (n, f_h), in (-1, 1) or of unit length."""
         a = self.norm(self.linear(z))
         return torch.tanh(a) if self.activation == "tanh" else F.normalize(a, dim=1)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Scaled similarities to all codes, by definition; unpacks the whole dictionary.
+        """Compute scaled similarities to all codes, by definition; unpacks the whole dictionary.
 
         Shape: h (n, f_h) -> (n, c) float32.
         """
@@ -88,7 +88,7 @@ class CPLearnHead(nn.Module):
 
     @torch.no_grad()
     def assign(self, h: Tensor, block: int | None = None) -> Tensor:
-        """Index of each row's code, argmax_j <h_i, w_j>, a block of codes at a time: no (n, c) matrix.
+        """Return the index of each row's code, argmax_j <h_i, w_j>, a block of codes at a time: no (n, c) matrix.
 
         Ties go to the lowest index. Shape: h (n, f_h) -> (n,) int64.
         """
@@ -135,7 +135,7 @@ class CPLearnHead(nn.Module):
             return streamed_loss(h, self.dictionary, scale, spec, form=form, precision=precision)
 
     def initial_logit_std(self) -> float:
-        """Standard deviation of the logits over codes at initialisation, s * kappa * |h|.
+        """Return the standard deviation of the logits over codes at initialization, s * kappa * |h|.
 
         |h| = 1 for l2; for tanh of unit-normal features E|h|^2 = 0.394 f_h.
         """
@@ -147,7 +147,7 @@ class CPLearnHead(nn.Module):
 
 
 def invariance(log_probs: list[Tensor], n_global: int = 2) -> Tensor:
-    """Mean cross-entropy between views, gradient through both arguments (methods: L_inv).
+    """Compute the mean cross-entropy between views, gradient through both arguments (L_inv).
 
         1/|P| * sum over (a, b) in P of 1/n sum_i -sum_j p^a_ij log p^b_ij
 
@@ -163,7 +163,7 @@ def invariance(log_probs: list[Tensor], n_global: int = 2) -> Tensor:
 
 
 def log_mean_probs(log_probs: Tensor, prior_group: str = "global") -> Tensor:
-    """log p-bar, the log of the mean assignment of one view over its reference population.
+    """Return log p-bar, the log of the mean assignment of one view over its reference population.
 
     The population is the images of all ranks (`global`, exact gradient under DDP) or this rank's (`local`).
     Shape: (n, c) -> (c,).
@@ -173,12 +173,12 @@ def log_mean_probs(log_probs: Tensor, prior_group: str = "global") -> Tensor:
 
 
 def prior_reverse(log_mean: Tensor) -> Tensor:
-    """KL(p-bar || uniform) = sum_j p-bar_j (log p-bar_j + log c); 0 .. log c. Shape: (c,) -> scalar."""
+    """Compute KL(p-bar || uniform) = sum_j p-bar_j (log p-bar_j + log c); 0 .. log c. Shape: (c,) -> scalar."""
     return (log_mean.exp() * (log_mean + math.log(len(log_mean)))).sum()
 
 
 def prior_forward(log_mean: Tensor) -> Tensor:
-    """CE(uniform, p-bar) = -mean_j log p-bar_j = log c + KL(uniform || p-bar). Shape: (c,) -> scalar."""
+    """Compute CE(uniform, p-bar) = -mean_j log p-bar_j = log c + KL(uniform || p-bar). Shape: (c,) -> scalar."""
     return -log_mean.mean()
 
 

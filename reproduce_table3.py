@@ -1,16 +1,17 @@
-"""The paper's Table 3 (or 1, 2, 4, 9): every cell trained and evaluated, and the table beside the paper's.
+"""The paper's Table 3 (or 1, 2, 4, 9): train and evaluate every cell, and write the table beside the paper's values.
 
     python reproduce_table3.py --data_path /data/imagenet --output_dir output/table3 --dry_run          # plan and price
     python reproduce_table3.py --data_path /data/imagenet --output_dir output/table3 --launcher slurm --partition gpu
     python reproduce_table3.py --data_path ~/cifar10 --output_dir output/small --scale small --minutes_per_cell 10
-    python reproduce_table3.py --output_dir output/table3 --status                                      # how it does
+    python reproduce_table3.py --output_dir output/table3 --status                                      # progress
 
-A cell is a pre-training and its evaluations, each by its own script, in output_dir/CELL. The same command again goes
-on where a grid was stopped or killed; more --methods, --out_dims or --seeds add cells. The table (table3.md, .csv,
-.png) is written after every cell, with --launcher slurm by --status.
+A cell is a pre-training and its evaluations, each by its own script, in output_dir/CELL. The same command again
+continues a grid that was stopped or killed; more --methods, --out_dims or --seeds add cells. The table (table3.md,
+.csv, .png) is written after every cell, with --launcher slurm by --status.
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
 import signal
@@ -21,57 +22,58 @@ import run_with_submitit
 from cplearn import errors
 from cplearn.errors import UserError, WriteError
 from cplearn.files import check_output_dir
-from cplearn.flags import ArgumentParser, check_finite, expand_paths
-from cplearn.tables.cells import Cell, batch_of, build_cells, check_cells, known_epochs, load_grid, save_grid
-from cplearn.tables.launch import gpus, run_here, run_on_slurm
-from cplearn.tables.plan import epochs_within, plan, probe
+from cplearn.flags import ArgumentParser, expand_paths, positive
+from cplearn.slurm.checks import check_partition, check_slurm
+from cplearn.slurm.submit import Resources
+from cplearn.tables.cells import Grid, Settings, paper_batch, timed_epochs
+from cplearn.tables.launch import device_name, gpus, run_here, run_on_slurm
+from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES
-from cplearn.tables.status import status_lines
+from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
+
+# Flags of main_cplearn.py that the grid sets itself.
+GRIDS_OWN = ("--output_dir", "--seed", "--out_dim", "--method", "--epochs", "--batch_size_per_gpu", "--data_path")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     p = ArgumentParser(prog="reproduce_table3.py", description=__doc__)
-    p.add_argument("--output_dir", required=True, help="A folder a cell, and the table")
+    p.add_argument("--output_dir", required=True, help="One folder per cell, and the table")
     p.add_argument("--status", action="store_true", help="State of every cell, and the table so far; starts nothing")
-    p.add_argument("--dry_run", action="store_true", help="Cells, commands, hours, price and disk, by a few timed steps of every line; starts nothing")
+    p.add_argument("--dry_run", action="store_true", help="Cells, commands, hours, price and disk, from a few timed steps of every line; starts nothing")
     g = p.add_argument_group("grid")
     g.add_argument("--table", type=int, default=3, choices=(1, 2, 3, 4, 9), help="Of the paper")
     g.add_argument("--scale", default="paper", choices=("paper", "small"), help="The paper's setting, or ResNet-10 on images of 32 pixels")
     g.add_argument("--methods", nargs="+", default=[], choices=NAMES, metavar="METHOD", help=f"Of {', '.join(NAMES)} (default: the table's)")
-    g.add_argument("--out_dims", nargs="+", type=int, default=[], metavar="C", help="Sizes (default: the table's; small: 16 128 1024 4096 16384)")
+    g.add_argument("--out_dims", nargs="+", type=positive(int), default=[], metavar="C", help="Sizes (default: the table's; small: 16 128 1024 4096 16384)")
     g.add_argument("--seeds", nargs="+", type=int, default=[0])
-    g.add_argument("--epochs", type=int, default=None, help="Instead of the recipe's")
-    g.add_argument("--minutes_per_cell", type=float, default=None, help="As many epochs for every cell as its slowest can train in this time, by a few timed steps of each (without the evaluations)")
+    g.add_argument("--epochs", type=positive(int), default=None, help="Instead of the recipe's")
+    g.add_argument("--minutes_per_cell", type=positive(float), default=None, help="As many epochs for every cell as its slowest can train in this time, by a few timed steps of each (without the evaluations)")
     g.add_argument("--data_path", default=None, help="Images in train/ and val/ (or test/) class folders, or the downloaded data set's folder")
     g.add_argument("--dataset", default=None, help="As in main_cplearn.py (default: folder). Tables 1 and 4: cifar10, cifar100 and svhn name the paper's column")
     g.add_argument("--train_flags", default="", metavar="'FLAGS'", help="More flags of main_cplearn.py for every cell, in quotes")
     g = p.add_argument_group("launch")
     g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="One after another on this machine, or as jobs: then all other flags go to run_with_submitit.py")
-    g.add_argument("--jobs", type=int, default=None, help="Cells side by side (default: 1, and 4 with slurm)")
-    g.add_argument("--ngpus", type=int, default=None, help="GPUs (without any: processes) a cell, which share its batch: 512 for Table 3, else 64 (default: 8 for Table 3 where there are so many, else 1)")
+    g.add_argument("--jobs", type=positive(int), default=None, help="Cells side by side (default: 1, and 4 with slurm)")
+    g.add_argument("--ngpus", type=positive(int), default=None, help="GPUs (without any: processes) per cell, which share its batch: 512 for Table 3, else 64 (default: 8 for Table 3 where there are so many, else 1)")
     g = p.add_argument_group("plan")
-    g.add_argument("--price", type=float, default=None, help="Euros for a GPU-hour, for --dry_run")
-    g.add_argument("--probe_steps", type=int, default=None, help="Timed steps of every line (default: 60, without a GPU 10)")
-    g.add_argument("--probe_images", type=int, default=None, help="Images a process in them, where a whole batch would take too long; the time is scaled up")
+    g.add_argument("--price", type=positive(float), default=None, help="Euros per GPU-hour, for --dry_run")
+    g.add_argument("--probe_steps", type=positive(int), default=None, help="Timed steps of every line (default: 60, without a GPU 10)")
+    g.add_argument("--probe_images", type=positive(int), default=None, help="Images per process in them, where a whole batch would take too long; the time is scaled up")
     # fmt: on
     return p
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Flags, and those of run_with_submitit.py. Raises `UserError`."""
+    """Parse the flags; return them and those of run_with_submitit.py. Raises `UserError`."""
     parser = get_args_parser()
     args, rest = parser.parse_known_args(argv)
-    check_finite(args)
     expand_paths(args, "output_dir", "data_path")
     args.output_dir = os.path.abspath(args.output_dir)
+    args.data_path = os.path.abspath(args.data_path) if args.data_path is not None else None
     if rest and args.launcher != "slurm":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for name in ("epochs", "minutes_per_cell", "jobs", "ngpus", "probe_steps", "probe_images", "price"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} {value:g} must be positive")
     if args.epochs and args.minutes_per_cell:
         raise UserError("--epochs and --minutes_per_cell both say how long to train: leave one out")
     for name in ("methods", "out_dims", "seeds"):
@@ -82,91 +84,96 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         words = {x.split("=")[0] for x in shlex.split(args.train_flags)}
     except ValueError as error:
         raise UserError(f"--train_flags {args.train_flags}: {error}") from None
-    taken = words & {
-        "--output_dir",
-        "--seed",
-        "--out_dim",
-        "--method",
-        "--epochs",
-        "--batch_size_per_gpu",
-        "--data_path",
-    }
-    if taken or "--help" in words:
-        raise UserError(
-            f"--train_flags '{args.train_flags}': {', '.join(taken or words)} is not for the cells: leave it out"
-        )
-    if args.launcher == "slurm":
-        launcher, unknown = run_with_submitit.get_args_parser().parse_known_args(rest)
-        if unknown or launcher.nodes > 1 or launcher.then:
-            wrong = " ".join(unknown) or ("--then" if launcher.then else f"--nodes {launcher.nodes}")
-            raise UserError(f"{wrong} is no flag of the grid or of a job here (a cell has one node): leave it out")
+    taken = words & {*GRIDS_OWN, "--help"}
+    if taken:
+        raise UserError(f"--train_flags '{args.train_flags}': {', '.join(taken)} is not for the cells: leave it out")
     args.jobs = args.jobs or (4 if args.launcher == "slurm" else 1)
     return args, rest
 
 
+def parse_launcher_flags(rest: list[str]) -> argparse.Namespace:
+    """Parse the flags of run_with_submitit.py. Raises `UserError` for those that the grid sets itself."""
+    launcher, unknown = run_with_submitit.parse_args(rest)
+    wrong = unknown or [f"--nodes {launcher.nodes}"] * (launcher.nodes > 1)
+    for name in ("then", "local", "status", "name"):
+        wrong = wrong or [f"--{name}"] * bool(getattr(launcher, name))
+    if wrong:
+        raise UserError(
+            f"{' '.join(wrong)} is no flag of the grid or of a job here (a cell has one node): leave it out"
+        )
+    return launcher
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the grid, or print its plan or its status."""
     args, rest = parse_args(argv)
+    launcher = parse_launcher_flags(rest) if args.launcher == "slurm" else None
     if args.status:
-        cells = load_grid(args)
-        print("\n".join(status_lines(cells)))
-        report(args, cells)
-        table = Path(args.output_dir, f"table{args.table}.md")
-        print("\n" + table.read_text() if table.exists() else "No cell is finished, so there is no table yet")
+        print_status(Path(args.output_dir))
         return
     check_data(args)
+    settings = choose_settings(args)
     check_output_dir(args.output_dir)
-    share_devices(args)
-    epochs = known_epochs(args)
-    if args.minutes_per_cell and epochs is None:
-        print(f"Timing a few steps of every line, for --minutes_per_cell {args.minutes_per_cell:g} ...")
-        epochs = epochs_within(args, probe(args, build_cells(args, None)))
-    if args.scale == "small" and epochs is None:
-        raise UserError("--scale small needs a budget: --minutes_per_cell 10, or --epochs 12")
-    cells = build_cells(args, epochs)
-    check_cells(cells)
+    grid = build_grid(args, settings)
     if args.dry_run:
-        plan(args, cells, rest)
+        print(f"Timing a few steps of {len({x.row.key for x in grid.cells})} lines here ({device_name()}) ...")
+        timings, command = time_lines(args, grid), train_command(settings, rest, launcher)
+        print_plan(grid, snapshot(grid), timings, jobs=args.jobs, launcher=command, price=args.price)
         return
-    from cplearn.training.folder_lock import FolderLock
+    from cplearn.training.folder_lock import FolderLock  # loads torch
 
+    if launcher:
+        resources = dataclasses.replace(Resources.from_args(launcher), ngpus=settings.ngpus)
+        check_slurm(resources, "main_cplearn")
+        check_partition(resources)
     with FolderLock(args.output_dir):
-        save_grid(args, cells, epochs)
-        if args.launcher == "slurm":
-            run_on_slurm(cells, args.jobs, [*rest, "--ngpus", str(args.ngpus)])
+        whole = grid.save()  # with the cells of earlier commands
+        states = snapshot(whole)
+        record_trained(whole, states)
+        if launcher:
+            run_on_slurm(grid, states, args.jobs, resources, launcher.dependency)
             print(f"State: reproduce_table3.py --output_dir {shlex.quote(args.output_dir)} --status")
             return
-        run_here(cells, args.jobs, args.ngpus, lambda: report(args, load_grid(args)))
-    report(args, load_grid(args))
-    left = [cell.name for cell in cells if not cell.finished()]
+        run_here(grid, states, args.jobs, lambda: report(whole, snapshot(whole)))
+        states = snapshot(whole)
+        report(whole, states)
+    left = [cell.name for cell in grid.cells if not states[cell.name].complete]
     if left:
         raise UserError(
-            f"{len(left)} of {len(cells)} cells are not finished ({', '.join(left[:3])}): see --status; "
+            f"{len(left)} of {len(grid.cells)} cells are not finished ({', '.join(left[:3])}): see --status; "
             "the same command tries them again"
         )
     print(f"Done: {args.output_dir}/table{args.table}.md, .csv, .png")
 
 
+def print_status(folder: Path) -> None:
+    """Print the state of every cell, and the table so far."""
+    grid = Grid.load(folder)
+    states = snapshot(grid)
+    record_trained(grid, states)
+    print("\n".join(status_lines(grid, states)))
+    report(grid, states)
+    table = folder / f"table{grid.settings.table}.md"
+    print("\n" + table.read_text() if table.exists() else "No cell is finished, so there is no table yet")
+
+
 # --- before anything runs ---------------------------------------------------------------------------------
 
 
-def check_data(args) -> None:
-    """Raises `UserError` if the images are not there, or not those that the paper's column is of."""
+def check_data(args: argparse.Namespace) -> None:
+    """Raise `UserError` if the images are not there, or are not those of the paper's column."""
     if args.data_path is None and args.dataset != "digits":
         raise UserError("--data_path is missing: the folder with the images (or --dataset digits)")
-    if args.data_path is not None:
-        args.data_path = os.path.abspath(args.data_path)
-        if not os.path.isdir(args.data_path):
-            raise UserError(f"--data_path {args.data_path} is not a folder: check the path")
+    if args.data_path is not None and not os.path.isdir(args.data_path):
+        raise UserError(f"--data_path {args.data_path} is not a folder: check the path")
     if args.dataset in (None, "folder"):
-        train = os.path.join(args.data_path, "train")
-        if not os.path.isdir(train) or not any(
-            os.path.isdir(os.path.join(args.data_path, split)) for split in ("val", "test")
-        ):
+        train, *held_out = (Path(args.data_path, split) for split in ("train", "val", "test"))
+        if not train.is_dir() or not any(split.is_dir() for split in held_out):
             raise UserError(
                 f"--data_path {args.data_path} needs train/ and val/ (or test/), each with class folders "
                 "(torchvision's files: --dataset cifar10)"
             )
-        classes = len([x for x in os.scandir(train) if x.is_dir()])
+        classes = len([x for x in train.iterdir() if x.is_dir()])
         if args.table != 3 and args.scale == "paper" and classes != 10:
             raise UserError(
                 f"--table {args.table}: {args.data_path} has {classes} classes, CIFAR-10 has 10: name --dataset"
@@ -175,24 +182,55 @@ def check_data(args) -> None:
         raise UserError(f"--table {args.table} is of CIFAR-10, not of --dataset {args.dataset}")
 
 
-def share_devices(args) -> None:
-    """--ngpus, if it was not given; and that nothing has to be shared. Raises `UserError`."""
+def choose_settings(args: argparse.Namespace) -> Settings:
+    """Return the grid's settings, with --ngpus chosen if it was not given. Raises `UserError` if GPUs would be shared."""
     most = 8 if args.table == 3 and args.scale == "paper" else 1
-    if args.launcher == "slurm":
-        args.ngpus = args.ngpus or most
-    else:
-        have = len(gpus())
-        args.ngpus = args.ngpus or max(1, min(most, have // args.jobs))
-        if have and args.jobs * args.ngpus > have:
-            raise UserError(f"--jobs {args.jobs} x --ngpus {args.ngpus} are more than this machine's {have} GPUs")
-    if batch_of(args) % args.ngpus:
-        raise UserError(f"--ngpus {args.ngpus}: a batch of {batch_of(args)} cannot be shared evenly: a power of two")
+    have = 0 if args.launcher == "slurm" else len(gpus())
+    ngpus = args.ngpus or (most if args.launcher == "slurm" else max(1, min(most, have // args.jobs)))
+    if have and args.jobs * ngpus > have:
+        raise UserError(f"--jobs {args.jobs} x --ngpus {ngpus} are more than this machine's {have} GPUs")
+    batch = paper_batch(args.table, args.scale)
+    if batch % ngpus:
+        raise UserError(f"--ngpus {ngpus}: a batch of {batch} cannot be shared evenly: a power of two")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    return Settings(**{**given, "ngpus": ngpus})
 
 
-def report(args, cells: list[Cell]) -> None:
-    """Write the table. A disk that is full must not stop what runs."""
+def build_grid(args: argparse.Namespace, settings: Settings) -> Grid:
+    """Return the cells that were asked for, with as many epochs as fit into --minutes_per_cell. Raises `UserError`."""
+    lines = {"methods": args.methods, "out_dims": args.out_dims, "seeds": args.seeds}
+    folder = Path(args.output_dir)
+    epochs = settings.epochs or timed_epochs(folder, args.minutes_per_cell)
+    if args.minutes_per_cell and epochs is None:
+        untimed = Grid.build(folder, settings, **lines)
+        untimed.check()
+        print(f"Timing a few steps of every line, for --minutes_per_cell {args.minutes_per_cell:g} ...")
+        epochs = epochs_within(settings, time_lines(args, untimed))
+    if args.scale == "small" and epochs is None:
+        raise UserError("--scale small needs a budget: --minutes_per_cell 10, or --epochs 12")
+    grid = Grid.build(folder, dataclasses.replace(settings, epochs=epochs), **lines)
+    grid.check()
+    return grid
+
+
+def time_lines(args: argparse.Namespace, grid: Grid) -> dict[str, dict]:
+    """Time a few steps of every line here; with --launcher slurm one process stands for all."""
+    here = args.launcher == "local"
+    processes, jobs = (grid.settings.ngpus, args.jobs) if here else (1, 1)
+    return time_steps(grid, processes=processes, jobs=jobs, steps=args.probe_steps, images=args.probe_images)
+
+
+def train_command(settings: Settings, rest: list[str], launcher: argparse.Namespace | None) -> str:
+    """Return the command that trains a cell, without its flags."""
+    if launcher:
+        return f"run_with_submitit.py {shlex.join([*rest, '--ngpus', str(settings.ngpus)])} --script main_cplearn"
+    return f"torchrun --nproc_per_node={settings.ngpus} main_cplearn.py"
+
+
+def report(grid: Grid, states: dict[str, CellState]) -> None:
+    """Write the table of the complete cells. A full disk must not stop the other cells."""
     try:
-        write(Path(args.output_dir), args.table, args.scale, cells)
+        write(grid, states)
     except (OSError, WriteError) as error:
         print(f"WARNING: the table could not be written: {error}")
 

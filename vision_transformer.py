@@ -36,7 +36,7 @@ class ViT(VisionTransformer):
         )
 
     def last_cls_tokens(self, x: Tensor, n: int) -> Tensor:
-        """CLS tokens of the last n blocks, each after the final LayerNorm, side by side (DINO's linear probe).
+        """Return the CLS tokens of the last n blocks, each after the final LayerNorm (DINO's linear probe).
 
         Shape: x (images, 3, H, W) -> (images, n * embed_dim), last block last.
         """

@@ -44,7 +44,7 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
 
 
 def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Module:
-    """Build any timm model with pooled features and random weights. `img_size` and drop path go to models that take them."""
+    """Build any timm model: pooled features, random weights; `img_size` and drop path for models that take them."""
     import timm
 
     if not timm.is_model(name):
@@ -132,7 +132,7 @@ class ResNet8(nn.Module):
 
 
 def resnet18_cifar() -> nn.Module:
-    """torchvision's ResNet-18 with a 3x3 stem of stride 1 and no max pooling; 512 features.
+    """Build torchvision's ResNet-18 with a 3x3 stem of stride 1 and no max pooling; 512 features.
 
     Its batch norm takes the statistics of all ranks.
     """

@@ -84,7 +84,7 @@ def save_run(folder: str | Path, state: dict) -> None:
 
 
 def finish_writing(folder: str | Path) -> None:
-    """Clear up after a run that was killed while it saved. Only for who holds the folder's lock."""
+    """Clear up after a run that was killed while it saved. Only for the holder of the folder's lock."""
     folder = Path(folder)
     for path in folder.glob(".checkpoint*.tmp"):
         remove_quietly(path)
@@ -93,7 +93,7 @@ def finish_writing(folder: str | Path) -> None:
 
 
 def _shift(folder: Path) -> None:
-    """latest -> previous, new -> latest. Killed anywhere in between, `finish_writing` does the rest."""
+    """Rename latest -> previous, new -> latest. Killed anywhere in between, `finish_writing` does the rest."""
     if (folder / LATEST).exists():
         os.replace(folder / LATEST, folder / PREVIOUS)
     os.replace(folder / f"{LATEST}.new", folder / LATEST)
@@ -101,7 +101,7 @@ def _shift(folder: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """The renames themselves, to the disk; not every file system lets a folder be opened."""
+    """Flush the renames themselves to the disk; not every file system lets a folder be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -173,7 +173,7 @@ def _load(file: BinaryIO, path: str | Path, classes: list[type]) -> dict:
 
 
 def is_ours(state: dict) -> bool:
-    """Whether this is a run's checkpoint. Raises `UserError` for our files that hold no model."""
+    """Return whether this is a run's checkpoint. Raises `UserError` for our files that hold no model."""
     ours = state.get("format") == FORMAT
     if ours and "model" not in state:
         raise UserError("this file holds kept features or a linear probe, not a model: give a checkpoint.pth")
@@ -181,7 +181,7 @@ def is_ours(state: dict) -> bool:
 
 
 def load(path: str | Path) -> dict:
-    """A file that `save` wrote: a run's checkpoint, kept features, or a linear probe."""
+    """Load a file that `save` wrote: a run's checkpoint, kept features, or a linear probe."""
     state = load_file(path)
     if state.get("format") != FORMAT:
         raise UserError(f"{path} was not written by main_cplearn.py (its format is not {FORMAT})")
@@ -189,7 +189,7 @@ def load(path: str | Path) -> dict:
 
 
 def load_run(folder: str | Path) -> tuple[dict, Path, str | None] | None:
-    """The run in `folder`: state, file, and what is wrong with the newer file if it could not be used.
+    """Load the run in `folder`: state, file, and what is wrong with the newer file if it could not be used.
 
     None if there is no checkpoint at all. Raises `UserError` if there are some and none can be read.
     """
@@ -212,7 +212,7 @@ def load_run(folder: str | Path) -> tuple[dict, Path, str | None] | None:
 
 
 def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
-    """Backbone weights out of a checkpoint of ours, DINO's (`key`: teacher or student), or a plain state dict.
+    """Take the backbone weights out of a checkpoint of ours, DINO's (`key`: teacher or student), or a plain state dict.
 
     Of a plain one, `head.weight` and `head.bias` (a classifier's, as in timm's files) are left out.
     """
@@ -236,7 +236,7 @@ def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teach
 
 
 def load_into(module: nn.Module, weights: dict, what: str) -> None:
-    """Strict loading; raises `UserError` that names the keys and shapes that do not fit."""
+    """Load strictly; raises `UserError` that names the keys and shapes that do not fit."""
     own = module.state_dict()
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
@@ -260,7 +260,7 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
-    """Strict loading: as many groups, parameters and states as here, each of its parameter's shape."""
+    """Load strictly: as many groups, parameters and states as here, each of its parameter's shape."""
     groups = [len(g["params"]) for g in optimizer.param_groups]
     try:
         saved = [len(g["params"]) for g in state["param_groups"]]

@@ -1,10 +1,13 @@
 """Files that are whole or not there: text, JSON, JSON lines. Standard library only."""
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cplearn.errors import UserError, WriteError
@@ -39,6 +42,13 @@ def write_text(path: Path, text: str) -> None:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
     finally:
         remove_quietly(temporary)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a header and rows as CSV, whole or not at all. Raises `WriteError`."""
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def remove_quietly(path: Path) -> None:

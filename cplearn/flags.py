@@ -90,11 +90,3 @@ def expand_paths(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
-
-
-def check_finite(args: argparse.Namespace) -> None:
-    """Raise `UserError` for a flag that is NaN or infinite, which float() accepts."""
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(x, float) and not math.isfinite(x):
-                raise UserError(f"--{name} {x} is not a finite number")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout: scripts, recipes,
 
 
 def system_id() -> str:
-    """This boot of this machine, and the name space of its process numbers: containers may share a host's name."""
+    """Return this boot of this machine and its name space of process numbers: containers may share a host's name."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -19,7 +19,7 @@ def system_id() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started (a constant on systems without /proc); None if there is none."""
+    """Return when a process of this machine started (a constant on systems without /proc); None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         return None if stat.rpartition(")")[2].split()[0] == "Z" else stat.rpartition(")")[2].split()[19]
@@ -38,7 +38,7 @@ def process_start(pid: int) -> str | None:
 
 @functools.cache  # of the code that was loaded, whatever happens to the files later
 def git_commit() -> str:
-    """Commit of this checkout, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    """Return the commit of this checkout, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -47,12 +47,12 @@ def git_commit() -> str:
 
 
 def host_name() -> str:
-    """This machine's name, or that of its node in SLURM."""
+    """Return this machine's name, or that of its node in SLURM."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def physical_memory() -> int:
-    """Bytes of this machine."""
+    """Return the bytes of memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def hash64(x: Tensor) -> Tensor:
-    """SplitMix64 finaliser (Steele et al. 2014) of 64-bit counters: the same bits on every device.
+    """Apply the SplitMix64 finalizer (Steele et al. 2014) to 64-bit counters: the same bits on every device.
 
     Shape: x int64 (any shape) -> int64 of the same shape, read as 64 random bits. Integer products wrap
     modulo 2^64 in torch, which is what the function is defined with.
@@ -23,12 +23,12 @@ def hash64(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's >> on int64 copies the sign bit, so those copies are masked away."""
+    """Shift logically: torch's >> on int64 copies the sign bit, so those copies are masked away."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def random_bits(seed: Tensor | int, counter: Tensor) -> Tensor:
-    """64 random bits for each counter of the stream `seed`: a pure function, so any block can be redrawn.
+    """Return 64 random bits for each counter of the stream `seed`: a pure function, so any block can be redrawn.
 
     Shape: counter int64, seed an int or an int64 tensor that broadcasts against it -> int64.
     """
@@ -38,7 +38,7 @@ def random_bits(seed: Tensor | int, counter: Tensor) -> Tensor:
 
 
 def random_normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, one independent stream a row, from `random_bits` (Box-Muller).
+    """Draw standard normal numbers, one independent stream per row, from `random_bits` (Box-Muller).
 
     Shape: seed int64 (n,) -> float32 (n, *shape), on the seeds' device.
     """
@@ -56,12 +56,12 @@ FOR_VIEWS, FOR_ORDER, FOR_WEIGHTS, FOR_STEP, FOR_PROBE, FOR_REPLACEMENT, FOR_SGL
 
 
 def random_stream(purpose: int, *key: int) -> np.random.Generator:
-    """A generator of its own for (purpose, *key), with Philox, whose stream NumPy guarantees."""
+    """Return a generator of its own for (purpose, *key), with Philox, whose stream NumPy guarantees."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((purpose, *key))))
 
 
 def seed_of(purpose: int, *key: int) -> int:
-    """63 bits for torch's generators."""
+    """Return 63 bits for torch's generators."""
     return int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -6,7 +6,7 @@ from cplearn import errors
 
 
 def test_every_error_has_its_own_exit_code():
-    kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, ExpectedError)]
+    kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, errors.ExpectedError)]
     codes = {error.__name__: error.exit_code for error in kinds}
     assert codes == {
         "ExpectedError": 1,

@@ -24,7 +24,7 @@ PARSERS = {
 }
 
 
-BENCHMARKS = [f"benchmarks/{name}.py" for name in ("augment", "collapse", "loss", "methods", "torture")]
+BENCHMARKS = [f"benchmarks/{name}.py" for name in ("augment", "collapse", "loss", "methods", "stress")]
 
 
 def commands(text: str) -> list[str]:

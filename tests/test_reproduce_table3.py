@@ -15,9 +15,8 @@ from helpers import ROOT
 
 import reproduce_table3
 from cplearn.errors import UserError
-from cplearn.tables import launch as launch
-from cplearn.tables.cells import load_grid
-from cplearn.tables.status import status_lines
+from cplearn.tables.cells import Grid
+from cplearn.tables.status import snapshot, status_lines
 
 
 @pytest.mark.parametrize(
@@ -131,6 +130,6 @@ def test_a_cell_that_fails_is_named(tmp_path):
     run = start(folder, *flags, "--train_flags", "--max_bad_images 0 --init_from /nowhere")
     said = run.communicate(timeout=120)[0]
     assert run.returncode == 2 and "swav_c16_s0: train failed with exit code 2" in said, said
-    args, _ = reproduce_table3.parse_args(["--output_dir", str(folder)])
-    lines = status_lines(load_grid(args))
+    grid = Grid.load(folder)
+    lines = status_lines(grid, snapshot(grid))
     assert re.search(r"swav_c16_s0 \| +failed \| train, exit code 2: .*/nowhere", lines[0]), lines

@@ -1,4 +1,4 @@
-"""A short `benchmarks/torture.py`: real kill -9, damaged files, a full disk."""
+"""A short run of `benchmarks/stress.py`: real kill -9, damaged files, a full disk."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ from helpers import ROOT
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_short_torture_ends_well():
+def test_a_short_stress_test_ends_well():
     short = ["--kills", "5", "--images", "27", "--files", "150", "--seed", "1"]
     parts = ["kills", "images", "checkpoints", "disk"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "torture.py"), *short, "--parts", *parts]
+    command = [sys.executable, str(ROOT / "benchmarks" / "stress.py"), *short, "--parts", *parts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count(": 1 kills") == 5 and "| damaged         |" in done.stdout

@@ -45,33 +45,33 @@ class View:
 
 
 def dino_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
-    """DINO's augmentation: blur on view 1, rarely on 2, half the time on local crops; solarise on view 2."""
+    """Return DINO's views: blur on view 1, rarely on 2, half the time on local crops; solarization on view 2."""
     colour = View(size, scale=global_scale, jitter_p=0.8, grey_p=0.2)
     local = replace(colour, size=local_size, scale=local_scale, blur_p=0.5)
     return [replace(colour, blur_p=1.0), replace(colour, blur_p=0.1, solarise_p=0.2), *[local] * n_local]
 
 
 def cifar_views(size, local_size, n_local, global_scale, local_scale, flip_p=0.5) -> list[View]:
-    """The paper's recipe for CIFAR and SVHN (Table 6): pad 4 and crop, rare jitter and grey, noise 0.03."""
+    """Return the paper's views for CIFAR and SVHN (Table 6): pad 4 and crop, rare jitter and gray, noise 0.03."""
     view = View(size, pad=4, flip_p=flip_p, jitter_p=0.1, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.1, noise_std=0.03)
     local = replace(view, size=local_size, pad=0, scale=local_scale)
     return [view, view, *[local] * n_local]
 
 
 def cifar_strong_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
-    """Stronger views for 32 x 32: random resized crops and DINO's colours, no blur; solarise on view 2."""
+    """Return stronger views for 32 x 32: random resized crops and DINO's colors, no blur; solarization on view 2."""
     view = View(size, scale=global_scale, jitter_p=0.8, grey_p=0.2)
     local = replace(view, size=local_size, scale=local_scale)
     return [view, replace(view, solarise_p=0.2), *[local] * n_local]
 
 
 def svhn_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
-    """As for CIFAR, without flips: a mirrored digit is another one (Table 6)."""
+    """Return the views for CIFAR without flips: a mirrored digit is another one (Table 6)."""
     return cifar_views(size, local_size, n_local, global_scale, local_scale, flip_p=0.0)
 
 
 def digits_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
-    """Random crops with a little blur and noise: handwriting has no colour and must not be mirrored."""
+    """Return random crops with a little blur and noise: handwriting has no color and must not be mirrored."""
     view = View(size, scale=global_scale, flip_p=0.0, blur_p=0.5, blur_sigma=(0.1, 1.5), noise_std=0.05)
     return [view, view, *[replace(view, size=local_size, scale=local_scale)] * n_local]
 
@@ -86,7 +86,7 @@ RECIPES = {
 
 
 def build_views(recipe: str, **sizes) -> list[View]:
-    """Views of a recipe, global crops first. Raises `UserError` with the known recipes."""
+    """Build the views of a recipe, global crops first. Raises `UserError` with the known recipes."""
     if recipe not in RECIPES:
         raise UserError(f"--augmentation {recipe} is unknown: {', '.join(RECIPES)}")
     views = RECIPES[recipe](**sizes)
@@ -104,7 +104,7 @@ def rng_for(seed: int, epoch: int, sample: int, view: int) -> np.random.Generato
 
 
 def draw(view: View, width: int, height: int, rng: np.random.Generator) -> dict[str, float | int]:
-    """All random numbers of one view of one image: a box in pixels, and colour parameters.
+    """Draw all random numbers of one view of one image: a box in pixels, and color parameters.
 
     Every number is drawn whether it is used or not, so that changing one probability leaves the rest alone.
     """
@@ -137,7 +137,7 @@ def draw(view: View, width: int, height: int, rng: np.random.Generator) -> dict[
 
 
 def _crop_box(view: View, width: int, height: int, rng: np.random.Generator) -> dict[str, int]:
-    """Box of a random resized crop: area and log aspect ratio uniform, ten tries, then a centre crop."""
+    """Draw the box of a random resized crop: area and log aspect ratio uniform, ten tries, then a center crop."""
     log_ratio = np.log(view.ratio)
     for _ in range(10):
         area = width * height * rng.uniform(*view.scale)
@@ -155,7 +155,7 @@ def _crop_box(view: View, width: int, height: int, rng: np.random.Generator) -> 
 
 
 def _functional():
-    """Return torchvision's transforms, imported when an image is first cut: that takes a second, and --help has none."""
+    """Import torchvision's transforms when an image is first cut: that takes a second, which --help does not need."""
     from torchvision.transforms.v2 import functional
 
     return functional
@@ -176,7 +176,7 @@ def crop(image: Image.Image, view: View, params: dict) -> Tensor:
 
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
-    """The fixed view of every evaluation: shorter side to 256/224 of `size`, centre crop (DINO); small images
+    """Make the fixed view of every evaluation: shorter side to 256/224 of `size`, center crop (DINO); small images
     (size below 96) are only resized, because their border matters. Shape: PIL image -> uint8 (3, size, size)."""
     tvf = _functional()
     if size < 96:
@@ -191,7 +191,7 @@ def eval_pixels(image: Image.Image, size: int) -> Tensor:
 
 
 def colour(pixels: Tensor, params: dict[str, Tensor], view: View) -> Tensor:
-    """Colour half of one view of a batch, normalised.
+    """Apply the color half to one view of a batch, and normalize.
 
     `params` stay on the CPU: which images a transform touches is decided there, and the device is never asked.
     Shape: pixels uint8 (n, 3, H, W) on any device; params one number an image -> float32 (n, 3, H, W).
@@ -229,7 +229,7 @@ def normalise(x: Tensor) -> Tensor:
 
 @lru_cache
 def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """Constants are made once a device: making one on a GPU waits for it. Shape: -> (1, 3, 1, 1)."""
+    """Make a constant once per device: making one on a GPU waits for it. Shape: -> (1, 3, 1, 1)."""
     with torch.inference_mode(False):  # kept, so it must serve training too
         return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
@@ -244,7 +244,7 @@ def _on_rows(x: Tensor, chosen: Tensor, transform) -> Tensor:
 
 
 def _jitter(x: Tensor, params: dict[str, Tensor]) -> Tensor:
-    """Brightness, contrast, saturation and hue in each image's own order."""
+    """Change brightness, contrast, saturation and hue in each image's own order."""
 
     def column(name: str, index: Tensor) -> Tensor:
         return params[name][index].float().to(x.device, non_blocking=True).view(-1, 1, 1, 1)
@@ -268,7 +268,7 @@ def _blend(x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Grey value (ITU-R 601). Shape: (n, 3, H, W) -> (n, 1, H, W)."""
+    """Compute the gray value (ITU-R 601). Shape: (n, 3, H, W) -> (n, 1, H, W)."""
     return (x * _per_channel((0.2989, 0.587, 0.114), x.device)).sum(1, keepdim=True)
 
 
@@ -286,7 +286,10 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor, sigma_max: float) -> Tensor:
-    """Gaussian blur, a sigma (pixels) an image, reflected borders. Shape: x (n, 3, H, W), sigma (n,) on the CPU."""
+    """Blur by a Gaussian, one sigma (pixels) per image, reflected borders.
+
+    Shape: x (n, 3, H, W), sigma (n,) on the CPU -> as x.
+    """
     n, channels, height, width = x.shape
     radius = min(math.ceil(3 * sigma_max), height - 1, width - 1)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)

@@ -40,7 +40,7 @@ RECIPE = {"folder": "dino", "cifar10": "cifar", "cifar100": "cifar", "svhn": "sv
 
 
 def build_dataset(name: str, data_path: str | None, split: str, class_list: str | None = None) -> Dataset:
-    """Raises `UserError` for an unknown name, and for a folder that is missing, empty or lacks listed classes."""
+    """Build a data set. Raises `UserError` for an unknown name, or a folder that is missing, empty or incomplete."""
     if name not in DATASETS:
         raise UserError(f"--dataset {name} is unknown: {', '.join(DATASETS)}")
     if class_list and name != "folder":
@@ -130,7 +130,7 @@ class Folder(Dataset):
 
 
 def read_image(path: Path) -> Image.Image:
-    """First frame of an image file as 8-bit RGB, not turned by its EXIF orientation (as torchvision and DINO).
+    """Read the first frame of an image file as 8-bit RGB, not turned by its EXIF orientation (as torchvision and DINO).
 
     Raises `LocalError` with the reason for whatever cannot be decoded whole, or is larger than `MAX_PIXELS`.
     """
@@ -152,7 +152,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB. 16-bit grey is scaled (Pillow's own conversion clips it to white); transparency is dropped."""
+    """Convert to 8-bit RGB. 16-bit gray is scaled (Pillow itself clips it to white); transparency is dropped."""
     if image.mode.startswith("I"):  # Pillow reads 16-bit files as I;16, older versions as I
         grey = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
@@ -198,7 +198,7 @@ def _torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
 
 
 def find_split(root: Path, split: str) -> Path:
-    """`root/train`, `root/val` (or `root/test`) where they exist; `root` itself for pre-training otherwise.
+    """Return `root/train`, `root/val` (or `root/test`) where they exist; `root` itself for pre-training otherwise.
 
     Raises `UserError` if an evaluation asks for a split that is not there.
     """
@@ -211,7 +211,7 @@ def find_split(root: Path, split: str) -> Path:
 
 
 def read_class_list(path: str) -> list[str]:
-    """Folder names, one a line. The bundled ImageNet-100 list is checked by hash."""
+    """Read folder names, one per line. The bundled ImageNet-100 list is checked by hash."""
     file = Path(path)
     if not file.is_file() and file.name == path:  # a bare name may mean the bundled list
         file = ROOT / path
@@ -233,7 +233,7 @@ def read_class_list(path: str) -> list[str]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Number of images and a hash of their names: what a run and its continuation must share."""
+    """Return the number of images and a hash of their names: what a run and its continuation must share."""
     names = "\n".join(str(name) for name in dataset.names)
     return f"{len(dataset)} images {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 

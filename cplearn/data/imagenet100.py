@@ -21,7 +21,7 @@ IMAGENET100_IMAGES = {"train": 126_689, "val": 5_000}
 
 
 def link_imagenet100(imagenet: str, out: str, *, incomplete: bool = False) -> dict[str, Dataset]:
-    """A folder with train/ and val/ of the 100 classes of `imagenet100.txt`, as links to those of ImageNet.
+    """Make a folder with train/ and val/ of the 100 classes of `imagenet100.txt`, as links to those of ImageNet.
 
     Raises `UserError`, before a link is made, if a class is missing or images are, unless `incomplete` is allowed.
     The same call again only checks.

@@ -110,7 +110,7 @@ def train_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> DataLoader:
-    """Loader of views for this rank. `loader.batch_sampler.epoch` and `.first` choose epoch and first step."""
+    """Build the loader of views for this rank; `batch_sampler.epoch` and `.first` choose epoch and first step."""
     batches = BatchSampler(len(dataset), batch_size, seed, collectives.rank(), collectives.world_size())
     if len(batches) == 0:
         raise UserError(
@@ -129,7 +129,7 @@ def train_loader(
 
 
 def read_failures(texts: list[str]) -> list[tuple[int, str]]:
-    """Sample and reason of each image that could not be read for a batch, from its fourth entry."""
+    """Return sample and reason of each image that could not be read for a batch, from its fourth entry."""
     return [(sample, reason) for text in texts if text for sample, reason in json.loads(text)]
 
 
@@ -139,7 +139,7 @@ def _start_worker(_: int) -> None:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """A scheduler signals every process of a job, but the workers are still needed while the parent ends its step."""
+    """Ignore signals: a scheduler sends them to every process, but the parent needs its workers until its step ends."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
@@ -216,7 +216,7 @@ def stop_workers(loader: DataLoader) -> None:
 def eval_loader(
     dataset: Dataset, image_size: int, *, batch_size: int, num_workers: int, device: torch.device
 ) -> DataLoader:
-    """Every world_size-th image for this rank, in order; `distributed.gather_rows` puts them together again."""
+    """Load every world_size-th image for this rank, in order; `collectives.gather_rows` puts them together again."""
     mine = range(collectives.rank(), len(dataset), collectives.world_size())
     return DataLoader(
         EvalDataset(dataset, image_size),
@@ -230,7 +230,7 @@ def eval_loader(
 
 
 def default_workers(requested: int | None) -> int:
-    """`--num_workers`: DINO's 10, or fewer where processes share fewer cores."""
+    """Resolve --num_workers: DINO's 10, or fewer where processes share fewer cores."""
     if requested is not None:
         return requested
     return min(10, max(1, (os.cpu_count() or 1) // collectives.local_world_size() - 1))

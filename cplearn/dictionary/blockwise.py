@@ -67,7 +67,7 @@ class _Blocks:
 
 
 def _row_norms(blocks: _Blocks) -> tuple[Tensor, Tensor]:
-    """Pass A: of each row the largest logit, and the log of the sum of exponentials relative to it. (V n,)"""
+    """Run pass A: of each row the largest logit, and the log of the sum of exponentials relative to it. (V n,)"""
     tops, totals = blocks.h.new_empty(2, len(blocks.ranges), blocks.h.shape[1])
     for k, (start, stop) in enumerate(blocks.ranges):
         s = blocks.read(start, stop).scores(blocks.h, blocks.place(start, stop))
@@ -77,7 +77,7 @@ def _row_norms(blocks: _Blocks) -> tuple[Tensor, Tensor]:
 
 
 def _sums(blocks: _Blocks, spec: LossSpec) -> tuple[Tensor, ...]:
-    """Pass B: everything that sums over codes or over images.
+    """Run pass B: everything that sums over codes or over images.
 
     Shape: -> t, entropy, u (G, n), log_mean (c, G), usage (c,).
     """
@@ -106,7 +106,7 @@ def _sums(blocks: _Blocks, spec: LossSpec) -> tuple[Tensor, ...]:
 
 
 def _gradient(blocks: _Blocks, spec: LossSpec, t: Tensor, u: Tensor, log_mean: Tensor) -> Tensor:
-    """Pass C: the derivative with respect to the logits, written over them, and its product with the codes. (f_h, V n)"""
+    """Run pass C: the derivative by the logits, written over them, and its product with the codes. (f_h, V n)"""
     n, n_global, log_c = blocks.n, spec.n_global, math.log(blocks.c)
     alpha, weight = spec.beta / (n_global * (blocks.views - 1) * n), 1 / (n_global * n)
     row = alpha * (n_global + t) - weight * u

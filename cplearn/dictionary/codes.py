@@ -27,11 +27,11 @@ class DenseBlock(NamedTuple):
     codes: Tensor  # (b, f_h)
 
     def scores(self, h: Tensor, out: Tensor) -> Tensor:
-        """<w_j, h_i>, written to `out`. Shape: (f_h, n) -> (b, n)."""
+        """Compute <w_j, h_i>, written to `out`. Shape: (f_h, n) -> (b, n)."""
         return torch.mm(self.codes, h, out=out)
 
     def combine(self, weights: Tensor, out: Tensor) -> Tensor:
-        """sum_j weights_ji w_j, the transpose of `scores`, added to `out`. Shape: (b, n) -> (f_h, n)."""
+        """Add sum_j weights_ji w_j, the transpose of `scores`, to `out`. Shape: (b, n) -> (f_h, n)."""
         return out.addmm_(self.codes.T, weights)
 
 
@@ -67,7 +67,7 @@ class Dictionary(nn.Module):
         return torch.cat(rows)
 
     def _signs(self, start: int, stop: int) -> Tensor:
-        """Packed bits of rows start..stop-1 of an endless table of fair coins. -> (stop - start, ceil(f_h / 8))"""
+        """Draw packed bits of rows start..stop-1 of an endless table of fair coins. -> (stop - start, ceil(f_h / 8))"""
         words = -(-self.embed_dim // 64)
         j = torch.arange(start, stop)
         bits = random_bits(self.seed, j[:, None] * words + torch.arange(words))
@@ -77,15 +77,15 @@ class Dictionary(nn.Module):
         return rows
 
     def codes(self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes start..stop-1 as numbers. Shape: -> (stop - start, f_h), entries -1 and +1."""
+        """Return codes start..stop-1 as numbers. Shape: -> (stop - start, f_h), entries -1 and +1."""
         return unpack(self.packed[start:stop], self.embed_dim, dtype)
 
     def select(self, index: Tensor) -> Tensor:
-        """The codes of these numbers. Shape: int64 (n,) -> (n, f_h), entries -1 and +1."""
+        """Return the codes of these numbers. Shape: int64 (n,) -> (n, f_h), entries -1 and +1."""
         return unpack(self.packed[index], self.embed_dim, torch.float32)
 
     def reader(self, size: int, dtype: torch.dtype = torch.float32) -> Callable[[int, int], DenseBlock]:
-        """`read(start, stop)`: up to `size` codes, ready to be multiplied with, until the next read overwrites them."""
+        """Return `read(start, stop)`: up to `size` codes, ready for products until the next read overwrites them."""
         count = min(size, self.out_dim) * self.packed.shape[1]
         room = self.workspace("codes", count * 8, dtype).view(-1, 8)
         index = self.workspace("index", count, torch.int32)
@@ -103,7 +103,7 @@ class Dictionary(nn.Module):
         return size
 
     def workspace(self, purpose: str, numbers: int, dtype: torch.dtype) -> Tensor:
-        """Memory of about a block, on a CPU kept for the next call: fresh pages cost more than filling them."""
+        """Return memory of about a block, on a CPU kept for the next call: fresh pages cost more than filling them."""
         if self.packed.device.type != "cpu":  # torch's allocator keeps it, for whichever stream
             return torch.empty(numbers, dtype=dtype, device=self.packed.device)
         room = self._workspaces.get(purpose)
@@ -117,11 +117,11 @@ class Dictionary(nn.Module):
         return self.__dict__ | {"_workspaces": {}}  # copies and pickles do without
 
     def checksum(self) -> str:
-        """SHA-256 over the packed bits."""
+        """Return the SHA-256 of the packed bits."""
         return hashlib.sha256(self.packed.cpu().numpy()).hexdigest()
 
     def description(self) -> dict[str, str | int]:
-        """Everything needed to rebuild the codes, and to notice that they differ."""
+        """Return everything needed to rebuild the codes, and to notice that they differ."""
         return {
             "generator": self.GENERATOR,
             "seed": self.seed,
@@ -145,18 +145,18 @@ class Dictionary(nn.Module):
 
 @cache
 def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The 8 signs of each byte. (256, 8)"""
+    """Return the 8 signs of each byte. (256, 8)"""
     with torch.inference_mode(False):  # kept, so it must serve training too
         return ((torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1).to(dtype) * 2 - 1
 
 
 def unpack(packed: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bits to signs, by a table of bytes. Shape: (b, ceil(width / 8)) uint8 -> (b, width)."""
+    """Turn bits into signs, by a table of bytes. Shape: (b, ceil(width / 8)) uint8 -> (b, width)."""
     signs = _byte_table(dtype, packed.device).index_select(0, packed.flatten().int())
     return signs.view(len(packed), -1)[:, :width]
 
 
 def _pack(bits: Tensor) -> Tensor:
-    """Shape: bool (b, width) -> uint8 (b, ceil(width / 8))."""
+    """Pack bits. Shape: bool (b, width) -> uint8 (b, ceil(width / 8))."""
     padded = F.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
     return (padded.view(len(bits), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8)

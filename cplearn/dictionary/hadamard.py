@@ -35,7 +35,7 @@ class HadamardBlock(NamedTuple):
         return out.add_((x.reshape(blocks, width, -1) * self.flips[..., None]).sum(0))
 
     def _split(self, x: Tensor, k: int) -> Tensor:
-        """The axis of factor k in the middle. Shape: B x f_h x n numbers -> (m, width of factor k, rest)."""
+        """Put the axis of factor k in the middle. Shape: B x f_h x n numbers -> (m, width of factor k, rest)."""
         blocks, width = self.flips.shape
         before = blocks * math.prod(len(f) for f in self.factors[:k])
         return x.reshape(before, len(self.factors[k]), -1)
@@ -81,7 +81,7 @@ class HadamardDictionary(Dictionary):
 
 
 def paley(order: int) -> Tensor | None:
-    """Hadamard matrix of this order by Paley's construction for a prime q, or None.
+    """Build the Hadamard matrix of this order by Paley's construction for a prime q; None if there is none.
 
     I: order = q + 1, q = 3 mod 4. II: order = 2 (q + 1), q = 1 mod 4. First row all ones. (order, order)
     """
@@ -109,7 +109,7 @@ def paley(order: int) -> Tensor | None:
 
 
 def sylvester(order: int) -> Tensor:
-    """Hadamard matrix of a power of two, by doubling. First row all ones. (order, order)"""
+    """Build the Hadamard matrix of a power of two, by doubling. First row all ones. (order, order)"""
     matrix = torch.ones(1, 1)
     while len(matrix) < order:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
@@ -118,7 +118,7 @@ def sylvester(order: int) -> Tensor:
 
 @cache
 def hadamard_factors(order: int) -> tuple[Tensor, ...]:
-    """Small Hadamard matrices whose Kronecker product has this order, each with a first row of ones.
+    """Return small Hadamard matrices whose Kronecker product has this order, each with a first row of ones.
 
     384 = 12 x 32, 2048 = 32 x 64. Raises `UserError` where neither Paley's (for primes) nor Sylvester's
     construction reaches, with orders near by that can be had.
@@ -161,7 +161,7 @@ def _factors(order: int) -> tuple[Tensor, ...] | None:
 
 
 def hadamard(order: int) -> Tensor:
-    """Hadamard matrix: entries -1 and +1, orthogonal rows, first row all ones. -> (order, order)"""
+    """Build a Hadamard matrix: entries -1 and +1, orthogonal rows, first row all ones. -> (order, order)"""
     matrix = torch.ones(1, 1)
     for factor in hadamard_factors(order):
         matrix = torch.kron(matrix, factor)

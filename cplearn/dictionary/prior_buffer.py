@@ -22,7 +22,7 @@ class PriorBuffer(nn.Module):
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
 
     def mix(self, log_mean: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """log p-bar over now and the kept steps, for codes start..stop-1. Shape: (..., b) -> (..., b)."""
+        """Return log p-bar over now and the kept steps, for codes start..stop-1. Shape: (..., b) -> (..., b)."""
         with torch.no_grad():
             count = (self.pushed.clamp(max=len(self.ring)) + 1).to(log_mean.dtype)
             past = self.ring[:, start:stop].sum(0).to(log_mean.dtype).log()

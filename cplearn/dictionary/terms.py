@@ -36,7 +36,7 @@ class LossSpec:
             raise ValueError(f"beta {self.beta:g} must not be negative: 0.25 is the paper's value for ImageNet-100")
 
     def check_views(self, views: int) -> None:
-        """Raises ValueError unless there are two or more views, and as many global ones."""
+        """Raise ValueError unless there are two or more views, and as many global ones."""
         if views < 2 or not 1 <= self.n_global <= views:
             raise ValueError(f"the loss needs two or more views, got {views} with {self.n_global} global")
 

@@ -31,7 +31,7 @@ CHUNK_NUMBERS = 2**24  # coefficients kept at a time: 64 MiB
 
 @triton.jit
 def _signs(bits, j, k, f, c, n_bytes, DTYPE: tl.constexpr):
-    """Entries k of codes j, from broadcastable index tiles: -1, +1 (and whatever beyond c and f)."""
+    """Read entries k of codes j, from broadcastable index tiles: -1, +1 (and whatever beyond c and f)."""
     byte = tl.load(bits + j.to(tl.int64) * n_bytes + (k >> 3), mask=(j < c) & (k < f), other=0)
     return (((byte.to(tl.int32) >> (k & 7)) & 1) * 2 - 1).to(DTYPE)
 
@@ -48,7 +48,7 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
 def _logits(
     h, i, n, bits, j, f, c, n_bytes, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """h[i] . w_j for a tile of rows and codes. -> (BI, BJ) float32"""
+    """Compute h[i] . w_j for a tile of rows and codes. -> (BI, BJ) float32"""
     acc = tl.zeros((BI, BJ), tl.float32)
     for start in range(0, f, BK):
         k = start + tl.arange(0, BK)
@@ -75,7 +75,7 @@ def _log_p(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Log-assignments of one view. h: (V + 1, n, f), norm: (2, V + 1, n); last, the sum of the local views."""
+    """Compute log-assignments of one view. h: (V + 1, n, f), norm: (2, V + 1, n); last, the sum of the local views."""
     s = _logits(h + view * n * f, i, n, bits, j, f, c, n_bytes, BI, BJ, BK, PRECISION)
     place = norm + view * n + i
     s -= tl.load(place, mask=i < n, other=0.0)[:, None]
@@ -97,7 +97,7 @@ def row_norms(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Largest logit and sum of exponentials relative to it, over one split of the codes. out: (splits, 2, n)"""
+    """Compute largest logit and sum of exponentials relative to it, over one split of the codes. out: (splits, 2, n)"""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     split = tl.program_id(1)
     top = tl.full((BI,), float("-inf"), tl.float32)
@@ -129,7 +129,7 @@ def column_means(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """log of the sum over images of p, for one view and tile of codes. out: (G, c)"""
+    """Compute the log of the sum over images of p, for one view and tile of codes. out: (G, c)"""
     j = tl.program_id(0) * BJ + tl.arange(0, BJ)
     view = tl.program_id(1)
     top = tl.full((BJ,), float("-inf"), tl.float32)
@@ -162,7 +162,7 @@ def _both(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """log p of the two global views, and r of each: the sum of log p over all other views."""
+    """Compute log p of the two global views, and r of each: the sum of log p over all other views."""
     inside = (j < c)[None, :]  # beyond c: any finite value, left out by the callers
     l0 = _log_p(h, norm, 0, views, i, n, bits, j, f, c, n_bytes, BI, BJ, BK, PRECISION)
     l1 = _log_p(h, norm, 1, views, i, n, bits, j, f, c, n_bytes, BI, BJ, BK, PRECISION)
@@ -194,7 +194,7 @@ def row_sums(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums over one split of the codes: entropy, t, u of both views. out: (splits, 6, n)"""
+    """Sum over one split of the codes: entropy, t, u of both views. out: (splits, 6, n)"""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     split = tl.program_id(1)
     e0 = tl.zeros((BI,), tl.float32)
@@ -250,7 +250,7 @@ def coefficients(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Derivative with respect to the logits of all views, codes first .. first + chunk. out: (V, n, chunk)"""
+    """Compute the derivative by the logits of all views, codes first .. first + chunk. out: (V, n, chunk)"""
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     column = tl.program_id(0) * BJ + tl.arange(0, BJ)
     j = first + column
@@ -296,7 +296,7 @@ def gradient(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds coefficient W over one split of the chunk. coefficient: (rows, chunk); out: (splits, rows, f)"""
+    """Add coefficient W over one split of the chunk. coefficient: (rows, chunk); out: (splits, rows, f)"""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     split = tl.program_id(2)
@@ -316,7 +316,7 @@ def gradient(
 
 
 def tile(size: int, largest: int) -> int:
-    """A power of two from 16 (tl.dot's smallest) to `largest` that covers `size` if it can."""
+    """Return a power of two from 16 (tl.dot's smallest) to `largest` that covers `size` if it can."""
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
@@ -393,5 +393,5 @@ def _launch(h: Tensor, dictionary: Dictionary, spec: LossSpec, with_grad: bool, 
 
 
 def split_of(size: int, step: int, wanted: int) -> int:
-    """Codes a split, a multiple of the tile `step`, for about `wanted` splits (2 to 64)."""
+    """Return the codes per split, a multiple of the tile `step`, for about `wanted` splits (2 to 64)."""
     return triton.cdiv(triton.cdiv(size, min(64, max(2, wanted))), step) * step

@@ -1,4 +1,4 @@
-"""TODO cplearn.distributed.batch_norm."""
+"""Batch norm over the rows of all ranks."""
 
 import torch
 from torch import Tensor, nn

@@ -23,7 +23,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Processes on this machine, which share its CPU cores."""
+    """Return the number of processes on this machine, which share its CPU cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -61,7 +61,7 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _mean_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's average of a bucket of gradients, the same wherever in it an element lies."""
+    """Average a bucket of DDP's gradients, with the same result wherever in it an element lies."""
     parts = [torch.empty_like(bucket.buffer()) for _ in range(world_size())]
     dist.all_gather(parts, bucket.buffer())
     total = parts[0]
@@ -94,7 +94,7 @@ def on_main(function: Callable, *args):
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise on all ranks, at the end, an `ExpectedError` that any rank meets inside, so that none waits for another."""
+    """Raise on all ranks, at the end, an `ExpectedError` that any rank meets inside, so that none waits."""
     mine = None
     try:
         yield
@@ -109,7 +109,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def check_same(what: dict[str, object]) -> None:
-    """Check that all ranks hold the same values. Raises `UserError` on every rank that names what differs, and where."""
+    """Check that all ranks hold the same values. Raises `UserError` on every rank, naming what differs, and where."""
     for r, (host, theirs) in enumerate(everyone := gather_objects((host_name(), what))):
         differ = [k for k in what if theirs.get(k) != everyone[0][1].get(k)]
         if differ:
@@ -124,7 +124,7 @@ def check_same(what: dict[str, object]) -> None:
 
 
 def gather_objects(value) -> list:
-    """`value` of every rank, in rank order, on every rank. For small things (checksums, counts)."""
+    """Return `value` of every rank, in rank order, on every rank. For small things (checksums, counts)."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -133,7 +133,7 @@ def gather_objects(value) -> list:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of every rank, interleaved: row i of rank r becomes row i * world_size + r. No gradient.
+    """Gather the rows of every rank, interleaved: row i of rank r becomes row i * world_size + r. No gradient.
 
     Undoes the split `range(rank, total, world_size)`; ranks may hold one row fewer than rank 0.
     Shape: (n_r, ...) -> (sum of n_r, ...), on the tensor's device.
@@ -152,7 +152,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Plain average, for what is logged. No gradient."""
+    """Average over ranks, for what is logged. No gradient."""
     if world_size() > 1:
         x = x.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
         dist.all_reduce(x)
@@ -162,7 +162,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Plain sum. No gradient."""
+    """Sum over ranks. No gradient."""
     if world_size() > 1:
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
@@ -189,7 +189,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def log_mean_over_ranks(local: Tensor) -> Tensor:
-    """log of the mean over ranks of exp(local): the global lambda = log p-bar from each rank's own.
+    """Return the log of the mean over ranks of exp(local): the global lambda = log p-bar from each rank's own.
 
     The value is global and the same on every rank; the gradient runs through this rank's share only, with
     the weight exp(local - global), so that after the gradient averaging of DDP the gradient of any function
@@ -211,7 +211,7 @@ def log_mean_over_ranks(local: Tensor) -> Tensor:
 
 
 def logsumexp_over_ranks(x: Tensor) -> Tensor:
-    """log of the sum over the rows of all ranks of exp(x), with gradient to all of them.
+    """Return the log of the sum over the rows of all ranks of exp(x), with gradient to all of them.
 
     For losses that differ between ranks; `log_mean_over_ranks` needs no collective backward, but the same loss on all.
     Shape: (n, c) -> (c,).

@@ -1,4 +1,7 @@
-"""TODO cplearn.distributed.launch."""
+"""Starting: join the process group that the launcher announces, meet the other ranks, check the connection.
+
+The only file that reads launcher variables.
+"""
 
 import json
 import os
@@ -15,8 +18,6 @@ from cplearn.errors import PeerError, UserError
 from cplearn.files import remove_quietly, write_text
 from cplearn.host import host_name
 from cplearn.text import format_table
-
-# --- start and stop ------------------------------------------------------------------------------
 
 
 def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -> torch.device:
@@ -61,7 +62,7 @@ def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -
 
 
 def _store(dist_url: str, rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks meet. Unlike torch's own rendezvous it does not wait for all of them: `check_in` does."""
+    """Return where the ranks meet. Unlike torch's own rendezvous it does not wait for all of them: `check_in` does."""
     if dist_url.startswith("file://"):
         return _store_named_in(Path(dist_url.removeprefix("file://")), rank, world, timeout)
     if dist_url.startswith("tcp://"):
@@ -85,7 +86,7 @@ def _store(dist_url: str, rank: int, world: int, timeout: timedelta) -> dist.Sto
 
 
 def _store_named_in(path: Path, rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """Rank 0 listens on a free port and writes into the file where; the others read it there.
+    """Let rank 0 listen on a free port and write into the file where; the others read it there.
 
     No port is fixed, nothing is locked, and a file left by an earlier start does no harm: its address answers no more,
     or not with the number that is in the file. `check_in` removes it.
@@ -157,7 +158,7 @@ def _refuse_shared_gpus(everyone: list[dict]) -> None:
 
 
 def self_check(device: torch.device) -> list[str]:
-    """What to print at start-up: ranks, hosts, devices, backend, and how long a sum over all of them takes.
+    """Return what to print at start-up: ranks, hosts, devices, backend, and how long a sum over all of them takes.
 
     Every rank must call it. No lines in one process.
     """

@@ -26,14 +26,14 @@ METHODS = {
 
 
 def method_class(name: str) -> type:
-    """Raises `UserError` with the list of known methods."""
+    """Return a method's class. Raises `UserError` with the list of known methods."""
     if name not in METHODS:
         raise UserError(f"--method {name} is unknown: {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def build_method(args: argparse.Namespace) -> nn.Module:
-    """Backbone and method with random weights, from a run's arguments; seed first for the same on every rank."""
+    """Build backbone and method with random weights from a run's arguments; seed first for the same on every rank."""
     backbone = build_backbone(
         args.arch, patch_size=args.patch_size, image_size=args.image_size, drop_path_rate=args.drop_path_rate
     )

@@ -19,14 +19,14 @@ from cplearn.precision import float32
 
 
 def barlow_loss_explicit(a: Tensor, b: Tensor, lambd: float) -> Tensor:
-    """The definition, in one process. Shape: zhat of two views (n, c) -> scalar."""
+    """Compute the loss by definition, in one process. Shape: zhat of two views (n, c) -> scalar."""
     c = a.T @ b / len(a)
     diagonal = c.diagonal()
     return (diagonal - 1).square().sum() + lambd * (c.square().sum() - diagonal.square().sum())
 
 
 def barlow_loss(views: list[Tensor], lambd: float, n_global: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over pairs of a global and another view, from Gram matrices over the images of all ranks.
+    """Average over pairs of a global and another view, from Gram matrices over the images of all ranks.
 
     The value is the same on every rank; each rank's gradient runs through its own rows and is made larger by the number
     of ranks, so that DDP's average is the gradient of the loss. Shape: V x zhat (n, c) -> scalar, detached terms.
@@ -51,7 +51,7 @@ def barlow_loss(views: list[Tensor], lambd: float, n_global: int = 2) -> tuple[T
 
 
 def all_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks, one rank after the other; gradient through this rank's own. Shape: (n, c) -> (R n, c)."""
+    """Gather the rows of all ranks, one rank after the other; gradient through this rank's own. (n, c) -> (R n, c)."""
     if collectives.world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(collectives.world_size())]
@@ -101,15 +101,15 @@ class BarlowTwins(Method):
         return StepOutput(loss, {"loss": loss.detach(), **terms})
 
     def embed(self, features: Tensor) -> Tensor:
-        """The last hidden layer, as wide for any `out_dim`."""
+        """Return the last hidden layer, as wide for any `out_dim`."""
         return self.projector[:-1](float32(features))
 
     def assign(self, embedding: Tensor) -> Tensor:
-        """The largest standardised output. Barlow Twins is no clustering method: this is the convention of the paper."""
+        """Return the largest standardized output. Barlow Twins is no clustering method: this is the paper's convention."""
         return self.norm(self.projector[-1](embedding)).argmax(1)
 
     def references(self, n: int) -> ReferenceLosses:
-        """`uniform`: outputs of independent images, C_jk of variance 1/N. The floor: C has a rank below N."""
+        """Return `uniform`, outputs of independent images, C_jk of variance 1/N; and the floor: C has a rank below N."""
         population = n * collectives.world_size()
         c, lambd = self.out_dim, self.lambd
         unrelated = c * (1 + 1 / population) + lambd * c * (c - 1) / population
@@ -117,7 +117,7 @@ class BarlowTwins(Method):
         return ReferenceLosses(self.scale_loss * unrelated, float("inf"), self.scale_loss * floor)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """zhat of all ranks, its gradient and a product's copy for each view, and the Gram matrices; never c x c."""
+        """Count zhat of all ranks, its gradient and a product's copy for each view, and the Gram matrices; never c x c."""
         population = n * collectives.world_size()
         return 4 * views * (3 * population * self.out_dim + population**2)
 

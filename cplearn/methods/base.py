@@ -93,30 +93,30 @@ class Method(nn.Module):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The backbone that is evaluated."""
+        """Return the backbone that is evaluated."""
         return self.backbone
 
     def embed(self, features: Tensor) -> Tensor:
-        """Embedding of each image: the last vectors of the head before its codes. Shape: (n, f) -> (n, d) float32."""
+        """Embed each image: the last vectors of the head before its codes. Shape: (n, f) -> (n, d) float32."""
         raise NotImplementedError
 
     def assign(self, embedding: Tensor) -> Tensor:
-        """Code of each embedding. Shape: (n, d) -> (n,) int64."""
+        """Return the code of each embedding. Shape: (n, d) -> (n,) int64."""
         raise NotImplementedError
 
     def predict(self, features: Tensor) -> Tensor:
-        """Code of each image from the features of the evaluated backbone. Shape: (n, f) -> (n,) int64."""
+        """Return the code of each image from the features of the evaluated backbone. Shape: (n, f) -> (n,) int64."""
         return self.assign(self.embed(features))
 
     def code_vectors(self, codes: Tensor) -> Tensor | None:
-        """Where these codes lie in the space of the embeddings, if they do. Shape: (n,) -> (n, d)."""
+        """Return where these codes lie in the space of the embeddings, if they do. Shape: (n,) -> (n, d)."""
 
     def references(self, n: int) -> ReferenceLosses:
-        """Reference losses for n images a rank."""
+        """Return reference losses for n images per rank."""
         raise NotImplementedError
 
     def describe(self, n: int) -> dict[str, float | str]:
-        """Derived values that decide a run of n images a rank: printed before training."""
+        """Return derived values that decide a run of n images per rank: printed before training."""
         trained, backbone = (
             sum(p.numel() for p in module.parameters() if p.requires_grad) for module in (self, self.backbone)
         )
@@ -124,16 +124,16 @@ class Method(nn.Module):
         return {"head_parameters": trained - backbone, "loss_uniform": refs.uniform, "loss_floor": refs.floor}
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Bytes that head and loss hold at once for n images a rank, beside weights; 0 if that is little."""
+        """Return the bytes that head and loss hold at once for n images per rank, beside weights; 0 if that is little."""
         return 0
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed but known to train badly."""
+        """Name settings that are allowed but known to train badly."""
         return []
 
 
 def check_out_dim(method: str, out_dim: int, weights: int, more: str = "") -> None:
-    """Before anything is made. Raises `UserError` for less than two codes, and if this machine cannot hold so many
+    """Check before anything is made. Raises `UserError` for less than two codes, and if this machine cannot hold so many
     weights even once."""
     if out_dim < 2:
         raise UserError(f"--out_dim {out_dim} must be at least 2")
@@ -146,7 +146,7 @@ def check_out_dim(method: str, out_dim: int, weights: int, more: str = "") -> No
 
 
 def forward_by_size(backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
-    """One backbone pass for each run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f)."""
+    """Run the backbone once per run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f)."""
     features: list[Tensor] = []
     while len(features) < len(views):
         first = len(features)

@@ -17,7 +17,7 @@ from cplearn_head import PRIORS, CPLearnHead
 
 
 def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") -> ReferenceLosses:
-    """Reference values of `cplearn_loss` for a batch mean over n images and c = out_dim codes.
+    """Return reference values of `cplearn_loss` for a batch mean over n images and c = out_dim codes.
 
     Reverse KL: with h the mean entropy of the assignments, CE >= h and the entropy of p-bar is at most
     min(log c, h + log n); minimising over h gives the floor min(1, beta) * max(0, log(c / n)), which is
@@ -34,7 +34,7 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
 
 
 def forward_prior_warning(beta: float, out_dim: int) -> str | None:
-    """Of a trap in beta * CE(p, p) + CE(uniform, mean p): the same assignment for all images, half on one code and the
+    """Warn of a trap in beta * CE(p, p) + CE(uniform, mean p): the same assignment for all images, half on one code and the
     rest spread evenly, has a lower loss than the uniform one if about beta log c > 1 (RESULTS.md). The reverse prior
     has none for beta < 1."""
     if beta * math.log(out_dim) <= 1:
@@ -138,7 +138,7 @@ class CPLearn(Method):
             self.buffer.push(output.usage, skipped)
 
     def references(self, n: int) -> ReferenceLosses:
-        """Reference losses for n images a rank.
+        """Return reference losses for n images per rank.
 
         With a prior buffer the floor is that of all its images, were they as they are now: a guide and no bound.
         """
@@ -148,7 +148,7 @@ class CPLearn(Method):
         return reference_losses(self.spec.beta, self.head.dictionary.out_dim, population, self.spec.prior)
 
     def describe(self, n: int) -> dict[str, float | str]:
-        """Derived values that decide a run, for n images a rank."""
+        """Return derived values that decide a run, for n images per rank."""
         std = self.head.initial_logit_std()
         refs = self.references(n)
         return {
@@ -162,7 +162,7 @@ class CPLearn(Method):
         }
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed but known to train badly."""
+        """Name settings that are allowed but known to train badly."""
         found = []
         std = self.head.initial_logit_std()
         if not 0.5 <= std <= 3:

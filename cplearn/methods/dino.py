@@ -57,12 +57,12 @@ class DINOHead(nn.Module):
 
 
 def teacher_targets(teacher_logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """q. Shape: (2, n, c), (c,) -> (2, n, c)."""
+    """Compute q. Shape: (2, n, c), (c,) -> (2, n, c)."""
     return ((teacher_logits - center) / temperature).softmax(-1)
 
 
 def dino_loss(bottlenecks: list[Tensor], prototypes: Tensor, targets: Tensor, student_temp: float = 0.1) -> Tensor:
-    """Mean over pairs and images of CE(q^a, p^b), a a global view and b another view.
+    """Average CE(q^a, p^b) over pairs and images, a a global view and b another view.
 
     Shape: V x (n, d), prototypes (c, d), targets (G, n, c) -> scalar.
     """
@@ -201,11 +201,11 @@ class DINO(Method):
         return self._evaluated_head.prototypes()[codes]
 
     def references(self, n: int) -> ReferenceLosses:
-        """Uniform targets and predictions; one code for all images, which centring is against."""
+        """Return the loss of uniform targets and predictions, and of one code for all images, which centering is against."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=0.0, floor=0.0)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Teacher's logits and targets, their sum, one view's targets and logits; gradient of the prototypes twice."""
+        """Count the teacher's logits and targets, their sum, one view's targets and logits; the prototypes' gradient twice."""
         return 4 * self.out_dim * ((2 * self.N_GLOBAL + 3) * n + 2 * 256)
 
     def describe(self, n: int) -> dict[str, float | str]:

@@ -25,7 +25,7 @@ from cplearn_head import cplearn_loss, log_mean_probs, prior_forward
 
 
 def gedi_loss_as_published(logits: list[Tensor], beta: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The `sum` reading; every other view predicts the first.
+    """Compute the `sum` reading; every other view predicts the first.
 
     Shape: V x (n, c) -> scalar loss, detached terms, detached mean assignment of the first view (c,).
     """
@@ -71,7 +71,7 @@ class GEDI(Method):
             return StepOutput(*cplearn_loss(logits, LossSpec(self.beta, "forward", n_global=self.N_GLOBAL)))
 
     def embed(self, features: Tensor) -> Tensor:
-        """The last hidden layer."""
+        """Return the last hidden layer."""
         return self.projector[:-1](float32(features))
 
     def assign(self, embedding: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class GEDI(Method):
         return ReferenceLosses(0.5 * (self.beta + c) * log_c, math.inf, 0.5 * c * log_c)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Measured: nine tensors of images x codes a view, as gradient runs through both sides, and a weight gradient."""
+        """Count, as measured, nine tensors of images x codes per view (gradient runs through both sides) and a weight gradient."""
         return 4 * self.out_dim * (9 * views * n + self.projector[-1].in_features)
 
     def warnings(self) -> list[str]:

@@ -92,7 +92,7 @@ class GEDIGen(GEDI):
         return StepOutput(loss, {**terms, "loss": loss.detach(), "generative": generative.detach()}, usage)
 
     def sample(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Images drawn from the model, and noise for the real ones, for this rank's rows. Shape: both as `like`.
+        """Draw images from the model, and noise for the real ones, for this rank's rows. Shape: both as `like`.
 
         Every rank draws the numbers of all, so that they depend on seed and step and not on the number of processes.
         """

@@ -25,7 +25,7 @@ from cplearn_head import CPLearnHead
 def self_classifier_loss(
     logits: list[Tensor], n_global: int = 2, row_temp: float = 0.1, col_temp: float = 0.05, eps: float = 1e-12
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """All ordered pairs of different views but local-local ones.
+    """Average over all ordered pairs of different views but local-local ones.
 
     Shape: V x (n, c) -> scalar loss; detached loss and mean entropy of the row softmax of the global crops; its detached
     mean over this rank's images (c,).
@@ -97,12 +97,12 @@ class SelfClassifier(Method):
         # fmt: on
 
     def embed(self, features: Tensor) -> Tensor:
-        """Shape: (n, f) -> (n, 128), of unit length; or CPLearn's (n, embed_dim)."""
+        """Embed features. Shape: (n, f) -> (n, 128), of unit length; or CPLearn's (n, embed_dim)."""
         z = float32(features)
         return F.normalize(self.projector(z), dim=1) if self.frozen_head is None else self.frozen_head(z)
 
     def logits(self, z: Tensor) -> Tensor:
-        """Cosines. Shape: (n, f) -> (n, c)."""
+        """Compute cosines. Shape: (n, f) -> (n, c)."""
         if self.frozen_head is not None:
             return self.frozen_head.logits(self.embed(z)) / self.frozen_head.scale
         return self.embed(z) @ F.normalize(self.classifier.weight, dim=1).T
@@ -124,11 +124,11 @@ class SelfClassifier(Method):
         return self.classifier.weight[codes]
 
     def references(self, n: int) -> ReferenceLosses:
-        """The same logits for every image give log c, whatever they are. The floor: N/c S is at most N/c, and 1."""
+        """Return log c, the loss of equal logits for every image, and the floor: N/c S is at most N/c, and 1."""
         log_c = math.log(self.out_dim)
         floor = max(0.0, math.log(self.out_dim / (n * collectives.world_size())))
         return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Measured: ten tensors of images x codes a view, as gradient runs through both sides."""
+        """Count, as measured, ten tensors of images x codes per view, as gradient runs through both sides."""
         return 4 * 10 * views * n * self.out_dim

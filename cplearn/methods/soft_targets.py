@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def soft_target_loss(views: list[Tensor], weight: Tensor, targets: Iterable[Tensor], scale: float) -> Tensor:
-    """-sum_v sum_ij target^v_ij log softmax_j(scale * x^v W^T)_ij, with gradient to each x^v and to W.
+    """Compute -sum_v sum_ij target^v_ij log softmax_j(scale * x^v W^T)_ij, with gradient to each x^v and to W.
 
     The plain form is the sum of -(target * (scale * x @ weight.T).log_softmax(1)).sum(), for which autograd would keep
     logits, log-softmax and softmax of every view until the backward pass. Here the gradient is made at once: it is

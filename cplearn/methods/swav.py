@@ -94,7 +94,7 @@ class SwAV(Method):
             self._queue_is_full = bool(self.queue[:, -1].any())
 
     def embed(self, z: Tensor) -> Tensor:
-        """Shape: (n, f) -> (n, 128), of unit length."""
+        """Embed features. Shape: (n, f) -> (n, 128), of unit length."""
         return F.normalize(self.projector(float32(z)), dim=1)
 
     def forward(self, views: list[Tensor]) -> StepOutput:
@@ -115,7 +115,7 @@ class SwAV(Method):
         return StepOutput(loss, {"loss": loss.detach(), "entropy": entropy})
 
     def targets(self, a: int, x: Tensor) -> Tensor:
-        """Q^a of this rank's images; each rank brings its share of the queue. Shape: (n, 128) -> (n, c)."""
+        """Compute Q^a of this rank's images; each rank brings its share of the queue. Shape: (n, 128) -> (n, c)."""
         rows = x
         if self._queue_is_full:
             share = self.queue[a, collectives.rank() :: collectives.world_size()]
@@ -134,17 +134,18 @@ class SwAV(Method):
             self.queue.copy_(torch.where(skipped, self.queue, pushed))
 
     def assign(self, embedding: Tensor) -> Tensor:
-        """The best prototype, without Sinkhorn."""
+        """Return the best prototype, without Sinkhorn."""
         return (embedding @ self.prototypes.weight.T).argmax(1)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self.prototypes.weight[codes]
 
     def references(self, n: int) -> ReferenceLosses:
-        """With exactly equal mass a code the floor would be log(c / N); three iterations leave room below that."""
+        """Return log c, and 0 as the floor: with exactly equal mass per code it would be log(c / N), but three iterations
+        leave room below that."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=math.inf, floor=0.0)
 
     def loss_memory(self, n: int, views: int) -> int:
-        """Scores of images and queue four times in Sinkhorn, the targets, one view's targets and logits."""
+        """Count the scores of images and queue four times in Sinkhorn, the targets, one view's targets and logits."""
         queue = self.queue.shape[1] // collectives.world_size()
         return 4 * self.out_dim * (4 * (n + queue) + (self.N_GLOBAL + 3) * n + 2 * self.WIDTH)

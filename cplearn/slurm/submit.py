@@ -1,4 +1,4 @@
-"""TODO cplearn.slurm.submit."""
+"""Submission of a job through submitit, for `run_with_submitit.py` and the grid of `reproduce_table3.py`."""
 
 import argparse
 import contextlib
@@ -8,92 +8,95 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cplearn.errors import UserError
 from cplearn.files import append_json_line, remove_quietly
+from cplearn.flags import ArgumentParser
 from cplearn.host import ROOT, git_commit, process_start
 from cplearn.slurm.job import Task
-from cplearn.slurm.status import FOLDER, LIVE, ask, job_state, submissions
+from cplearn.slurm.status import FOLDER
 
 
-def check_partition(args: argparse.Namespace) -> None:
-    """sbatch itself accepts more nodes, or more time, than a partition has, and such a job waits for ever."""
-    found = ask("scontrol", "show", "partition", "-o")
-    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in found.splitlines()]
-    names = (args.partition or "").split(",")
-    mine = [p for p in partitions if p.get("PartitionName") in names or (not args.partition and p["Default"] == "YES")]
-    if not mine:
-        return  # sbatch will tell
-    most = max(min(int(p["TotalNodes"]), _number(p["MaxNodes"])) for p in mine)
-    if args.nodes > most:
-        raise UserError(f"--nodes {args.nodes}: partition {mine[0]['PartitionName']} gives a job {most} at most")
-    longest = max(_minutes(p["MaxTime"]) for p in mine)
-    if args.timeout > longest:
-        raise UserError(
-            f"--timeout {args.timeout}: partition {mine[0]['PartitionName']} gives a job {longest:g} minutes at most "
-            "(it saves and requeues itself then)"
-        )
+@dataclass(frozen=True)
+class Resources:
+    """What a job may use and where it may run: the flags of `run_with_submitit.py` of the same names."""
+
+    nodes: int
+    ngpus: int  # per node; also the number of processes per node
+    cpu: bool
+    cpus_per_task: int
+    mem: str | None
+    timeout: int  # minutes
+    signal_delay_s: int
+    max_requeues: int
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    exclude: str | None
+    comment: str | None
+    sbatch: list[str]  # OPTION=VALUE
+    local: bool  # in the background of this machine
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Resources":
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
-def _number(text: str) -> float:
-    return float(text) if text.isdigit() else float("inf")
+@dataclass(frozen=True)
+class JobRequest:
+    """A job to submit. In `argv` and `output_dir`, %j is its number."""
+
+    script: str  # module name of the entry point
+    argv: list[str]
+    output_dir: Path  # absolute
+    resources: Resources
+    name: str | None = None  # of the job; None: the output folder's
+    dependency: str | None = None  # as sbatch has it: afterok:123
+
+    @property
+    def folder(self) -> Path:
+        """Where everything about the job lies."""
+        return self.output_dir / FOLDER
+
+    def full_argv(self) -> list[str]:
+        """Return the entry point's flags with those that follow from the resources, unless they were given."""
+        given = {x.split("=")[0] for x in self.argv}
+        extra = {"--num_workers": str(self.resources.cpus_per_task)}
+        if self.resources.cpu:
+            extra["--device"] = "cpu"
+        elif not self.resources.local:
+            extra["--device"] = "cuda"  # a node whose GPUs are gone must fail, not run slowly
+        return [*self.argv, *(x for flag, value in extra.items() if flag not in given for x in (flag, value))]
 
 
-def _minutes(text: str) -> float:
-    """[days-]hours:minutes:seconds."""
-    if not re.fullmatch(r"(\d+-)?\d+:\d+:\d+", text):
-        return float("inf")
-    days, _, clock = text.rpartition("-")
-    hours, minutes, seconds = map(int, clock.split(":"))
-    return 24 * 60 * int(days or 0) + 60 * hours + minutes + seconds / 60
-
-
-def refuse_twice(output_dir: Path, args: argparse.Namespace) -> None:
-    """One pre-training a folder, and with --then one set of evaluations. An evaluation alone may go beside others."""
-    if args.script != "main_cplearn":
-        return
-    folder = output_dir / FOLDER
-    for entry in submissions(folder):
-        if entry["script"] == "main_cplearn" or args.then:
-            state = job_state(folder, entry)["JobState"]
-            if state in LIVE:
-                stop = f"kill {entry['job']}" if entry["cluster"] == "local" else f"scancel {entry['job']}"
-                raise UserError(
-                    f"{output_dir} has job {entry['job']} ({entry['script']}), which is {state}: {stop}, "
-                    "or choose another --output_dir"
-                )
+def expand_recipes(argv: list[str]) -> list[str]:
+    """Write out @files, so that a job that waits in the queue runs what they say now."""
+    return ArgumentParser(add_help=False).parse_known_args(argv)[1]
 
 
 # --- submission -------------------------------------------------------------------------------------------
 
 
-def submit(args: argparse.Namespace, script: str, argv: list[str], output_dir: Path, dependency: str | None = None):
-    """One job; returns its number. Raises `UserError` with Slurm's own reason if it is refused.
-
-    With --dry_run: prints what would be submitted.
-    """
+def submit(request: JobRequest) -> str:
+    """Submit a job, write it down in jobs.jsonl, return its number. Raises `UserError` with Slurm's own reason."""
     import submitit
 
-    folder = output_dir / FOLDER
-    argv = own_flags(args, argv)
-    task = Task(script, argv, str(folder), args.max_requeues)
-    executor = make_executor(args, folder, script, dependency)
-    if args.dry_run:
-        print(executor._make_submission_file_text(executor._submitit_command_str, ""))
-        print(f"# Every process then runs: {script}.py {shlex.join(argv)}\n")
-        return "JOB"
-    here = {}
-    if args.local:  # what the batch script does elsewhere
-        here["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        here["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads(args))
-    start = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
-    before, said = set(start.glob("*") if start.exists() else ()), io.StringIO()
+    resources, argv = request.resources, request.full_argv()
+    task = Task(request.script, argv, str(request.folder), resources.max_requeues)
+    start = submitit.core.utils.JobPaths.get_first_id_independent_folder(request.folder)
+    before, captured = set(start.glob("*") if start.exists() else ()), io.StringIO()
     try:
-        # Without the variables of a job in which this was typed.
-        with submitit.helpers.clean_env(), submitit.core.utils.environment_variables(**here):
-            with contextlib.redirect_stderr(said), _without_terminal() if args.local else contextlib.nullcontext():
-                job = executor.submit(task)
+        with submitit.helpers.clean_env(), contextlib.redirect_stderr(captured):  # this may be typed in another job
+            if resources.local:
+                threads = os.environ.get("OMP_NUM_THREADS") or str(_threads(resources))
+                with submitit.core.utils.environment_variables(OMP_NUM_THREADS=threads), _without_terminal():
+                    job = _local_executor(request).submit(task).job_id
+            else:
+                job = _slurm_executor(request).submit(task).job_id
     except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
         for path in set(start.glob("*")) - before:
             remove_quietly(path)
@@ -102,27 +105,108 @@ def submit(args: argparse.Namespace, script: str, argv: list[str], output_dir: P
             start.parent.rmdir()
         raise UserError(f"Slurm refused the job: {_reason(str(error))}") from None
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from None
-    for path in set(start.glob(".submission_file*")) - before:  # links to the script, of no further use
+        raise UserError(f"--output_dir {request.output_dir} cannot be written: {error.strerror or error}") from None
+    for path in set(start.glob(".submission_file*")) - before:  # links to the batch script, of no further use
         remove_quietly(path)
-    folder = Path(str(folder).replace("%j", job.job_id))
-    size = {"nodes": args.nodes, "processes": args.nodes * args.ngpus}
-    entry = {"job": job.job_id, "cluster": "local" if args.local else "slurm", "script": script, "argv": argv, **size}
-    if args.local:
-        entry["started"] = process_start(int(job.job_id))
-    append_json_line(folder / "jobs.jsonl", {**entry, "time": time.time(), "commit": git_commit()})
-    after = f" after {dependency}" if dependency else ""
-    print(
-        f"Submitted job {job.job_id}: {script}, {args.nodes} x {args.ngpus} processes, {output_dir}{after}".replace(
-            "%j", job.job_id
-        )
+    size = {"nodes": resources.nodes, "processes": resources.nodes * resources.ngpus}
+    cluster = {"cluster": "local", "started": process_start(int(job))} if resources.local else {"cluster": "slurm"}
+    entry = {"job": job, **cluster, "script": request.script, "argv": argv, **size}
+    jobs_file = Path(str(request.folder).replace("%j", job)) / "jobs.jsonl"
+    append_json_line(jobs_file, {**entry, "time": time.time(), "commit": git_commit()})
+    return job
+
+
+def batch_script(request: JobRequest) -> str:
+    """Return the batch script that `submit` would submit. Needs no Slurm."""
+    executor = _slurm_executor(request)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _slurm_executor(request: JobRequest):
+    import submitit
+
+    class Executor(submitit.SlurmExecutor):
+        _submitit_command_str = property(_task_command)
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1  # or a dry run would need srun
+
+    resources = request.resources
+    name = request.name or request.output_dir.name.replace("%j", "") or "cplearn"
+    memory = resources.mem or (None if resources.cpu else f"{40 * resources.ngpus}G")
+    finish = _command("finish", str(request.folder), str(resources.max_requeues))
+    executor = Executor(request.folder)
+    executor.update_parameters(
+        job_name=name if request.script == "main_cplearn" else f"{name}-{request.script}",
+        nodes=resources.nodes,
+        ntasks_per_node=resources.ngpus,
+        cpus_per_task=resources.cpus_per_task,
+        time=resources.timeout,
+        partition=resources.partition,
+        account=resources.account,
+        qos=resources.qos,
+        constraint=resources.constraint,
+        exclude=resources.exclude,
+        comment=resources.comment,
+        dependency=request.dependency,
+        signal_delay_s=resources.signal_delay_s,
+        stderr_to_stdout=True,
+        wckey=None,
+        setup=[f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{_threads(resources)}}}"],
+        # One process that fails ends the others; and srun does not inherit the number of cores from sbatch.
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
+        teardown=[f"{finish} $?"],
+        additional_parameters={
+            "requeue": True,
+            **{x.partition("=")[0]: x.partition("=")[2] or True for x in resources.sbatch},
+            **({"mem": memory} if memory else {}),
+            **({"kill-on-invalid-dep": "yes"} if request.dependency else {}),
+        },
+        **_gpus(resources),
     )
-    return job.job_id
+    return executor
+
+
+def _local_executor(request: JobRequest):
+    import submitit
+
+    class Executor(submitit.LocalExecutor):
+        _submitit_command_str = property(_task_command)
+
+    executor, resources = Executor(request.folder), request.resources
+    executor.update_parameters(
+        tasks_per_node=resources.ngpus,
+        timeout_min=resources.timeout,
+        signal_delay_s=resources.signal_delay_s,
+        stderr_to_stdout=True,
+        **_gpus(resources),
+    )
+    return executor
+
+
+def _task_command(executor) -> str:
+    """Return the command of every process, instead of submitit's `python -m submitit.core._submit`."""
+    return _command("task", str(executor.folder))
+
+
+def _command(*words: str) -> str:
+    return shlex.join([sys.executable, "-u", str(ROOT / "cplearn/slurm/__main__.py"), *words])
+
+
+def _gpus(resources: Resources) -> dict[str, int]:
+    return {} if resources.cpu else {"gpus_per_node": resources.ngpus}
+
+
+def _threads(resources: Resources) -> int:
+    """Return OMP_NUM_THREADS as torchrun sets it: 1 for processes with a GPU, whose loaders need the other cores."""
+    return resources.cpus_per_task if resources.cpu else 1
 
 
 @contextlib.contextmanager
-def _without_terminal():
-    """What is started inside has its own standard streams: a pipe to this command would wait for a job's end."""
+def _without_terminal() -> Iterator[None]:
+    """Give what is started inside no standard streams: with a pipe to this command, its reader would wait for the
+    job's end."""
     sys.stdout.flush()
     kept = [os.dup(fd) for fd in range(3)]
     null = os.open(os.devnull, os.O_RDWR)
@@ -137,87 +221,7 @@ def _without_terminal():
         os.close(null)
 
 
-def own_flags(args: argparse.Namespace, argv: list[str]) -> list[str]:
-    """Flags of the entry point that follow from the launcher's, unless they were given."""
-    given = {x.split("=")[0] for x in argv}
-    extra = {"--num_workers": str(args.cpus_per_task)}
-    if args.cpu:
-        extra["--device"] = "cpu"
-    elif not args.local:
-        extra["--device"] = "cuda"  # a node whose GPUs are gone shall fail, not crawl
-    return [*argv, *(x for name, value in extra.items() if name not in given for x in (name, value))]
-
-
-def make_executor(args: argparse.Namespace, folder: Path, script: str, dependency: str | None):
-    import submitit
-
-    gpus = {} if args.cpu else {"gpus_per_node": args.ngpus}
-    if args.local:
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(
-            tasks_per_node=args.ngpus,
-            timeout_min=args.timeout,
-            signal_delay_s=args.signal_delay_s,
-            stderr_to_stdout=True,
-            **gpus,
-        )
-        return executor
-    name = args.name or folder.parent.name.replace("%j", "") or "cplearn"
-    memory = args.mem or (None if args.cpu else f"{40 * args.ngpus}G")
-    finish = [sys.executable, "-u", str(ROOT / "cplearn/slurm/job.py"), str(folder), str(args.max_requeues)]
-    executor = (anywhere() if args.dry_run else submitit.SlurmExecutor)(folder)
-    executor.update_parameters(
-        job_name=name if script == "main_cplearn" else f"{name}-{script}",
-        nodes=args.nodes,
-        ntasks_per_node=args.ngpus,
-        cpus_per_task=args.cpus_per_task,
-        time=args.timeout,
-        partition=args.partition,
-        account=args.account,
-        qos=args.qos,
-        constraint=args.constraint,
-        exclude=args.exclude,
-        comment=args.comment,
-        dependency=dependency,
-        signal_delay_s=args.signal_delay_s,
-        stderr_to_stdout=True,
-        wckey=None,
-        setup=[
-            f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads(args)}}}",
-        ],
-        # One process that fails ends the others; and srun, unlike sbatch, has to be told of the cores.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
-        teardown=[f"{shlex.join(finish)} $?"],
-        additional_parameters={
-            "requeue": True,
-            **{x.partition("=")[0]: x.partition("=")[2] or True for x in args.sbatch},
-            **({"mem": memory} if memory else {}),
-            **({"kill-on-invalid-dep": "yes"} if dependency else {}),
-        },
-        **gpus,
-    )
-    return executor
-
-
-def threads(args: argparse.Namespace) -> int:
-    """As torchrun does it: one for each of several processes with a GPU, whose loaders need the other cores."""
-    return args.cpus_per_task if args.cpu else 1
-
-
-def anywhere():
-    """submitit's executor, where there is no Slurm: to print the batch script."""
-    import submitit
-
-    class Anywhere(submitit.SlurmExecutor):
-        @classmethod
-        def affinity(cls) -> int:
-            return 1
-
-    return Anywhere
-
-
 def _reason(text: str) -> str:
-    """What sbatch said, without its name."""
-    said = [line.removeprefix("Batch job submission failed: ") for line in re.findall(r"sbatch: error: (.+)", text)]
-    return "; ".join(dict.fromkeys(said)) or " ".join(text.split())[:200]
+    """Return sbatch's messages without their prefixes."""
+    messages = [line.removeprefix("Batch job submission failed: ") for line in re.findall(r"sbatch: error: (.+)", text)]
+    return "; ".join(dict.fromkeys(messages)) or " ".join(text.split())[:200]

@@ -1,8 +1,7 @@
-"""TODO cplearn.tables.launch."""
+"""Start the stages of cells: one after another on this machine, or as SLURM jobs that wait for one another."""
 
 import contextlib
 import functools
-import io
 import json
 import os
 import queue
@@ -15,20 +14,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-import run_with_submitit
-from cplearn.errors import Interrupted, UserError
+from cplearn.errors import ExpectedError, Interrupted, UserError
 from cplearn.files import remove_quietly, write_text
 from cplearn.host import ROOT, end_with_parent
-from cplearn.slurm.status import FOLDER, LIVE, job_state, submissions
-from cplearn.tables.cells import Cell
+from cplearn.slurm.submit import JobRequest, Resources, expand_recipes, submit
+from cplearn.tables.cells import Cell, Grid, Stage
+from cplearn.tables.status import CellState
 from cplearn.text import format_duration
 
-# --- devices ----------------------------------------------------------------------------------------------
+# --- devices and commands ---------------------------------------------------------------------------------
 
 
 @functools.cache
 def gpus() -> list[str]:
-    """Those that may be used here, by the names that CUDA_VISIBLE_DEVICES gives them."""
+    """Return the GPUs that may be used here, by the names that CUDA_VISIBLE_DEVICES gives them."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -37,19 +36,20 @@ def gpus() -> list[str]:
 
 @functools.cache
 def device_name() -> str:
+    """Return the first GPU's name, or "cpu"."""
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 
 def command_of(script: str, processes: int) -> list[str]:
-    """Without its flags; under torchrun for several processes, and then with no port to agree on."""
+    """Return the command of a script without its flags; several processes run under torchrun, on a free port."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     return [sys.executable, *torchrun, str(ROOT / f"{script}.py")]
 
 
 def environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
-    """Each of `jobs` slots has GPUs of its own, or its share of the cores."""
+    """Return the environment of one of `jobs` slots, which has GPUs of its own, or its share of the cores."""
     env = dict(os.environ)
     if gpus():
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[slot * processes : (slot + 1) * processes])
@@ -59,26 +59,26 @@ def environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
 
 
 def loader_flags(flags: Sequence[str], jobs: int, processes: int) -> list[str]:
-    """--num_workers, unless it is given: no loader processes beside CPUs that are all busy."""
+    """Return --num_workers, unless it is given: no loader processes beside CPUs that are all busy."""
     if "--num_workers" in flags:
         return []
     cores = (os.cpu_count() or 1) // (jobs * processes)
     return ["--num_workers", str(min(10, cores) if gpus() else max(0, cores - 1))]
 
 
+def last_message(output: str, code: int) -> tuple[int, str]:
+    """Return exit code and last message of a script, also under torchrun, which adds a code and lines of its own."""
+    codes = re.findall(r"(?m)^\s*exitcode\s*: (-?\d+)", output)
+    messages = re.findall(r"(?m)^\w+\.py: (?:error: )?(.+)$", output)
+    lines = [x for x in output.splitlines() if x.strip()]
+    return (int(codes[-1]) if codes else code), (messages or lines or [f"exit code {code}"])[-1]
+
+
 # --- on this machine --------------------------------------------------------------------------------------
 
 
-def end_of(said: str, code: int) -> tuple[int, str]:
-    """Exit code and last word of a script, also from under torchrun, which has a code and last lines of its own."""
-    codes = re.findall(r"(?m)^\s*exitcode\s*: (-?\d+)", said)
-    words = re.findall(r"(?m)^\w+\.py: (?:error: )?(.+)$", said)
-    lines = [x for x in said.splitlines() if x.strip()]
-    return (int(codes[-1]) if codes else code), (words or lines or [f"exit code {code}"])[-1]
-
-
 class Workers:
-    """Runs the stages of cells, `jobs` cells side by side, and stops them all when told to."""
+    """Run the stages of cells, `jobs` cells side by side, until `stop`."""
 
     def __init__(self, jobs: int, processes: int):
         self.jobs, self.processes = jobs, processes
@@ -89,37 +89,38 @@ class Workers:
         self.running: dict[str, subprocess.Popen] = {}
         self.lock = threading.Lock()
 
-    def cell(self, cell: Cell) -> str:
-        """Every stage that is not done. Returns "" or what went wrong."""
+    def run_cell(self, cell: Cell, missing: Sequence[str]) -> str:
+        """Run the missing stages of a cell. Returns "" or what went wrong."""
         slot = self.slots.get()
         try:
             cell.folder.mkdir(parents=True, exist_ok=True)
             remove_quietly(cell.folder / "failed.json")
-            for stage, script, flags in cell.stages():
-                if cell.done(stage):
+            for stage in cell.stages():
+                if stage.name not in missing:
                     continue
-                code, line = self._stage(cell, stage, script, flags, slot)
+                code, line = self._run_stage(cell, stage, slot)
                 if code == Interrupted.exit_code or self.stopping.is_set():
                     return "stopped"
                 if code:
-                    what = {"stage": stage, "code": code, "line": line}
-                    write_text(cell.folder / "failed.json", json.dumps(what) + "\n")
-                    return f"{stage} failed with exit code {code}: {line}"
-                if stage == "train":
+                    failure = {"stage": stage.name, "code": code, "line": line}
+                    write_text(cell.folder / "failed.json", json.dumps(failure) + "\n")
+                    return f"{stage.name} failed with exit code {code}: {line}"
+                if stage.name == "train":
                     cell.mark_trained()
             return ""
-        except (OSError, UserError) as error:  # a full disk
+        except (OSError, ExpectedError) as error:  # a full disk
             return str(error)
         finally:
             self.slots.put(slot)
 
-    def _stage(self, cell: Cell, stage: str, script: str, flags: list[str], slot: int) -> tuple[int, str]:
-        """Exit code, and the last word."""
-        log = cell.folder / f"{stage.replace(' ', '_')}.out"
-        command = [*command_of(script, self.processes), *flags, *loader_flags(flags, self.jobs, self.processes)]
+    def _run_stage(self, cell: Cell, stage: Stage, slot: int) -> tuple[int, str]:
+        """Return exit code and last message."""
+        log = cell.folder / f"{stage.name.replace(' ', '_')}.out"
+        more = loader_flags(stage.flags, self.jobs, self.processes)
+        command = [*command_of(stage.script, self.processes), *stage.flags, *more]
         env = environment(slot, self.jobs, self.processes)
         code, line = 0, ""
-        for _ in range(30):  # what a killed grid had started may still be saving
+        for _ in range(30):  # the processes of a grid that was killed may still be saving
             with open(log, "ab") as out, self.lock:
                 begin = out.tell()
                 if self.stopping.is_set():
@@ -134,14 +135,14 @@ class Workers:
                 return 0, ""
             with open(log, "rb") as out:
                 out.seek(begin)
-                code, line = end_of(out.read().decode("utf-8", "replace"), code)
+                code, line = last_message(out.read().decode("utf-8", "replace"), code)
             if code != UserError.exit_code or " is in use by process " not in line:
                 break
             time.sleep(2)
         return code, line
 
     def stop(self) -> None:
-        """Once: a second signal would not let training save."""
+        """Stop all stages, once: a second signal would not let training save."""
         with self.lock:
             if self.stopping.is_set():
                 return
@@ -151,89 +152,103 @@ class Workers:
                     child.terminate()  # training saves before it ends
 
 
-def run_here(cells: list[Cell], jobs: int, processes: int, after_each: Callable[[], None]) -> None:
-    """All cells that are not finished; what fails is printed. Raises `Interrupted` on SIGTERM and SIGINT."""
-    todo = [cell for cell in cells if not cell.finished()]
-    print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished; {jobs} at a time", flush=True)
-    workers, asked = Workers(jobs, processes), []
-    before = {
-        number: signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    start = time.time()
+@contextlib.contextmanager
+def _collect_signals():
+    """Replace SIGTERM and SIGINT by appending their names to the list that is returned."""
+    received: list[str] = []
+
+    def append(number: int, frame) -> None:
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, append) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                futures: dict[Future, Cell] = {pool.submit(workers.cell, cell): cell for cell in todo}
-                waiting = set(futures)
-                while waiting:
-                    ended, waiting = wait(waiting, timeout=1, return_when="FIRST_COMPLETED")
-                    if asked:
-                        workers.stop()
-                    for future in ended:
-                        cell, problem = futures[future], future.result()
-                        if problem == "stopped":
-                            continue
-                        done = sum(c.finished() for c in cells)
-                        took = format_duration(time.time() - start)
-                        print(f"{cell.name}: {problem or 'done'}  ({done} of {len(cells)}, {took})", flush=True)
-                        after_each()
-            except BaseException:
-                workers.stop()  # or the pool would run what is left before it lets go
-                raise
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked:
-        raise Interrupted(f"{asked[0]}: saved and stopped; the same command goes on")
+
+
+def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Callable[[], None]) -> None:
+    """Run all cells that are not complete, and print what fails. Raises `Interrupted` on SIGTERM and SIGINT."""
+    todo = [cell for cell in grid.cells if not states[cell.name].complete]
+    total, done, start = len(grid.cells), len(grid.cells) - len(todo), time.time()
+    print(f"{done} of {total} cells are finished; {jobs} at a time", flush=True)
+    workers = Workers(jobs, grid.settings.ngpus)
+    with _collect_signals() as received, ThreadPoolExecutor(jobs) as pool:
+        try:
+            futures: dict[Future, Cell] = {
+                pool.submit(workers.run_cell, cell, states[cell.name].missing): cell for cell in todo
+            }
+            waiting = set(futures)
+            while waiting:
+                ended, waiting = wait(waiting, timeout=1, return_when="FIRST_COMPLETED")
+                if received:
+                    workers.stop()
+                for future in ended:
+                    cell, problem = futures[future], future.result()
+                    if problem == "stopped":
+                        continue
+                    done += not problem
+                    took = format_duration(time.time() - start)
+                    print(f"{cell.name}: {problem or 'done'}  ({done} of {total}, {took})", flush=True)
+                    after_each()
+        except BaseException:
+            workers.stop()  # or the pool would run all remaining cells before it lets go
+            raise
+    if received:
+        raise Interrupted(f"{received[0]}: saved and stopped; the same command goes on")
 
 
 # --- on SLURM ---------------------------------------------------------------------------------------------
 
 
-def run_on_slurm(cells: list[Cell], jobs: int, launcher: list[str]) -> None:
-    """A job for every stage that is neither done nor submitted. Cells stand in `jobs` lines, each waiting for the one
-    before it, however that ended: so many run at a time. Raises `UserError` with Slurm's reason; again goes on."""
-    todo = [cell for cell in cells if not cell.finished()]
-    there = sorted((x for cell in todo for x in live_jobs(cell)), key=lambda x: x["time"])
-    tails = [last["job"] for last in {x["cell"]: x for x in there}.values()][-jobs:]  # of lines that were begun
-    lines = (tails + [""] * jobs)[:jobs]
-    count = line = 0
+def run_on_slurm(
+    grid: Grid, states: dict[str, CellState], jobs: int, resources: Resources, dependency: str | None
+) -> None:
+    """Submit a job for every stage that has no result and no job.
+
+    Cells form `jobs` chains, so that as many run at a time: each waits for the cell before it, however that ended, and
+    the first ones for `dependency`. Raises `UserError` with Slurm's reason; called again, it submits the others.
+    """
+    todo = [cell for cell in grid.cells if not states[cell.name].complete]
+    begun = [live for cell in todo if (live := states[cell.name].live_jobs)]
+    begun.sort(key=lambda live: live[0].entry["time"])
+    chains = [f"afterany:{live[-1].number}" for live in begun][-jobs:]
+    chains += [dependency or ""] * (jobs - len(chains))
+    count = k = 0
     for cell in todo:
-        live = {(x["script"], x["place"]): x["job"] for x in live_jobs(cell)}
-        begin = before = "" if live else lines[line]
-        new, trained = [], ""
-        for stage, script, flags in cell.stages():
-            if cell.done(stage):
-                continue
-            job = live.get((script, cell.place(stage)))
-            if job is None:
-                needs = [f"afterok:{trained}"] * bool(trained) + [f"afterany:{before}"] * (before not in ("", trained))
-                command = ["--script", script, *launcher, "--name", cell.name]
-                command += ["--dependency", ",".join(needs)] if needs else []
-                with contextlib.redirect_stdout(io.StringIO()):
-                    (job,) = run_with_submitit.main([*command, *flags])
-                new.append(job)
-            before = job
-            trained = job if stage == "train" else trained
+        live = [job.number for job in states[cell.name].live_jobs]
+        after = "" if live else chains[k]
+        submitted, last = _submit_cell(cell, states[cell.name], after, resources)
         if live:
-            print(f"{cell.name}: jobs {min(live.values(), key=int)} to {max(live.values(), key=int)} are there already")
-        if new:
-            print(f"{cell.name}: jobs {new[0]} to {new[-1]}" + f", after {begin}" * bool(begin), flush=True)
-            count += len(new)
-        if new and not live:
-            lines[line], line = before, (line + 1) % jobs
+            print(f"{cell.name}: jobs {min(live, key=int)} to {max(live, key=int)} are there already")
+        if submitted:
+            waits = ", after " + after.rpartition(":")[2] if after else ""
+            print(f"{cell.name}: jobs {submitted[0]} to {submitted[-1]}{waits}", flush=True)
+        if submitted and not live:
+            chains[k], k = f"afterany:{last}", (k + 1) % jobs
+        count += len(submitted)
     print(f"{count} jobs submitted")
 
 
-def live_jobs(cell: Cell) -> list[dict]:
-    """Jobs of a cell that wait or run, in the order of their submission: job, script, place, cell, time."""
-    found = []
-    for place in dict.fromkeys(cell.place(stage) for stage, _, _ in cell.stages()):
-        folder = place / FOLDER
-        for x in submissions(folder):
-            if job_state(folder, x)["JobState"] in LIVE:
-                found.append(
-                    {"job": x["job"], "script": x["script"], "place": place, "cell": cell.name, "time": x["time"]}
-                )
-    return sorted(found, key=lambda x: x["time"])
+def _submit_cell(cell: Cell, state: CellState, after: str, resources: Resources) -> tuple[list[str], str]:
+    """Submit the missing stages of a cell that have no job, one after the other. Returns the new jobs and the last one.
+
+    Evaluations need the training's job to end well.
+    """
+    live = {job.stage: job.number for job in state.live_jobs}
+    submitted, last, trained = [], "", ""
+    for stage in cell.stages():
+        if stage.name not in state.missing:
+            continue
+        if stage.name in live:
+            last = live[stage.name]
+        else:
+            needs = [f"afterok:{trained}"] * bool(trained)
+            needs += [after] * bool(after) if not last else [f"afterany:{last}"] * (last != trained)
+            argv = expand_recipes(stage.flags)
+            request = JobRequest(stage.script, argv, stage.place, resources, cell.name, ",".join(needs) or None)
+            last = submit(request)
+            submitted.append(last)
+        trained = last if stage.name == "train" else trained
+    return submitted, last

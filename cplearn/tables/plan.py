@@ -1,65 +1,64 @@
-"""TODO cplearn.tables.plan."""
+"""What a grid would run and cost (--dry_run), and epochs for --minutes_per_cell, from a few timed steps per line."""
 
-import importlib
 import json
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.files import read_json_lines, write_text
-from cplearn.tables.cells import Cell, _without_folders, batch_of, common_flags
-from cplearn.tables.launch import command_of, device_name, end_of, environment, gpus, loader_flags
+from cplearn.files import read_json, read_json_lines, write_text
+from cplearn.slurm.checks import parse_flags
+from cplearn.tables.cells import Cell, Grid, Settings, without_folders
+from cplearn.tables.launch import command_of, device_name, environment, gpus, last_message, loader_flags
+from cplearn.tables.status import CellState
 from cplearn.text import format_table
 
-# --- plan -------------------------------------------------------------------------------------------------
+# --- timed steps ------------------------------------------------------------------------------------------
 
 
-def probe(args, cells: list[Cell]) -> dict[str, dict]:
-    """Seconds a step of every line, its checkpoint's size and so on, measured here by main_cplearn.py itself.
+def time_steps(
+    grid: Grid, *, processes: int, jobs: int, steps: int | None = None, images: int | None = None
+) -> dict[str, dict]:
+    """Return seconds per step of every line, its checkpoint's size and so on, measured by main_cplearn.py itself.
 
-    Kept in output_dir/probe.json and taken from there the next time. `error` where it failed. With --launcher slurm one
-    process stands for all.
+    `processes` and `jobs`: how many share this machine. `images`: per process, instead of the whole batch. Kept in
+    probe.json and taken from there the next time. A line that failed has `error`.
     """
-    kept_in = Path(args.output_dir, "probe.json")
-    kept = json.loads(kept_in.read_text()) if kept_in.exists() else {}
-    processes = args.ngpus if args.launcher == "local" else 1
-    steps = args.probe_steps or (60 if gpus() else 10)
-    found = {}
-    for cell in cells:
-        key = cell.row.key
-        if key in found:
-            continue
+    kept_in = grid.folder / "probe.json"
+    kept = read_json(kept_in)
+    steps = steps or (60 if gpus() else 10)
+    timings: dict[str, dict] = {}
+    for row in {cell.row.key: cell.row for cell in grid.cells}.values():
         more = f"--max_steps {steps} --epochs 1000 --warmup_epochs 0 --saveckp_minutes 0".split()
-        more += ["--batch_size_per_gpu", str(args.probe_images)] if args.probe_images else []
-        more += ["--epoch_queue_starts", "0"] * (cell.row.method == "swav")  # its share of most epochs
-        flags = [*cell.row.flags, *common_flags(args), *more]
-        flags += loader_flags(flags, args.jobs if args.launcher == "local" else 1, processes)
-        name = shlex.join([device_name(), str(processes), *_without_folders(flags)])
-        if name not in kept:
-            found[key] = _probe_one(args, flags, processes)
-            if "error" not in found[key]:
-                kept[name] = found[key]
-                write_text(kept_in, json.dumps(kept, indent=1) + "\n")
-        x = found[key] = kept.get(name) or found[key]
-        print(f"  {key}: " + (x["error"] if "error" in x else f"{x['step_seconds']:.3f} s a step"), flush=True)
-    return found
+        more += ["--batch_size_per_gpu", str(images)] if images else []
+        more += ["--epoch_queue_starts", "0"] * (row.method == "swav")  # the queue is part of most epochs
+        flags = [*row.flags, *grid.settings.common_flags(), *more]
+        flags += loader_flags(flags, jobs, processes)
+        name = shlex.join([device_name(), str(processes), *without_folders(flags)])
+        timing = timings[row.key] = kept.get(name) or _time_line(flags, processes, jobs)
+        if "error" not in timing and name not in kept:
+            kept[name] = timing
+            write_text(kept_in, json.dumps(kept, indent=1) + "\n")
+        shown = timing["error"] if "error" in timing else f"{timing['step_seconds']:.3f} s per step"
+        print(f"  {row.key}: {shown}", flush=True)
+    return timings
 
 
-def _probe_one(args, flags: list[str], processes: int) -> dict:
+def _time_line(flags: list[str], processes: int, jobs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [*command_of("main_cplearn", processes), *flags, "--output_dir", folder]
-        env = environment(0, args.jobs if args.launcher == "local" else 1, processes)
+        env = environment(0, jobs, processes)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
         if done.returncode:
-            return {"error": end_of(done.stdout, done.returncode)[1]}
+            return {"error": last_message(done.stdout, done.returncode)[1]}
         log = read_json_lines(Path(folder, "log.txt"))[-1]
-        start = json.loads(Path(folder, "args.json").read_text())
+        start = read_json(Path(folder, "args.json"))
         if log["steps"] < 2:
             return {"error": "too few images, or --probe_steps, for two steps: the first one is not timed"}
         return {
-            # The first one includes all that happens once.
+            # The first step includes all that happens once.
             "step_seconds": (log["seconds"] - log["first_step_seconds"]) / (log["steps"] - 1),
             "data_wait": log["data_wait"],
             "images": start["args"]["batch_size_per_gpu"],
@@ -73,94 +72,118 @@ def _probe_one(args, flags: list[str], processes: int) -> dict:
         }
 
 
-def epochs_within(args, times: dict[str, dict]) -> int:
-    """The same number for all: what the slowest line can do in --minutes_per_cell, at least 2."""
-    for key, x in times.items():
-        if "error" in x:
-            raise UserError(f"the timed steps of {key} failed: {x['error']}")
-    seconds = {key: _step_seconds(args, x) * _steps_per_epoch(args, x) for key, x in times.items()}
+def epochs_within(settings: Settings, timings: dict[str, dict]) -> int:
+    """Return the epochs that the slowest line can train in --minutes_per_cell, at least 2. Raises `UserError`."""
+    for key, timing in timings.items():
+        if "error" in timing:
+            raise UserError(f"the timed steps of {key} failed: {timing['error']}")
+    seconds = {key: _step_seconds(settings, x) * _steps_per_epoch(settings, x) for key, x in timings.items()}
     slowest = max(seconds, key=seconds.get)
-    epochs = max(2, int(60 * args.minutes_per_cell / max(seconds[slowest], 1e-9)))
+    epochs = max(2, int(60 * settings.minutes_per_cell / max(seconds[slowest], 1e-9)))
     print(f"{epochs} epochs for every cell: {slowest} needs {seconds[slowest]:.0f} s for one")
     return epochs
 
 
-def _step_seconds(args, x: dict) -> float:
-    return x["step_seconds"] * batch_of(args) / args.ngpus / x["images"]
+def _step_seconds(settings: Settings, timing: dict) -> float:
+    """Return the seconds of a step with the cell's whole share of the batch."""
+    return timing["step_seconds"] * settings.batch / settings.ngpus / timing["images"]
 
 
-def _steps_per_epoch(args, x: dict) -> int:
-    return x["train_images"] // batch_of(args)
+def _steps_per_epoch(settings: Settings, timing: dict) -> int:
+    return timing["train_images"] // settings.batch
 
 
-def plan(args, cells: list[Cell], launcher_flags: list[str]) -> None:
-    """Print what would run, and what it would cost."""
-    device = device_name()
-    unit = "CPU" if device == "cpu" else "GPU"
-    print(f"Timing a few steps of {len({c.row.key for c in cells})} lines here ({device}) ...")
-    times = probe(args, cells)
+# --- the plan ---------------------------------------------------------------------------------------------
+
+
+def print_plan(
+    grid: Grid, states: dict[str, CellState], timings: dict[str, dict], *, jobs: int, launcher: str, price: float | None
+) -> None:
+    """Print what would run, and what it would cost. `launcher`: the command before the flags of main_cplearn.py."""
+    settings = grid.settings
+    unit = "CPU" if device_name() == "cpu" else "GPU"
     table, hours, disk, left_out = [], 0.0, 0.0, []
-    for cell in cells:
-        x = times[cell.row.key]
-        if cell.finished() or "error" in x or not _steps_per_epoch(args, x):
+    for cell in grid.cells:
+        timing = timings[cell.row.key]
+        reason = _left_out(settings, states[cell.name], timing)
+        if reason:
             left_out.append(cell.name)
-            why = "done" if cell.finished() else x.get("error", f"fewer images than a batch of {batch_of(args)}")
-            table.append((cell.name, *[None] * 6, why))
+            table.append((cell.name, *[None] * 6, reason))
             continue
-        epochs = importlib.import_module("main_cplearn").parse_args(cell.stages()[0][2]).epochs
-        training = args.ngpus * epochs * _steps_per_epoch(args, x) * _step_seconds(args, x) / 3600
-        evaluating = _evaluation_passes(cell) * x["train_images"] * _forward_seconds(x) / 3600
-        hours, disk = hours + training + evaluating, disk + 2 * x["checkpoint_bytes"] / 1e9
-        table.append((cell.name, epochs, f"{1000 * _step_seconds(args, x):.0f}", f"{x['data_wait']:.0%}", f"{training:.1f}",
-                      f"{evaluating:.1f}", f"{x['expected_memory_gb']:.1f}", ""))  # fmt: skip
-    header = ("cell", "epochs", "ms a step", "of it waiting for images", f"{unit}-h training", f"{unit}-h evaluating",
+        step, waits, memory = _step_seconds(settings, timing), timing["data_wait"], timing["expected_memory_gb"]
+        train = cell.stages()[0]
+        epochs = parse_flags(train.script, train.flags).epochs
+        training = settings.ngpus * epochs * _steps_per_epoch(settings, timing) * step / 3600
+        evaluating = _evaluation_passes(cell) * timing["train_images"] * _forward_seconds(timing) / 3600
+        hours, disk = hours + training + evaluating, disk + 2 * timing["checkpoint_bytes"] / 1e9
+        table.append((cell.name, epochs, f"{1000 * step:.0f}", f"{waits:.0%}", f"{training:.1f}", f"{evaluating:.1f}",
+                      f"{memory:.1f}", ""))  # fmt: skip
+    header = ("cell", "epochs", "ms per step", "of it waiting for images", f"{unit}-h training", f"{unit}-h evaluating",
               "GB without activations", "")  # fmt: skip
     print("\n" + format_table(table, header) + "\n")
-    print_commands(args, cells, launcher_flags)
-    days = hours / args.ngpus / args.jobs / 24
-    price = f", {args.price * hours:,.0f} euros at {args.price:g} for such an hour" if args.price else ""
-    print(f"\n{len(cells) - len(left_out)} cells, {args.ngpus} process{'es' * (args.ngpus > 1)} each, a batch of {batch_of(args)}: "
-          f"{hours:,.0f} {unit}-hours, {days:,.1f} days with {args.jobs} side by side, {disk:,.1f} GB of disk{price}")  # fmt: skip
+    _print_commands(grid.cells, launcher)
+    days = hours / settings.ngpus / jobs / 24
+    cost = f", {price * hours:,.0f} euros at {price:g} for such an hour" if price else ""
+    print(
+        f"\n{len(table) - len(left_out)} cells, {_processes(settings.ngpus)} each, a batch of {settings.batch}: "
+        f"{hours:,.0f} {unit}-hours, {days:,.1f} days with {jobs} side by side, {disk:,.1f} GB of disk{cost}"
+    )
     if left_out:
         print(f"Not counted: {', '.join(left_out)}")
-    x = next((x for x in times.values() if "images" in x), {"images": 0, "processes": 0})
-    print(f"Steps were timed here: {device}, {x['processes']} process{'es' * (x['processes'] > 1)}, {x['images']} images each"
-          + (", scaled up, which is too much where a part of a step does not grow with the batch" if args.probe_images else "")
-          + "; evaluations are estimated from the passes over the images that they make.")  # fmt: skip
-    for key, x in times.items():
-        for warning in x.get("warnings", []):
+    _print_how_timed(settings, timings.values())
+    for key, timing in timings.items():
+        for warning in timing.get("warnings", []):
             print(f"{key}: {warning}")
-    if unit == "CPU" and args.scale == "paper":
+    if unit == "CPU" and settings.scale == "paper":
         print("WARNING: no GPU here, so these are hours of this CPU: type it where a GPU is")
 
 
-def print_commands(args, cells: list[Cell], launcher_flags: list[str]) -> None:
-    if args.launcher == "slurm":
-        how = f"run_with_submitit.py {shlex.join([*launcher_flags, '--ngpus', str(args.ngpus)])} --script main_cplearn"
-    else:
-        how = f"torchrun --nproc_per_node={args.ngpus} main_cplearn.py"
+def _left_out(settings: Settings, state: CellState, timing: dict) -> str:
+    """Return why a cell costs nothing, or cannot be counted; "" if it can."""
+    if state.complete:
+        return "done"
+    if "error" in timing:
+        return timing["error"]
+    return "" if _steps_per_epoch(settings, timing) else f"fewer images than a batch of {settings.batch}"
+
+
+def _print_commands(cells: Sequence[Cell], launcher: str) -> None:
     for cell in cells:
-        print(f"{how} {shlex.join(cell.stages()[0][2])}")
+        print(f"{launcher} {shlex.join(cell.stages()[0].flags)}")
     print("and for each, as for the first:")
-    for _, script, flags in cells[0].stages()[1:]:
-        print(f"  {script}.py {shlex.join(flags)}")
+    for stage in cells[0].stages()[1:]:
+        print(f"  {stage.script}.py {shlex.join(stage.flags)}")
+
+
+def _print_how_timed(settings: Settings, timings: Sequence[dict]) -> None:
+    timing = next((x for x in timings if "images" in x), {"images": 0, "processes": 0})
+    scaled = 0 < timing["images"] * settings.ngpus < settings.batch
+    too_much = ", scaled up, which is too much where a part of a step does not grow with the batch" * scaled
+    print(
+        f"Steps were timed here: {device_name()}, {_processes(timing['processes'])}, {timing['images']} images each"
+        f"{too_much}; evaluations are estimated from the passes over the images that they make."
+    )
+
+
+def _processes(n: int) -> str:
+    return f"{n} process{'es' * (n > 1)}"
 
 
 def _evaluation_passes(cell: Cell) -> float:
-    """Times that the training images are read: k-NN once, linear once or in every epoch; the rest is small."""
+    """Return how often the training images are read: k-NN once, linear once or in every epoch; the rest is small."""
     passes = 0.0
-    for stage, script, flags in cell.stages()[1:]:
-        if script == "eval_knn":
+    for stage in cell.stages()[1:]:
+        if stage.script == "eval_knn":
             passes += 1
-        elif script == "eval_linear":
-            theirs = importlib.import_module(script).get_args_parser().parse_args(flags)
-            passes += theirs.epochs if theirs.augment is not False else 1
-        elif stage == "collapse":
+        elif stage.script == "eval_linear":
+            flags = parse_flags(stage.script, stage.flags)
+            passes += flags.epochs if flags.augment is not False else 1
+        elif stage.name == "collapse":
             passes += 0.1
     return passes
 
 
-def _forward_seconds(x: dict) -> float:
-    """Of one global view through the backbone, on one device: a third of its share of a training step."""
-    views = 2 + (x["views"] - 2) * x["local"]
-    return x["step_seconds"] / x["images"] / (3 * views)
+def _forward_seconds(timing: dict) -> float:
+    """Return seconds of one global view through the backbone, on one device: a third of its share of a step."""
+    views = 2 + (timing["views"] - 2) * timing["local"]
+    return timing["step_seconds"] / timing["images"] / (3 * views)

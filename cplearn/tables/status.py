@@ -1,68 +1,98 @@
-"""TODO cplearn.tables.status."""
+"""The state of every cell at one moment (`snapshot`), and the lines of --status.
+
+Nothing here starts or changes anything, except `record_trained`.
+"""
 
 import contextlib
-import functools
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from cplearn.files import read_json
 from cplearn.host import process_start
-from cplearn.slurm.status import AT_WORK, FOLDER, job_state, last_error, progress, show_job, submissions
-from cplearn.tables.cells import Cell
-from cplearn.tables.launch import live_jobs
+from cplearn.slurm.status import AT_WORK, FOLDER, LIVE, job_state, last_error, progress, submissions
+from cplearn.tables.cells import Cell, Grid
 from cplearn.text import format_table
 
-# --- status -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class StageJob:
+    """The newest job of a stage."""
+
+    stage: str
+    folder: Path  # of its logs
+    entry: dict  # its line in jobs.jsonl
+    now: dict[str, str]  # JobState, Reason, ...: `job_state`
+
+    @property
+    def number(self) -> str:
+        return self.entry["job"]
+
+    @property
+    def state(self) -> str:
+        return self.now["JobState"]
 
 
-def status_lines(cells: list[Cell]) -> list[str]:
-    """A line a cell: state, progress, error; and how many there are of each."""
-    table, counts = [], {}
-    for cell in cells:
-        state, more = state_of(cell)
-        counts[state] = counts.get(state, 0) + 1
-        table.append((cell.name, state, more))
-    return [
-        format_table(table, ("cell", "state", "")),
-        f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counts.items()),
-    ]
+@dataclass(frozen=True)
+class CellState:
+    """What is known of a cell at one moment."""
+
+    missing: tuple[str, ...]  # names of the stages without a result, in the order in which they run
+    jobs: tuple[StageJob, ...]  # of stages that had no result, by the time of submission
+    trained_by_job: bool  # training's job ended well, and trained.json does not say so yet
+    training_here: bool  # a process holds the lock of its folder
+    grid_runs: bool  # a process holds the lock of the grid's folder
+    failure: dict  # failed.json: the stage that failed on this machine
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+    @property
+    def live_jobs(self) -> list[StageJob]:
+        """Jobs that wait or run, by the time of submission."""
+        return [job for job in self.jobs if job.state in LIVE]
 
 
-def state_of(cell: Cell) -> tuple[str, str]:
-    """done, training, evaluating, queued, failed, stopped (goes on with the same command) or waiting; and more."""
-    left = [stage for stage, _, _ in cell.stages() if not cell.done(stage)]
-    if not left:
-        return "done", ""
-    jobs = live_jobs(cell)
-    for x in jobs:
-        if show_job(x["job"]).get("JobState") in AT_WORK:
-            if x["script"] != "main_cplearn":
-                return "evaluating", x["script"]
-            return "training", progress(cell.folder / FOLDER, x["job"], running=True)
-    if jobs:
-        return "queued", f"job {jobs[0]['job']}"
-    how_far = functools.partial(progress, cell.folder / FOLDER, "")
-    if in_use(cell.folder):
-        return "training", how_far(running=True)
-    failed = read_json(cell.folder / "failed.json")
-    if failed:
-        return "failed", f"{failed['stage']}, exit code {failed['code']}: {failed['line']}"
-    if left[0] != "train" and in_use(cell.folder.parent):
-        return "evaluating", f"{left[0]} is next"
-    for place in dict.fromkeys(cell.place(stage) for stage in left):
-        folder = place / FOLDER
-        for x in {x["script"]: x for x in submissions(folder)}.values():
-            now = job_state(folder, x)
-            if now["JobState"] != "COMPLETED":
-                return "failed", f"{x['script']}: {last_error(folder, x, now)}"
-    if left[0] != "train":
-        return "stopped", f"before {left[0]}"
-    return ("stopped", how_far(running=False)) if (cell.folder / "log.txt").exists() else ("waiting", "")
+def snapshot(grid: Grid) -> dict[str, CellState]:
+    """Read the state of every cell once, from its files and from Slurm. Returns it by the cell's name."""
+    grid_runs = in_use(grid.folder)
+    return {cell.name: _read_state(cell, grid_runs) for cell in grid.cells}
+
+
+def _read_state(cell: Cell, grid_runs: bool) -> CellState:
+    scripts = {random: {x["script"] for x in cell.results(random=random)} for random in (False, True)}
+    trained = (cell.folder / "trained.json").exists()
+    missing, jobs = [], []
+    for stage in cell.stages():
+        if trained if stage.name == "train" else stage.script in scripts[stage.name.startswith("random")]:
+            continue
+        folder = stage.place / FOLDER
+        entries = [entry for entry in submissions(folder) if entry["script"] == stage.script]
+        if entries:  # only the newest may be alive: no stage is submitted twice
+            jobs.append(StageJob(stage.name, folder, entries[-1], job_state(folder, entries[-1])))
+        missing.append(stage.name)
+    trained_by_job = any(job.stage == "train" and job.state == "COMPLETED" for job in jobs)
+    return CellState(
+        missing=tuple(name for name in missing if not (name == "train" and trained_by_job)),
+        jobs=tuple(sorted(jobs, key=lambda job: job.entry["time"])),
+        trained_by_job=trained_by_job,
+        training_here=in_use(cell.folder),
+        grid_runs=grid_runs,
+        failure=read_json(cell.folder / "failed.json"),
+    )
+
+
+def record_trained(grid: Grid, states: dict[str, CellState]) -> None:
+    """Write trained.json for every training whose job was seen to end well, because Slurm forgets its jobs."""
+    for cell in grid.cells:
+        if states[cell.name].trained_by_job:
+            cell.mark_trained()
 
 
 def in_use(folder: Path) -> bool:
-    """Whether the lock of a run (`run_control.FolderLock`) is a living one's: seen here, or by its beat elsewhere."""
+    """Return whether a living process holds the lock of a run: known on this host, by the lock's beat elsewhere."""
     lock = read_json(folder / ".lock")
     if not lock:
         return False
@@ -71,3 +101,49 @@ def in_use(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return time.time() - (folder / ".lock").stat().st_mtime < 60
     return False
+
+
+# --- the lines of --status --------------------------------------------------------------------------------
+
+
+def status_lines(grid: Grid, states: dict[str, CellState]) -> list[str]:
+    """Return a table with a line per cell (state, progress, error), and how many there are of each state."""
+    table, counts = [], {}
+    for cell in grid.cells:
+        word, details = describe(cell, states[cell.name])
+        counts[word] = counts.get(word, 0) + 1
+        table.append((cell.name, word, details))
+    return [
+        format_table(table, ("cell", "state", "")),
+        f"{len(grid.cells)} cells: " + ", ".join(f"{n} {word}" for word, n in counts.items()),
+    ]
+
+
+def describe(cell: Cell, state: CellState) -> tuple[str, str]:
+    """Return a word (done, training, evaluating, queued, failed, stopped, waiting) and details.
+
+    The same command resumes what is stopped.
+    """
+    if state.complete:
+        return "done", ""
+    for job in state.live_jobs:
+        if job.state in AT_WORK:
+            if job.stage != "train":
+                return "evaluating", job.entry["script"]
+            return "training", progress(job.folder, job.number, running=True)
+    if state.live_jobs:
+        return "queued", f"job {state.live_jobs[0].number}"
+    if state.training_here:
+        return "training", progress(cell.folder / FOLDER, "", running=True)
+    if state.failure:
+        return "failed", "{stage}, exit code {code}: {line}".format(**state.failure)
+    if state.missing[0] != "train" and state.grid_runs:
+        return "evaluating", f"{state.missing[0]} is next"
+    for job in state.jobs:
+        if job.state != "COMPLETED":
+            return "failed", f"{job.entry['script']}: {last_error(job.folder, job.entry, job.now)}"
+    if state.missing[0] != "train":
+        return "stopped", f"before {state.missing[0]}"
+    if (cell.folder / "log.txt").exists():
+        return "stopped", progress(cell.folder / FOLDER, "", running=False)
+    return "waiting", ""

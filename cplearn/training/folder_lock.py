@@ -1,4 +1,4 @@
-"""TODO cplearn.training.folder_lock."""
+"""One run per folder: a lock that names its holder, and can be taken over from one that is gone."""
 
 import json
 import os
@@ -11,8 +11,6 @@ from cplearn.distributed import collectives
 from cplearn.errors import UserError, WriteError
 from cplearn.files import remove_quietly
 from cplearn.host import process_start, system_id
-
-# --- one run, one folder -------------------------------------------------------------------------------
 
 
 class FolderLock:
@@ -41,7 +39,7 @@ class FolderLock:
             remove_quietly(self.path)
 
     def check(self) -> None:
-        """Raises `UserError` if another run took the folder over, as it may from one that was stopped for long."""
+        """Raise `UserError` if another run took the folder over, as it may from one that was stopped for long."""
         if _read_lock(self.path) != self._mine:
             raise UserError(f"{self.path} is no longer this run's: another one took {self.path.parent} over")
 
@@ -58,7 +56,7 @@ class FolderLock:
         self._thread.start()
 
     def _create(self) -> bool:
-        """Complete or not at all: a link fails if the lock is there, and its content was written before."""
+        """Create the lock complete or not at all: a link fails if the lock is there; its content was written before."""
         temporary = self.path.with_name(f".lock.{self._mine['host']}.{self._mine['pid']}")
         try:
             temporary.write_text(json.dumps(self._mine))
@@ -116,7 +114,7 @@ class FolderLock:
 
 
 def _read_lock(path: Path) -> dict | None:
-    """None if there is no lock (any more). A damaged one belongs to nobody."""
+    """Return the lock's content; None if there is no lock (any more). A damaged one belongs to nobody."""
     try:
         content = json.loads(path.read_text())
         return content if isinstance(content, dict) and isinstance(content.get("pid"), int) else {"pid": 0}

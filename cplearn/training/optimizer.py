@@ -12,7 +12,7 @@ from cplearn.schedules import cosine, lr_at
 
 
 def expected_memory(method: nn.Module, args: argparse.Namespace, views: int) -> tuple[int, int]:
-    """Return bytes per process of weights, gradients and optimizer states, and of head and loss. Without activations."""
+    """Return bytes per process of weights, gradients and optimizer states, and of head and loss (no activations)."""
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in [*method.parameters(), *method.buffers()]) - 4 * trained
     states = 2 if args.optimizer.startswith("adam") else 1
@@ -29,12 +29,10 @@ def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device
     if weights + loss > have:
         raise UserError(
             f"--method {args.method} --out_dim {args.out_dim}: weights, gradients and optimizer states take "
-            f"{weights / 1e9:.1f} GB, head and loss {loss / 1e9:.1f} GB for {args.batch_size_per_gpu} images and {views} "
-            f"views, and a process has {have / 1e9:.1f} GB: smaller --out_dim or --batch_size_per_gpu, or another machine"
+            f"{weights / 1e9:.1f} GB, head and loss {loss / 1e9:.1f} GB for {args.batch_size_per_gpu} images and "
+            f"{views} views, and a process has {have / 1e9:.1f} GB: smaller --out_dim or --batch_size_per_gpu, or "
+            "another machine"
         )
-
-
-# --- the step's parts --------------------------------------------------------------------------------
 
 
 def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:

@@ -33,9 +33,6 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-# --- to disk and back ----------------------------------------------------------------------------------
-
-
 STATE_KEYS = {"format", "args", "identity", "commit", "epoch", "step", "steps_per_epoch", "model", "optimizer",
               "scaler", "progress", "bad_images", "log_bytes"}  # fmt: skip
 

@@ -10,8 +10,6 @@ import time
 
 from cplearn.errors import Interrupted
 
-# --- signals -------------------------------------------------------------------------------------------
-
 
 class StopSignals:
     """While inside, SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C do not end the process but set `name`.

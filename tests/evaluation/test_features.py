@@ -52,7 +52,7 @@ def test_dumped_features_give_the_same_results_without_images(run, tmp_path):
 
 def test_class_list_comes_from_the_checkpoint(tmp_path, image_folder):
     (tmp_path / "list.txt").write_text("ant\ncat\n")
-    main_cplearn.main([*SMALL, "--epochs", "2", "--data_path", str(image_folder), "--class_list", str(tmp_path / "list.txt"),
+    main_cplearn.main([*SMALL, "--data_path", str(image_folder), "--class_list", str(tmp_path / "list.txt"),
                        "--epochs", "1", "--output_dir", str(tmp_path)])  # fmt: skip
     common = ["--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--num_workers", "0", "--device", "cpu"]
     for more, images in (([], 8), (["--data_path", str(image_folder)], 8), (["--class_list", ""], 12)):

@@ -204,7 +204,7 @@ def test_a_killed_process_requeues_what_was_saved(tmp_path, image_folder, undist
     kill_a_rank(tmp_path, job)
     ended = wait_end(job, tmp_path)
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
-    assert re.search(r"no last word of rank [\d, ]*3 of 4, .*; requeueing it, 1 of 20", log(tmp_path, job))
+    assert re.search(r"no last message of rank [\d, ]*3 of 4, .*; requeueing it, 1 of 20", log(tmp_path, job))
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
@@ -214,7 +214,7 @@ def test_a_process_killed_before_anything_is_saved_fails(tmp_path, image_folder)
     wait_for(lambda: "steps_per_epoch" in log(tmp_path, job), "the start")
     kill_a_rank(tmp_path, job)
     assert wait_end(job, tmp_path)["JobState"] == "FAILED"
-    assert re.search(r"no last word of rank [\d, ]*3 of 4, .* before anything was saved", log(tmp_path, job))
+    assert re.search(r"no last message of rank [\d, ]*3 of 4, .* before anything was saved", log(tmp_path, job))
     assert "FAILED" in the_line(tmp_path, job) and "exit 6" in the_line(tmp_path, job)
 
 
@@ -252,7 +252,7 @@ def test_a_signal_while_ranks_wait_for_one_another_requeues(tmp_path, image_fold
     wait_for(lambda: "submitit" in log(tmp_path, job, 3), "the start")
     find = f"tr '\\0' '\\n' < /proc/$p/environ | grep -qx SLURM_JOB_ID={job} && " \
            "tr '\\0' '\\n' < /proc/$p/environ | grep -qx SLURM_PROCID=3"  # fmt: skip
-    loop = "for p in $(pgrep -f submitit.core._submit); do " + find + " && kill -{} $p; done; true"
+    loop = "for p in $(pgrep -f 'slurm/__main__.py task'); do " + find + " && kill -{} $p; done; true"
     subprocess.run(["bash", "-c", loop.format("STOP")], check=True)
     time.sleep(12)
     if "steps_per_epoch" in log(tmp_path, job):

@@ -14,8 +14,8 @@ from helpers import ROOT, SMALL, log_of, run_script, same_state, without_time
 import run_with_submitit
 from cplearn.errors import UserError
 from cplearn.host import process_start
+from cplearn.slurm.checks import _minutes
 from cplearn.slurm.status import status
-from cplearn.slurm.submit import _minutes
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,9 @@ def test_a_local_job_that_fails_says_why(tmp_path):
 
 
 def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
-    for name in ("utils.py", "errors.py", "datasets.py"):
+    (tmp_path / "cplearn").mkdir()
+    for name in ("utils.py", "errors.py", "datasets.py", "cplearn/__init__.py", "main_cplearn.py", "cplearn_head.py",
+                 "vision_transformer.py", "job.py", "submit.py"):  # fmt: skip
         (tmp_path / name).write_text("raise RuntimeError('a module of another project')\n")
     command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
     command += ["--data_path", str(image_folder), "--max_steps", "1", "--output_dir", "out"]

@@ -1,15 +1,14 @@
-"""Last words of a process, and GPUs by slot."""
+"""Last messages of a process, and GPUs by slot."""
 
 import pytest
 
 import reproduce_table3
 from cplearn.errors import UserError
-from cplearn.tables import launch as launch
-from cplearn.tables.cells import common_flags
-from cplearn.tables.launch import end_of, environment
+from cplearn.tables import launch
+from cplearn.tables.launch import environment, last_message
 
 
-def test_last_words_under_torchrun_and_without():
+def test_last_messages_under_torchrun_and_without():
     plain = "main_cplearn.py: error: --lr -1 must be positive\n"
     torchrun = (
         plain
@@ -22,10 +21,10 @@ main_cplearn.py FAILED
 ============================================================
 """
     )
-    assert end_of(plain, 2) == (2, "--lr -1 must be positive")
-    assert end_of(torchrun, 1) == (2, "--lr -1 must be positive")
-    assert end_of("Traceback\nKeyError: 'x'\n", 1) == (1, "KeyError: 'x'")
-    assert end_of("", -9) == (-9, "exit code -9")
+    assert last_message(plain, 2) == (2, "--lr -1 must be positive")
+    assert last_message(torchrun, 1) == (2, "--lr -1 must be positive")
+    assert last_message("Traceback\nKeyError: 'x'\n", 1) == (1, "KeyError: 'x'")
+    assert last_message("", -9) == (-9, "exit code -9")
 
 
 def test_every_slot_has_its_own_gpus(monkeypatch):
@@ -34,7 +33,7 @@ def test_every_slot_has_its_own_gpus(monkeypatch):
     assert [environment(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2,3", "5,7"]
     args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --jobs 3 --ngpus 2".split())
     with pytest.raises(UserError, match="--jobs 3 x --ngpus 2 are more than this machine's 4 GPUs"):
-        reproduce_table3.share_devices(args)
+        reproduce_table3.choose_settings(args)
     args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --jobs 2".split())
-    reproduce_table3.share_devices(args)
-    assert args.ngpus == 2 and "256" in common_flags(args)  # of 512
+    settings = reproduce_table3.choose_settings(args)
+    assert settings.ngpus == 2 and "256" in settings.common_flags()  # of 512

@@ -4,7 +4,6 @@ import pytest
 
 import main_cplearn
 from cplearn.errors import UserError
-from cplearn.tables import launch as launch
 from cplearn.tables.rows import beta_of, rows
 
 

@@ -1,6 +1,6 @@
 """What a run survives, tried for real: kill -9, damaged images and checkpoints, a full disk; and what saving costs.
 
-    python benchmarks/torture.py [--parts kills images checkpoints disk overhead] [--kills 100] [--seed 0]
+    python benchmarks/stress.py [--parts kills images checkpoints disk overhead] [--kills 100] [--seed 0]
 
     kills        runs of 1, 2 and 3 processes killed at random moments, a third of them while a checkpoint is written,
                  now and then by a signal to stop, or with the newest checkpoint damaged; each goes on until the next
@@ -38,17 +38,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-import main_cplearn
-from cplearn import checkpoints, errors
-from cplearn.data import datasets
-from cplearn.errors import LocalError, UserError
-from cplearn.host import git_commit
-from cplearn.text import format_table
-from cplearn.training.folder_lock import FolderLock
-from cplearn.training.resume import save
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import main_cplearn  # noqa: E402
+from cplearn import checkpoints, errors  # noqa: E402
+from cplearn.data import datasets  # noqa: E402
+from cplearn.errors import LocalError, UserError  # noqa: E402
+from cplearn.host import git_commit  # noqa: E402
+from cplearn.text import format_table  # noqa: E402
+from cplearn.training.folder_lock import FolderLock  # noqa: E402
+from cplearn.training.resume import save  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
@@ -166,7 +165,7 @@ def disturb(processes: list, rng: random.Random) -> str:
     return "kill"
 
 
-def torture_kills(folder: Path, kills: int, rng: random.Random) -> list[tuple]:
+def stress_kills(folder: Path, kills: int, rng: random.Random) -> list[tuple]:
     """One row a setting: kills, where they hit, lost checkpoints, whether the end is the same."""
     rows = []
     settings = ((1, 0, "adamw"), (1, 2, "sgd"), (2, 0, "adamw"), (2, 1, "lars"), (3, 0, "adamw"))
@@ -281,7 +280,7 @@ def foreign(path: Path, rng: random.Random, witness: str) -> None:
                 target.writestr(item, pickle.dumps(_Attack(witness), protocol=2) if evil else source.read(item))
 
 
-def torture_checkpoints(folder: Path, files: int, rng: random.Random) -> list[tuple]:
+def stress_checkpoints(folder: Path, files: int, rng: random.Random) -> list[tuple]:
     """One row a kind: how many were loaded as saved, refused, loaded as something else, or executed."""
     torch.manual_seed(rng.randrange(2**31))
     state = {"step": 7, "args": {"lr": 0.1, "name": "x"}, "model": {f"w{i}": torch.randn(40, 30) for i in range(8)}}
@@ -381,7 +380,7 @@ def odd_images(folder: Path, each: int, rng: random.Random) -> dict[str, bool]:
     return {kind.replace(" ", "_"): readable for kind, (_, readable, _) in kinds.items()}
 
 
-def torture_images(folder: Path, images: int, rng: random.Random) -> list[tuple]:
+def stress_images(folder: Path, images: int, rng: random.Random) -> list[tuple]:
     """One row a kind, then one for a training run over all of them with and without workers."""
     data = folder / "data" / "train"
     data.mkdir(parents=True)
@@ -421,7 +420,7 @@ def torture_images(folder: Path, images: int, rng: random.Random) -> list[tuple]
 # --- disk and time -------------------------------------------------------------------------------------
 
 
-def torture_disk(folder: Path, rng: random.Random) -> list[tuple]:
+def stress_disk(folder: Path, rng: random.Random) -> list[tuple]:
     """A run on a small tmpfs beside a file that leaves too little room, which then goes away."""
     place = folder / "small"
     place.mkdir()
@@ -506,19 +505,19 @@ def main() -> None:
             folder, rng, begin = Path(temporary, part), random.Random(f"{part} {args.seed}"), time.perf_counter()
             folder.mkdir()
             if part == "kills":
-                rows = torture_kills(folder, args.kills, rng)
+                rows = stress_kills(folder, args.kills, rng)
                 header = ("setting", "kill -9", "hit", "signals", "newest damaged", "lost", "equal to the undisturbed")
                 wrong |= any(row[5] or row[6].split(" of ")[0] != row[6].split(" of ")[1] for row in rows)
             elif part == "images":
-                rows = torture_images(folder, args.images, rng)
+                rows = stress_images(folder, args.images, rng)
                 header = ("kind", "files", "read", "refused", "not as expected")
                 wrong |= any(row[4] for row in rows)
             elif part == "checkpoints":
-                rows = torture_checkpoints(folder, args.files, rng)
+                rows = stress_checkpoints(folder, args.files, rng)
                 header = ("kind", "files", "loaded as saved", "refused", "loaded as something else", "executed")
                 wrong |= any(row[4] or row[5] for row in rows)
             elif part == "disk":
-                rows, header = torture_disk(folder, rng), ("full disk", "result", "checkpoints", "")
+                rows, header = stress_disk(folder, rng), ("full disk", "result", "checkpoints", "")
                 wrong |= rows[0][2] == "DAMAGED"
             else:
                 rows, header = overhead(folder), ("saving", "size", "median of 5", "of 15 minutes")
