@@ -152,8 +152,8 @@ def _refuse_shared_gpus(everyone: list[dict]) -> None:
             first = seen.setdefault((one["host"], one["gpu"]), one["rank"])
             if first != one["rank"]:
                 raise UserError(
-                    f"ranks {first} and {one['rank']} share {one['device']} on {one['host']}: start one process per GPU, "
-                    "each with its own LOCAL_RANK"
+                    f"ranks {first} and {one['rank']} share {one['device']} on {one['host']}: start one process per "
+                    "GPU, each with its own LOCAL_RANK"
                 )
 
 
