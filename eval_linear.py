@@ -25,9 +25,7 @@ from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError
 from cplearn.evaluation import cli
 from cplearn.evaluation.features import Features, Model, backbone_features, get_features, has_features, load_model
-from cplearn.flags import ArgumentParser, bool_flag, positive
-from cplearn.schedules import cosine
-from cplearn.text import format_table
+from utils import ArgumentParser, bool_flag, cosine, format_table, positive
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> this rank's (features, labels) of its steps
 

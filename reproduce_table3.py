@@ -21,8 +21,6 @@ from pathlib import Path
 import run_with_submitit
 from cplearn import errors
 from cplearn.errors import UserError, WriteError
-from cplearn.files import check_output_dir
-from cplearn.flags import ArgumentParser, expand_paths, positive
 from cplearn.slurm.checks import check_partition, check_slurm
 from cplearn.slurm.submit import Resources
 from cplearn.tables.cells import Grid, Settings, paper_batch, timed_epochs
@@ -31,6 +29,7 @@ from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES
 from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
+from utils import ArgumentParser, check_output_dir, expand_paths, positive
 
 # Flags of main_cplearn.py that the grid sets itself.
 GRIDS_OWN = ("--output_dir", "--seed", "--out_dim", "--method", "--epochs", "--batch_size_per_gpu", "--data_path")
