@@ -22,9 +22,7 @@ from cplearn.errors import UserError
 from cplearn.evaluation import cli, collapse
 from cplearn.evaluation.collapse_figures import write_csv
 from cplearn.evaluation.features import Features, get_features, load_model
-from cplearn.files import check_output_dir
-from cplearn.flags import ArgumentParser, positive
-from cplearn.text import format_table
+from utils import ArgumentParser, check_output_dir, format_table, positive
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")
 

@@ -31,8 +31,7 @@ from cplearn.evaluation import cli
 from cplearn.evaluation.collapse_figures import draw_figures
 from cplearn.evaluation.collapse_numbers import Network, collapse_metrics, mixture_entropy, scaled
 from cplearn.evaluation.features import Model, get_features, load_model, read_weights
-from cplearn.flags import ArgumentParser, bool_flag, positive
-from cplearn.text import format_table
+from utils import ArgumentParser, bool_flag, format_table, positive
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -40,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("--checkpoints", nargs="+", default=None, help="Several networks in one figure, instead of --pretrained_weights")
     parser.add_argument("--labels", nargs="+", default=None, help="Their names in figures and results (default: their folders)")
-    parser.add_argument("--baseline", type=bool_flag, default=True, help="Also the first network at random initialisation")
+    parser.add_argument("--baseline", type=bool_flag, default=True, help="Also the first network at random initialization")
     parser.add_argument("--split", default="val", choices=("val", "train"), help="Images to look at")
     parser.add_argument("--components", type=positive(int), nargs="*", default=[10, 20, 50, 100, 200, 500, 1000], help="Sizes of the mixtures; none to leave them out")
     parser.add_argument("--mc_samples", type=int, default=10_000, help="Samples of each mixture, for its entropy")

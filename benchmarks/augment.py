@@ -1,8 +1,8 @@
-"""Colour half of DINO's views: batched on the device, against torchvision's v2 transforms image by image.
+"""Color half of DINO's views: batched on the device, against torchvision's v2 transforms image by image.
 
     python benchmarks/augment.py [--device cuda]
 
-Prints milliseconds a batch and the ratio, both measured in this run. The peer applies ColorJitter,
+Prints milliseconds per batch and the ratio, both measured in this run. The peer applies ColorJitter,
 RandomGrayscale, GaussianBlur and RandomSolarize with the same probabilities and strengths.
 """
 
@@ -16,7 +16,7 @@ import torch
 import torchvision.transforms.v2 as v2
 from torch.utils.data import default_collate
 
-from cplearn.data.augmentations import MEAN, STD, build_views, colour, draw, rng_for
+from cplearn.data.augmentations import MEAN, STD, build_views, color, draw, rng_for
 from cplearn.text import format_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -55,13 +55,13 @@ def main() -> None:
                 [
                     v2.ToDtype(torch.float32, scale=True),
                     v2.RandomApply([v2.ColorJitter(*view.jitter)], p=view.jitter_p),
-                    v2.RandomGrayscale(view.grey_p),
+                    v2.RandomGrayscale(view.gray_p),
                     v2.RandomApply([v2.GaussianBlur(13, view.blur_sigma)], p=view.blur_p),
-                    v2.RandomSolarize(128 / 255, view.solarise_p),
+                    v2.RandomSolarize(128 / 255, view.solarize_p),
                     v2.Normalize(MEAN, STD),
                 ]
             )
-            ours = milliseconds(lambda x=pixels, p=params, v=view: colour(x, p, v), args.device, args.repeats)
+            ours = milliseconds(lambda x=pixels, p=params, v=view: color(x, p, v), args.device, args.repeats)
             theirs = milliseconds(
                 lambda x=pixels, t=peer: torch.stack([t(image) for image in x]), args.device, args.repeats
             )
@@ -69,7 +69,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.repeats} repeats, median"
     )
-    print(format_table(rows, ("colour half", "batched (ms)", "torchvision v2 (ms)", "ratio")))
+    print(format_table(rows, ("color half", "batched (ms)", "torchvision v2 (ms)", "ratio")))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def sweeps(args) -> None:
 
 
 def curvature(args) -> None:
-    """In float64, at the initialisation of a real network: second differences of the loss along both directions."""
+    """In float64, at the initialization of a real network: second differences of the loss along both directions."""
     flags = main_cplearn.parse_args([*COMMON.split(), "--out_dim", "512"])
     torch.manual_seed(args.seeds[0])
     method = build_method(flags).eval()
@@ -176,7 +176,7 @@ def curvature(args) -> None:
     method.train()  # statistics of this batch
     with torch.no_grad():
         logits = method.head.logits(
-            method.embed(method.backbone(augmentations.normalise(augmentations.to_float(pixels))))
+            method.embed(method.backbone(augmentations.normalize(augmentations.to_float(pixels))))
         )
     logits = logits.double() - logits.double().mean(1, keepdim=True)
     shared = logits.mean(0, keepdim=True).expand_as(logits)

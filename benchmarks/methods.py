@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py cost --arch vit_small --out_dim 128 16384
 
-Forward, backward and optimiser on random images, each cell in a process of its own, one after the other;
+Forward, backward and optimizer on random images, each cell in a process of its own, one after the other;
 medians, and the highest resident (on a GPU: allocated) memory beyond that before the method was built. Columns are
 ratios to CPLearn's cell of the same run.
 """
@@ -30,7 +30,7 @@ from loss import memory_in_process  # noqa: E402
 
 
 def one_cell(args, method: str, out_dim: int) -> dict[str, float]:
-    """In this process. Milliseconds a step, and MiB."""
+    """In this process. Milliseconds per step, and MiB."""
     device = torch.device(args.device)
     size = [] if method != "gedi_gen" else ["--sgld_buffer", "1000"]
     flags = main_cplearn.parse_args(

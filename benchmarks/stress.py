@@ -53,7 +53,7 @@ from cplearn.training.run_control import StopSignals  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
-# Drop path, batch norm, a prior buffer and an optimiser with state: whatever a continuation could get wrong.
+# Drop path, batch norm, a prior buffer and an optimizer with state: whatever a continuation could get wrong.
 RUN = ["--arch", "timm:test_vit", "--drop_path_rate", "0.3", "--image_size", "32", "--out_dim", "64", "--embed_dim",
        "32", "--epochs", "3", "--warmup_epochs", "1", "--batch_size_per_gpu", "48", "--prior_buffer", "3", 
        "--print_freq", "7", "--saveckp_freq", "1", "--device", "cpu"]  # fmt: skip
@@ -130,7 +130,7 @@ def same(a, b) -> bool:
 
 
 def same_run(a: Path, b: Path) -> bool:
-    """Weights, optimiser, counters, log lines and the numbered checkpoints, bit by bit."""
+    """Weights, optimizer, counters, log lines and the numbered checkpoints, bit by bit."""
     (one, log_one), (two, log_two) = weights_and_log(a), weights_and_log(b)
     numbered = [sorted(p.name for p in out.glob("checkpoint0*.pth")) for out in (a, b)]
     if numbered[0] != numbered[1]:
@@ -351,11 +351,11 @@ def odd_images(folder: Path, each: int, rng: random.Random) -> dict[str, bool]:
         "JPEG": (".jpg", True, encoded),
         "progressive JPEG": (".jpg", True, lambda: encoded(progressive=True)),
         "CMYK JPEG": (".jpg", True, lambda: encoded(image=picture("CMYK"))),
-        "grey JPEG": (".jpeg", True, lambda: encoded(image=picture("L"))),
+        "gray JPEG": (".jpeg", True, lambda: encoded(image=picture("L"))),
         "JPEG with EXIF rotation": (".JPG", True, turned),
         "16-bit PNG": (".png", True, lambda: encoded("PNG", deep())),
         "palette PNG with transparency": (".png", True, transparent),
-        "grey and alpha PNG": (".png", True, lambda: encoded("PNG", picture("LA"))),
+        "gray and alpha PNG": (".png", True, lambda: encoded("PNG", picture("LA"))),
         "1-bit PNG": (".png", True, lambda: encoded("PNG", picture("1"))),
         "animated GIF": (".gif", True, frames),
         "PNG called .jpg": (".jpg", True, lambda: encoded("PNG")),

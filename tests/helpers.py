@@ -99,14 +99,14 @@ def spoil(monkeypatch, steps):
     """Turn the pixels of these steps into NaN on the device."""
     from cplearn.data import augmentations
 
-    colour, calls = augmentations.colour, []
+    color, calls = augmentations.color, []
 
     def spoiled(pixels, params, view):
         calls.append(1)
-        x = colour(pixels, params, view)
+        x = color(pixels, params, view)
         return x * float("nan") if (len(calls) - 1) // 2 in steps else x  # two views per step
 
-    monkeypatch.setattr(augmentations, "colour", spoiled)
+    monkeypatch.setattr(augmentations, "color", spoiled)
 
 
 # A run that is long enough to be interrupted.

@@ -63,7 +63,7 @@ def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) 
         if axis.lines:
             axis.legend(fontsize=8)
     axes[0].set_ylabel("singular value / largest")
-    save(figure, out, "spectrum")
+    save_figure(figure, out, "spectrum")
     write_csv(out / "spectrum.csv", ("network", "of", "index", "singular value"), rows)
 
 
@@ -82,7 +82,7 @@ def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> 
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    save(figure, out, "mixture")
+    save_figure(figure, out, "mixture")
     write_csv(out / "mixture.csv", ("network", "components", "nats a dimension", "fit"), rows)
 
 
@@ -108,7 +108,7 @@ def plot_matrices(out: Path, networks: list[Network], shown: int, seed: int) -> 
     axes[0, 0].set_ylabel("covariance / largest entry")
     axes[1, 0].set_ylabel("cosine of embeddings")
     figure.colorbar(image, ax=axes, shrink=0.6)
-    save(figure, out, "matrices")
+    save_figure(figure, out, "matrices")
 
 
 def plot_codes(out: Path, networks: list[Network]) -> None:
@@ -138,7 +138,7 @@ def plot_codes(out: Path, networks: list[Network]) -> None:
         axis.grid(alpha=0.3, which="both")
         if axis.lines:
             axis.legend(fontsize=8)
-    save(figure, out, "codes")
+    save_figure(figure, out, "codes")
     write_csv(out / "codes.csv", ("network", "of", "x", "y"), rows)
 
 
@@ -164,7 +164,7 @@ def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> Non
         axis.scatter(*place.T, c=color, cmap="tab10" if len(set(color)) <= 10 else "nipy_spectral", s=3)
         axis.set_xlabel(f"{len(some)} images, by {'class' if data.classes else 'code'}")
         rows += [(network.label, data.names[i], f"{a:.4g}", f"{b:.4g}") for i, (a, b) in zip(some, place, strict=True)]
-    save(figure, out, "tsne")
+    save_figure(figure, out, "tsne")
     write_csv(out / "tsne.csv", ("network", "image", "x", "y"), rows)
 
 
@@ -188,7 +188,7 @@ def sample_rows(n: int, most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
 
-def save(figure, out: Path, name: str) -> None:
+def save_figure(figure, out: Path, name: str) -> None:
     """Write a figure as PNG and forget it."""
     figure.savefig(out / f"{name}.png", dpi=120)
     pyplot().close(figure)

@@ -26,12 +26,12 @@ def test_knn_equals_a_loop():
             top1 += ranked[0] == y
             top5 += y in ranked[:5]
         assert got[f"knn{k}_top1"] == pytest.approx(top1 / 25)
-        if k >= 9:  # with fewer neighbours than classes the fifth place is a tie of empty votes
+        if k >= 9:  # with fewer neighbors than classes the fifth place is a tie of empty votes
             assert got[f"knn{k}_top5"] == pytest.approx(top5 / 25, abs=0.05)
 
 
 def test_knn_of_separated_classes_is_perfect():
-    centres = 10 * torch.eye(4)
+    centers = 10 * torch.eye(4)
     labels = torch.arange(4).repeat(20)
-    features = centres[labels] + 0.1 * torch.randn(80, 4)
+    features = centers[labels] + 0.1 * torch.randn(80, 4)
     assert knn(features, labels, features, labels, ks=[5], temperature=0.07)["knn5_top1"] == 1
