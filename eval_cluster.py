@@ -20,9 +20,8 @@ from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.evaluation import cli, collapse
-from cplearn.evaluation.collapse_figures import write_csv
 from cplearn.evaluation.features import Features, get_features, load_model
-from cplearn.files import check_output_dir
+from cplearn.files import check_output_dir, write_csv
 from cplearn.flags import ArgumentParser, positive
 from cplearn.text import format_table
 
