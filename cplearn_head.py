@@ -1,18 +1,23 @@
-"""CPLearn: the projector, the loss, and the method that ties them together.
+"""CPLearn's head and loss: projector, frozen codes, and the terms of the loss in plain form.
 
 Sansone, Lebailly, Tuytelaars, "Collapse-Proof Non-Contrastive Self-Supervised Learning", ICML 2025.
 
     z = g(view)                        backbone                                         (n, f)
-    h = phi(BN(A z + b))               embedding, phi = tanh or L2 normalisation        (n, f_h)
+    h = phi(BN(A z + b))               embedding, phi = tanh or L2 normalization        (n, f_h)
     logits = s * kappa * h W           W in {-1, +1}^(f_h x c), frozen                  (n, c)
     p = softmax(logits)                soft assignment to the c codes
     loss = beta * CE(p, p') + KL(mean p || uniform), symmetric in the views
 
-Letters: n images a rank, f backbone width, f_h `embed_dim`, c `out_dim` (the number of codes). Everything
-is in log space and float32. There is no teacher, no stop-gradient, no centring and no predictor.
+Letters: n images per rank, f backbone width, f_h `embed_dim`, c `out_dim` (the number of codes). Everything
+is in log space and float32. There is no teacher, no stop-gradient, no centering and no predictor.
 
-The loss here is the plain form, which stores the (n, c) logits: the definition. Training takes the same numbers from
-`dictionary_attention.streamed_loss`. The dictionary W is in `dictionaries.py`.
+In a training loop of your own:
+
+    head = CPLearnHead(in_dim=backbone.num_features, out_dim=16384)
+    loss, terms = head.loss([backbone(view1), backbone(view2)], beta=0.25)
+
+The loss here is the plain form, which stores the (n, c) logits: the definition. `CPLearnHead.loss` takes the same
+numbers from `cplearn.dictionary.streamed_loss`. The method that trains a backbone is `cplearn.methods.cplearn`.
 """
 
 import math

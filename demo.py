@@ -18,9 +18,8 @@ import main_cplearn
 from cplearn import checkpoints, errors
 from cplearn.evaluation.collapse_figures import pyplot, save_figure
 from cplearn.files import read_json, read_json_lines
-from cplearn.flags import ArgumentParser, positive
 from cplearn.host import ROOT
-from cplearn.text import format_table
+from utils import ArgumentParser, format_table, positive
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:

@@ -21,9 +21,8 @@ from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.evaluation import cli, collapse
 from cplearn.evaluation.features import Features, get_features, load_model
-from cplearn.files import check_output_dir, write_csv
-from cplearn.flags import ArgumentParser, positive
-from cplearn.text import format_table
+from cplearn.files import write_csv
+from utils import ArgumentParser, check_output_dir, format_table, positive
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")
 

@@ -31,8 +31,7 @@ from cplearn.evaluation import cli
 from cplearn.evaluation.collapse_figures import draw_figures
 from cplearn.evaluation.collapse_numbers import Network, collapse_metrics, mixture_entropy, scaled
 from cplearn.evaluation.features import Model, get_features, load_model, read_weights
-from cplearn.flags import ArgumentParser, bool_flag, positive
-from cplearn.text import format_table
+from utils import ArgumentParser, bool_flag, format_table, positive
 
 
 def get_args_parser() -> argparse.ArgumentParser:

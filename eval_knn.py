@@ -12,8 +12,7 @@ from cplearn.distributed import collectives
 from cplearn.evaluation import cli
 from cplearn.evaluation.features import get_features, load_model
 from cplearn.evaluation.knn import knn
-from cplearn.flags import ArgumentParser, positive
-from cplearn.text import format_table
+from utils import ArgumentParser, format_table, positive
 
 
 def get_args_parser() -> argparse.ArgumentParser:

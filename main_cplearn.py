@@ -23,7 +23,6 @@ from cplearn import backbones, checkpoints, errors, random_streams
 from cplearn.data import augmentations, datasets, loaders
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.flags import fraction, fraction_below_one, nonnegative, positive
 from cplearn.methods import METHODS, build_method, method_class
 from cplearn.precision import autocast, choose_precision
 from cplearn.training.bad_batches import BadImages, BadSteps, RunningStatistics, check_gradients
@@ -36,7 +35,16 @@ from cplearn.training.resume import resume, save
 from cplearn.training.run import Run
 from cplearn.training.run_control import StopSignals
 from cplearn.training.votes import act_on_votes, count, stop_if_asked, vote
-from utils import ArgumentParser, bool_flag, check_output_dir, expand_paths
+from utils import (
+    ArgumentParser,
+    bool_flag,
+    check_output_dir,
+    expand_paths,
+    fraction,
+    fraction_below_one,
+    nonnegative,
+    positive,
+)
 
 
 def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
@@ -109,7 +117,7 @@ def train_one_epoch(run: Run) -> dict:
     for crops, _, samples, failures in run.rest_of_epoch():
         lr = set_schedules(optimizer, run.step, run.steps_per_epoch, args)
         random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, collectives.rank())  # drop path
-        images = augmentations.colour_views(crops, run.views, run.device)
+        images = augmentations.color_views(crops, run.views, run.device)
         method.before_step(run.step, run.steps_per_epoch, args.epochs)
         statistics.keep()
         with autocast(run.device, args.precision):

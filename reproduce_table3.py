@@ -21,8 +21,6 @@ from pathlib import Path
 import run_with_submitit
 from cplearn import errors
 from cplearn.errors import UserError, WriteError
-from cplearn.files import check_output_dir
-from cplearn.flags import ArgumentParser, expand_paths, positive
 from cplearn.slurm.checks import check_partition, check_slurm
 from cplearn.slurm.submit import Resources
 from cplearn.tables.cells import Grid, Settings, paper_batch, timed_epochs
@@ -31,6 +29,7 @@ from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES
 from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
+from utils import ArgumentParser, check_output_dir, expand_paths, positive
 
 # Flags of main_cplearn.py that the grid sets itself.
 GRIDS_OWN = ("--output_dir", "--seed", "--out_dim", "--method", "--epochs", "--batch_size_per_gpu", "--data_path")
@@ -95,6 +94,7 @@ def parse_launcher_flags(rest: list[str]) -> argparse.Namespace:
     """Parse the flags of run_with_submitit.py. Raises `UserError` for those that the grid sets itself."""
     launcher, unknown = run_with_submitit.parse_args(rest)
     wrong = unknown or [f"--nodes {launcher.nodes}"] * (launcher.nodes > 1)
+    wrong = wrong or [f"--script {launcher.script}"] * (launcher.script != "main_cplearn")
     for name in ("then", "local", "status", "name"):
         wrong = wrong or [f"--{name}"] * bool(getattr(launcher, name))
     if wrong:
@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with FolderLock(args.output_dir):
         whole = grid.save()  # with the cells of earlier commands
         states = snapshot(whole)
-        record_trained(whole, states)
         if launcher:
+            record_trained(whole, states)
             run_on_slurm(grid, states, args.jobs, resources, launcher.dependency)
             print(f"State: reproduce_table3.py --output_dir {shlex.quote(args.output_dir)} --status")
             return
@@ -150,7 +150,6 @@ def print_status(folder: Path) -> None:
     """Print the state of every cell, and the table so far."""
     grid = Grid.load(folder)
     states = snapshot(grid)
-    record_trained(grid, states)
     print("\n".join(status_lines(grid, states)))
     report(grid, states)
     table = folder / f"table{grid.settings.table}.md"
@@ -228,8 +227,12 @@ def train_command(settings: Settings, rest: list[str], launcher: argparse.Namesp
 
 
 def report(grid: Grid, states: dict[str, CellState]) -> None:
-    """Write the table of the complete cells. A full disk must not stop the other cells."""
+    """Write the table of the complete cells, and what is known of training jobs.
+
+    A full disk must not stop the other cells, nor another user's folder --status.
+    """
     try:
+        record_trained(grid, states)
         write(grid, states)
     except (OSError, WriteError) as error:
         print(f"WARNING: the table could not be written: {error}")

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from cplearn import errors
 from cplearn.errors import UserError
-from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import ROOT
 from cplearn.slurm import checks
 from cplearn.slurm.status import FOLDER, status
 from cplearn.slurm.submit import JobRequest, Resources, batch_script, submit
+from utils import ArgumentParser, nonnegative, positive
 
 SCRIPTS = ("main_cplearn", *sorted(path.stem for path in ROOT.glob("eval_*.py")))
 # What --then eval runs after pre-training, one after the other: their results go to one file.

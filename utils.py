@@ -1,7 +1,18 @@
-"""What the scripts share, under one short name. Each thing lives in the package: see there."""
+"""What the scripts share, under one short name: arguments, schedules, printed tables. Standard library only.
+
+The package `cplearn` does not import this file: each thing is defined where its import says.
+"""
 
 from cplearn.files import check_output_dir
-from cplearn.flags import ArgumentParser, bool_flag, expand_paths
+from cplearn.flags import (
+    ArgumentParser,
+    bool_flag,
+    expand_paths,
+    fraction,
+    fraction_below_one,
+    nonnegative,
+    positive,
+)
 from cplearn.schedules import cosine, lr_at
 from cplearn.text import format_duration, format_table
 
@@ -13,5 +24,9 @@ __all__ = [
     "expand_paths",
     "format_duration",
     "format_table",
+    "fraction",
+    "fraction_below_one",
     "lr_at",
+    "nonnegative",
+    "positive",
 ]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measure import seconds
 
 from cplearn import errors
-from cplearn.data.augmentations import MEAN, STD, View, build_views, colour, draw, rng_for
+from cplearn.data.augmentations import MEAN, STD, View, build_views, color, draw, rng_for
 from cplearn.flags import ArgumentParser, positive
 from cplearn.text import format_table
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for index, view in enumerate(views):
             params = default_collate([draw(view, size, size, rng_for(0, 0, i, index)) for i in range(n)])
             peer = torchvision_transform(view)
-            ours = milliseconds(lambda x=pixels, p=params, v=view: colour(x, p, v), device, args.repeats)
+            ours = milliseconds(lambda x=pixels, p=params, v=view: color(x, p, v), device, args.repeats)
             theirs = milliseconds(lambda x=pixels, t=peer: torch.stack([t(image) for image in x]), device, args.repeats)
             rows.append((f"{n} images, {size} px, view {index + 1}", ours, theirs, ours / theirs))
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {args.repeats} repeats, median")
@@ -55,9 +55,9 @@ def torchvision_transform(view: View) -> Callable[[torch.Tensor], torch.Tensor]:
         [
             v2.ToDtype(torch.float32, scale=True),
             v2.RandomApply([v2.ColorJitter(*view.jitter)], p=view.jitter_p),
-            v2.RandomGrayscale(view.grey_p),
+            v2.RandomGrayscale(view.gray_p),
             v2.RandomApply([v2.GaussianBlur(13, view.blur_sigma)], p=view.blur_p),
-            v2.RandomSolarize(128 / 255, view.solarise_p),
+            v2.RandomSolarize(128 / 255, view.solarize_p),
             v2.Normalize(MEAN, STD),
         ]
     )

@@ -45,13 +45,15 @@ from cplearn import checkpoints, errors  # noqa: E402
 from cplearn.data import datasets  # noqa: E402
 from cplearn.errors import LocalError, UserError  # noqa: E402
 from cplearn.host import git_commit  # noqa: E402
+from cplearn.precision import choose_precision  # noqa: E402
 from cplearn.text import format_table  # noqa: E402
 from cplearn.training.folder_lock import FolderLock  # noqa: E402
 from cplearn.training.resume import save  # noqa: E402
+from cplearn.training.run_control import StopSignals  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 
-# Drop path, batch norm, a prior buffer and an optimiser with state: whatever a continuation could get wrong.
+# Drop path, batch norm, a prior buffer and an optimizer with state: whatever a continuation could get wrong.
 RUN = ["--arch", "timm:test_vit", "--drop_path_rate", "0.3", "--image_size", "32", "--out_dim", "64", "--embed_dim",
        "32", "--epochs", "3", "--warmup_epochs", "1", "--batch_size_per_gpu", "48", "--prior_buffer", "3", 
        "--print_freq", "7", "--saveckp_freq", "1", "--device", "cpu"]  # fmt: skip
@@ -128,7 +130,7 @@ def same(a, b) -> bool:
 
 
 def same_run(a: Path, b: Path) -> bool:
-    """Weights, optimiser, counters, log lines and the numbered checkpoints, bit by bit."""
+    """Weights, optimizer, counters, log lines and the numbered checkpoints, bit by bit."""
     (one, log_one), (two, log_two) = weights_and_log(a), weights_and_log(b)
     numbered = [sorted(p.name for p in out.glob("checkpoint0*.pth")) for out in (a, b)]
     if numbered[0] != numbered[1]:
@@ -349,11 +351,11 @@ def odd_images(folder: Path, each: int, rng: random.Random) -> dict[str, bool]:
         "JPEG": (".jpg", True, encoded),
         "progressive JPEG": (".jpg", True, lambda: encoded(progressive=True)),
         "CMYK JPEG": (".jpg", True, lambda: encoded(image=picture("CMYK"))),
-        "grey JPEG": (".jpeg", True, lambda: encoded(image=picture("L"))),
+        "gray JPEG": (".jpeg", True, lambda: encoded(image=picture("L"))),
         "JPEG with EXIF rotation": (".JPG", True, turned),
         "16-bit PNG": (".png", True, lambda: encoded("PNG", deep())),
         "palette PNG with transparency": (".png", True, transparent),
-        "grey and alpha PNG": (".png", True, lambda: encoded("PNG", picture("LA"))),
+        "gray and alpha PNG": (".png", True, lambda: encoded("PNG", picture("LA"))),
         "1-bit PNG": (".png", True, lambda: encoded("PNG", picture("1"))),
         "animated GIF": (".gif", True, frames),
         "PNG called .jpg": (".jpg", True, lambda: encoded("PNG")),
@@ -462,12 +464,12 @@ def overhead(folder: Path) -> list[tuple]:
     args = main_cplearn.parse_args(["--arch", "vit_small", "--out_dim", "131072", "--device", "cpu", "--output_dir",
                                     str(folder / "vit"), "--num_workers", "0", "--use_fp16", "false"])  # fmt: skip
     device = torch.device("cpu")
-    main_cplearn.choose_precision(args, device)
+    choose_precision(args, device)
     Path(args.output_dir).mkdir(parents=True)
     stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
     try:
         lock = FolderLock(args.output_dir).__enter__()
-        run = main_cplearn.build(args, device, lock)
+        run = main_cplearn.build(args, device, lock, StopSignals())
     finally:
         sys.stdout = stdout
     for p in run.method.parameters():

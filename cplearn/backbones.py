@@ -86,7 +86,7 @@ SLOPE = 0.2  # of every LeakyReLU (paper, Table 5)
 
 
 class _Block(nn.Module):
-    """Pre-activation block without normalisation (paper, Table 5): two 3x3 convolutions and a shortcut.
+    """Pre-activation block without normalization (paper, Table 5): two 3x3 convolutions and a shortcut.
 
     The shortcuts of blocks 2 to 4 are not printed in the paper: the pooled identity, or the identity.
     """
@@ -108,7 +108,7 @@ class _Block(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """ResNet-8 of the paper's Table 5: width F = 128 (256 for CIFAR-100), no normalisation layers.
+    """ResNet-8 of the paper's Table 5: width F = 128 (256 for CIFAR-100), no normalization layers.
 
     `norm=True` puts batch norm behind every 3x3 convolution: not the paper's network, but one that learns in
     minutes on a CPU (results/cifar10_dictionary_size.md).

@@ -24,10 +24,8 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
         probe.write_bytes(b"x")
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        mend = "free some space and run again" if full else "choose another folder"
-        raise (WriteError if full else UserError)(
-            f"{flag} {path} cannot be written: {error.strerror}; {mend}"
-        ) from None
+        fix = "free some space and run again" if full else "choose another folder"
+        raise (WriteError if full else UserError)(f"{flag} {path} cannot be written: {error.strerror}; {fix}") from None
     finally:
         remove_quietly(probe)
 

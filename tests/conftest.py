@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is first imported
 
+torch.set_num_threads(1)  # everything here is small: more threads would only wait for one another
+
 TESTS = Path(__file__).resolve().parent
 for folder in (TESTS, TESTS.parent):
     sys.path.insert(0, str(folder))

@@ -5,6 +5,7 @@ Nothing heavy is imported here: a spawned process imports this module to find th
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -98,14 +99,14 @@ def spoil(monkeypatch, steps):
     """Turn the pixels of these steps into NaN on the device."""
     from cplearn.data import augmentations
 
-    colour, calls = augmentations.colour, []
+    color, calls = augmentations.color, []
 
     def spoiled(pixels, params, view):
         calls.append(1)
-        x = colour(pixels, params, view)
+        x = color(pixels, params, view)
         return x * float("nan") if (len(calls) - 1) // 2 in steps else x  # two views per step
 
-    monkeypatch.setattr(augmentations, "colour", spoiled)
+    monkeypatch.setattr(augmentations, "color", spoiled)
 
 
 # A run that is long enough to be interrupted.
@@ -156,11 +157,18 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 36), see
 
 # --- processes -----------------------------------------------------------------------------------------------
 
+# Processes are forked from a server that has imported everything and used nothing, which takes milliseconds; a new
+# interpreter takes seconds.
+SERVER = mp.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "main_cplearn", "eval_knn", "eval_linear", "eval_cluster"])
 
-def _entry(rank: int, world: int, init_file: str, function, args, results: str) -> None:
+
+def _entry(rank: int, world: int, init_file: str, environment: dict, function, args, results: str) -> None:
     from cplearn.distributed import launch
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                      LOCAL_WORLD_SIZE=str(world))  # fmt: skip
     torch.set_num_threads(1)
     launch.init(f"file://{init_file}", "cpu")
     torch.save(function(rank, *args), f"{results}.{rank}")
@@ -171,8 +179,44 @@ def run_in_processes(tmp_path: Path, function, *args, world: int = 2) -> list:
     """Run function(rank, *args) in `world` gloo processes and return its values in rank order."""
     results = str(tmp_path / f"results_{function.__name__}")
     init_file = str(tmp_path / f"init_{function.__name__}")
-    mp.spawn(_entry, (world, init_file, function, args, results), nprocs=world)
+    common = (world, init_file, dict(os.environ), function, args, results)
+    mp.start_processes(_entry, common, nprocs=world, start_method="forkserver")
     return [torch.load(f"{results}.{rank}", weights_only=True) for rank in range(world)]
+
+
+class Script:
+    """A script of the checkout in a process of its own, its output in files. Like subprocess.Popen in what it has."""
+
+    def __init__(self, folder: Path, *command, **env):
+        self.args, self.files = [str(x) for x in command], [folder / f"std{name}.txt" for name in ("out", "err")]
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **env}
+        self.process = SERVER.Process(target=_script, args=(self.args, environment, *map(str, self.files)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Wait for its end, and return its exit code and what it wrote."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"{self.args}: {[path.read_text()[-1000:] for path in self.files]}")
+        return subprocess.CompletedProcess(self.args, self.process.exitcode, *(path.read_text() for path in self.files))
+
+
+def _script(command: list[str], environment: dict, out: str, err: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    torch.set_num_threads(1)
+    sys.argv = command
+    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
 
 # --- methods -------------------------------------------------------------------------------------------------

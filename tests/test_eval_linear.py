@@ -15,8 +15,8 @@ from cplearn.errors import UserError
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_linear_probe_separates_what_is_separable(optimizer, tmp_path):
     labels = torch.arange(3).repeat(30)
-    centres = torch.tensor([[0.0, 1.0], [0.9, -0.5], [-0.9, -0.5]])
-    state = dict(features=centres[labels] + 0.05 * torch.randn(90, 2), labels=labels, codes=None, names=[""] * 90,
+    centers = torch.tensor([[0.0, 1.0], [0.9, -0.5], [-0.9, -0.5]])
+    state = dict(features=centers[labels] + 0.05 * torch.randn(90, 2), labels=labels, codes=None, names=[""] * 90,
                  classes=["a", "b", "c"], out_dim=None, arch="resnet8", source={"weights": "none"})  # fmt: skip
     for split in ("train", "val"):
         checkpoints.save(tmp_path / f"features_{split}_last1.pth", state)
@@ -80,7 +80,7 @@ def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
         ["--pretrained_weights", str(out / "checkpoint.pth"), "--epochs", "1", "--augment", "false", *common]
     )
     record = last_result(out)
-    assert record["flags"]["n_last_blocks"] == 4 and record["flags"]["standardise"] is False
+    assert record["flags"]["n_last_blocks"] == 4 and record["flags"]["standardize"] is False
     state = checkpoints.load(next(out.glob("linear_*.pth")))
     assert state["classifier"]["1.weight"].shape == (3, 1536)
 

@@ -7,7 +7,7 @@ from cplearn.random_streams import FOR_ORDER, hash64, random_bits, random_normal
 
 
 def splitmix64(x: int) -> int:
-    """The finaliser with Python's unbounded integers."""
+    """The finalizer with Python's unbounded integers."""
     mask = 2**64 - 1
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask

@@ -1,80 +1,132 @@
-"""Every command in the README and in the recipes' comments parses; every file has its line."""
+"""Documents against the code: every command parses, every make target and link exists, every file has its line."""
 
+import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
-import demo
-import eval_cluster
-import eval_collapse
-import eval_knn
-import eval_linear
 import main_cplearn
 import reproduce_table3
 import run_with_submitit
+from cplearn import checkpoints
+from cplearn.data import imagenet100
+from cplearn.errors import UserError
 
-README = (ROOT / "README.md").read_text()
-PARSERS = {
-    "eval_knn.py": eval_knn.get_args_parser().parse_args,
-    "eval_linear.py": eval_linear.get_args_parser().parse_args,
-    "eval_cluster.py": eval_cluster.get_args_parser().parse_args,
-    "eval_collapse.py": eval_collapse.get_args_parser().parse_args,
-}
-
-
-BENCHMARKS = [f"benchmarks/{name}.py" for name in ("augment", "collapse", "loss", "methods", "stress")]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")], key=lambda p: str(p.relative_to(ROOT))
+)
+RECIPES = sorted(ROOT.glob("recipes/*.txt"))
+FILES = ROOT / "docs" / "files.md"
+EVALUATIONS = ("eval_knn.py", "eval_linear.py", "eval_cluster.py", "eval_collapse.py")
 
 
 def commands(text: str) -> list[str]:
-    """Lines that start python or torchrun, continuation lines joined, comment marks removed."""
+    """Return lines that start python or torchrun, continuation lines joined, comment marks removed."""
     lines = re.sub(r"^#\s?", "", text, flags=re.MULTILINE)
     joined = re.sub(r"\\\n\s*", " ", lines)
     return [x.strip() for x in joined.splitlines() if re.match(r"\s*(\S*/)?(python|torchrun) ", x)]
 
 
 def everything() -> list[str]:
-    found = commands(README) + commands((ROOT / "RESULTS.md").read_text())
-    for path in sorted((ROOT / "recipes").glob("*.txt")):
-        found += commands(path.read_text())
-    return sorted(set(found))
+    return sorted({x for page in (*PAGES, *RECIPES) for x in commands(page.read_text())})
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """Return what is run, a file or a module, and its flags."""
+    words = shlex.split(command, comments=True)
+    if "-m" in words:
+        at = words.index("-m") + 1
+    else:
+        (at,) = (i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[at], words[at + 1 :]
 
 
 @pytest.mark.parametrize("command", everything())
 def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command, comments=True)
-    (script,) = [w for w in words if w.endswith(".py")]
-    flags = words[words.index(script) + 1 :]
+    script, flags = split(command)
     if script == "main_cplearn.py":
-        args = main_cplearn.parse_args(flags)
-        assert args.out_dim > 1
+        assert main_cplearn.parse_args(flags).out_dim > 1
     elif script == "run_with_submitit.py":
         args, rest = run_with_submitit.parse_args(flags)
         assert args.status or run_with_submitit.check_flags(args, rest)
     elif script == "reproduce_table3.py":
         reproduce_table3.parse_args(flags)
-    elif script in PARSERS:
-        PARSERS[script](flags)
-    else:
-        assert (ROOT / script).is_file() and script in ("demo.py", "datasets.py", *BENCHMARKS)
+    elif script in EVALUATIONS:
+        importlib.import_module(script[:-3]).get_args_parser().parse_args(flags)
+    elif script == "cplearn.data.imagenet100":
+        imagenet100.get_args_parser().parse_args(flags)
+    elif script == "cplearn.checkpoints":
+        with pytest.raises(UserError, match="does not exist"):  # the flags are right, the file is not here
+            checkpoints.main(flags)
+    elif script != "venv":
+        source = (ROOT / script).read_text()
+        assert script == "demo.py" or script.startswith("benchmarks/")
+        names = [flag.split("=")[0] for flag in flags if flag.startswith("--")]
+        assert [name for name in names if f'"{name}"' not in source] == []
 
 
-def test_the_readme_shows_commands_of_every_script():
-    text = "\n".join(commands(README))
-    for script in ("main_cplearn.py", "run_with_submitit.py", "reproduce_table3.py", *PARSERS):
-        assert script in text
-    assert "torchrun main_cplearn.py --arch vit_small --out_dim 131072" in text
-    assert callable(demo.main)
+def test_commands_of_every_script_are_shown():
+    shown = {split(command)[0] for page in PAGES for command in commands(page.read_text())}
+    assert {"main_cplearn.py", "run_with_submitit.py", "reproduce_table3.py", *EVALUATIONS} <= shown
+    assert {"cplearn.data.imagenet100", "cplearn.checkpoints"} <= shown
+    assert "torchrun main_cplearn.py --arch vit_small --out_dim 131072" in (ROOT / "README.md").read_text()
 
 
-def test_the_readme_lists_every_file():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("recipes/*"), *ROOT.glob("*.md")]:
-        if path.name != "README.md":
-            assert f"`{path.name}`" in README or f"`recipes/{path.name}`" in README, path.name
+def test_the_file_table_names_every_file():
+    page = FILES if FILES.exists() else ROOT / "README.md"
+    named = set(re.findall(r"`([^`\s]+)`", page.read_text()))
+    modules = [p for p in ROOT.glob("cplearn/**/*.py") if p.name != "__init__.py"]
+    expected = {p.name for p in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.md")]}
+    expected |= {str(p.relative_to(ROOT)) for p in RECIPES}
+    expected |= {str(p.relative_to(ROOT / "cplearn")) for p in modules}
+    assert "  ".join(sorted(expected - named)) == ""
 
 
-def test_make_targets_of_the_readme_exist():
+def test_the_file_table_names_no_file_that_is_gone():
+    if not FILES.exists():
+        pytest.skip("no docs/files.md")
+    package = FILES.read_text().partition("## The package")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in package.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert len(named) > 30 and [name for name in named if not (ROOT / "cplearn" / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert set(re.findall(r"make ([a-z-]+)\b", README)) - {"sure"} <= targets
+    gone = {"torture"} if page.name == "CHANGELOG.md" else set()
+    named = {
+        a or b for a, b in re.findall(r"`make ([a-z-]+)|^(?: {4}|\t)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert "  ".join(sorted(named - targets - gone)) == ""
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", x) for x in headings)
+    return {re.sub(r"[^\w\- ]", "", x.strip().lower()).replace(" ", "-") for x in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_resolve(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert "  ".join(broken) == ""
+
+
+def test_the_readme_is_read_in_one_sitting():
+    if not (ROOT / "docs").is_dir():
+        pytest.skip("no docs/")
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180

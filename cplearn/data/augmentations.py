@@ -1,7 +1,7 @@
 """How one image becomes views, in two halves.
 
-Geometry (crop, flip) runs in the loader's worker and leaves uint8 pixels. Colour (jitter, grey, blur,
-solarise, noise, normalise) runs batched on the training device. Every random number of a view is drawn from
+Geometry (crop, flip) runs in the loader's worker and leaves uint8 pixels. Color (jitter, gray, blur,
+solarize, noise, normalize) runs batched on the training device. Every random number of a view is drawn from
 (seed, epoch, sample, view) by `draw` and from nothing else, so a view does not depend on which worker made
 it, or when.
 """
@@ -37,32 +37,32 @@ class View:
     flip_p: float = 0.5
     jitter_p: float = 0.0
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-    grey_p: float = 0.0
+    gray_p: float = 0.0
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    solarise_p: float = 0.0
+    solarize_p: float = 0.0
     noise_std: float = 0.0  # of pixels in 0..1
 
 
 def dino_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
     """Return DINO's views: blur on view 1, rarely on 2, half the time on local crops; solarization on view 2."""
-    colour = View(size, scale=global_scale, jitter_p=0.8, grey_p=0.2)
-    local = replace(colour, size=local_size, scale=local_scale, blur_p=0.5)
-    return [replace(colour, blur_p=1.0), replace(colour, blur_p=0.1, solarise_p=0.2), *[local] * n_local]
+    color = View(size, scale=global_scale, jitter_p=0.8, gray_p=0.2)
+    local = replace(color, size=local_size, scale=local_scale, blur_p=0.5)
+    return [replace(color, blur_p=1.0), replace(color, blur_p=0.1, solarize_p=0.2), *[local] * n_local]
 
 
 def cifar_views(size, local_size, n_local, global_scale, local_scale, flip_p=0.5) -> list[View]:
     """Return the paper's views for CIFAR and SVHN (Table 6): pad 4 and crop, rare jitter and gray, noise 0.03."""
-    view = View(size, pad=4, flip_p=flip_p, jitter_p=0.1, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.1, noise_std=0.03)
+    view = View(size, pad=4, flip_p=flip_p, jitter_p=0.1, jitter=(0.4, 0.4, 0.4, 0.1), gray_p=0.1, noise_std=0.03)
     local = replace(view, size=local_size, pad=0, scale=local_scale)
     return [view, view, *[local] * n_local]
 
 
 def cifar_strong_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
     """Return stronger views for 32 x 32: random resized crops and DINO's colors, no blur; solarization on view 2."""
-    view = View(size, scale=global_scale, jitter_p=0.8, grey_p=0.2)
+    view = View(size, scale=global_scale, jitter_p=0.8, gray_p=0.2)
     local = replace(view, size=local_size, scale=local_scale)
-    return [view, replace(view, solarise_p=0.2), *[local] * n_local]
+    return [view, replace(view, solarize_p=0.2), *[local] * n_local]
 
 
 def svhn_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
@@ -122,9 +122,9 @@ def draw(view: View, width: int, height: int, rng: np.random.Generator) -> dict[
         "saturation": between(1 - s, 1 + s, u[4]) if jitter else 1.0,
         "hue": between(-h, h, u[5]) if jitter else 0.0,
         "order": int(u[6] * len(ORDERS)) if jitter else -1,  # -1: no jitter
-        "grey": int(u[7] < view.grey_p),
+        "gray": int(u[7] < view.gray_p),
         "sigma": between(*view.blur_sigma, u[8]) if u[9] < view.blur_p else 0.0,
-        "solarise": int(u[10] < view.solarise_p),
+        "solarize": int(u[10] < view.solarize_p),
         "noise_seed": int(u[11] * 2**52) if view.noise_std > 0 else -1,
     }
     if view.pad:
@@ -187,34 +187,34 @@ def eval_pixels(image: Image.Image, size: int) -> Tensor:
     return tvf.pil_to_tensor(image)
 
 
-# --- second half: colour, batched, on the device -----------------------------------------------------
+# --- second half: color, batched, on the device -----------------------------------------------------
 
 
-def colour(pixels: Tensor, params: dict[str, Tensor], view: View) -> Tensor:
+def color(pixels: Tensor, params: dict[str, Tensor], view: View) -> Tensor:
     """Apply the color half to one view of a batch, and normalize.
 
     `params` stay on the CPU: which images a transform touches is decided there, and the device is never asked.
-    Shape: pixels uint8 (n, 3, H, W) on any device; params one number an image -> float32 (n, 3, H, W).
+    Shape: pixels uint8 (n, 3, H, W) on any device; params one number per image -> float32 (n, 3, H, W).
     """
     x = to_float(pixels)
     if view.jitter_p > 0:
         x = _jitter(x, params)
-    if view.grey_p > 0:
-        x = _on_rows(x, params["grey"] == 1, lambda y, _: _luma(y).expand_as(y))
+    if view.gray_p > 0:
+        x = _on_rows(x, params["gray"] == 1, lambda y, _: _luma(y).expand_as(y))
     if view.blur_p > 0:
         x = _on_rows(x, params["sigma"] > 0, lambda y, i: _blur(y, params["sigma"][i], view.blur_sigma[1]))
-    if view.solarise_p > 0:
-        x = _on_rows(x, params["solarise"] == 1, lambda y, _: torch.where(y >= 128 / 255, 1 - y, y))
+    if view.solarize_p > 0:
+        x = _on_rows(x, params["solarize"] == 1, lambda y, _: torch.where(y >= 128 / 255, 1 - y, y))
     if view.noise_std > 0:
         seeds = params["noise_seed"].to(x.device, non_blocking=True)
         x = x + view.noise_std * random_normal(seeds, tuple(x.shape[1:]))
-    return normalise(x)
+    return normalize(x)
 
 
-def colour_views(crops: list, views: list[View], device: torch.device) -> list[Tensor]:
+def color_views(crops: list, views: list[View], device: torch.device) -> list[Tensor]:
     """Apply the color half to a batch of each view. Shape: V x (uint8 (n, 3, H_v, W_v), params) -> V x float32."""
     return [
-        colour(pixels.to(device, non_blocking=True), params, view)
+        color(pixels.to(device, non_blocking=True), params, view)
         for (pixels, params), view in zip(crops, views, strict=True)
     ]
 
@@ -223,7 +223,7 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 255
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     return (x - _per_channel(MEAN, x.device)) / _per_channel(STD, x.device)
 
 

@@ -154,8 +154,8 @@ def read_image(path: Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to 8-bit RGB. 16-bit gray is scaled (Pillow itself clips it to white); transparency is dropped."""
     if image.mode.startswith("I"):  # Pillow reads 16-bit files as I;16, older versions as I
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        gray = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range; convert them to 8 or 16 bits")
     elif image.mode == "P" and "transparency" in image.info:

@@ -32,7 +32,7 @@ class PriorBuffer(nn.Module):
 
     @torch.no_grad()
     def push(self, usage: Tensor, skipped: Tensor | bool = False) -> None:
-        """Keep this step's p-bar and forget the oldest, unless `skipped`. No device synchronisation. Shape: (c,)."""
+        """Keep this step's p-bar and forget the oldest, unless `skipped`. No device synchronization. Shape: (c,)."""
         skipped = torch.as_tensor(skipped, device=self.ring.device)
         place = (self.pushed % len(self.ring))[None]
         kept = torch.where(skipped, self.ring.index_select(0, place), usage[None].to(self.ring.dtype))

@@ -51,14 +51,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         # Two passes: the sum of squares around the global mean does not cancel as E[x^2] - E[x]^2 does.
         mean = _SumOverRanks.apply(x32.sum(dims)) / count
-        centred = x32 - mean.view(shape)
-        var = _SumOverRanks.apply(centred.square().sum(dims)) / count
+        centered = x32 - mean.view(shape)
+        var = _SumOverRanks.apply(centered.square().sum(dims)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / max(1, count - 1), share)
-        y = centred * torch.rsqrt(var + self.eps).view(shape)
+        y = centered * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(x.dtype)

@@ -129,7 +129,7 @@ def check_in(store: dist.Store, rank: int, world: int, place: torch.device, minu
     keys = [f"here{r}" for r in range(world)]
     end = time.monotonic() + 60 * minutes
     try:
-        while not store.check(keys):  # store.wait would be deaf to signals
+        while not store.check(keys):  # store.wait could not be interrupted by signals
             if time.monotonic() > end:
                 missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
                 raise PeerError(
@@ -152,8 +152,8 @@ def _refuse_shared_gpus(everyone: list[dict]) -> None:
             first = seen.setdefault((one["host"], one["gpu"]), one["rank"])
             if first != one["rank"]:
                 raise UserError(
-                    f"ranks {first} and {one['rank']} share {one['device']} on {one['host']}: start one process a GPU, "
-                    "each with its own LOCAL_RANK"
+                    f"ranks {first} and {one['rank']} share {one['device']} on {one['host']}: start one process per "
+                    "GPU, each with its own LOCAL_RANK"
                 )
 
 

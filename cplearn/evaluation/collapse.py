@@ -30,7 +30,7 @@ def singular_values(x: Tensor) -> Tensor:
 def rankme(x: Tensor) -> float:
     """Return the effective rank: exp(entropy of the singular values as shares of their sum), from 1 to min(n, d).
 
-    RankMe (Garrido et al., ICML 2023, eq. 1 and 2), of the vectors as they are, not centred. Shape: (n, d).
+    RankMe (Garrido et al., ICML 2023, eq. 1 and 2), of the vectors as they are, not centered. Shape: (n, d).
     """
     sigma = singular_values(x)
     total = sigma.sum()

@@ -1,6 +1,6 @@
 """Barlow Twins (Zbontar et al., "Self-Supervised Learning via Redundancy Reduction", ICML 2021), without the c x c matrix.
 
-    C     = (1/N) sum_i zhat^a_i (zhat^b_i)^T       zhat: standardised over the N images of all ranks
+    C     = (1/N) sum_i zhat^a_i (zhat^b_i)^T       zhat: standardized over the N images of all ranks
     loss  = kappa * [ sum_j (C_jj - 1)^2 + lambda sum_{j != k} C_jk^2 ]
 
 With K = zhat zhat^T (N x N), sum_jk C_jk^2 = <K_a, K_b> / N^2, so the exact loss needs O(N c + N^2) memory: also at

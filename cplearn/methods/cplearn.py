@@ -20,7 +20,7 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
     """Return reference values of `cplearn_loss` for a batch mean over n images and c = out_dim codes.
 
     Reverse KL: with h the mean entropy of the assignments, CE >= h and the entropy of p-bar is at most
-    min(log c, h + log n); minimising over h gives the floor min(1, beta) * max(0, log(c / n)), which is
+    min(log c, h + log n); minimizing over h gives the floor min(1, beta) * max(0, log(c / n)), which is
     attained when n divides c. Forward: the prior alone is at least log c; one code costs infinity in the
     limit of hard assignments.
     """
@@ -105,7 +105,7 @@ class CPLearn(Method):
         # fmt: off
         add = cls.flag_group(parser, "CPLearn")
         add("beta", type=nonnegative(float), help="Weight of the invariance term. Above 1 all images drift to one code; smaller for more codes or weaker augmentation")
-        add("activation", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see RESULTS.md for a comparison")
+        add("activation", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see results/cifar10_logit_scale.md for a comparison")
         add("embed_dim", type=positive(int), help="Width f_h of the embedding and the codes (default: the backbone's width, as in the paper's equations; the published code uses 2048)")
         add("n_ref", type=positive(float), help="Logit scale: sqrt(n_ref) * log((1 - eps (c-1)) / eps). 1 is the theory, 64 the published code. Change it if the start-up warns about the logits")
         add("eps", type=positive(float), help="Probability left for every wrong code at perfect alignment; must be below 1 / out_dim")

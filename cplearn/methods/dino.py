@@ -5,8 +5,8 @@
     loss      mean over pairs a != b of CE(q^a, p^b)
     after the step   theta_t <- lambda theta_t + (1 - lambda) theta_s,   m <- 0.9 m + 0.1 mean l_t
 
-The mean behind the centre m runs over both global views and all ranks. The evaluated network is the teacher. A step that
-is skipped moves neither teacher nor centre, unlike the original's under fp16.
+The mean behind the center m runs over both global views and all ranks. The evaluated network is the teacher. A step that
+is skipped moves neither teacher nor center, unlike the original's under fp16.
 """
 
 import copy

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn import random_streams
-from cplearn.data.augmentations import normalise
+from cplearn.data.augmentations import normalize
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.flags import fraction, nonnegative, positive
@@ -81,7 +81,7 @@ class GEDIGen(GEDI):
             views = [v if v.dtype == torch.float64 else v.float() for v in views]
             loss, terms, usage = super().forward(views)
             samples, noise = self.sample(views[0])
-            noise = self.input_noise * (normalise(noise) - normalise(torch.zeros_like(noise)))  # in units of pixels
+            noise = self.input_noise * (normalize(noise) - normalize(torch.zeros_like(noise)))  # in units of pixels
             energies = -self.energy(self.backbone(torch.cat([views[0] + noise, samples])))
             real, fake = energies.chunk(2)
             generative = real.mean() - fake.mean()
@@ -109,7 +109,7 @@ class GEDIGen(GEDI):
             raise UserError(f"--sgld_buffer {len(self.replay)} is smaller than a batch of {n * world} images")
         rows = torch.randperm(len(self.replay), generator=generator, device=like.device)[: n * world]
         fresh = torch.rand(n * world, generator=generator, device=like.device) < self.restart
-        uniform, noise = normalise(draw(torch.rand)), draw(torch.randn)[mine]
+        uniform, noise = normalize(draw(torch.rand)), draw(torch.randn)[mine]
         kept = self.replay[rows].to(like.dtype)
         fresh |= ~kept.flatten(1).any(1)  # never written yet
         x = torch.where(fresh[:, None, None, None], uniform, kept)[mine].contiguous()

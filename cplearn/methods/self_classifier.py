@@ -4,7 +4,7 @@
     S_ij = softmax over the codes of l^b_ij / tau_row, then each column divided by its sum over all N images
     loss = mean over pairs of -(1/n) sum_ij T_ij log(N/c S_ij + 1e-12)
 
-No teacher and no stop-gradient. The original's queue of nearest neighbours is left out. `--head cplearn` puts the same
+No teacher and no stop-gradient. The original's queue of nearest neighbors is left out. `--head cplearn` puts the same
 loss on CPLearn's projector and frozen dictionary; with its default width of 2048 the sizes in the paper's Table 8 fit.
 """
 
@@ -32,7 +32,7 @@ def self_classifier_loss(
     """
     n, c = logits[0].shape
     population = n * collectives.world_size()
-    # log T and log(N/c S): both normalised over the images of all ranks, with gradient
+    # log T and log(N/c S): both normalized over the images of all ranks, with gradient
     targets = [F.softmax(x / col_temp - collectives.logsumexp_over_ranks(x / col_temp), dim=1) for x in logits]
     predictions, usage, entropy = [], logits[0].new_zeros(c), logits[0].new_zeros(())
     for v, x in enumerate(logits):

@@ -25,9 +25,9 @@ class _SoftTargets(torch.autograd.Function):
         loss, for_weight, for_views = weight.new_zeros(()), torch.zeros_like(weight), []
         for x, target in zip(views, targets, strict=True):
             logits = (x @ weight.T).mul_(scale)
-            mass, normaliser = target.sum(1), logits.logsumexp(1)
-            loss += mass @ normaliser - torch.dot(target.flatten(), logits.flatten())
-            gradient = logits.sub_(normaliser[:, None]).exp_().mul_(mass[:, None]).sub_(target).mul_(scale)
+            mass, normalizer = target.sum(1), logits.logsumexp(1)
+            loss += mass @ normalizer - torch.dot(target.flatten(), logits.flatten())
+            gradient = logits.sub_(normalizer[:, None]).exp_().mul_(mass[:, None]).sub_(target).mul_(scale)
             for_views.append(gradient @ weight)
             for_weight.addmm_(gradient.T, x)
         ctx.save_for_backward(for_weight, *for_views)

@@ -67,7 +67,7 @@ class SwAV(Method):
         self.epsilon, self.iterations = epsilon, sinkhorn_iterations
         self.epoch_queue_starts, self.freeze_epochs = epoch_queue_starts, freeze_prototypes_epochs
         self.before_step(0, 1, 1)
-        self._normalise()
+        self._normalize()
 
     @classmethod
     def add_flags(cls, parser) -> None:
@@ -81,11 +81,11 @@ class SwAV(Method):
         # fmt: on
 
     @torch.no_grad()
-    def _normalise(self) -> None:
+    def _normalize(self) -> None:
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     def begin(self) -> None:
-        self._normalise()
+        self._normalize()
 
     def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         self.frozen = step < self.freeze_epochs * steps_per_epoch
@@ -128,7 +128,7 @@ class SwAV(Method):
 
     @torch.no_grad()
     def after_step(self, output: StepOutput, skipped: Tensor) -> None:
-        self._normalise()
+        self._normalize()
         if self.fill_queue:
             pushed = torch.cat([self._fresh.to(self.queue.dtype), self.queue], dim=1)[:, : self.queue.shape[1]]
             self.queue.copy_(torch.where(skipped, self.queue, pushed))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from cplearn.errors import ExpectedError, Interrupted, UserError
@@ -153,8 +153,8 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _collect_signals():
-    """Replace SIGTERM and SIGINT by appending their names to the list that is returned."""
+def _collect_signals() -> Iterator[list[str]]:
+    """Append the names of SIGTERM and SIGINT to a list instead of stopping this process."""
     received: list[str] = []
 
     def append(number: int, frame) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cplearn.errors import UserError
 from cplearn.host import ROOT
 
-# Of models.METHODS, here for --help at once; the paper's names.
+# The methods of cplearn.methods.METHODS (not imported, so that --help needs no torch) by the paper's names.
 NAMES = {
     "barlow_twins": "Barlow",
     "swav": "SwAV",
@@ -22,18 +22,13 @@ NAMES = {
     "self_classifier": "Self-Classifier",
 }
 
-
 TABLE3_METHODS = ("barlow_twins", "swav", "dino", "gedi", "cplearn")
-
-
 OUT_DIMS = {"paper": (128, 1024, 2048, 32768, 65536, 131072), "small": (16, 128, 1024, 4096, 16384)}
-
 
 # Sizes that the paper does not name: those of the published ResNet-18 code.
 UNNAMED = {"barlow_twins": 2048, "swav": 3000}
 
-
-# Of --scale small, what belongs to a method (RESULTS.md, "one budget for all", says what was tried).
+# The flags of a method at --scale small (what was tried is in results/methods.md).
 SMALL_FLAGS: dict[str, Callable[[int], str]] = {
     "cplearn": lambda c: "--beta 0.5" if c <= 128 else "--beta 0.25",  # the direction of the paper's Table 7
     # Below 1 / log c, or it falls to one code; the rate of the paper's Table 6, or it ends below the untrained network.
@@ -44,12 +39,11 @@ SMALL_FLAGS: dict[str, Callable[[int], str]] = {
     "barlow_twins": lambda c: "--lr 0.001",  # at the common rate it does not learn
 }
 
-
-# Where the paper is silent, or is not followed: told under every table.
+# Where the paper is silent, or is not followed: printed under every table.
 CHOICES = {
     1: "sizes of Barlow Twins and SwAV are the published ResNet-18 code's; GEDI's is the number of classes, with the "
     "beta of CPLearn's Table 7, which is above 1 / log c. The head is the equations' (--n_ref 1, embed_dim = f), tanh.",
-    2: "head, size of Barlow Twins and SwAV, and GEDI's prior (sum, beta 0.1) are the published code's. One optimiser "
+    2: "head, size of Barlow Twins and SwAV, and GEDI's prior (sum, beta 0.1) are the published code's. One optimizer "
     "for all, as the paper's text has it; the code trains the others with LARS. Self-Classifier has CPLearn's frozen "
     "head, as the sizes in the paper's Table 8 say. The paper's NMI of SwAV is not of its prototypes.",
     3: "crops, width, activation and logit scale are not in the paper: DINO's crops for all, this project's head. GEDI "
@@ -62,44 +56,45 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table, but for the seeds."""
+    """A line of a table, for all seeds."""
 
     key: str
     method: str
     out_dim: int
     label: str  # what sets it apart from other lines of its method
-    x: float  # its place in the picture
+    x: float  # its place in the figure
     flags: list[str]  # of main_cplearn.py
-    paper: dict[str, float | str]  # nmi and linear top-1, in percent, or what stands there instead
+    paper: dict[str, float | str]  # nmi and linear top-1, in percent, or the word that the paper has there
 
 
 def rows(table: int, scale: str, methods: Sequence[str], out_dims: Sequence[int], data: str) -> list[Row]:
-    """Lines of a table, those of the given methods and sizes (none given: the table's own).
+    """Return the lines of a table with the given methods and sizes (none given: the table's own).
 
     `data`: cifar10, cifar100 or svhn, for the paper's column. Raises `UserError` if no line is left.
     """
     if table == 3:
-        found = _table3(scale, methods or TABLE3_METHODS, out_dims or OUT_DIMS[scale])
+        lines = _table3(scale, methods or TABLE3_METHODS, out_dims or OUT_DIMS[scale])
     elif table == 9:
         if set(methods) - {"cplearn"} or len(out_dims) > 1:
             raise UserError("--table 9 is of CPLearn at one size: leave out --methods, and name one --out_dims")
-        found = _table9(scale, out_dims[0] if out_dims else 512)  # its beta = 1 has Table 2's value of c = f = 512
+        lines = _table9(scale, out_dims[0] if out_dims else 512)  # its beta = 1 has Table 2's value of c = f = 512
     else:
-        found = {1: _table1, 2: _table2, 4: _table4}[table](scale, data)
-        found = [r for r in found if (not methods or r.method in methods) and (not out_dims or r.out_dim in out_dims)]
-    if not found:
+        lines = {1: _table1, 2: _table2, 4: _table4}[table](scale, data)
+        lines = [r for r in lines if (not methods or r.method in methods) and (not out_dims or r.out_dim in out_dims)]
+    if not lines:
         given = " and ".join(f"{x}" for x in (list(methods), list(out_dims)) if x)
         raise UserError(f"--table {table} has no line of {given}: leave out --methods and --out_dims to see all")
-    return found
+    return lines
 
 
 def paper_lines(table: int) -> list[dict[str, str]]:
+    """Return the lines of paper_tables/tableN.csv."""
     with open(ROOT / "paper_tables" / f"table{table}.csv", encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
 
 def beta_of(out_dim: int) -> str:
-    """The paper's Table 7 (the same for its three data sets), by the largest listed c that is not above `out_dim`."""
+    """Return beta of the paper's Table 7 (equal on its three data sets) for the largest listed c up to `out_dim`."""
     line = paper_lines(7)[0]
     sizes = [int(name[1:]) for name in line if name.startswith("c")]
     return line[f"c{max([c for c in sizes if c <= out_dim], default=min(sizes))}"]
@@ -125,7 +120,7 @@ def _method_of(name: str) -> str:
 
 def _table3(scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list[Row]:
     paper = {(_method_of(x["method"]), int(x["out_dim"])): x for x in paper_lines(3)}
-    found = []
+    lines = []
     for method in methods:
         if scale == "paper" and method not in TABLE3_METHODS:
             raise UserError(f"--methods {method} is not in the paper's Table 3: {', '.join(TABLE3_METHODS)}")
@@ -134,31 +129,31 @@ def _table3(scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list
             known = {"nmi": there["nmi_percent"], "linear": there["linear_top1_percent"]} if there else {}
             known = {name: _percent(value) for name, value in known.items()}
             flags = _flags(scale, f"imagenet100_{method}", method, c)
-            found.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
-    return found
+            lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
+    return lines
 
 
 def _table1(scale: str, data: str) -> list[Row]:
     classes, width = _classes_and_width(data)
     sizes = UNNAMED | {"gedi": classes, "gedi_gen": classes, "c=k": classes, "c=f": width}
-    found = []
+    lines = []
     for line in paper_lines(1):
         method = _method_of(line["method"])
         c = sizes.get(line["c"] or method) or int(line["c"])
         more = f"--beta {beta_of(c)}" if method in ("cplearn", "gedi", "gedi_gen") else ""
         more += " --activation tanh" * (method == "cplearn")
-        found.append(_resnet8(f"{method}_c{c}", method, c, f"c = {c}", more, line, scale, data, len(found)))
-    return found
+        lines.append(_resnet8(f"{method}_c{c}", method, c, f"c = {c}", more, line, scale, data, len(lines)))
+    return lines
 
 
 def _table4(scale: str, data: str) -> list[Row]:
-    found = []
+    lines = []
     for line in paper_lines(4):
         c = _classes_and_width(data)[1] if line["c"] == "f" else int(line["c"])
         activation = {"L2-Norm": "l2", "Tanh": "tanh"}[line["activation"]]
         more, label = f"--beta {beta_of(c)} --activation {activation}", f"c = {c}, {activation}"
-        found.append(_resnet8(f"{activation}_c{c}", "cplearn", c, label, more, line, scale, data, len(found)))
-    return found
+        lines.append(_resnet8(f"{activation}_c{c}", "cplearn", c, label, more, line, scale, data, len(lines)))
+    return lines
 
 
 def _classes_and_width(data: str) -> tuple[int, int]:
@@ -175,7 +170,7 @@ def _resnet8(key: str, method: str, c: int, label: str, more: str, line, scale: 
 def _table2(scale: str, data: str) -> list[Row]:
     if data != "cifar10":
         raise UserError(f"--table 2 is of CIFAR-10, not --dataset {data}")
-    found = []
+    lines = []
     for line in paper_lines(2):
         method = _method_of(line["method"])
         sizes = UNNAMED | {"gedi": 10, "c=f": 512}
@@ -188,17 +183,17 @@ def _table2(scale: str, data: str) -> list[Row]:
         flags = _flags(scale, "cifar10_resnet18", method, c, more)
         flags += [f"@{ROOT}/recipes/published_head.txt"] * (method == "cplearn" and scale == "paper")
         paper = {"nmi": _percent(line["nmi_percent"]), "linear": _percent(line["linear_acc_percent"])}
-        found.append(Row(f"{method}_c{c}", method, c, f"c = {c}", len(found), flags, paper))
-    return found
+        lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", len(lines), flags, paper))
+    return lines
 
 
 def _table9(scale: str, c: int) -> list[Row]:
-    found = []
+    lines = []
     for line in paper_lines(9):
         beta = line["beta"]
         flags = _flags(scale, "cifar10_resnet18", "cplearn", c, f"--beta {beta}")
         flags += [f"@{ROOT}/recipes/published_head.txt"] * (scale == "paper")
         paper = {"linear": _percent(line["linear_acc_percent"])}
         paper |= {"collapse": "yes" if line["cluster_collapse"] == "1" else "no"}
-        found.append(Row(f"beta{beta}_c{c}", "cplearn", c, f"beta = {beta}", float(beta), flags, paper))
-    return found
+        lines.append(Row(f"beta{beta}_c{c}", "cplearn", c, f"beta = {beta}", float(beta), flags, paper))
+    return lines

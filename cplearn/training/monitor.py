@@ -138,7 +138,7 @@ class Probe:
         for start in range(0, len(self._pixels), batch):
             rows = [crops for crops, _ in self._pixels[start : start + batch]]
             pixels = torch.utils.data.default_collate(rows)
-            features = forward_by_size(method.evaluated, augmentations.colour_views(pixels, self.views, device))
+            features = forward_by_size(method.evaluated, augmentations.color_views(pixels, self.views, device))
             with torch.autocast(device.type, enabled=False):
                 embeddings = [method.embed(z) for z in features]
                 codes = [method.assign(h) for h in embeddings]
@@ -169,8 +169,8 @@ class ProbeResult:
         """Return the top-1 of the weighted k nearest neighbors of each image among the others."""
         x = nn.functional.normalize(self.features, dim=1)
         cosine = (x @ x.T).fill_diagonal_(-2)
-        similarity, neighbour = cosine.topk(min(k, len(x) - 1), dim=1)
-        scores = votes(similarity, self.labels[neighbour], int(self.labels.max()) + 1, temperature)
+        similarity, neighbor = cosine.topk(min(k, len(x) - 1), dim=1)
+        scores = votes(similarity, self.labels[neighbor], int(self.labels.max()) + 1, temperature)
         return (scores.argmax(1) == self.labels).double().mean().item()
 
 

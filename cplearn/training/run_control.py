@@ -1,6 +1,6 @@
 """What can stop a run from outside or inside: signals, a second process on the same folder, steps that are not finite.
 
-Exit codes are those of `errors.py`; README lists them.
+Exit codes are those of `errors.py`; docs/errors.md lists them.
 """
 
 import os

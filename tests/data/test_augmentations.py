@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from cplearn.data import augmentations
-from cplearn.data.augmentations import MEAN, ORDERS, STD, View, build_views, colour, crop, draw, eval_pixels, rng_for
+from cplearn.data.augmentations import MEAN, ORDERS, STD, View, build_views, color, crop, draw, eval_pixels, rng_for
 from cplearn.errors import UserError
 
 SIZES = dict(size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
@@ -27,16 +27,16 @@ def draws(view, count=1000, seed=0):
 
 def params_of(**values) -> dict:
     neutral = dict(
-        flip=0, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=-1, grey=0, sigma=0.0,
-        solarise=0, noise_seed=-1,
+        flip=0, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=-1, gray=0, sigma=0.0,
+        solarize=0, noise_seed=-1,
     )  # fmt: skip
     return neutral | values
 
 
 def apply(pixels, view, *params):
-    """colour() on a batch of the same image under different parameters, before normalisation."""
+    """color() on a batch of the same image under different parameters, before normalization."""
     batch = torch.stack([pixels] * len(params))
-    out = colour(batch, default_collate(list(params)), view)
+    out = color(batch, default_collate(list(params)), view)
     return out * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
 
 
@@ -53,9 +53,9 @@ def test_frequency_of_each_transform_equals_its_probability(recipe, index):
     events = {
         "flip": ([p["flip"] for p in drawn], view.flip_p),
         "jitter": ([p["order"] >= 0 for p in drawn], view.jitter_p),
-        "grey": ([p["grey"] for p in drawn], view.grey_p),
+        "gray": ([p["gray"] for p in drawn], view.gray_p),
         "blur": ([p["sigma"] > 0 for p in drawn], view.blur_p),
-        "solarise": ([p["solarise"] for p in drawn], view.solarise_p),
+        "solarize": ([p["solarize"] for p in drawn], view.solarize_p),
     }
     for name, (happened, p) in events.items():
         tolerance = 4 * (p * (1 - p) / 1000) ** 0.5
@@ -65,8 +65,8 @@ def test_frequency_of_each_transform_equals_its_probability(recipe, index):
 def test_probabilities_of_the_dino_recipe():
     first, second, local, _ = build_views("dino", **SIZES)
     assert [v.blur_p for v in (first, second, local)] == [1.0, 0.1, 0.5]
-    assert [v.solarise_p for v in (first, second, local)] == [0.0, 0.2, 0.0]
-    assert {(v.flip_p, v.jitter_p, v.grey_p, v.jitter) for v in (first, second, local)} == {
+    assert [v.solarize_p for v in (first, second, local)] == [0.0, 0.2, 0.0]
+    assert {(v.flip_p, v.jitter_p, v.gray_p, v.jitter) for v in (first, second, local)} == {
         (0.5, 0.8, 0.2, (0.4, 0.4, 0.2, 0.1))
     }
     assert (first.scale, local.scale, local.size) == ((0.4, 1.0), (0.05, 0.4), 16)
@@ -75,7 +75,7 @@ def test_probabilities_of_the_dino_recipe():
 def test_probabilities_of_the_cifar_recipe():
     """The paper's Table 6."""
     view = build_views("cifar", **SIZES)[0]
-    assert (view.jitter_p, view.grey_p, view.noise_std, view.flip_p, view.pad) == (0.1, 0.1, 0.03, 0.5, 4)
+    assert (view.jitter_p, view.gray_p, view.noise_std, view.flip_p, view.pad) == (0.1, 0.1, 0.03, 0.5, 4)
     assert build_views("svhn", **SIZES)[0].flip_p == 0
 
 
@@ -111,7 +111,7 @@ def test_crop_boxes_follow_torchvisions_distribution():
     assert (difference <= [0.05, 0.06, 2, 2]).all(), difference
 
 
-def test_crop_of_an_extreme_image_falls_back_to_the_centre():
+def test_crop_of_an_extreme_image_falls_back_to_the_center():
     box = draw(View(32, scale=(0.9, 1.0)), 4000, 10, rng_for(0, 0, 0, 0))
     assert box["height"] == 10 and box["width"] == 13 and box["left"] == (4000 - 13) // 2
 
@@ -159,7 +159,7 @@ def test_evaluation_view():
     assert torch.equal(eval_pixels(small, 32), tvf.pil_to_tensor(small))
 
 
-# --- colour -----------------------------------------------------------------------------------------------
+# --- color -----------------------------------------------------------------------------------------------
 
 PIXELS = tvf.pil_to_tensor(smooth_image(24, 24, seed=3))
 FLOAT = PIXELS.float() / 255
@@ -198,21 +198,21 @@ def test_every_image_is_jittered_in_its_own_order():
         torch.testing.assert_close(image, expected, atol=3e-3, rtol=0)
 
 
-def test_grey_images_keep_their_hue():
-    grey = torch.full((3, 8, 8), 77, dtype=torch.uint8)
-    torch.testing.assert_close(apply(grey, JITTER, params_of(order=0, hue=0.2))[0], grey.float() / 255)
+def test_gray_images_keep_their_hue():
+    gray = torch.full((3, 8, 8), 77, dtype=torch.uint8)
+    torch.testing.assert_close(apply(gray, JITTER, params_of(order=0, hue=0.2))[0], gray.float() / 255)
 
 
-def test_grey_blur_and_solarise_equal_torchvisions():
-    view = View(24, grey_p=0.5, blur_p=0.5, solarise_p=0.5)
+def test_gray_blur_and_solarize_equal_torchvisions():
+    view = View(24, gray_p=0.5, blur_p=0.5, solarize_p=0.5)
     got = apply(
         PIXELS,
         view,
         params_of(),
-        params_of(grey=1),
+        params_of(gray=1),
         params_of(sigma=0.7),
         params_of(sigma=1.9),
-        params_of(solarise=1),
+        params_of(solarize=1),
     )
     torch.testing.assert_close(got[0], FLOAT)
     torch.testing.assert_close(got[1], tvf.rgb_to_grayscale(FLOAT, 3), atol=1e-3, rtol=0)

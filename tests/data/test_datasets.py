@@ -96,13 +96,13 @@ def test_unreadable_image_is_named(tmp_path):
         Folder(tmp_path)[0]
 
 
-def test_grey_and_transparent_images_become_rgb(tmp_path):
+def test_gray_and_transparent_images_become_rgb(tmp_path):
     Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
     Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(tmp_path / "b.png")
     assert [Folder(tmp_path)[i][0].mode for i in range(2)] == ["RGB", "RGB"]
 
 
-def test_deep_images_keep_their_grey_levels(tmp_path):
+def test_deep_images_keep_their_gray_levels(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     Image.fromarray(ramp).save(tmp_path / "b.tif")

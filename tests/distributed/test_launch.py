@@ -57,7 +57,7 @@ def test_an_address_left_by_an_earlier_start_does_no_harm(tmp_path, left):
 def test_a_rank_that_waits_for_others_hears_signals(tmp_path):
     program = """
 import os, signal, sys
-import distributed
+from cplearn.distributed import launch
 def leave(*_): sys.exit(7)
 signal.signal(signal.SIGUSR2, leave)
 launch.init(f"file://{sys.argv[1]}", "cpu", 5.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cplearn.evaluation.knn import knn
+from cplearn.evaluation.knn import knn, leave_one_out_knn
 
 
 def test_knn_equals_a_loop():
@@ -26,12 +26,25 @@ def test_knn_equals_a_loop():
             top1 += ranked[0] == y
             top5 += y in ranked[:5]
         assert got[f"knn{k}_top1"] == pytest.approx(top1 / 25)
-        if k >= 9:  # with fewer neighbours than classes the fifth place is a tie of empty votes
+        if k >= 9:  # with fewer neighbors than classes the fifth place is a tie of empty votes
             assert got[f"knn{k}_top5"] == pytest.approx(top5 / 25, abs=0.05)
 
 
 def test_knn_of_separated_classes_is_perfect():
-    centres = 10 * torch.eye(4)
+    centers = 10 * torch.eye(4)
     labels = torch.arange(4).repeat(20)
-    features = centres[labels] + 0.1 * torch.randn(80, 4)
+    features = centers[labels] + 0.1 * torch.randn(80, 4)
     assert knn(features, labels, features, labels, ks=[5], temperature=0.07)["knn5_top1"] == 1
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_leave_one_out_is_the_knn_of_each_image_among_the_others(k):
+    generator = torch.Generator().manual_seed(1)
+    features, labels = torch.randn(30, 6, generator=generator), torch.randint(0, 4, (30,), generator=generator)
+    features[3] = features[4]  # an image is left out, not its twin
+    hits = 0
+    for i in range(30):
+        others = torch.arange(30) != i
+        one = knn(features[others], labels[others], features[[i]], labels[[i]], ks=[k], temperature=0.07)
+        hits += one[f"knn{min(k, 29)}_top1"]
+    assert leave_one_out_knn(features, labels, k=k) == pytest.approx(hits / 30)

@@ -27,7 +27,7 @@ def naive_dino(students, teachers, center, student_temp, teacher_temp):
 
 
 @pytest.mark.parametrize("views", [2, 5])
-def test_dino_loss_and_centre_equal_lightly_and_the_formula(views):
+def test_dino_loss_and_center_equal_lightly_and_the_formula(views):
     n, d, c = 4, 6, 9
     x = [randn(n, d, seed=v).requires_grad_() for v in range(views)]
     prototypes = randn(c, d, seed=50).requires_grad_()
@@ -59,7 +59,7 @@ def test_dino_head_is_lightlys_and_has_the_specified_size():
     assert {k for k in head.state_dict() if "last" in k} == {"last_layer.weight_g", "last_layer.weight_v"}  # DINO's
 
 
-def test_dino_step_moves_teacher_and_centre_by_the_rule_unless_it_is_skipped():
+def test_dino_step_moves_teacher_and_center_by_the_rule_unless_it_is_skipped():
     method = make("dino", "--momentum_teacher", "0.9")
     method.begin()
     before = [p.clone() for p in method.teacher.parameters()]

@@ -16,7 +16,7 @@ def test_sgld_goes_down_the_energy_from_uniform_pixels():
     moving = make("gedi_gen", *GEN, "--sgld_step_size", "0.5", "--sgld_noise", "0", "--sgld_restart", "1")
     like = randn(8, 3, 16, 16)
     start, noise = still.sample(like)
-    pixels = augmentations.normalise(torch.zeros(1, 3, 1, 1)), augmentations.normalise(torch.ones(1, 3, 1, 1))
+    pixels = augmentations.normalize(torch.zeros(1, 3, 1, 1)), augmentations.normalize(torch.ones(1, 3, 1, 1))
     assert (start >= pixels[0]).all() and (start <= pixels[1]).all() and start.std() > 1
     assert abs(noise.std() - 1) < 0.05
     x = start

@@ -109,7 +109,7 @@ def test_two_nodes_to_the_end_like_torchrun(tmp_path, image_folder, undisturbed)
     assert (tmp_path / "slurm" / f"{job}_submission.sh").read_text() in shown.stdout
     assert "PENDING" in the_line(tmp_path, job) or "RUNNING" in the_line(tmp_path, job)
     wait_step(tmp_path, job, 2)
-    assert re.search(r"RUNNING +on \S+ for \S+  epoch \d+ of 12.*  ETA [\d.]+ min", the_line(tmp_path, job))
+    assert re.search(r"RUNNING +on \S+ for \S+  epoch \d+ of 12.*  ETA [\d.]+ (s|min)", the_line(tmp_path, job))
     with pytest.raises(UserError, match=rf"has job {job} \(main_cplearn\), which is RUNNING: scancel {job}, or"):
         submit(tmp_path, image_folder)
     ended = wait_end(job, tmp_path)

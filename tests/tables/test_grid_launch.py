@@ -4,8 +4,10 @@ import pytest
 
 import reproduce_table3
 from cplearn.errors import UserError
+from cplearn.slurm.submit import Resources
 from cplearn.tables import launch
 from cplearn.tables.launch import environment, last_message
+from cplearn.tables.status import snapshot
 
 
 def test_last_messages_under_torchrun_and_without():
@@ -37,3 +39,30 @@ def test_every_slot_has_its_own_gpus(monkeypatch):
     args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --jobs 2".split())
     settings = reproduce_table3.choose_settings(args)
     assert settings.ngpus == 2 and "256" in settings.common_flags()  # of 512
+
+
+def test_jobs_of_a_grid_form_chains(monkeypatch, tmp_path):
+    """Two cells at a time: the third waits for the first; evaluations need the training of their cell."""
+    requests = []
+
+    def submit(request) -> str:
+        requests.append(request)
+        return str(100 + len(requests))
+
+    monkeypatch.setattr(launch, "submit", submit)
+    args, rest = reproduce_table3.parse_args(
+        f"--output_dir {tmp_path} --scale small --dataset digits --methods swav --out_dims 16 --epochs 2 "
+        "--seeds 0 1 2 --launcher slurm --cpu --mem 2G".split()
+    )
+    grid = reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args))
+    resources = Resources.from_args(reproduce_table3.parse_launcher_flags(rest))
+    launch.run_on_slurm(grid, snapshot(grid), 2, resources, "afterok:7")
+    by_cell = {cell.name: [x for x in requests if x.name == cell.name] for cell in grid.cells}
+    first, second, third = ([x.dependency for x in found] for found in by_cell.values())
+    n = len(grid.cells[0].stages())
+    assert n == len(first) == len(second) == len(third) == 8
+    assert first[:4] == ["afterok:7", "afterok:101", "afterok:101,afterany:102", "afterok:101,afterany:103"]
+    assert second[0] == "afterok:7" and third[0] == f"afterany:{100 + n}"
+    assert [x.script for x in requests[:3]] == ["main_cplearn", "eval_knn", "eval_linear"]
+    assert "--arch" in requests[0].argv and not any(x.startswith("@") for x in requests[0].argv)  # the recipe's flags
+    assert requests[1].output_dir == grid.cells[0].folder / "trained" and requests[0].resources.mem == "2G"

@@ -77,7 +77,7 @@ def test_an_overflow_in_half_precision_skips_a_step_and_is_counted(tmp_path, ima
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tmp_path, image_folder, monkeypatch, precision):
-    """Weights, batch norm's statistics, the optimiser's state and the kept code usage."""
+    """Weights, batch norm's statistics, the optimizer's state and the kept code usage."""
     common = ("--data_path", str(image_folder), "--epochs", "2", "--prior_buffer", "3", "--precision", precision)
     common += ("--optimizer", "adam", "--embed_dim", "16")
     train(tmp_path / "two", *common, "--max_steps", "2")
