@@ -20,8 +20,8 @@ from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.evaluation import cli, collapse
-from cplearn.evaluation.collapse_figures import write_csv
 from cplearn.evaluation.features import Features, get_features, load_model
+from cplearn.files import write_csv
 from utils import ArgumentParser, check_output_dir, format_table, positive
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")

@@ -1,45 +1,46 @@
-"""What the collapse monitor says of runs that are healthy, and of runs made to collapse; what it costs; sweeps.
+"""The collapse monitor on runs that are healthy, and on runs made to collapse; what it costs; sweeps.
 
     python benchmarks/collapse.py verdicts --output_dir output/verdicts
     python benchmarks/collapse.py sweeps --output_dir output/sweeps
     python benchmarks/collapse.py curvature
     python benchmarks/collapse.py cost --data_path ~/cifar10k
 
-All train on the bundled digits, or on --data_path. Every run is left in --output_dir and not repeated.
+All train on the bundled digits, or on --data_path. Every run stays in --output_dir and is not repeated.
 
-`verdicts`: what was forced, the verdict at the end, and the epoch of the first alarm. Also the rank correlation, over
-the epochs of all runs and over their ends, of label-free numbers with 20-NN among the probe's images.
-`sweeps`: beta (the paper's Table 9) and the number of codes (its Corollaries 2 and 3), for each of --seeds.
-`curvature`: second differences of the loss near uniform assignments along the logits of a real network at its
-beginning: 1 - beta along the part that all images share, -beta along what is each image's own (a check of the formula
-with real embeddings and codes, not of training).
-`cost`: share of a run's time that the monitor takes.
+    verdicts   what was forced, the verdict at the end, and the epoch of the first alarm; also the rank correlation,
+               over the epochs of all runs and over their ends, of label-free numbers with 20-NN among the probe's
+               images
+    sweeps     beta (the paper's Table 9) and the number of codes (its Corollaries 2 and 3), for each of --seeds
+    curvature  second differences of the loss near uniform assignments along the logits of a real network at
+               initialization: 1 - beta along the part that all images share, -beta along what is each image's own
+               (a check of the formula with real embeddings and codes, not of training)
+    cost       share of a run's time that the monitor takes
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_cplearn
+from cplearn import errors
 from cplearn.data import augmentations, datasets
 from cplearn.dictionary.terms import LossSpec
 from cplearn.evaluation import collapse
-from cplearn.host import git_commit
+from cplearn.files import read_json_lines
+from cplearn.flags import ArgumentParser, nonnegative, positive
+from cplearn.host import ROOT, git_commit
 from cplearn.methods import build_method
 from cplearn.text import format_table
 from cplearn.training.monitor import CodeUsage
 from cplearn_head import cplearn_loss
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 
 COMMON = "--image_size 32 --batch_size_per_gpu 64 --warmup_epochs 1 --optimizer adam --lr 0.004 --min_lr 1e-5 "
 COMMON += "--weight_decay 0 --weight_decay_end 0 --saveckp_freq 0 --num_workers 0 --knn_freq 1 --arch timm:resnet10t"
@@ -80,8 +81,8 @@ SCORES = ("probe_features_rank", "probe_features_dimensions", "probe_features_st
           "probe_score", "information")  # fmt: skip
 
 
-def train(args, name: str, flags: str, *more: str) -> tuple[Path, list[dict]]:
-    """Folder and log of a run, which goes on or is left alone if it is there."""
+def train(args: argparse.Namespace, name: str, flags: str, *more: str) -> tuple[Path, list[dict]]:
+    """Train, resume, or leave alone a run that is there already; return its folder and log."""
     out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name))
     data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
     command = ["main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--epochs", str(args.epochs), *more,
@@ -90,19 +91,21 @@ def train(args, name: str, flags: str, *more: str) -> tuple[Path, list[dict]]:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-    return out, [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    return out, read_json_lines(out / "log.txt")
 
 
-def heading(args) -> None:
+def heading(args: argparse.Namespace) -> None:
+    """Print what the tables below it belong to."""
     print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
 
 
-def verdicts(args) -> None:
+def verdicts(args: argparse.Namespace) -> None:
+    """Train every forced and healthy run; print their verdicts, and which numbers follow k-NN."""
     rows, epochs, ends = [], [], []
     for group, settings in (("forced", FORCED), ("healthy", HEALTHY)):
         for name, flags in settings.items():
             _, log = train(args, name, flags, "--seed", str(args.seeds[0] + len(rows)))  # each run its own
-            # From the numbers of the log, so that other thresholds need no other runs.
+            # From the numbers of the log, so that new thresholds need no new runs.
             out_dim = int(flags.split("--out_dim ")[1].split()[0])
             seen = [(r["epoch"] + 1, collapse.verdict(r, out_dim).name) for r in log if "verdict" in r] or [(0, "")]
             alarms = [epoch for epoch, verdict in seen if verdict != "healthy"]
@@ -117,20 +120,21 @@ def verdicts(args) -> None:
               "within code", "agreement", "chance", "information")  # fmt: skip
     heading(args)
     print(format_table(rows, header))
-    table = []
-    for key in SCORES:
-        found = [
-            [(r[key], r["probe_knn20"]) for r in some if r.get(key) is not None and "probe_knn20" in r]
-            for some in (epochs, ends)
-        ]
-        table.append(
-            (key, *(x for pairs in found for x in (spearmanr(*zip(*pairs, strict=True)).statistic, len(pairs))))
-        )
     print("\nRank correlation with 20-NN among the probe's images:\n")
+    table = [(key, *correlation(epochs, key), *correlation(ends, key)) for key in SCORES]
     print(format_table(table, ("", "all epochs", "n", "ends of runs", "n")))
 
 
-def sweeps(args) -> None:
+def correlation(records: list[dict], key: str) -> tuple[float, int]:
+    """Return the rank correlation of a number with 20-NN among the probe's images, and over how many records."""
+    from scipy.stats import spearmanr
+
+    pairs = [(r[key], r["probe_knn20"]) for r in records if r.get(key) is not None and "probe_knn20" in r]
+    return spearmanr(*zip(*pairs, strict=True)).statistic, len(pairs)
+
+
+def sweeps(args: argparse.Namespace) -> None:
+    """Train every setting with every seed, evaluate, and print means and distances to the largest."""
     betas = {f"beta {beta}": f"--out_dim 512 --beta {beta}" for beta in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)}
     codes = {f"c = {c}": f"--out_dim {c} --beta 0.25 --n_ref 4" for c in (10, 128, 2048, 16384)}
     names = ("embedding_off_diagonal", "embedding_dimensions", "block_mean", "block_max", "same_code_cos2",
@@ -139,23 +143,13 @@ def sweeps(args) -> None:
     for seed in args.seeds:
         for name, flags in (betas | codes).items():
             out, log = train(args, f"{name} s{seed}", flags, "--seed", str(seed))
-            found = {"verdict": log[-1]["verdict"], "codes": log[-1]["probe_codes_perplexity"]}
-            weights = ["--pretrained_weights", str(out / "checkpoint.pth")]
-            for script, more in (("eval_knn.py", ["--nb_knn", "20"]),
-                                 ("eval_linear.py", ["--augment", "false", "--optimizer", "adam", "--epochs", "30"]),
-                                 ("eval_collapse.py", ["--components", "--tsne_images", "0", "--split", "train",
-                                                       "--baseline", "false"])):  # fmt: skip
-                subprocess.run(
-                    [sys.executable, script, *weights, *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-                )
-            results = [json.loads(line)["metrics"] for line in (out / "results.jsonl").read_text().splitlines()]
-            found |= {k: v for result in results for k, v in result.items()}
-            rows.setdefault(name, []).append(found)
+            ends = {"verdict": log[-1]["verdict"], "codes": log[-1]["probe_codes_perplexity"]}
+            rows.setdefault(name, []).append(ends | evaluate(out))
     heading(args)
 
-    def cells(found: list[dict], keys) -> list[str]:
-        middle = {k: [x[k] for x in found if x.get(k) is not None] for k in keys}
-        return [f"{statistics.mean(v):.3g} ± {max(v) - statistics.mean(v):.2g}" if v else "" for v in middle.values()]
+    def cells(runs: list[dict], keys: Sequence[str]) -> list[str]:
+        values = [[x[key] for x in runs if x.get(key) is not None] for key in keys]
+        return [f"{statistics.mean(v):.3g} ± {max(v) - statistics.mean(v):.2g}" if v else "" for v in values]
 
     shown = ("knn20_top1", "linear_last_top1", "codes")
     of_beta = [
@@ -166,8 +160,21 @@ def sweeps(args) -> None:
     print(format_table([(name, *cells(rows[name], ("knn20_top1", *names))) for name in codes], ("", "20-NN", *names)))
 
 
-def curvature(args) -> None:
-    """In float64, at the initialization of a real network: second differences of the loss along both directions."""
+def evaluate(out: Path) -> dict[str, float]:
+    """Run the evaluations of a run; return all metrics in its results.jsonl."""
+    scripts = {
+        "eval_knn.py": ("--nb_knn", "20"),
+        "eval_linear.py": ("--augment", "false", "--optimizer", "adam", "--epochs", "30"),
+        "eval_collapse.py": ("--components", "--tsne_images", "0", "--split", "train", "--baseline", "false"),
+    }
+    for script, flags in scripts.items():
+        command = [sys.executable, script, "--pretrained_weights", str(out / "checkpoint.pth"), *flags]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return {k: v for result in read_json_lines(out / "results.jsonl") for k, v in result["metrics"].items()}
+
+
+def curvature(args: argparse.Namespace) -> None:
+    """Print second differences of the loss along both directions, in float64, at a real network's initialization."""
     flags = main_cplearn.parse_args([*COMMON.split(), "--out_dim", "512"])
     torch.manual_seed(args.seeds[0])
     method = build_method(flags).eval()
@@ -175,25 +182,25 @@ def curvature(args) -> None:
     pixels = torch.stack([augmentations.eval_pixels(dataset[i][0], 32) for i in range(256)])
     method.train()  # statistics of this batch
     with torch.no_grad():
-        logits = method.head.logits(
-            method.embed(method.backbone(augmentations.normalize(augmentations.to_float(pixels))))
-        )
+        features = method.backbone(augmentations.normalize(augmentations.to_float(pixels)))
+        logits = method.head.logits(method.embed(features))
     logits = logits.double() - logits.double().mean(1, keepdim=True)
     shared = logits.mean(0, keepdim=True).expand_as(logits)
     own = logits - shared
     rows = []
     for beta in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
-        found = []
+        measured = []
         for direction in (shared, own):
             step = 1e-2 * direction / direction.square().mean().sqrt()  # of variance 1e-4 over codes
             low, middle, high = (cplearn_loss([k * step] * 2, LossSpec(beta))[0].item() for k in (-1, 0, 1))
-            found.append((low - 2 * middle + high) / 1e-4)
-        rows.append((beta, *(f"{x:.4f}" for x in (found[0], 1 - beta, found[1], -beta))))
+            measured.append((low - 2 * middle + high) / 1e-4)
+        rows.append((beta, *(f"{x:.4f}" for x in (measured[0], 1 - beta, measured[1], -beta))))
     print(f"commit {git_commit()}\n")
     print(format_table(rows, ("beta", "shared, measured", "1 - beta", "own, measured", "-beta")))
 
 
-def cost(args) -> None:
+def cost(args: argparse.Namespace) -> None:
+    """Print the share of two runs' time that the monitor takes."""
     rows = []
     for name, c, flags in (("resnet10t", 16384, ""), ("vit_tiny", 131072, "--arch vit_tiny --patch_size 8")):
         _, log = train(args, f"{name}, c = {c}", f"--out_dim {c} {flags}", "--knn_freq", "0")
@@ -207,25 +214,26 @@ def cost(args) -> None:
 
 
 def time_of_windows(out_dim: int, steps: int) -> float:
-    """Seconds that `CodeUsage` takes for so many steps."""
-    use, usage, skipped = CodeUsage(), torch.full((out_dim,), 1 / out_dim), torch.tensor(False)
+    """Return the seconds that `CodeUsage` takes for so many steps."""
+    meter, usage, skipped = CodeUsage(), torch.full((out_dim,), 1 / out_dim), torch.tensor(False)
     start = time.perf_counter()
     for _ in range(steps):
-        use.add(usage, 64, skipped)
+        meter.add(usage, 64, skipped)
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of the four measurements."""
+    parser = ArgumentParser(prog="benchmarks/collapse.py", description=__doc__)
     kinds = {"verdicts": verdicts, "sweeps": sweeps, "curvature": curvature, "cost": cost}
     parser.add_argument("what", choices=tuple(kinds))
     parser.add_argument("--data_path", default=None)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=positive(int), default=10)
+    parser.add_argument("--seeds", type=nonnegative(int), nargs="+", default=[0])
     parser.add_argument("--output_dir", default="output/collapse")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     kinds[args.what](args)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run_script(main)

@@ -1,8 +1,6 @@
 """The paper's analysis figures of one or several networks, each with its numbers as CSV beside it."""
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cplearn.evaluation.collapse_numbers import Network, covariance_of
+from cplearn.files import write_csv
 
 FIGURES = ("spectrum", "mixture", "matrices", "codes", "tsne")
 
@@ -192,11 +191,3 @@ def save_figure(figure, out: Path, name: str) -> None:
     """Write a figure as PNG and forget it."""
     figure.savefig(out / f"{name}.png", dpi=120)
     pyplot().close(figure)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a header and rows as CSV."""
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -1,5 +1,7 @@
 """Features from a checkpoint: their order, what is kept of them, wrong data, weights of other kinds."""
 
+import copy
+import hashlib
 import json
 
 import pytest
@@ -12,6 +14,7 @@ import eval_linear
 import main_cplearn
 from cplearn import backbones, checkpoints
 from cplearn.errors import UserError
+from cplearn.evaluation.features import load_model
 
 
 def test_features_do_not_depend_on_batch_size_and_come_in_order(run, tmp_path):
@@ -24,6 +27,20 @@ def test_features_do_not_depend_on_batch_size_and_come_in_order(run, tmp_path):
         torch.testing.assert_close(found[0]["features"], other["features"], rtol=1e-4, atol=1e-6)
         assert torch.equal(found[0]["codes"], other["codes"])
     assert found[0]["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_model_says_what_the_file_completed_and_leaves_the_flags_alone(run, tmp_path, image_folder, monkeypatch):
+    args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--image_size", "16"))
+    before = copy.deepcopy(args)
+    model = load_model(args, torch.device("cpu"))
+    assert args == before and model.network is None and model.epoch == 2 and not model.backbone.training
+    assert model.flags() == {"arch": "resnet8_w8", "patch_size": 16, "image_size": 16, "dataset": "folder",
+                             "data_path": str(image_folder), "class_list": None, "method": "cplearn"}  # fmt: skip
+    assert model.weights_sha256 == hashlib.sha256((run / "checkpoint.pth").read_bytes()).hexdigest()
+    reads, load = [], checkpoints.load_file_and_hash
+    monkeypatch.setattr(checkpoints, "load_file_and_hash", lambda *a: reads.append(a) or load(*a))
+    eval_linear.main(eval_flags(run, tmp_path, "--epochs", "1", "--augment", "false"))
+    assert len(reads) == 1 and last_result(tmp_path)["weights_sha256"] == model.weights_sha256
 
 
 def test_random_init_is_the_run_before_training(run, tmp_path):

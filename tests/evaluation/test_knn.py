@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cplearn.evaluation.knn import knn
+from cplearn.evaluation.knn import knn, leave_one_out_knn
 
 
 def test_knn_equals_a_loop():
@@ -35,3 +35,16 @@ def test_knn_of_separated_classes_is_perfect():
     labels = torch.arange(4).repeat(20)
     features = centers[labels] + 0.1 * torch.randn(80, 4)
     assert knn(features, labels, features, labels, ks=[5], temperature=0.07)["knn5_top1"] == 1
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_leave_one_out_is_the_knn_of_each_image_among_the_others(k):
+    generator = torch.Generator().manual_seed(1)
+    features, labels = torch.randn(30, 6, generator=generator), torch.randint(0, 4, (30,), generator=generator)
+    features[3] = features[4]  # an image is left out, not its twin
+    hits = 0
+    for i in range(30):
+        others = torch.arange(30) != i
+        one = knn(features[others], labels[others], features[[i]], labels[[i]], ks=[k], temperature=0.07)
+        hits += one[f"knn{min(k, 29)}_top1"]
+    assert leave_one_out_knn(features, labels, k=k) == pytest.approx(hits / 30)
