@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"), help="sgd is DINO's; adam the paper's appendix, not scaled with the batch")
     parser.add_argument("--n_last_blocks", type=positive(int), default=None, help="Blocks whose CLS tokens are concatenated (default: 4 for vit_tiny and vit_small, else 1)")
     parser.add_argument("--augment", type=bool_flag, default=None, help="Random crops and flips in every epoch (default: true, false with --load_features)")
-    parser.add_argument("--standardize", type=bool_flag, default=None, help="Batch norm without weights before the classifier (default: true, or false for a ViT, whose last LayerNorm does it)")
+    parser.add_argument("--standardise", type=bool_flag, default=None, help="Batch norm without weights before the classifier (default: true, or false for a ViT, whose last LayerNorm does it)")
     # fmt: on
     cli.add_flags(parser)
     return parser
@@ -51,7 +51,7 @@ class Probe:
         linear = nn.Linear(width, n_classes)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
-        norm = BatchNorm(width, affine=False) if args.standardize else nn.Identity()
+        norm = BatchNorm(width, affine=False) if args.standardise else nn.Identity()
         self.classifier = nn.Sequential(norm, linear).to(device)
         batch = args.batch_size_per_gpu * collectives.world_size()
         if args.optimizer == "sgd":
@@ -63,6 +63,7 @@ class Probe:
         self.epoch, self.history = 0, []
 
     def state(self) -> dict:
+        """Return everything that `load` takes."""
         return {
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -71,6 +72,7 @@ class Probe:
         }
 
     def load(self, state: dict) -> None:
+        """Resume from a state."""
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.history = state["epoch"], state["history"]
@@ -176,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     splits = ("val",) if args.augment else ("train", "val")
     data = get_features(args, model, device, splits, args.n_last_blocks, labels_for="eval_linear.py")
     val = data[-1]
-    if args.standardize is None:
-        args.standardize = not backbones.is_vit(val.arch)
+    if args.standardise is None:
+        args.standardise = not backbones.is_vit(val.arch)
 
     random_streams.seed_everything(random_streams.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)

@@ -80,7 +80,7 @@ def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
         ["--pretrained_weights", str(out / "checkpoint.pth"), "--epochs", "1", "--augment", "false", *common]
     )
     record = last_result(out)
-    assert record["flags"]["n_last_blocks"] == 4 and record["flags"]["standardize"] is False
+    assert record["flags"]["n_last_blocks"] == 4 and record["flags"]["standardise"] is False
     state = checkpoints.load(next(out.glob("linear_*.pth")))
     assert state["classifier"]["1.weight"].shape == (3, 1536)
 

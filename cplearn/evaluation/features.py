@@ -239,6 +239,7 @@ def _feature_file(folder: str, split: str, n_last_blocks: int) -> Path:
 
 
 def has_features(folder: str, split: str, n_last_blocks: int) -> bool:
+    """Return whether features of so many blocks are kept in a folder."""
     return _feature_file(folder, split, n_last_blocks).is_file()
 
 
