@@ -79,7 +79,8 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, url):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--dist_timeout", "0.02", "--output_dir", str(tmp_path / "out"),
+    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--dist_timeout", "0.02",
+                           "--output_dir", str(tmp_path / "out"),
                       "--dist_url", url if url == "env://" else f"{url}{tmp_path}/meet",
                       RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
     assert done.returncode == 6, done.stderr
@@ -93,6 +94,7 @@ def test_a_port_that_is_taken(tmp_path):
         s.bind(("0.0.0.0", 0))
         s.listen()
         port = str(s.getsockname()[1])
-        done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--dist_timeout", "0.1", "--output_dir", str(tmp_path / "out"),
+        done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--dist_timeout", "0.1",
+                           "--output_dir", str(tmp_path / "out"),
                           RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
     assert done.returncode == 2 and "is taken on 127.0.0.1: choose another one" in done.stderr, done.stderr

@@ -172,7 +172,8 @@ def test_too_many_unreadable_images_end_the_run_in_one_line(tmp_path, image_fold
 
     shutil.copytree(image_folder, tmp_path / "data")
     (tmp_path / "data/train/ant/000.jpg").write_bytes(b"\xff\xd8 broken")
-    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--data_path", str(tmp_path / "data"), "--epochs", "1",
+    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL,
+                       "--data_path", str(tmp_path / "data"), "--epochs", "1",
                       "--num_workers", workers, "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode == UserError.exit_code
     warning, error = done.stderr.splitlines()
