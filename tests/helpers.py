@@ -159,13 +159,23 @@ SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "main_cplearn", "eval_knn", "eval_linear", "eval_cluster"])
 
 
+def _begin(environment: dict) -> None:
+    """Make a process from the server like one that has just been started as typed."""
+    os.environ.clear()
+    os.environ.update(environment)
+    mp.set_start_method(environment["START_METHOD"], force=True)  # of loaders' workers; here it is the server's own
+    torch.set_num_threads(1)
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "START_METHOD": mp.get_start_method(), **more}
+
+
 def _entry(rank: int, world: int, init_file: str, environment: dict, function, args, results: str) -> None:
     from cplearn.distributed import launch
 
-    os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
-                      LOCAL_WORLD_SIZE=str(world))  # fmt: skip
-    torch.set_num_threads(1)
+    _begin(environment)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     launch.init(f"file://{init_file}", "cpu")
     torch.save(function(rank, *args), f"{results}.{rank}")
     torch.distributed.destroy_process_group()
@@ -175,7 +185,7 @@ def run_in_processes(tmp_path: Path, function, *args, world: int = 2) -> list:
     """Run function(rank, *args) in `world` gloo processes and return its values in rank order."""
     results = str(tmp_path / f"results_{function.__name__}")
     init_file = str(tmp_path / f"init_{function.__name__}")
-    common = (world, init_file, dict(os.environ), function, args, results)
+    common = (world, init_file, _environment(), function, args, results)
     mp.start_processes(_entry, common, nprocs=world, start_method="forkserver")
     return [torch.load(f"{results}.{rank}", weights_only=True) for rank in range(world)]
 
@@ -186,7 +196,7 @@ class Script:
     def __init__(self, folder: Path, *command, **env):
         self.args, self.files = [str(x) for x in command], [folder / f"std{name}.txt" for name in ("out", "err")]
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **env}
+        environment = _environment(CUDA_VISIBLE_DEVICES="", **env)
         self.process = SERVER.Process(target=_script, args=(self.args, environment, *map(str, self.files)))
         self.process.start()
         self.pid = self.process.pid
@@ -209,13 +219,11 @@ def fork_script(folder: Path, *command, **env) -> subprocess.CompletedProcess:
 
 
 def _script(command: list[str], environment: dict, out: str, err: str) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+    _begin(environment)
     os.chdir(ROOT)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    torch.set_num_threads(1)
     if command[0] == "-m":
         sys.argv = command[1:]
         sys.modules.pop(command[1], None)  # imported already: runpy would warn

@@ -137,7 +137,7 @@ def test_a_worker_that_dies_or_hangs_ends_the_run(tmp_path, image_folder, signal
     while not (tmp_path / "out" / "log.txt").exists():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    os.kill(children_of(process.pid)[-1], getattr(signal, signal_name))
+    os.kill(children_of(process.pid)[0], getattr(signal, signal_name))
     done = process.wait(60)
     said = done.stderr
     assert done.returncode == 5 and len(said.splitlines()) == 1, said

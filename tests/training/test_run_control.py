@@ -36,23 +36,45 @@ def test_ctrl_c_twice_ends_at_once_but_not_within_a_second(monkeypatch):
             time.sleep(0.05)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, image_folder):
+    """The folder of the run that is interrupted below, undisturbed and with another number of workers."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = fork_script(out / "said", *LONG, "--data_path", image_folder, "--num_workers", "1", "--output_dir", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def assert_resumes_like(undisturbed, out, *command):
+    done = fork_script(out / "said", *command, "--num_workers", "0", "--output_dir", out)
+    assert done.returncode == 0, done.stderr
+    assert same_state(undisturbed, out)
+    assert without_time(log_of(undisturbed)) == without_time(log_of(out))
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_same_command_ends_like_an_undisturbed_run(tmp_path, image_folder, name):
+def test_a_signal_saves_and_the_same_command_ends_like_an_undisturbed_run(tmp_path, image_folder, undisturbed, name):
     """In the middle of an epoch, with workers; resumed with another number of them."""
     command = [*LONG, "--data_path", str(image_folder), "--num_workers", "2"]
-    process = Script(tmp_path / "said", *command, "--output_dir", tmp_path / "cut")
-    interrupt(process, tmp_path / "cut", name, ord(name[3]) % 7)
-    stopped = process.wait()
-    code, said = stopped.returncode, stopped.stderr
-    assert code == 75 and f"{name}: stopping after this step" in said, said
+    process = Script(tmp_path / "said", *command, "--output_dir", tmp_path)
+    interrupt(process, tmp_path, name, ord(name[3]) % 7)
+    done = process.wait()
+    said = done.stderr
+    assert done.returncode == 75 and f"{name}: stopping after this step" in said, said
     assert "the same command goes on from there" in said and len(said.splitlines()) == 2
-    step = checkpoints.load(tmp_path / "cut" / "checkpoint.pth")["step"]
+    step = checkpoints.load(tmp_path / "checkpoint.pth")["step"]
     assert 6 <= step < 72 and f"stopped after step {step} of 72, saved after step {step} in" in said
-    for out, workers in (("cut", "0"), ("whole", "1")):
-        done = fork_script(tmp_path / "said", *command, "--num_workers", workers, "--output_dir", tmp_path / out)
-        assert done.returncode == 0, done.stderr
-    assert same_state(tmp_path / "whole", tmp_path / "cut")
-    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+    assert_resumes_like(undisturbed, tmp_path, *command)
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, image_folder, undisturbed):
+    """kill -9, in the middle of an epoch: nothing but the steps since the checkpoint is lost."""
+    command = [*LONG, "--data_path", str(image_folder), "--num_workers", "2"]
+    process = Script(tmp_path / "said", *command, "--output_dir", tmp_path)
+    interrupt(process, tmp_path, "SIGKILL", 3)
+    assert process.wait().returncode == -9
+    assert 6 <= checkpoints.load(tmp_path / "checkpoint.pth")["step"] < 72
+    assert_resumes_like(undisturbed, tmp_path, *command)
 
 
 @pytest.mark.slow
