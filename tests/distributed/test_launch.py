@@ -32,7 +32,7 @@ def test_two_ranks_on_one_gpu_are_refused():
         return {"rank": r, "host": host, "pid": 1, "device": "cuda:0 H100", "gpu": gpu}
 
     launch._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "b", "x")])
-    with pytest.raises(UserError, match="ranks 1 and 2 share cuda:0 H100 on a: start one process a GPU"):
+    with pytest.raises(UserError, match="ranks 1 and 2 share cuda:0 H100 on a: start one process per GPU"):
         launch._refuse_shared_gpus([rank(0, "a", "x"), rank(1, "a", "y"), rank(2, "a", "y")])
 
 
