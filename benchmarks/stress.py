@@ -168,7 +168,7 @@ def disturb(processes: list, rng: random.Random) -> str:
 
 
 def stress_kills(folder: Path, kills: int, rng: random.Random) -> list[tuple]:
-    """One row a setting: kills, where they hit, lost checkpoints, whether the end is the same."""
+    """One row per setting: kills, where they hit, lost checkpoints, whether the end is the same."""
     rows = []
     settings = ((1, 0, "adamw"), (1, 2, "sgd"), (2, 0, "adamw"), (2, 1, "lars"), (3, 0, "adamw"))
     for world, workers, optimizer in settings:
@@ -283,7 +283,7 @@ def foreign(path: Path, rng: random.Random, witness: str) -> None:
 
 
 def stress_checkpoints(folder: Path, files: int, rng: random.Random) -> list[tuple]:
-    """One row a kind: how many were loaded as saved, refused, loaded as something else, or executed."""
+    """One row per kind: how many were loaded as saved, refused, loaded as something else, or executed."""
     torch.manual_seed(rng.randrange(2**31))
     state = {"step": 7, "args": {"lr": 0.1, "name": "x"}, "model": {f"w{i}": torch.randn(40, 30) for i in range(8)}}
     good, path, witness = folder / "good.pth", folder / "fuzzed.pth", folder / "executed"
@@ -383,7 +383,7 @@ def odd_images(folder: Path, each: int, rng: random.Random) -> dict[str, bool]:
 
 
 def stress_images(folder: Path, images: int, rng: random.Random) -> list[tuple]:
-    """One row a kind, then one for a training run over all of them with and without workers."""
+    """One row per kind, then one for a training run over all of them with and without workers."""
     data = folder / "data" / "train"
     data.mkdir(parents=True)
     expected = odd_images(data, -(-images // 27), rng)

@@ -96,7 +96,7 @@ HEALTHY = {
 
 
 @pytest.mark.parametrize(
-    "name, changed, number, knob",
+    "name, changed, number, remedy",
     [
         ("representation", {"probe_features_cosine": 0.9991}, "0.9991", "--lr"),
         ("representation", {"probe_features_cosine": math.nan}, "nan", "--lr"),
@@ -109,11 +109,11 @@ HEALTHY = {
         ("intracluster", {"probe_within_code": 0.004}, "0.4% of the variance", "--out_dim"),
     ],
 )
-def test_verdicts_name_the_collapse_its_evidence_and_the_knob(name, changed, number, knob):
+def test_verdicts_name_the_collapse_its_evidence_and_the_remedy(name, changed, number, remedy):
     found = collapse.verdict(HEALTHY | changed, 1024)
     line = found.line(CPLearn.REMEDIES)
     assert found.name == name and number in found.evidence
-    assert knob in line and ("collapse" in line) == (name != "stuck at uniform")
+    assert remedy in line and ("collapse" in line) == (name != "stuck at uniform")
     assert "--beta" not in found.line({})  # which other methods do not have
 
 

@@ -99,7 +99,7 @@ def test_a_few_steps_lower_the_loss():
     assert floor < losses[-1] < losses[0] - 0.3 * (losses[0] - floor)
 
 
-def test_warnings_name_the_knob():
+def test_warnings_name_the_remedy():
     assert make_method().warnings() == [] or "n_ref" in make_method().warnings()[0]
     assert "almost one-hot" in make_method(n_ref=64.0).warnings()[0]
     assert any("beta" in w for w in make_method(beta=2.0).warnings())

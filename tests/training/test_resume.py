@@ -106,7 +106,7 @@ def test_forced_differences(tmp_path, image_folder, capsys):
         train(tmp_path, *common, "--resume_force", "bata")
 
 
-def test_another_batch_begins_the_epoch_anew(tmp_path, image_folder, capsys):
+def test_another_batch_restarts_the_epoch(tmp_path, image_folder, capsys):
     common = ("--data_path", str(image_folder), "--epochs", "3")
     train(tmp_path, *common, "--max_steps", "5")  # one epoch of three steps, and two
     train(tmp_path, *common, "--batch_size_per_gpu", "8", "--resume_force", "batch_size_per_gpu", "--max_steps", "18")
