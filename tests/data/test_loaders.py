@@ -134,7 +134,7 @@ def test_a_worker_that_dies_or_hangs_ends_the_run(tmp_path, image_folder, signal
                "--epochs", "4000", "--output_dir", str(tmp_path / "out")]  # fmt: skip
     process = Script(tmp_path / "said", *command)
     end = time.monotonic() + 60
-    while not (tmp_path / "out" / "log.txt").exists():
+    while not (tmp_path / "out" / "checkpoint.pth").exists():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     os.kill(children_of(process.pid)[0], getattr(signal, signal_name))
