@@ -33,7 +33,7 @@ def submit(out, *more) -> str:
 
 def wait_end(out, job: str) -> str:
     """The job's line in --status when it has ended."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300  # a minute where nobody else works
     while "RUNNING" in (line := status(out)[-1]):
         assert time.monotonic() < end, line + (out / f"slurm/{job}_0_log.out").read_text()
         time.sleep(0.1)
@@ -129,7 +129,7 @@ def test_a_local_job_does_not_hold_the_pipe_of_its_launcher_and_ends_with_its_co
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)  # until all have closed the pipe
     job = re.search(r"Submitted job (\d+)", done.stdout)[1]
     log = tmp_path / f"out/slurm/{job}_0_log.out"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not log.exists() or "epoch 2/" not in log.read_text():
         assert time.monotonic() < end
         time.sleep(0.1)
