@@ -9,14 +9,14 @@ import math
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cplearn import random_streams
 from cplearn.data import augmentations
 from cplearn.distributed import collectives
 from cplearn.errors import CollapseError, LocalError
 from cplearn.evaluation import collapse
-from cplearn.evaluation.knn import votes
+from cplearn.evaluation.knn import leave_one_out_knn
 from cplearn.methods.base import Method, forward_by_size
 from cplearn.training.progress import Meter
 
@@ -167,11 +167,7 @@ class ProbeResult:
 
     def knn(self, k: int = 20, temperature: float = 0.07) -> float:
         """Return the top-1 of the weighted k nearest neighbors of each image among the others."""
-        x = nn.functional.normalize(self.features, dim=1)
-        cosine = (x @ x.T).fill_diagonal_(-2)
-        similarity, neighbor = cosine.topk(min(k, len(x) - 1), dim=1)
-        scores = votes(similarity, self.labels[neighbor], int(self.labels.max()) + 1, temperature)
-        return (scores.argmax(1) == self.labels).double().mean().item()
+        return leave_one_out_knn(self.features, self.labels, k=k, temperature=temperature)
 
 
 class Monitor:
