@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
             raise loaders.worker_error(error, run.loader) or error from None
         finally:
-            loaders.stop_workers(run.loader)
+            run.close()
 
 
 # --- a run -------------------------------------------------------------------------------------------------

@@ -1,10 +1,23 @@
 """The training script on real images: results, precisions, processes, the commands as typed, wrong input."""
 
+import gc
 import json
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, TORCHRUN, fork_script, log_of, model_of, run_script, same_weights, train, without_time
+from helpers import (
+    ROOT,
+    SMALL,
+    TORCHRUN,
+    fork_script,
+    log_of,
+    model_of,
+    run_in_processes,
+    run_script,
+    same_weights,
+    train,
+    without_time,
+)
 
 import main_cplearn
 from cplearn import checkpoints
@@ -110,6 +123,21 @@ def test_torchrun_line_of_the_readme_starts_as_typed(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "WARNING: no --data_path" in done.stdout and "--data_path FOLDER" in done.stdout
     assert checkpoints.load(tmp_path / "checkpoint.pth")["args"]["out_dim"] == 131072
+
+
+def _train_without_garbage_collection(rank, data, out):
+    gc.disable()  # what is in a reference cycle then stays, as it may in any run that is short enough
+    main_cplearn.main(
+        [*SMALL, "--batch_size_per_gpu", "8", "--max_steps", "2", "--data_path", data, "--output_dir", out]
+    )
+    return [type(x).__name__ for x in gc.get_objects() if isinstance(x, torch.nn.parallel.DistributedDataParallel)]
+
+
+@pytest.mark.dist
+def test_ddp_is_gone_before_its_process_group(tmp_path, image_folder):
+    """Left to the end of the interpreter, it aborted every other run of two processes after their last line."""
+    out = str(tmp_path / "out")
+    assert run_in_processes(tmp_path, _train_without_garbage_collection, str(image_folder), out) == [[], []]
 
 
 @pytest.mark.dist

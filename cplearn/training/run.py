@@ -1,6 +1,7 @@
 """What a run is made of, and how far it is."""
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,15 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
     duration_told: bool = False  # how long it will take
+
+    def close(self) -> None:
+        """Stop the loader's processes, and let go of DDP.
+
+        DDP must be gone before its process group is: found by the garbage collector after that, it aborts the process.
+        """
+        loaders.stop_workers(self.loader)
+        self.model = self.method
+        gc.collect()
 
     @property
     def steps_per_epoch(self) -> int:
