@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
 from cplearn.data import augmentations, loaders
+from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError
@@ -103,7 +104,7 @@ def augmented_batches(
     flip_p = 0.0 if model.dataset in ("digits", "svhn") else 0.5
     view = augmentations.View(model.image_size, scale=(0.08, 1.0), flip_p=flip_p)
     loader = loaders.train_loader(
-        dataset,
+        Pixels(dataset, [view]),
         [view],
         batch_size=args.batch_size_per_gpu,
         seed=args.seed,
@@ -113,13 +114,13 @@ def augmented_batches(
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader.batch_sampler.epoch = epoch
-        for crops, labels, _, failures in loader:
-            for _, reason in loaders.read_failures(failures):
+        for batch in loader:
+            for _, reason in batch.failures:
                 raise LocalError(reason)  # a probe on other images than the user's would be another probe
             with torch.no_grad():
-                (x,) = augmentations.color_views(crops, [view], device)
+                (x,) = augmentations.color_views(batch.crops, batch.params, [view], device)
                 x = backbone_features(model.backbone, x, args.n_last_blocks)
-            yield x, labels.to(device)
+            yield x, batch.labels.to(device)
 
     return batches
 

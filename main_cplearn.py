@@ -21,6 +21,7 @@ import torch
 
 from cplearn import backbones, checkpoints, errors, random_streams
 from cplearn.data import augmentations, datasets, loaders
+from cplearn.data.pixels import KINDS, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.methods import METHODS, build_method, method_class
@@ -91,6 +92,8 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--saveckp_minutes", type=nonnegative(float), default=15.0, help="Also save checkpoint.pth every N minutes; 0 for none. At most this much work is lost on a kill")
     g.add_argument("--resume_force", nargs="+", default=[], metavar="FLAG", help="Resume although these flags differ from the checkpoint's, e.g. lr (or processes, data)")
     g.add_argument("--seed", type=nonnegative(int), default=0, help="Of weights, order of images, and views")
+    g.add_argument("--cache", default=None, choices=KINDS, help="Decode images once: into memory that all processes of a machine share, or a file that later runs find. Changes no pixel (default: ram for what is small, else none)")
+    g.add_argument("--cache_dir", default="~/.cache/cplearn", help="Folder of --cache disk")
     g.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes per process (default: 10, or fewer with fewer cores); 0 for none")
     g.add_argument("--worker_timeout", type=nonnegative(float), default=600.0, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
     g.add_argument("--max_bad_images", type=fraction, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
@@ -114,10 +117,10 @@ def train_one_epoch(run: Run) -> dict:
     args, method, optimizer, scaler = run.args, run.method, run.optimizer, run.scaler
     statistics, report = RunningStatistics(method), EpochReport(run)
     run.model.train()
-    for crops, _, samples, failures in run.rest_of_epoch():
+    for batch in run.rest_of_epoch():
         lr = set_schedules(optimizer, run.step, run.steps_per_epoch, args)
         random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, collectives.rank())  # drop path
-        images = augmentations.color_views(crops, run.views, run.device)
+        images = augmentations.color_views(batch.crops, batch.params, run.views, run.device)
         method.before_step(run.step, run.steps_per_epoch, args.epochs)
         statistics.keep()
         with autocast(run.device, args.precision):
@@ -125,14 +128,14 @@ def train_one_epoch(run: Run) -> dict:
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(output.loss).backward()
         method.after_backward()
-        votes = vote(run, output.loss, failures)
+        votes = vote(run, output.loss, batch.failures)
         skipped = check_gradients(method, votes[0], optimizer, scaler)
         grad_norm = clip_gradients(method, args.clip_grad)
         scaler.step(optimizer)  # not if `skipped`
         scaler.update(None if args.precision == "fp16" else 1.0)
         statistics.restore(skipped)
         method.after_step(output, skipped)
-        report.step(output, grad_norm, skipped, samples, lr)
+        report.step(output, grad_norm, skipped, batch.samples, lr)
         act_on_votes(run, skipped, votes)
 
     count(run, run.outcomes.flush())
@@ -187,7 +190,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, signals: StopSignals) -> Run:
     """Build data, model and optimizer, and load the checkpoint in the folder if there is one."""
     with collectives.raise_on_all_ranks():
-        run = assemble(args, device, lock, signals)
+        dataset, views = find_images(args)
+    num_workers = loaders.default_workers(args.num_workers)
+    cache = CacheOptions(args.cache, args.cache_dir, num_workers, lambda: signals.name is not None)
+    images = open_pixels(dataset, views, cache)
+    with collectives.raise_on_all_ranks():
+        run = assemble(args, images, device, lock, signals)
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in ("num_workers", "dist_url")}
     collectives.check_same({"data": run.identity["data"], **flags})
     # A flag that is younger than the checkpoint had its default there.
@@ -203,9 +211,8 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
     return run
 
 
-def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock, signals: StopSignals) -> Run:
-    """Return a run at its beginning."""
-    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
+def find_images(args: argparse.Namespace) -> tuple[datasets.ImageDataset, list[augmentations.View]]:
+    """Return the data set and the views to cut from its images."""
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     if args.knn_freq and not dataset.classes:
         raise UserError(f"--knn_freq {args.knn_freq} needs labels, but these images do not lie in class folders")
@@ -217,8 +224,17 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock, s
         global_scale=tuple(args.global_crops_scale),
         local_scale=tuple(args.local_crops_scale),
     )
+    return dataset, views
+
+
+def assemble(
+    args: argparse.Namespace, images: Pixels, device: torch.device, lock: FolderLock, signals: StopSignals
+) -> Run:
+    """Return a run at its beginning."""
+    dataset, views = images.dataset, images.views
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
     loader = loaders.train_loader(
-        dataset,
+        images,
         views,
         batch_size=args.batch_size_per_gpu,
         seed=args.seed,
@@ -235,7 +251,7 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock, s
         args=args,
         identity={"processes": collectives.world_size(), "data": datasets.fingerprint(dataset)},
         device=device,
-        dataset=dataset,
+        images=images,
         views=views,
         loader=loader,
         method=method,
@@ -244,7 +260,7 @@ def assemble(args: argparse.Namespace, device: torch.device, lock: FolderLock, s
         # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
-        monitor=Monitor(dataset, views, args.seed, len(loader), args.knn_freq),
+        monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
         bad_images=BadImages(dataset, args.max_bad_images, args.output_dir),
         lock=lock,

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_cplearn
 from cplearn import errors
-from cplearn.data import augmentations, datasets
+from cplearn.data import augmentations, color, datasets
 from cplearn.dictionary.terms import LossSpec
 from cplearn.evaluation import collapse
 from cplearn.files import read_json_lines
@@ -182,7 +182,7 @@ def curvature(args: argparse.Namespace) -> None:
     pixels = torch.stack([augmentations.eval_pixels(dataset[i][0], 32) for i in range(256)])
     method.train()  # statistics of this batch
     with torch.no_grad():
-        features = method.backbone(augmentations.normalize(augmentations.to_float(pixels)))
+        features = method.backbone(color.normalize(color.to_float(pixels)))
         logits = method.head.logits(method.embed(features))
     logits = logits.double() - logits.double().mean(1, keepdim=True)
     shared = logits.mean(0, keepdim=True).expand_as(logits)

@@ -56,6 +56,38 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_memory() -> int:
+    """Return the bytes that can be had without swapping, as the system and the container's limit have them."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return physical_memory()
+    for group in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
+        try:
+            v2 = Path(group, "memory.max")
+            limit = v2 if v2.exists() else Path(group, "memory.limit_in_bytes")
+            used = Path(group, "memory.current" if v2.exists() else "memory.usage_in_bytes")
+            return min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return free
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep the memory of freed tensors for the next ones, where it is glibc.
+
+    By default it gives pieces above some hundred kilobytes back to the system each time, which zeroes them anew: a
+    third of the time of a color transform on a CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger pieces are mapped one by one; glibc allows no more
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: free memory at the end of the heap that is kept
+    except (OSError, AttributeError):
+        pass
+
+
 def end_with_parent() -> None:
     """Ask the kernel to send this process SIGTERM when its parent dies, even by kill -9. Does nothing outside Linux."""
     try:

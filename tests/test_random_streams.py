@@ -2,8 +2,7 @@
 
 import torch
 
-from cplearn.data.augmentations import rng_for
-from cplearn.random_streams import FOR_ORDER, hash64, random_bits, random_normal, random_stream
+from cplearn.random_streams import FOR_ORDER, FOR_PROBE, hash64, random_bits, random_normal, random_stream
 
 
 def splitmix64(x: int) -> int:
@@ -38,5 +37,5 @@ def test_random_normal_moments_and_independence_of_streams():
 
 def test_streams_of_different_purpose_differ():
     """NumPy pads seeds with zeros: without a purpose the order of images would be the first view's stream."""
-    streams = [random_stream(FOR_ORDER, 3, 1), rng_for(3, 1, 0, 0), random_stream(FOR_ORDER, 3), rng_for(3, 0, 0, 0)]
-    assert len({tuple(s.random(4)) for s in streams}) == 4
+    streams = [random_stream(purpose, *key) for purpose in (FOR_ORDER, FOR_PROBE) for key in ((3, 1), (3,), (3, 0))]
+    assert len({tuple(s.random(4)) for s in streams}) == 6 - 2  # (3,) and (3, 0) are one

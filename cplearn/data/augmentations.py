@@ -1,15 +1,12 @@
-"""How one image becomes views, in two halves.
+"""How one image becomes views, first half: random numbers, crops and flips, in the loader's worker, on uint8 pixels.
 
-Geometry (crop, flip) runs in the loader's worker and leaves uint8 pixels. Color (jitter, gray, blur,
-solarize, noise, normalize) runs batched on the training device. Every random number of a view is drawn from
-(seed, epoch, sample, view) by `draw` and from nothing else, so a view does not depend on which worker made
-it, or when.
+Every random number of a view is drawn from (seed, epoch, sample, view) by `draw` and from nothing else, so a view does
+not depend on which worker made it, or when. What this half makes is made of integers, and is the same on every machine.
+The second half, color, is `color.py`.
 """
 
-import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import permutations
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,13 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cplearn.data.color import ORDERS, color
 from cplearn.errors import UserError
-from cplearn.random_streams import FOR_VIEWS, random_normal, random_stream
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in DINO
+from cplearn.random_streams import FOR_VIEWS, random_bits, seed_of
 
 BICUBIC = Image.Resampling.BICUBIC
-ORDERS = torch.tensor(list(permutations(range(4))))  # of brightness, contrast, saturation, hue
 
 
 @dataclass(frozen=True)
@@ -98,87 +93,148 @@ def build_views(recipe: str, **sizes) -> list[View]:
 
 # --- random numbers ----------------------------------------------------------------------------------
 
+TRIES = 10  # of a random resized crop, before it takes the center
+NUMBERS = (
+    16 + 4 * TRIES
+)  # uniform ones of each view, used or not, so that changing one probability leaves the rest alone
 
-def rng_for(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
-    return random_stream(FOR_VIEWS, seed, epoch, sample, view)
+
+def draw(seed: int, epoch: int, samples: list[int], views: int) -> np.ndarray:
+    """Draw uniform numbers in [0, 1): a stream of its own for each sample. Shape: -> float64 (n, views, NUMBERS)."""
+    streams = random_bits(seed_of(FOR_VIEWS, seed, epoch), torch.tensor(samples, dtype=torch.int64))
+    bits = random_bits(streams[:, None], torch.arange(views * NUMBERS)[None])
+    return (bits >> 11 & (1 << 53) - 1).numpy().reshape(len(samples), views, NUMBERS) * 2.0**-53
 
 
-def draw(view: View, width: int, height: int, rng: np.random.Generator) -> dict[str, float | int]:
-    """Draw all random numbers of one view of one image: a box in pixels, and color parameters.
+# What the color half needs of each view of an image, by its place in `color_params`.
+COLOR = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize", "noise_seed")
 
-    Every number is drawn whether it is used or not, so that changing one probability leaves the rest alone.
+
+def color_params(views: list[View], u: np.ndarray) -> Tensor:
+    """Return the parameters of the color half. Shape: u (n, V, NUMBERS) -> float64 (n, V, len(COLOR)), by `COLOR`."""
+
+    def of(name: str) -> np.ndarray:
+        return np.array([getattr(view, name) for view in views], dtype=np.float64)
+
+    u = np.moveaxis(u, -1, 0)
+    jitter, strength = u[0] < of("jitter_p"), of("jitter").T
+    low = np.array([1 - strength[0], 1 - strength[1], 1 - strength[2], -strength[3]])[:, None]
+    strengths = low + 2 * strength[:, None] * u[2:6]
+    sigma_low, sigma_high = of("blur_sigma").T
+    return torch.from_numpy(
+        np.stack(
+            [
+                *np.where(jitter, strengths, np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]),
+                np.where(jitter, np.floor(u[6] * len(ORDERS)), -1),  # -1: no jitter
+                u[7] < of("gray_p"),
+                np.where(u[9] < of("blur_p"), sigma_low + (sigma_high - sigma_low) * u[8], 0.0),
+                u[10] < of("solarize_p"),
+                np.where(of("noise_std") > 0, np.floor(u[11] * 2**52), -1),
+            ],
+            axis=-1,
+        )
+    )
+
+
+def crop_boxes(views: list[View], u: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """Return left, top, width, height in pixels, and whether to mirror.
+
+    A random resized crop has area and log aspect ratio uniform; ten tries, then a center crop. A padded crop has its
+    corner in the padded image. Shape: u (n, V, NUMBERS), widths and heights int (n,) -> int64 (n, V, 5).
     """
-    u = rng.random(16)
-
-    def between(low: float, high: float, x: float) -> float:
-        return low + (high - low) * x
-
-    jitter = u[0] < view.jitter_p
-    b, c, s, h = view.jitter
-    params = {
-        "flip": int(u[1] < view.flip_p),
-        "brightness": between(1 - b, 1 + b, u[2]) if jitter else 1.0,
-        "contrast": between(1 - c, 1 + c, u[3]) if jitter else 1.0,
-        "saturation": between(1 - s, 1 + s, u[4]) if jitter else 1.0,
-        "hue": between(-h, h, u[5]) if jitter else 0.0,
-        "order": int(u[6] * len(ORDERS)) if jitter else -1,  # -1: no jitter
-        "gray": int(u[7] < view.gray_p),
-        "sigma": between(*view.blur_sigma, u[8]) if u[9] < view.blur_p else 0.0,
-        "solarize": int(u[10] < view.solarize_p),
-        "noise_seed": int(u[11] * 2**52) if view.noise_std > 0 else -1,
-    }
-    if view.pad:
-        params["left"] = int(u[12] * (2 * view.pad + 1))
-        params["top"] = int(u[13] * (2 * view.pad + 1))
-        params["width"] = params["height"] = view.size
-    else:
-        params |= _crop_box(view, width, height, rng)
-    return params
-
-
-def _crop_box(view: View, width: int, height: int, rng: np.random.Generator) -> dict[str, int]:
-    """Draw the box of a random resized crop: area and log aspect ratio uniform, ten tries, then a center crop."""
-    log_ratio = np.log(view.ratio)
-    for _ in range(10):
-        area = width * height * rng.uniform(*view.scale)
-        ratio = math.exp(rng.uniform(*log_ratio))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-            return {"left": left, "top": top, "width": w, "height": h}
-    w = min(width, max(1, round(height * view.ratio[1])))
-    h = min(height, max(1, round(width / view.ratio[0])))
-    return {"left": (width - w) // 2, "top": (height - h) // 2, "width": w, "height": h}
+    (low, high), ratio = np.array([v.scale for v in views]).T[..., None], np.array([v.ratio for v in views])
+    log_low, log_high = np.log(ratio).T[..., None]
+    width, height = (x.reshape(-1, 1, 1).astype(np.float64) for x in (widths, heights))
+    area_u, ratio_u, left_u, top_u = np.moveaxis(u[..., 16:].reshape(*u.shape[:2], TRIES, 4), -1, 0)
+    area = width * height * (low + (high - low) * area_u)
+    aspect = np.exp(log_low + (log_high - log_low) * ratio_u)
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(-1)[..., None]
+    w, h, left_u, top_u = (np.take_along_axis(x, first, -1)[..., 0] for x in (w, h, left_u, top_u))
+    width, height = width[..., 0], height[..., 0]
+    left, top = np.floor(left_u * (width - w + 1)), np.floor(top_u * (height - h + 1))
+    center_w = np.minimum(width, np.maximum(1, np.rint(height * ratio[:, 1])))
+    center_h = np.minimum(height, np.maximum(1, np.rint(width / ratio[:, 0])))
+    center = ((width - center_w) // 2, (height - center_h) // 2, center_w, center_h)
+    found = np.take_along_axis(fits, first, -1)[..., 0]
+    boxes = [np.where(found, random, fixed) for random, fixed in zip((left, top, w, h), center, strict=True)]
+    pad, size = (np.array([getattr(view, name) for view in views]) for name in ("pad", "size"))
+    padded = (np.floor(u[..., 12] * (2 * pad + 1)), np.floor(u[..., 13] * (2 * pad + 1)), size, size)
+    boxes = [np.where(pad > 0, a, b) for a, b in zip(padded, boxes, strict=True)]
+    flip = u[..., 1] < np.array([view.flip_p for view in views])
+    return np.stack([*boxes, flip], axis=-1).astype(np.int64)
 
 
 # --- first half: geometry, one image, uint8 ----------------------------------------------------------
 
 
-def _functional():
-    """Import torchvision's transforms when an image is first cut: that takes a second, which --help does not need."""
-    from torchvision.transforms.v2 import functional
-
-    return functional
+def to_pixels(image: Image.Image) -> Tensor:
+    """Shape: RGB image -> uint8 (3, H, W), channels last in memory, which `crop` is fastest with."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def crop(image: Image.Image, view: View, params: dict) -> Tensor:
-    """Cut and mirror one view. Shape: PIL image -> uint8 (3, size, size)."""
-    tvf = _functional()
-    box = (params["top"], params["left"], params["height"], params["width"])
+def crop(pixels: Tensor, view: View, box: np.ndarray) -> Tensor:
+    """Cut and mirror one view. Shape: uint8 (3, H, W), box (5,) as in `crop_boxes` -> uint8 (3, size, size)."""
+    left, top, width, height, flip = box.tolist()
     if view.pad:
-        if image.size != (view.size, view.size):
-            image = tvf.resize(image, [view.size, view.size], interpolation=BICUBIC)
-        pixels = tvf.crop(tvf.pad(tvf.pil_to_tensor(image), view.pad, padding_mode="reflect"), *box)
-    else:
-        size = [view.size, view.size]
-        pixels = tvf.pil_to_tensor(tvf.resized_crop(image, *box, size, interpolation=BICUBIC))
-    return pixels.flip(-1) if params["flip"] else pixels
+        if pixels.shape[1:] != (view.size, view.size):
+            pixels = _resize(pixels, view.size)
+        near = np.pad(np.arange(view.size), view.pad, mode="reflect")
+        columns = near[left : left + width]
+        return pixels[:, near[top : top + height][:, None], columns[::-1].copy() if flip else columns]
+    cut = _resize(pixels[:, top : top + height, left : left + width], view.size)
+    return cut.flip(-1) if flip else cut
+
+
+def _resize(pixels: Tensor, size: int) -> Tensor:
+    return F.interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
+
+
+def by_size(views: list[View]) -> list[slice]:
+    """Group neighboring views of equal size (and noise and blur), which are kept in one tensor."""
+    kinds = [(view.size, view.noise_std, view.blur_sigma) for view in views]
+    cuts = [0, *(i for i, (a, b) in enumerate(pairwise(kinds), 1) if a != b), len(views)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+def empty_views(views: list[View], n: int) -> list[Tensor]:
+    """Return room for the views of n images: one uint8 (n, V_g, 3, size, size) for each group of `by_size`."""
+    groups = [views[group] for group in by_size(views)]
+    return [torch.empty(n, len(group), 3, group[0].size, group[0].size, dtype=torch.uint8) for group in groups]
+
+
+def cut_views(images: list[Tensor], u: np.ndarray, views: list[View], out: list[Tensor]) -> None:
+    """Cut all views of some images into `out`. Shape: n x uint8 (3, H, W), u (n, V, NUMBERS), out as `empty_views`."""
+    heights, widths = np.array([image.shape[1:] for image in images]).T
+    boxes = crop_boxes(views, u, widths, heights)
+    for group, room in zip(by_size(views), out, strict=True):
+        for i, image in enumerate(images):
+            for k, (view, box) in enumerate(zip(views[group], boxes[i, group], strict=True)):
+                room[i, k] = crop(image, view, box)
+
+
+def reduction(views: list[View], width: int, height: int) -> int:
+    """Return by how much (1, 2, 4 or 8) an image can be reduced when it is decoded, so that no crop lacks pixels.
+
+    The smallest crop of each view has at least as many pixels as the view even then.
+    """
+    for factor in (8, 4, 2):
+        if all(
+            min(width, height) >= factor * view.size
+            and (view.pad or width * height * view.scale[0] * min(view.ratio[0], 1 / view.ratio[1])
+                 >= (factor * view.size) ** 2)
+            for view in views
+        ):  # fmt: skip
+            return factor
+    return 1
 
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
     """Make the fixed view of every evaluation: shorter side to 256/224 of `size`, center crop (DINO); small images
     (size below 96) are only resized, because their border matters. Shape: PIL image -> uint8 (3, size, size)."""
-    tvf = _functional()
+    from torchvision.transforms.v2 import functional as tvf  # takes a second, which --help does not need
+
     if size < 96:
         image = tvf.resize(image, [size, size], interpolation=BICUBIC)
     else:
@@ -187,116 +243,19 @@ def eval_pixels(image: Image.Image, size: int) -> Tensor:
     return tvf.pil_to_tensor(image)
 
 
-# --- second half: color, batched, on the device -----------------------------------------------------
+# --- second half: color ------------------------------------------------------------------------------
 
 
-def color(pixels: Tensor, params: dict[str, Tensor], view: View) -> Tensor:
-    """Apply the color half to one view of a batch, and normalize.
+def color_views(crops: list[Tensor], params: Tensor, views: list[View], device: torch.device) -> list[Tensor]:
+    """Apply the color half to a batch, views of equal size in one go.
 
-    `params` stay on the CPU: which images a transform touches is decided there, and the device is never asked.
-    Shape: pixels uint8 (n, 3, H, W) on any device; params one number per image -> float32 (n, 3, H, W).
+    Shape: crops as `empty_views`, params (n, V, len(COLOR)) -> V x float32 (n, 3, H_v, W_v) on the device.
     """
-    x = to_float(pixels)
-    if view.jitter_p > 0:
-        x = _jitter(x, params)
-    if view.gray_p > 0:
-        x = _on_rows(x, params["gray"] == 1, lambda y, _: _luma(y).expand_as(y))
-    if view.blur_p > 0:
-        x = _on_rows(x, params["sigma"] > 0, lambda y, i: _blur(y, params["sigma"][i], view.blur_sigma[1]))
-    if view.solarize_p > 0:
-        x = _on_rows(x, params["solarize"] == 1, lambda y, _: torch.where(y >= 128 / 255, 1 - y, y))
-    if view.noise_std > 0:
-        seeds = params["noise_seed"].to(x.device, non_blocking=True)
-        x = x + view.noise_std * random_normal(seeds, tuple(x.shape[1:]))
-    return normalize(x)
-
-
-def color_views(crops: list, views: list[View], device: torch.device) -> list[Tensor]:
-    """Apply the color half to a batch of each view. Shape: V x (uint8 (n, 3, H_v, W_v), params) -> V x float32."""
-    return [
-        color(pixels.to(device, non_blocking=True), params, view)
-        for (pixels, params), view in zip(crops, views, strict=True)
-    ]
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    return pixels.float() / 255
-
-
-def normalize(x: Tensor) -> Tensor:
-    return (x - _per_channel(MEAN, x.device)) / _per_channel(STD, x.device)
-
-
-@lru_cache
-def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """Make a constant once per device: making one on a GPU waits for it. Shape: -> (1, 3, 1, 1)."""
-    with torch.inference_mode(False):  # kept, so it must serve training too
-        return torch.tensor(values, device=device).view(1, 3, 1, 1)
-
-
-def _on_rows(x: Tensor, chosen: Tensor, transform) -> Tensor:
-    """Apply transform(rows, their indices on the CPU) to the chosen images, in place; `chosen` is bool on the CPU."""
-    index = chosen.nonzero().flatten()
-    if len(index) == 0:
-        return x
-    where = index.to(x.device, non_blocking=True)
-    return x.index_copy_(0, where, transform(x[where], index))
-
-
-def _jitter(x: Tensor, params: dict[str, Tensor]) -> Tensor:
-    """Change brightness, contrast, saturation and hue in each image's own order."""
-
-    def column(name: str, index: Tensor) -> Tensor:
-        return params[name][index].float().to(x.device, non_blocking=True).view(-1, 1, 1, 1)
-
-    steps = (
-        lambda y, i: (y * column("brightness", i)).clamp(0, 1),
-        lambda y, i: _blend(y, _luma(y).mean((1, 2, 3), keepdim=True), column("contrast", i)),
-        lambda y, i: _blend(y, _luma(y), column("saturation", i)),
-        lambda y, i: _shift_hue(y, column("hue", i)),
-    )
-    jittered = params["order"] >= 0
-    order = ORDERS[params["order"].clamp(min=0)]
-    for position in range(4):
-        for k, step in enumerate(steps):
-            x = _on_rows(x, jittered & (order[:, position] == k), step)
-    return x
-
-
-def _blend(x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    return (weight * x + (1 - weight) * other).clamp(0, 1)
-
-
-def _luma(x: Tensor) -> Tensor:
-    """Compute the gray value (ITU-R 601). Shape: (n, 3, H, W) -> (n, 1, H, W)."""
-    return (x * _per_channel((0.2989, 0.587, 0.114), x.device)).sum(1, keepdim=True)
-
-
-def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Rotate the hue by `shift` turns. Shape: x (n, 3, H, W) in 0..1, shift (n, 1, 1, 1)."""
-    value, which = x.max(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
-    r, g, b = x.split(1, dim=1)
-    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
-    sextant = torch.where(which == 0, (g - b) / safe, torch.where(which == 1, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = (sextant / 6 + shift) % 1.0
-    # Each channel is `value` minus chroma times a trapezoid of the hue, shifted by a third of a turn.
-    k = (_per_channel((5.0, 3.0, 1.0), x.device) + hue * 6) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def _blur(x: Tensor, sigma: Tensor, sigma_max: float) -> Tensor:
-    """Blur by a Gaussian, one sigma (pixels) per image, reflected borders.
-
-    Shape: x (n, 3, H, W), sigma (n,) on the CPU -> as x.
-    """
-    n, channels, height, width = x.shape
-    radius = min(math.ceil(3 * sigma_max), height - 1, width - 1)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets[None] / sigma.float()[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=True)
-    kernel = kernel.repeat_interleave(channels, 0)[:, None, None]  # (n * 3, 1, 1, taps)
-    x = F.pad(x.reshape(1, n * channels, height, width), (radius,) * 4, mode="reflect")
-    x = F.conv2d(x, kernel, groups=n * channels)
-    x = F.conv2d(x, kernel.transpose(2, 3), groups=n * channels)
-    return x.view(n, channels, height, width)
+    found: list[Tensor] = []
+    for group, pixels in zip(by_size(views), crops, strict=True):
+        count = pixels.shape[1]
+        columns = dict(zip(COLOR, params[:, group].flatten(0, 1).unbind(1), strict=True))
+        x = pixels.to(device, non_blocking=True).flatten(0, 1)
+        kind = views[group][0]
+        found += color(x, columns, kind.noise_std, kind.blur_sigma[1], count).chunk(count)
+    return found

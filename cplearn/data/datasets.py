@@ -1,13 +1,14 @@
 """Where images come from: folders, CIFAR, SVHN, and the digits that ship with scikit-learn.
 
-A data set here has `len`, `ds[i] -> (PIL image in RGB, label)`, `classes` (a list of names, or None when there
-are no labels; the label is then -1), `names` (one string an image) and `where` (for the start-up line).
+A data set here is an `ImageDataset`: `len`, `ds[i] -> (PIL image in RGB, label)`, `classes` (a list of names, or None
+when there are no labels; the label is then -1), `names` (one string an image) and `where` (for the start-up line).
 """
 
 import errno
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,31 @@ NATIVE_SIZE = {"folder": 224, "cifar10": 32, "cifar100": 32, "svhn": 32, "digits
 RECIPE = {"folder": "dino", "cifar10": "cifar", "cifar100": "cifar", "svhn": "svhn", "digits": "digits"}
 
 
+class ImageDataset(Dataset):
+    """What all data sets have. Images are small and in memory, unless a data set says otherwise."""
+
+    classes: list[str] | None
+    where: str
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return self.read(i)
+
+    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
+        """Return image and label; the image smaller by the factor that `reduction(width, height)` gives, if any.
+
+        Raises `LocalError` if it cannot be read.
+        """
+        raise NotImplementedError
+
+    def size_of(self, i: int) -> tuple[int, int]:
+        """Return width and height, as its header has them."""
+        return self.read(i)[0].size
+
+    def stamps(self) -> list:
+        """Return what tells the images from others: names, and sizes and times of their files."""
+        return [str(name) for name in self.names]
+
+
 def build_dataset(name: str, data_path: str | None, split: str, class_list: str | None = None) -> Dataset:
     """Build a data set. Raises `UserError` for an unknown name, or a folder that is missing, empty or incomplete."""
     if name not in DATASETS:
@@ -56,7 +82,7 @@ def build_dataset(name: str, data_path: str | None, split: str, class_list: str 
     return _torchvision_dataset(name, data_path, split)
 
 
-class Digits(Dataset):
+class Digits(ImageDataset):
     """The 1,797 handwritten digits (8 x 8 pixels) of scikit-learn; every fifth one of a class is held out."""
 
     def __init__(self, split: str):
@@ -76,12 +102,12 @@ class Digits(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
         image = Image.fromarray(self.images[i]).resize((32, 32), Image.Resampling.BICUBIC)
         return image.convert("RGB"), int(self.labels[i])
 
 
-class Folder(Dataset):
+class Folder(ImageDataset):
     """Images below a folder. If all of them lie in sub-folders, the first level of these names the classes.
 
     With a class list, only its folders count, in its order.
@@ -125,19 +151,37 @@ class Folder(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return read_image(self.root / str(self.names[i])), int(self.labels[i])
+    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
+        return read_image(self.root / str(self.names[i]), reduction), int(self.labels[i])
+
+    def size_of(self, i: int) -> tuple[int, int]:
+        path = self.root / str(self.names[i])
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                return image.size
+        except Exception as error:
+            raise LocalError(f"cannot read the image {path}: {error}") from None
+
+    def stamps(self) -> list:
+        status = [os.stat(self.root / str(name)) for name in self.names]
+        return [(str(name), s.st_size, s.st_mtime_ns) for name, s in zip(self.names, status, strict=True)]
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, reduction: Callable[[int, int], int] | None = None) -> Image.Image:
     """Read the first frame of an image file as 8-bit RGB, not turned by its EXIF orientation (as torchvision and DINO).
 
-    Raises `LocalError` with the reason for whatever cannot be decoded whole, or is larger than `MAX_PIXELS`.
+    With `reduction`, smaller by the factor (1, 2, 4 or 8) that it gives for width and height: a JPEG is then decoded at
+    that size, which is faster, other files are averaged. Raises `LocalError` with the reason for whatever cannot be
+    decoded whole, or is larger than `MAX_PIXELS`.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header, nothing is decoded yet
                 raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+            factor = reduction(*image.size) if reduction else 1
+            if factor == 1 or image.format != "JPEG":
+                return to_rgb(image).reduce(factor) if factor > 1 else to_rgb(image)
+            image.draft(None, (image.width // factor, image.height // factor))
             return to_rgb(image)
     except Exception as error:  # a damaged file can make Pillow raise anything
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
@@ -160,10 +204,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no known range; convert them to 8 or 16 bits")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode == "RGB":  # `convert` would copy it
+        image.load()
+        return image
     return image.convert("RGB")
 
 
-class _TorchvisionDataset(Dataset):
+class _TorchvisionDataset(ImageDataset):
     def __init__(self, inner: Dataset, classes: list[str], where: str):
         self.inner, self.classes, self.where = inner, classes, where
         self.labels = np.asarray(getattr(inner, "targets", getattr(inner, "labels", None)))
@@ -172,7 +219,7 @@ class _TorchvisionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.inner)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
         image, label = self.inner[i]
         return image, int(label)
 

@@ -1,22 +1,25 @@
 """Which process reads which image when: batches of views for training, fixed views for evaluations."""
 
-import json
 import os
 import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cplearn.data.augmentations import View, crop, draw, eval_pixels, rng_for
+from cplearn.data.augmentations import View, color_params, cut_views, draw, empty_views, eval_pixels
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
+
+if TYPE_CHECKING:
+    from cplearn.data.pixels import Pixels
 
 # --- loading ---------------------------------------------------------------------------------------
 
@@ -44,41 +47,58 @@ class BatchSampler:
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 
-class ViewDataset(Dataset):
-    """Geometry half of the views.
+class Batch(NamedTuple):
+    """Views of n images of this rank, before their colors."""
 
-    Item (epoch, i) -> (list of (uint8 pixels, parameters), label, j, failures). j is i, or where its file cannot be
-    read another sample, drawn from (seed, epoch, i); failures is then JSON, a list of [sample, reason], else "".
+    crops: list[Tensor]  # uint8 (n, V_g, 3, size, size), one for each size of views
+    params: Tensor  # of the color half, float64 (n, V, len(augmentations.COLOR))
+    labels: Tensor  # int64 (n,)
+    samples: Tensor  # int64 (n,): which images they are, after replacements
+    failures: list[tuple[int, str]]  # sample and reason of each image that could not be read
+
+
+class ViewDataset(Dataset):
+    """Geometry half of the views of a batch: items (epoch, i) -> `Batch`.
+
+    Where an image cannot be read, another one takes its place, drawn from (seed, epoch, i).
     """
 
     TRIES = 20
+    AT_ONCE = 8  # decoded images that are held at once
 
-    def __init__(self, dataset: Dataset, views: list[View], seed: int, num_workers: int = 0):
-        self.dataset, self.views, self.seed = dataset, views, seed
+    def __init__(self, pixels: "Pixels", views: list[View], seed: int, num_workers: int = 0):
+        self.pixels, self.views, self.seed = pixels, views, seed
+        self.names, self.labels = pixels.dataset.names, np.asarray(pixels.dataset.labels)
         # Which process reads which sample now (-1: none): shared memory, read when a worker died or hangs.
         self.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[list[tuple[Tensor, dict]], int, int, str]:
-        epoch, i = item
-        image, label, j, failures = self._read(epoch, i)
-        views = []
-        for v, view in enumerate(self.views):
-            params = draw(view, *image.size, rng_for(self.seed, epoch, i, v))
-            views.append((crop(image, view, params), params))
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
+        (epoch, *_), samples = zip(*items, strict=True)
+        u = draw(self.seed, epoch, samples, len(self.views))
+        crops = empty_views(self.views, len(items))
+        read, failures = [], []
+        for start in range(0, len(items), self.AT_ONCE):
+            part = slice(start, start + self.AT_ONCE)
+            images = []
+            for i in samples[part]:
+                image, j = self._read(epoch, i, failures)
+                images.append(image)
+                read.append(j)
+            cut_views(images, u[part], self.views, [x[part] for x in crops])
         self._note(-1)
-        return views, label, j, json.dumps(failures) if failures else ""
+        labels = torch.from_numpy(self.labels[read].astype(np.int64))
+        return Batch(crops, color_params(self.views, u), labels, torch.tensor(read), failures)
 
-    def _read(self, epoch: int, i: int) -> tuple[Image.Image, int, int, list[tuple[int, str]]]:
-        failures: list[tuple[int, str]] = []
+    def _read(self, epoch: int, i: int, failures: list[tuple[int, str]]) -> tuple[Tensor, int]:
         j, others = i, None
         for _ in range(self.TRIES):
             self._note(j)
             try:
-                return *self.dataset[j], j, failures
+                return self.pixels[j], j
             except LocalError as error:
                 failures.append((j, str(error).partition("; repair it")[0]))
             others = others or random_stream(FOR_REPLACEMENT, self.seed, epoch, i)
-            j = int(others.integers(len(self.dataset)))
+            j = int(others.integers(len(self.pixels)))
         raise LocalError(f"{self.TRIES} images in a row cannot be read; the last: {failures[-1][1]}")
 
     def _note(self, sample: int) -> None:
@@ -102,7 +122,7 @@ class EvalDataset(Dataset):
 
 
 def train_loader(
-    dataset: Dataset,
+    pixels: "Pixels",
     views: list[View],
     *,
     batch_size: int,
@@ -111,15 +131,16 @@ def train_loader(
     pin_memory: bool,
 ) -> DataLoader:
     """Build the loader of views for this rank; `batch_sampler.epoch` and `.first` choose epoch and first step."""
-    batches = BatchSampler(len(dataset), batch_size, seed, collectives.rank(), collectives.world_size())
+    batches = BatchSampler(len(pixels), batch_size, seed, collectives.rank(), collectives.world_size())
     if len(batches) == 0:
         raise UserError(
             f"a batch of {batch_size * collectives.world_size()} images ({collectives.world_size()} processes x "
-            f"--batch_size_per_gpu {batch_size}) is larger than the data set of {len(dataset)}: use a smaller batch"
+            f"--batch_size_per_gpu {batch_size}) is larger than the data set of {len(pixels)}: use a smaller batch"
         )
     return DataLoader(
-        ViewDataset(dataset, views, seed, num_workers),
+        ViewDataset(pixels, views, seed, num_workers),
         batch_sampler=batches,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
@@ -128,17 +149,16 @@ def train_loader(
     )
 
 
-def read_failures(texts: list[str]) -> list[tuple[int, str]]:
-    """Return sample and reason of each image that could not be read for a batch, from its fourth entry."""
-    return [(sample, reason) for text in texts if text for sample, reason in json.loads(text)]
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _start_worker(_: int) -> None:
     get_worker_info().dataset._note(-1)
-    _leave_signals_to_parent(_)
+    leave_signals_to_parent(_)
 
 
-def _leave_signals_to_parent(_: int) -> None:
+def leave_signals_to_parent(_: int) -> None:
     """Ignore signals: a scheduler sends them to every process, but the parent needs its workers until its step ends."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -168,7 +188,7 @@ def deadline(seconds: float) -> Iterator[None]:
 
 def read_batches(
     loader: DataLoader, epoch: int, first: int, last: int, *, timeout: float, waiting: AbstractContextManager
-) -> Iterator[list]:
+) -> Iterator[Batch]:
     """Yield batches `first` .. `last` - 1 of an epoch, each within `timeout` seconds (0 for any time).
 
     `waiting` is entered while a batch is waited for. Raises RuntimeError for a batch that does not come.
@@ -190,7 +210,7 @@ def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
     source: ViewDataset = loader.dataset
     named = {int(pid) for pid in re.findall(r"\d+", text.partition("exited")[0].partition("is killed")[0])}
     rows = [(pid, sample) for pid, sample in source.reading.tolist() if pid >= 0]
-    files = [source.dataset.names[j] for pid, j in rows if j >= 0 and (pid in named or "timed out" in text)]
+    files = [source.names[j] for pid, j in rows if j >= 0 and (pid in named or "timed out" in text)]
     at = f"while reading {', '.join(map(str, files[:5]))}" if files else "between two files"
     what = " ".join(text.split()).removesuffix(".")[:200]
     return WorkerError(f"{what}, {at}: try that file alone, fewer --num_workers, or more memory (or --worker_timeout)")
@@ -223,7 +243,7 @@ def eval_loader(
         batch_size=batch_size,
         sampler=mine,
         num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cplearn.distributed.collectives import local_world_size, world_size
 from cplearn.errors import PeerError, UserError
 from cplearn.files import remove_quietly, write_text
-from cplearn.host import host_name
+from cplearn.host import host_name, keep_freed_memory
 from cplearn.text import format_table
 
 
@@ -40,6 +40,7 @@ def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -
     place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)
+    keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = _store(dist_url, rank, world, timedelta(minutes=minutes))

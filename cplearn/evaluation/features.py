@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, random_streams
-from cplearn.data import augmentations, datasets, loaders
+from cplearn.data import color, datasets, loaders
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.methods import build_method
@@ -227,7 +227,7 @@ def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: i
     view = loaders.EvalDataset(dataset, model.image_size)
     for start in range(0, max(1, len(order) - 1), 256):  # no batch of one image, of which there are no statistics
         pixels = torch.stack([view[int(i)][0] for i in order[start : start + 256]]).to(device)
-        features = model.backbone(augmentations.normalize(augmentations.to_float(pixels)))
+        features = model.backbone(color.normalize(color.to_float(pixels)))
         if model.method is not None:
             model.method.predict(features)
     for norm in norms:
@@ -265,7 +265,7 @@ def extract_features(
     )
     rows, codes = [], []
     for pixels, _, _ in loader:
-        x = augmentations.normalize(augmentations.to_float(pixels.to(device, non_blocking=True)))
+        x = color.normalize(color.to_float(pixels.to(device, non_blocking=True)))
         rows.append(backbone_features(model.backbone, x, n_last_blocks))
         if model.method is not None and n_last_blocks == 1:
             codes.append(model.method.predict(rows[-1]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn import random_streams
-from cplearn.data.augmentations import normalize
+from cplearn.data.color import normalize
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.flags import fraction, nonnegative, positive

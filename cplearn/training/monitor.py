@@ -8,11 +8,13 @@ statistic and no random number, so a run with and without it comes to the same b
 import math
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cplearn import random_streams
 from cplearn.data import augmentations
+from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.errors import CollapseError, LocalError
 from cplearn.evaluation import collapse
@@ -91,36 +93,39 @@ class Probe:
     MOST, LEAST, COST, BYTES = 2000, 256, 0.015, 2**28
     SETTLED = 30  # steps before which batch norm's running statistics, and so the probe's numbers, mean little
 
-    def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int):
-        self.dataset, self.views, self.seed = dataset, views[: Method.N_GLOBAL], seed
+    def __init__(self, pixels: Pixels, views: list[augmentations.View], seed: int, steps_per_epoch: int):
+        self.pixels, self.views, self.seed = pixels, views[: Method.N_GLOBAL], seed
         size = self.views[0].size
-        budget = self.COST * 3 * len(dataset) * sum(v.size**2 for v in views) / size**2  # of forward passes per epoch
+        budget = self.COST * 3 * len(pixels) * sum(v.size**2 for v in views) / size**2  # of forward passes per epoch
         room = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
-        count = min(self.MOST, len(dataset), room, max(self.LEAST, int(budget / 2)))
+        count = min(self.MOST, len(pixels), room, max(self.LEAST, int(budget / 2)))
         self.every = max(1, math.ceil(2 * count / budget))
         self.first = math.ceil(self.SETTLED / steps_per_epoch)
-        order = random_streams.random_stream(random_streams.FOR_MONITOR, seed).permutation(len(dataset))
+        order = random_streams.random_stream(random_streams.FOR_MONITOR, seed).permutation(len(pixels))
         self.samples = sorted(int(i) for i in order[:count])
-        self._pixels: list[tuple[list[tuple[Tensor, dict]], int]] | None = None
+        self._kept: tuple[list[Tensor], Tensor, Tensor] | None = None
 
     def due(self, epochs_done: int) -> bool:
         return epochs_done >= self.first and (epochs_done - self.first) % self.every == 0
 
-    def _read(self) -> list[tuple[list[tuple[Tensor, dict]], int]]:
-        """Read this rank's images, once. Those that cannot be read are left out."""
-        found = []
-        for i in self.samples[collectives.rank() :: collectives.world_size()]:
+    def _read(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Read this rank's images, once: crops, color parameters, labels. Those that cannot be read are left out."""
+        mine = self.samples[collectives.rank() :: collectives.world_size()]
+        crops, read = augmentations.empty_views(self.views, len(mine)), []
+        for i in mine:
             try:
-                image, label = self.dataset[i]
+                image = self.pixels[i]
             except LocalError:
                 continue
-            crops = []
-            for v, view in enumerate(self.views):
-                # Of an epoch that no run reaches: these views are not trained on.
-                params = augmentations.draw(view, *image.size, augmentations.rng_for(self.seed, 2**31, i, v))
-                crops.append((augmentations.crop(image, view, params), params))
-            found.append((crops, int(label)))
-        return found
+            room = [x[len(read) : len(read) + 1] for x in crops]
+            augmentations.cut_views([image], self._draw([i]), self.views, room)
+            read.append(i)
+        labels = torch.as_tensor(self.pixels.dataset.labels)[read].long()
+        params = augmentations.color_params(self.views, self._draw(read))
+        return [x[: len(read)] for x in crops], params, labels
+
+    def _draw(self, samples: list[int]) -> np.ndarray:
+        return augmentations.draw(self.seed, 2**31, samples, len(self.views))  # an epoch that no run reaches
 
     @torch.no_grad()
     def measure(self, method: Method, device: torch.device, batch: int) -> "ProbeResult | None":
@@ -128,24 +133,24 @@ class Probe:
 
         Returns None if some rank could not read any of its images.
         """
-        if self._pixels is None:
-            self._pixels = self._read()
-        if not all(collectives.gather_objects(len(self._pixels))):
+        if self._kept is None:
+            self._kept = self._read()
+        crops, params, labels = self._kept
+        if not all(collectives.gather_objects(len(labels))):
             return None
         training = method.training
         method.eval()
         parts = []
-        for start in range(0, len(self._pixels), batch):
-            rows = [crops for crops, _ in self._pixels[start : start + batch]]
-            pixels = torch.utils.data.default_collate(rows)
-            features = forward_by_size(method.evaluated, augmentations.color_views(pixels, self.views, device))
+        for start in range(0, len(labels), batch):
+            rows = slice(start, start + batch)
+            images = augmentations.color_views([x[rows] for x in crops], params[rows], self.views, device)
+            features = forward_by_size(method.evaluated, images)
             with torch.autocast(device.type, enabled=False):
                 embeddings = [method.embed(z) for z in features]
                 codes = [method.assign(h) for h in embeddings]
                 vectors = method.code_vectors(codes[0])
             parts.append((features[0].float(), embeddings[0], vectors, *codes))
         method.train(training)
-        labels = torch.tensor([label for _, label in self._pixels])
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
         rows = [None if x is None else collectives.gather_rows(x).cpu() for x in (*columns, labels.to(device))]
         return ProbeResult(*rows)
@@ -175,8 +180,10 @@ class Monitor:
 
     PATIENCE = 2  # alarms in a row, before --on_collapse stop does
 
-    def __init__(self, dataset, views: list[augmentations.View], seed: int, steps_per_epoch: int, knn_freq: int = 0):
-        self.usage, self.probe, self.knn_freq = CodeUsage(), Probe(dataset, views, seed, steps_per_epoch), knn_freq
+    def __init__(
+        self, pixels: Pixels, views: list[augmentations.View], seed: int, steps_per_epoch: int, knn_freq: int = 0
+    ):
+        self.usage, self.probe, self.knn_freq = CodeUsage(), Probe(pixels, views, seed, steps_per_epoch), knn_freq
         self.alarms = 0  # in a row
         self.last: dict[str, str] = {}  # verdict, and when it was found
 

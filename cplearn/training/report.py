@@ -28,14 +28,16 @@ SLOW_EPOCH = 3600  # seconds, above which other settings are recommended for a C
 
 def announce(run: Run, lines: list[str]) -> None:
     """Print processes, effective arguments, derived values and warnings; save them as args.json."""
-    print("\n".join([*lines, f"Data: {datasets.summary(run.dataset)}"]))
+    images = run.images
+    large = f"from {images.halved_from()} x {images.halved_from()} pixels on at 1/2, 1/4 or 1/8 of their size"
+    print("\n".join([*lines, f"Data: {datasets.summary(images.dataset)}", f"  {images.summary()}, {large}"]))
     args, method, device = run.args, run.method, run.device
     derived = {
         "processes": collectives.world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "effective_batch": args.batch_size_per_gpu * collectives.world_size(),
         "actual_lr": actual_lr(args),
-        "train_images": len(run.dataset),
+        "train_images": len(run.images.dataset),
         "steps_per_epoch": run.steps_per_epoch,
         "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
         "expected_memory_gb": sum(expected_memory(method, args, len(run.views))) / 1e9,

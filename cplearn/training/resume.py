@@ -15,6 +15,8 @@ from cplearn.training.run import Run
 MAY_CHANGE_ON_RESUME = {
     "output_dir",
     "num_workers",
+    "cache",
+    "cache_dir",
     "worker_timeout",
     "saveckp_freq",
     "saveckp_minutes",

@@ -11,6 +11,7 @@ from torch import nn
 
 from cplearn.data import loaders
 from cplearn.data.augmentations import View
+from cplearn.data.pixels import Pixels
 from cplearn.methods.base import Method
 from cplearn.training.bad_batches import BadImages, BadSteps
 from cplearn.training.folder_lock import FolderLock
@@ -26,7 +27,7 @@ class Run:
     args: argparse.Namespace
     identity: dict[str, int | str]  # what else must not differ in a continuation
     device: torch.device
-    dataset: torch.utils.data.Dataset
+    images: Pixels
     views: list[View]
     loader: torch.utils.data.DataLoader
     method: Method
@@ -59,7 +60,7 @@ class Run:
     def steps_per_epoch(self) -> int:
         return len(self.loader)
 
-    def rest_of_epoch(self) -> Iterator[list]:
+    def rest_of_epoch(self) -> Iterator[loaders.Batch]:
         """Yield the batches that are left of the current epoch, as far as `last_step`."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         last = min(self.steps_per_epoch, self.last_step - epoch * self.steps_per_epoch)

@@ -5,19 +5,18 @@ import time
 import torch
 from torch import Tensor
 
-from cplearn.data import loaders
 from cplearn.distributed import collectives
 from cplearn.errors import Interrupted
 from cplearn.training.resume import save
 from cplearn.training.run import Run
 
 
-def vote(run: Run, loss: Tensor, failures: list[str]) -> Tensor:
+def vote(run: Run, loss: Tensor, failures: list[tuple[int, str]]) -> Tensor:
     """Return what all ranks must know of this step, summed over them.
 
     Shape: loss (), failures of the batch -> [loss, signals, save due, unshared bad images, replaced images] (5,).
     """
-    replaced = run.bad_images.note(loaders.read_failures(failures))
+    replaced = run.bad_images.note(failures)
     minutes = (time.monotonic() - run.saved_at) / 60
     due = collectives.is_main() and 0 < run.args.saveckp_minutes < minutes
     asked = run.signals.name is not None

@@ -1,18 +1,40 @@
 """Each transform against torchvision's, and each random draw against its probability."""
 
+import hashlib
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as v2
 import torchvision.transforms.v2.functional as tvf
+from helpers import ROOT
 from PIL import Image
-from torch.utils.data import default_collate
 
 from cplearn.data import augmentations
-from cplearn.data.augmentations import MEAN, ORDERS, STD, View, build_views, color, crop, draw, eval_pixels, rng_for
+from cplearn.data.augmentations import (
+    COLOR,
+    View,
+    build_views,
+    by_size,
+    color_params,
+    color_views,
+    crop,
+    crop_boxes,
+    cut_views,
+    draw,
+    empty_views,
+    eval_pixels,
+    reduction,
+    to_pixels,
+)
+from cplearn.data.color import ORDERS, color
 from cplearn.errors import UserError
 
 SIZES = dict(size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
+BOX = ("left", "top", "width", "height", "flip")
 
 
 def smooth_image(width=50, height=40, seed=0) -> Image.Image:
@@ -21,23 +43,16 @@ def smooth_image(width=50, height=40, seed=0) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def draws(view, count=1000, seed=0):
-    return [draw(view, 60, 50, rng_for(seed, 0, i, 0)) for i in range(count)]
+def draws(view, count=1000, seed=0, epoch=0, width=60, height=50) -> dict[str, np.ndarray]:
+    """Parameters of one view of `count` images, by name."""
+    u = draw(seed, epoch, list(range(count)), 1)
+    boxes = crop_boxes([view], u, np.full(count, width), np.full(count, height))[:, 0]
+    colors = color_params([view], u)[:, 0].numpy()
+    return dict(zip((*BOX, *COLOR), [*boxes.T, *colors.T], strict=True))
 
 
-def params_of(**values) -> dict:
-    neutral = dict(
-        flip=0, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=-1, gray=0, sigma=0.0,
-        solarize=0, noise_seed=-1,
-    )  # fmt: skip
-    return neutral | values
-
-
-def apply(pixels, view, *params):
-    """color() on a batch of the same image under different parameters, before normalization."""
-    batch = torch.stack([pixels] * len(params))
-    out = color(batch, default_collate(list(params)), view)
-    return out * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
+def box_of(left, top, width, height, flip=0):
+    return np.array([left, top, width, height, flip])
 
 
 # --- frequencies --------------------------------------------------------------------------------------
@@ -51,11 +66,11 @@ def test_frequency_of_each_transform_equals_its_probability(recipe, index):
     view = build_views(recipe, **SIZES)[index]
     drawn = draws(view)
     events = {
-        "flip": ([p["flip"] for p in drawn], view.flip_p),
-        "jitter": ([p["order"] >= 0 for p in drawn], view.jitter_p),
-        "gray": ([p["gray"] for p in drawn], view.gray_p),
-        "blur": ([p["sigma"] > 0 for p in drawn], view.blur_p),
-        "solarize": ([p["solarize"] for p in drawn], view.solarize_p),
+        "flip": (drawn["flip"], view.flip_p),
+        "jitter": (drawn["order"] >= 0, view.jitter_p),
+        "gray": (drawn["gray"], view.gray_p),
+        "blur": (drawn["sigma"] > 0, view.blur_p),
+        "solarize": (drawn["solarize"], view.solarize_p),
     }
     for name, (happened, p) in events.items():
         tolerance = 4 * (p * (1 - p) / 1000) ** 0.5
@@ -89,19 +104,18 @@ def test_ranges_and_spread_of_the_strengths():
         ("hue", -0.1, 0.1),
         ("sigma", 0.1, 2.0),
     ):
-        values = np.array([p[name] for p in drawn])
+        values = drawn[name]
         assert low <= values.min() and values.max() <= high
         quartiles = (np.quantile(values, [0.25, 0.5, 0.75]) - low) / (high - low)
         np.testing.assert_allclose(quartiles, [0.25, 0.5, 0.75], atol=0.06)
-    counts = np.bincount([p["order"] for p in drawn], minlength=24)
+    counts = np.bincount(drawn["order"].astype(int), minlength=24)
     assert counts.min() > 15 and len(counts) == 24 == len(ORDERS)
 
 
 def test_crop_boxes_follow_torchvisions_distribution():
     view = View(32, scale=(0.1, 0.9))
-    ours = np.array(
-        [[p["width"] * p["height"] / 3000, p["width"] / p["height"], p["left"], p["top"]] for p in draws(view, 4000)]
-    )
+    p = draws(view, 4000)
+    ours = np.array([p["width"] * p["height"] / 3000, p["width"] / p["height"], p["left"], p["top"]]).T
     torch.manual_seed(0)
     peer = v2.RandomResizedCrop(32, scale=(0.1, 0.9))
     boxes = [peer.make_params([torch.zeros(3, 50, 60)]) for _ in range(4000)]
@@ -112,18 +126,30 @@ def test_crop_boxes_follow_torchvisions_distribution():
 
 
 def test_crop_of_an_extreme_image_falls_back_to_the_center():
-    box = draw(View(32, scale=(0.9, 1.0)), 4000, 10, rng_for(0, 0, 0, 0))
+    box = draws(View(32, scale=(0.9, 1.0)), 1, width=4000, height=10)
     assert box["height"] == 10 and box["width"] == 13 and box["left"] == (4000 - 13) // 2
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (20, 30)])
+def test_every_box_lies_in_its_image(size):
+    view = View(32, scale=(0.05, 1.0))
+    p = draws(view, 500, width=size[0], height=size[1])
+    assert (p["left"] >= 0).all() and (p["top"] >= 0).all() and (p["width"] >= 1).all() and (p["height"] >= 1).all()
+    assert (p["left"] + p["width"] <= size[0]).all() and (p["top"] + p["height"] <= size[1]).all()
+
+
 def test_draws_depend_on_seed_epoch_sample_and_view_and_on_nothing_else():
-    view = View(32, jitter_p=1.0)
-    base = draw(view, 60, 50, rng_for(1, 2, 3, 0))
+    base = draw(1, 2, [3], 2)
     torch.manual_seed(99)
     np.random.seed(99)
-    assert draw(view, 60, 50, rng_for(1, 2, 3, 0)) == base
-    for other in ((2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1)):
-        assert draw(view, 60, 50, rng_for(*other)) != base
+    assert np.array_equal(draw(1, 2, [7, 3, 5], 2)[1:2], base)  # in another batch
+    assert np.array_equal(draw(1, 2, [3], 5)[:, :2], base)  # beside more views
+    others = [draw(*key)[0, 0] for key in ((2, 2, [3], 1), (1, 3, [3], 1), (1, 2, [4], 1), (1, 2, [2**31 + 3], 1))]
+    for other in (*others, base[0, 1]):
+        assert len(np.intersect1d(other, base[0, 0])) == 0
+    many = draw(0, 0, list(range(2000)), 2)
+    assert 0 <= many.min() and many.max() < 1 and len(np.unique(many)) == many.size
+    assert abs(many.mean() - 0.5) < 0.002 and abs(np.corrcoef(many[:, 0].ravel(), many[:, 1].ravel())[0, 1]) < 0.01
 
 
 # --- geometry -------------------------------------------------------------------------------------------
@@ -131,24 +157,80 @@ def test_draws_depend_on_seed_epoch_sample_and_view_and_on_nothing_else():
 
 def test_crop_equals_torchvisions_resized_crop():
     image = smooth_image()
-    box = dict(left=7, top=3, width=20, height=30)
-    expected = tvf.resized_crop(
-        tvf.pil_to_tensor(image), 3, 7, 30, 20, [16, 16], interpolation=v2.InterpolationMode.BICUBIC
-    )
-    got = crop(image, View(16), box | {"flip": 0})
+    expected = tvf.resized_crop(image, 3, 7, 30, 20, [16, 16], interpolation=v2.InterpolationMode.BICUBIC)  # Pillow's
+    got = crop(to_pixels(image), View(16), box_of(7, 3, 20, 30))
     assert got.dtype == torch.uint8 and got.shape == (3, 16, 16)
-    assert (got.int() - expected.int()).abs().max() <= 1
-    assert torch.equal(crop(image, View(16), box | {"flip": 1}), got.flip(2))
+    assert (got.int() - tvf.pil_to_tensor(expected).int()).abs().max() <= 1
+    assert torch.equal(crop(to_pixels(image), View(16), box_of(7, 3, 20, 30, 1)), got.flip(2))
 
 
 def test_padded_crop_shifts_the_image():
     image = smooth_image(32, 32)
     pixels = tvf.pil_to_tensor(image)
     view = View(32, pad=4)
-    assert torch.equal(crop(image, view, dict(left=4, top=4, width=32, height=32, flip=0)), pixels)
-    shifted = crop(image, view, dict(left=6, top=1, width=32, height=32, flip=0))
+    assert torch.equal(crop(to_pixels(image), view, box_of(4, 4, 32, 32)), pixels)
+    assert torch.equal(crop(to_pixels(image), view, box_of(4, 4, 32, 32, 1)), pixels.flip(2))
+    shifted = crop(to_pixels(image), view, box_of(6, 1, 32, 32))
     assert torch.equal(shifted[:, 3:, :-2], pixels[:, :-3, 2:])
     assert torch.equal(shifted[:, 2], shifted[:, 4])  # reflected at the border
+
+
+CUT = """
+import hashlib, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from data.test_augmentations import cut_some
+print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(cut_some()).hexdigest())
+"""
+
+
+def cut_some() -> bytes:
+    views = build_views("dino", **SIZES | dict(size=64, n_local=4)) + build_views("cifar", **SIZES)
+    sizes = [(500, 375), (81, 200), (30, 20), (8, 8), (1, 300)]
+    images = [to_pixels(smooth_image(*size, seed=i)) for i, size in enumerate(sizes)]
+    out = empty_views(views, len(images))
+    cut_views(images, draw(0, 0, range(len(images)), len(views)), views, out)
+    return b"".join(x.numpy().tobytes() for x in out)
+
+
+def test_pixels_are_the_same_with_every_instruction_set():
+    """So that they are the same on every machine: torch chooses its kernels by these names."""
+    found = {}
+    for name in ("default", "avx2", "avx512"):
+        code = CUT.format(root=str(ROOT), tests=str(ROOT / "tests"))
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": name}
+        said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        capability, found[name] = said.stdout.split()
+        assert name != "default" or capability == "DEFAULT"
+    assert len(set(found.values())) == 1, found
+    assert hashlib.sha256(cut_some()).hexdigest() == found["default"]
+
+
+def test_views_of_equal_size_share_a_tensor():
+    views = build_views("dino", **SIZES)
+    assert by_size(views) == [slice(0, 2), slice(2, 4)]
+    assert [tuple(x.shape) for x in empty_views(views, 5)] == [(5, 2, 3, 32, 32), (5, 2, 3, 16, 16)]
+    crops = [torch.randint(0, 256, x.shape, dtype=torch.uint8) for x in empty_views(views, 5)]
+    params = color_params(views, draw(0, 0, range(5), 4))
+    images = color_views(crops, params, views, torch.device("cpu"))
+    assert [tuple(x.shape) for x in images] == [(5, 3, 32, 32)] * 2 + [(5, 3, 16, 16)] * 2
+    for v, (image, view) in enumerate(zip(images, views, strict=True)):
+        alone = color(crops[v // 2][:, v % 2], dict(zip(COLOR, params[:, v].T, strict=True)), view.noise_std)
+        torch.testing.assert_close(image, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dino", "cifar"])
+def test_a_reduced_image_has_pixels_enough_for_every_crop(name):
+    views = build_views(name, **SIZES)
+    for width, height in ((100, 80), (500, 375), (4000, 3000), (1000, 40), (33, 3000)):
+        factor = reduction(views, width, height)
+        small = (-(-width // factor), -(-height // factor))
+        assert factor == 1 or min(small) >= 32
+        for view in views:
+            p = draws(view, 300, width=small[0], height=small[1])
+            if factor > 1 and not view.pad:
+                assert (p["width"] * p["height"] >= 0.98 * view.size**2).all()
+    assert reduction(views, 4000, 3000) == 8 and reduction(views, 60, 60) == 1
 
 
 def test_evaluation_view():
@@ -157,88 +239,6 @@ def test_evaluation_view():
     assert torch.equal(large, tvf.pil_to_tensor(expected(smooth_image(300, 200))))
     small = smooth_image(32, 32)
     assert torch.equal(eval_pixels(small, 32), tvf.pil_to_tensor(small))
-
-
-# --- color -----------------------------------------------------------------------------------------------
-
-PIXELS = tvf.pil_to_tensor(smooth_image(24, 24, seed=3))
-FLOAT = PIXELS.float() / 255
-JITTER = View(24, jitter_p=1.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "function"),
-    [
-        ("brightness", 1.35, tvf.adjust_brightness),
-        ("brightness", 0.6, tvf.adjust_brightness),
-        ("contrast", 1.4, tvf.adjust_contrast),
-        ("contrast", 0.6, tvf.adjust_contrast),
-        ("saturation", 0.3, tvf.adjust_saturation),
-        ("saturation", 1.8, tvf.adjust_saturation),
-        ("hue", 0.1, tvf.adjust_hue),
-        ("hue", -0.37, tvf.adjust_hue),
-        ("hue", 0.5, tvf.adjust_hue),
-    ],
-)
-def test_jitter_equals_torchvisions(name, value, function):
-    got = apply(PIXELS, JITTER, params_of(order=0, **{name: value}))[0]
-    torch.testing.assert_close(got, function(FLOAT, value), atol=2e-3, rtol=0)
-
-
-def test_every_image_is_jittered_in_its_own_order():
-    strengths = dict(brightness=1.4, contrast=0.6, saturation=1.2, hue=0.1)
-    functions = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
-    orders = [0, 5, 11, 17, 23]
-    got = apply(PIXELS, JITTER, params_of(), *[params_of(order=k, **strengths) for k in orders])
-    torch.testing.assert_close(got[0], FLOAT)
-    for image, k in zip(got[1:], orders, strict=True):
-        expected = FLOAT
-        for j in ORDERS[k].tolist():
-            expected = functions[j](expected, list(strengths.values())[j])
-        torch.testing.assert_close(image, expected, atol=3e-3, rtol=0)
-
-
-def test_gray_images_keep_their_hue():
-    gray = torch.full((3, 8, 8), 77, dtype=torch.uint8)
-    torch.testing.assert_close(apply(gray, JITTER, params_of(order=0, hue=0.2))[0], gray.float() / 255)
-
-
-def test_gray_blur_and_solarize_equal_torchvisions():
-    view = View(24, gray_p=0.5, blur_p=0.5, solarize_p=0.5)
-    got = apply(
-        PIXELS,
-        view,
-        params_of(),
-        params_of(gray=1),
-        params_of(sigma=0.7),
-        params_of(sigma=1.9),
-        params_of(solarize=1),
-    )
-    torch.testing.assert_close(got[0], FLOAT)
-    torch.testing.assert_close(got[1], tvf.rgb_to_grayscale(FLOAT, 3), atol=1e-3, rtol=0)
-    for image, sigma in ((got[2], 0.7), (got[3], 1.9)):
-        torch.testing.assert_close(image, tvf.gaussian_blur(FLOAT, [13, 13], [sigma, sigma]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(got[4], tvf.solarize(FLOAT, 128 / 255), atol=1e-6, rtol=0)
-
-
-def test_blur_of_a_tiny_image():
-    assert apply(PIXELS[:, :3, :3], View(3, blur_p=1.0), params_of(sigma=2.0)).isfinite().all()
-
-
-def test_noise_has_its_strength_and_its_seed():
-    view = View(24, noise_std=0.03)
-    a, b, again = apply(PIXELS, view, *(params_of(noise_seed=s) for s in (1, 2, 1)))
-    assert torch.equal(a, again) and not torch.equal(a, b)
-    assert (a - FLOAT).std().item() == pytest.approx(0.03, rel=0.05)
-    assert abs(torch.corrcoef(torch.stack([(a - FLOAT).flatten(), (b - FLOAT).flatten()]))[0, 1]) < 0.1
-
-
-def test_an_image_does_not_depend_on_its_batch():
-    view = build_views("dino", **SIZES)[1]
-    drawn = [draw(view, 24, 24, rng_for(0, 0, i, 1)) for i in range(12)]
-    whole = apply(PIXELS, view, *drawn)
-    for i, params in enumerate(drawn):
-        torch.testing.assert_close(apply(PIXELS, view, params)[0], whole[i], atol=1e-5, rtol=0)
 
 
 def test_unknown_recipe():

@@ -13,6 +13,7 @@ from cplearn import checkpoints
 from cplearn.data.augmentations import build_views
 from cplearn.data.datasets import Folder, build_dataset
 from cplearn.data.loaders import BatchSampler, deadline, stop_workers, train_loader, worker_error
+from cplearn.data.pixels import Pixels
 from cplearn.errors import UserError, WorkerError
 
 
@@ -38,17 +39,15 @@ def test_two_ranks_share_the_batches_of_one():
 
 
 def test_views_do_not_depend_on_the_number_of_workers(image_folder):
-    dataset = build_dataset("folder", str(image_folder), "train")
     views = build_views("dino", size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
+    dataset = Pixels(build_dataset("folder", str(image_folder), "train"), views)
 
     def epochs(num_workers):
         loader = train_loader(dataset, views, batch_size=8, seed=5, num_workers=num_workers, pin_memory=False)
         found = []
         for epoch in (0, 1):
             loader.batch_sampler.epoch = epoch
-            found += [
-                [pixels for pixels, _ in crops] + [params["hue"] for _, params in crops] for crops, _, _, _ in loader
-            ]
+            found += [[*batch.crops, batch.params, batch.labels, batch.samples] for batch in loader]
         return found
 
     one, two = epochs(0), epochs(2)
@@ -56,18 +55,19 @@ def test_views_do_not_depend_on_the_number_of_workers(image_folder):
     for a, b in zip(one, two, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(one[0][0], one[6][0])  # another epoch, other views
-    assert [tuple(x.shape) for x in one[0][:4]] == [(8, 3, 32, 32)] * 2 + [(8, 3, 16, 16)] * 2
+    assert [tuple(x.shape) for x in one[0][:2]] == [(8, 2, 3, 32, 32), (8, 2, 3, 16, 16)]
+    assert one[0][3].tolist() == dataset.dataset.labels[one[0][4]].tolist()
 
 
 def test_batch_larger_than_the_data(image_folder):
     dataset = build_dataset("folder", str(image_folder), "train")
     with pytest.raises(UserError, match="batch of 64 images .* larger than the data set of 48"):
-        train_loader(dataset, [], batch_size=64, seed=0, num_workers=0, pin_memory=False)
+        train_loader(Pixels(dataset, []), [], batch_size=64, seed=0, num_workers=0, pin_memory=False)
 
 
 def small_loader(dataset, workers):
     views = build_views("dino", size=16, local_size=8, n_local=0, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
-    return train_loader(dataset, views, batch_size=4, seed=5, num_workers=workers, pin_memory=False)
+    return train_loader(Pixels(dataset, views), views, batch_size=4, seed=5, num_workers=workers, pin_memory=False)
 
 
 def test_an_unreadable_image_is_replaced_by_a_drawn_one(tmp_path):
@@ -81,12 +81,15 @@ def test_an_unreadable_image_is_replaced_by_a_drawn_one(tmp_path):
         loader = small_loader(Folder(tmp_path), workers)
         for epoch in range(4):
             loader.batch_sampler.epoch = epoch
-            found[workers, epoch] = [(used.tolist(), why) for _, _, used, why in loader]
+            found[workers, epoch] = [(batch.samples.tolist(), batch.failures) for batch in loader]
             order = [i for batch in loader.batch_sampler for _, i in batch]
             used = [j for js, _ in found[workers, epoch] for j in js]
-            reasons = [r for _, rs in found[workers, epoch] for r in rs]
-            for i, j, why in zip(order, used, reasons, strict=True):
-                assert (i == j and why == "") if i not in (2, 7) else (j not in (2, 7) and f"[{i}, " in why)
+            failed = [
+                j for _, failures in found[workers, epoch] for j, why in failures if "cannot read the image" in why
+            ]
+            assert {2, 7} == set(failed)
+            for i, j in zip(order, used, strict=True):
+                assert i == j if i not in (2, 7) else j not in (2, 7)
     assert all(found[0, e] == found[2, e] for e in range(4)) and len({str(found[0, e]) for e in range(4)}) == 4
 
 
@@ -102,12 +105,12 @@ class Trouble(Folder):
 
     how = ""
 
-    def __getitem__(self, i):
+    def read(self, i, reduction=None):
         if i == 5 and self.how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if i == 5 and self.how == "hangs":
             os.kill(os.getpid(), signal.SIGSTOP)
-        return super().__getitem__(i)
+        return super().read(i, reduction)
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])

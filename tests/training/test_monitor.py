@@ -11,6 +11,8 @@ from helpers import log_of, model_of, run_in_processes, same_weights, train
 import main_cplearn
 from cplearn import checkpoints
 from cplearn.data import augmentations, datasets
+from cplearn.data.datasets import ImageDataset
+from cplearn.data.pixels import Pixels
 from cplearn.errors import CollapseError, LocalError, UserError
 from cplearn.evaluation import collapse
 from cplearn.methods import build_method
@@ -95,16 +97,17 @@ def test_two_processes_count_together(tmp_path):
 # --- the probe ----------------------------------------------------------------------------------------------
 
 
-class Images(torch.utils.data.Dataset):
+class Images(ImageDataset):
     """So many random images; `broken` cannot be read."""
 
     def __init__(self, count, broken=()):
-        self.names, self.labels, self.count, self.broken = [str(i) for i in range(count)], [0] * count, count, broken
+        self.names, self.labels = [str(i) for i in range(count)], [i % 3 for i in range(count)]
+        self.count, self.broken = count, broken
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, i):
+    def read(self, i, reduction=None):
         if i in self.broken:
             raise LocalError("cannot read")
         from PIL import Image
@@ -117,7 +120,7 @@ def probe_of(count, local=0, size=32, **more):
     views = augmentations.build_views(
         "dino", size=size, local_size=size // 2, n_local=local, global_scale=(0.4, 1), local_scale=(0.05, 0.4)
     )
-    return Probe(Images(count, **more), views, seed=0, steps_per_epoch=10)
+    return Probe(Pixels(Images(count, **more), views), views, seed=0, steps_per_epoch=10)
 
 
 @pytest.mark.parametrize("count", [100, 1_000, 10_000, 50_000, 200_000])
@@ -139,7 +142,7 @@ def test_large_crops_are_kept_in_bounded_memory():
 
 def test_images_that_cannot_be_read_are_left_out_of_the_probe():
     probe = probe_of(10, broken=(2, 5))
-    assert len(probe._read()) == 8
+    assert len(probe._read()[-1]) == 8
     again = probe_of(10)
     same = [i for i in range(10) if i not in (2, 5)]
     for (crops, _), i in zip(probe._read(), same, strict=True):
@@ -201,7 +204,8 @@ def test_the_probe_sees_the_weights_of_its_epoch(tmp_path, image_folder):
         global_scale=tuple(state["args"]["global_crops_scale"]),
         local_scale=tuple(args.local_crops_scale),
     )
-    found = Probe(dataset, views, state["args"]["seed"], 3).measure(method, torch.device("cpu"), batch=7).metrics()
+    probe = Probe(Pixels(dataset, views), views, state["args"]["seed"], 3)
+    found = probe.measure(method, torch.device("cpu"), batch=7).metrics()
     assert method.training
     for name in ("features_rank", "features_cosine", "within_code", "agreement", "code_cosine"):
         assert record[f"probe_{name}"] == pytest.approx(found[name], rel=1e-4), name
@@ -281,7 +285,7 @@ def _look_of_two(rank, broken):
     views = augmentations.build_views(
         "dino", size=16, local_size=8, n_local=0, global_scale=(0.4, 1), local_scale=(0.05, 0.4)
     )
-    probe = Probe(Images(8, broken=broken), views, seed=0, steps_per_epoch=1)
+    probe = Probe(Pixels(Images(8, broken=broken), views), views, seed=0, steps_per_epoch=1)
     args = main_cplearn.parse_args(["--arch", "resnet8_w8", "--image_size", "16", "--out_dim", "40"])
     torch.manual_seed(0)
     look = probe.measure(build_method(args), torch.device("cpu"), batch=3)

@@ -1,0 +1,244 @@
+"""Decoded images for the views: from their files each time, or decoded once into one file that all processes map.
+
+A cache changes no pixel: images are reduced when they are decoded (`augmentations.reduction`) with it and without.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cplearn.data.augmentations import View, reduction, to_pixels
+from cplearn.data.loaders import leave_signals_to_parent
+from cplearn.distributed import collectives
+from cplearn.errors import Interrupted, LocalError, UserError, WriteError
+from cplearn.files import remove_quietly
+from cplearn.host import available_memory, system_id
+
+KINDS = ("none", "ram", "disk")
+SMALL = 2 * 2**30  # bytes of pixels up to which they are kept in memory by default
+HEAD = 4096  # bytes of the file before its index
+FORMAT = 1
+
+
+class Pixels(Dataset):
+    """The images of a data set as uint8 (3, H, W), decoded from their files, as large as the views need them."""
+
+    kind = "none"
+
+    def __init__(self, dataset: Dataset, views: list[View]):
+        self.dataset, self.views = dataset, views
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """Raises `LocalError` if the image cannot be read."""
+        return to_pixels(self.dataset.read(i, self._reduction)[0])
+
+    def _reduction(self, width: int, height: int) -> int:
+        return reduction(self.views, width, height)
+
+    def expected_bytes(self, sample: int = 64) -> int:
+        """Estimate the pixels of all images from the sizes of a few, which are read from the headers of their files."""
+        step = max(1, len(self) // sample)
+        sizes = []
+        for i in range(0, len(self), step):
+            try:
+                width, height = self.dataset.size_of(i)
+            except LocalError:
+                continue
+            factor = self._reduction(width, height)
+            sizes.append(3 * -(-width // factor) * -(-height // factor))
+        return int(np.mean(sizes or [0]) * len(self))
+
+    def halved_from(self) -> int:
+        """Return the side in pixels from which on a square image is decoded at half its size or less."""
+        return next(side for side in range(1, 2**16) if self._reduction(side, side) > 1)
+
+    def summary(self) -> str:
+        return "images are decoded each time they are read (--cache none)"
+
+
+class CachedPixels(Pixels):
+    """The same images from a file of pixels. What could not be read when it was made is looked for again."""
+
+    def __init__(self, dataset: Dataset, views: list[View], kind: str, path: str, descriptor: int | None = None):
+        super().__init__(dataset, views)
+        self.kind, self.path = kind, path
+        data = np.memmap(path, np.uint8, mode="c")  # private but never written, so it stays shared
+        count = 24 * len(dataset)
+        self.index = data[HEAD : HEAD + count].view(np.int64).reshape(len(dataset), 3)  # offset, height, width
+        self.pixels = torch.from_numpy(data[HEAD + count :])
+        if descriptor is not None:
+            weakref.finalize(self, os.close, descriptor)
+
+    def __getitem__(self, i: int) -> Tensor:
+        offset, height, width = self.index[i].tolist()
+        if height == 0:
+            return super().__getitem__(i)
+        return self.pixels[offset : offset + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+
+    def summary(self) -> str:
+        where = "memory (--cache ram)" if self.kind == "ram" else f"{self.path} (--cache disk)"
+        missing = int((self.index[:, 1] == 0).sum())
+        left_out = f", {missing} cannot be read" if missing else ""
+        return f"images are decoded once, {len(self.pixels) / 1e6:,.0f} MB in {where}{left_out}"
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What --cache asks for."""
+
+    kind: str | None  # None: ram for what is small, else none
+    folder: str
+    num_workers: int
+    stop: Callable[[], bool] = lambda: False  # asked now and then while images are decoded
+
+
+def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> Pixels:
+    """Return the images, from a cache if one is asked for or worth it. Every rank must call it.
+
+    One process of each machine makes the cache, the others map it. Raises `UserError` for too little room, `WriteError`
+    for a full disk, `Interrupted` if stopped.
+    """
+    plain = Pixels(dataset, views)
+    kind, expected = options.kind, 0 if options.kind == "none" else plain.expected_bytes()
+    # Rank 0 decides, for machines differ in their memory.
+    kind = collectives.on_main(lambda: kind or ("ram" if expected <= min(SMALL, available_memory() // 8) else "none"))
+    if kind == "none":
+        return plain
+    here = collectives.gather_objects(system_id())
+    builder = here.index(system_id())
+    make = _in_memory if kind == "ram" else _on_disk
+    with collectives.raise_on_all_ranks():
+        made = make(plain, options, expected) if builder == collectives.rank() else None
+    paths = collectives.gather_objects(made and made.path)
+    with collectives.raise_on_all_ranks():
+        return made or CachedPixels(dataset, views, kind, paths[builder])
+
+
+def _in_memory(plain: Pixels, options: CacheOptions, expected: int) -> CachedPixels:
+    """Write the pixels into memory that has no name and goes with the last process that maps it, even after a kill."""
+    have = available_memory()
+    if expected > 0.9 * have:
+        raise UserError(
+            f"--cache ram: {len(plain):,} images take about {expected / 1e9:.1f} GB, and {have / 1e9:.1f} GB are free: "
+            "use --cache disk or none"
+        )
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("cplearn_pixels")
+    else:
+        descriptor, name = tempfile.mkstemp()
+        os.unlink(name)
+    with open(descriptor, "r+b", closefd=False) as file:
+        _write(file, plain, options, "")
+    # Other processes of the same user can open it by this name as long as this one lives.
+    return CachedPixels(plain.dataset, plain.views, "ram", f"/proc/{os.getpid()}/fd/{descriptor}", descriptor)
+
+
+def _on_disk(plain: Pixels, options: CacheOptions, expected: int) -> CachedPixels:
+    """Write the pixels into a file that later runs on the same images find, by a hash of what it is made from."""
+    key = content_key(plain)
+    folder = Path(options.folder).expanduser()
+    path = folder / f"pixels_{key[:20]}.bin"
+    partial = path.with_suffix(".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process; whoever comes second finds the file made
+            if not _is_whole(path, key):
+                free = shutil.disk_usage(folder).free + file.seek(0, os.SEEK_END)
+                if expected > 0.95 * free:
+                    raise UserError(
+                        f"--cache disk: {len(plain):,} images take about {expected / 1e9:.1f} GB, and {folder} has "
+                        f"{free / 1e9:.1f} GB left: choose another --cache_dir, or --cache none"
+                    )
+                file.truncate(0)
+                _write(file, plain, options, key)
+                os.replace(partial, path)
+    except OSError as error:
+        raise WriteError(f"--cache disk: {path} could not be written: {error.strerror}; see --cache_dir") from None
+    finally:
+        remove_quietly(partial)
+    return CachedPixels(plain.dataset, plain.views, "disk", str(path))
+
+
+def content_key(plain: Pixels) -> str:
+    """Return a hash of what the pixels are made from: files with their sizes and times, what the views need, Pillow."""
+    needs = [(view.size, view.pad, view.scale, view.ratio) for view in plain.views]
+    content = [FORMAT, PIL.__version__, needs, plain.dataset.where, plain.dataset.stamps()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _is_whole(path: Path, key: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            head = json.loads(file.read(HEAD).rstrip(b"\0"))
+        return head["key"] == key and path.stat().st_size == head["bytes"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write(file, plain: Pixels, options: CacheOptions, key: str) -> None:
+    """Decode all images in parallel and write head, index and pixels."""
+    index = np.zeros((len(plain), 3), np.int64)
+    loader = DataLoader(
+        _Arrays(plain),
+        batch_size=16,
+        collate_fn=list,
+        num_workers=options.num_workers,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),
+    )
+    start = said = time.monotonic()
+    file.seek(HEAD + index.nbytes)
+    place = done = 0
+    for batch in loader:
+        for array in batch:
+            if array is not None:
+                index[done] = place, *array.shape[:2]
+                file.write(array)
+                place += array.size
+            done += 1
+        if options.stop():
+            raise Interrupted("stopped while images were decoded into the cache, nothing is lost: run it again")
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(f"Decoding images once: {done:,} of {len(plain):,}, {said - start:.0f} s", flush=True)
+    total = file.tell()
+    file.seek(0)
+    file.write(json.dumps({"key": key, "bytes": total}).encode().ljust(HEAD, b"\0"))
+    file.write(index)
+    file.flush()
+    if key:
+        os.fsync(file.fileno())
+
+
+class _Arrays(Dataset):
+    """Images as (H, W, 3) arrays for the writer; None for those that cannot be read."""
+
+    def __init__(self, plain: Pixels):
+        self.plain = plain
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, i: int) -> np.ndarray | None:
+        try:
+            return np.ascontiguousarray(self.plain[i].permute(1, 2, 0).numpy())
+        except LocalError:
+            return None
