@@ -28,8 +28,9 @@ from cplearn.methods import METHODS, build_method, method_class
 from cplearn.precision import autocast, choose_precision
 from cplearn.training.bad_batches import BadImages, BadSteps, RunningStatistics, check_gradients
 from cplearn.training.folder_lock import FolderLock
+from cplearn.training.memory import check_memory
 from cplearn.training.monitor import Monitor
-from cplearn.training.optimizer import build_optimizer, check_memory, clip_gradients, set_schedules
+from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
 from cplearn.training.progress import EpochState
 from cplearn.training.report import EpochReport, announce, report_end, report_epoch, tensorboard_writer
 from cplearn.training.resume import resume, save
@@ -83,8 +84,11 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--weight_decay", type=nonnegative(float), default=0.04, help="At the start; biases and norms have none")
     g.add_argument("--weight_decay_end", type=nonnegative(float), default=0.4, help="At the end, by a cosine. Same as --weight_decay for a constant")
     g.add_argument("--clip_grad", type=nonnegative(float), default=3.0, help="Largest norm of each parameter's gradient; 0 for none")
-    g.add_argument("--precision", default=None, choices=("fp32", "bf16", "fp16"), help="Of the backbone; head and loss are always fp32 (default: fp16 on GPUs, fp32 on CPUs)")
-    g.add_argument("--use_fp16", type=bool_flag, default=None, help="DINO's flag: false means --precision fp32")
+    g.add_argument("--precision", default=None, choices=("fp32", "bf16", "fp16"), help="Of the backbone; head and loss are always fp32 (default: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs)")
+    g.add_argument("--use_fp16", type=bool_flag, default=None, help="DINO's flag: true means --precision fp16, false fp32")
+    g.add_argument("--accum", type=positive(int), default=1, help="Take the batch through the backbone in N parts: the memory of one of them, a second forward pass; loss, prior and head still see the whole batch (batch norm inside the backbone sees a part)")
+    g.add_argument("--grad_checkpointing", action="store_true", help="Keep only the inputs of a ViT's blocks, and compute the rest again in backward: same numbers, less memory, a third more work")
+    g.add_argument("--compile", action="store_true", help="torch.compile the backbone (a minute at the start; needs a C++ compiler)")
 
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="output/cplearn", help="Checkpoints, log.txt and args.json; resumes if a checkpoint is there")
@@ -129,8 +133,8 @@ def train_one_epoch(run: Run) -> dict:
         scaler.scale(output.loss).backward()
         method.after_backward()
         votes = vote(run, output.loss, batch.failures)
-        skipped = check_gradients(method, votes[0], optimizer, scaler)
-        grad_norm = clip_gradients(method, args.clip_grad)
+        skipped, norms = check_gradients(method, votes[0], optimizer, scaler)
+        grad_norm = clip_gradients(method, norms, args.clip_grad)
         scaler.step(optimizer)  # not if `skipped`
         scaler.update(None if args.precision == "fp16" else 1.0)
         statistics.restore(skipped)
@@ -244,8 +248,13 @@ def assemble(
     method = build_method(args)
     for size in sorted({view.size for view in views}):
         backbones.check_image_size(method.backbone, args.arch, size)
-    check_memory(method, args, len(views), device)
+    if args.grad_checkpointing:
+        backbones.checkpoint_blocks(method.backbone, args.arch)
+    method.accum = args.accum
+    memory = check_memory(method, args, views, device)
     method.to(device)
+    if args.compile:
+        backbones.compile_backbone(method.backbone, device)
     half = args.precision == "fp16"
     return Run(
         args=args,
@@ -260,6 +269,7 @@ def assemble(
         # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
+        memory=memory,
         monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
         bad_images=BadImages(dataset, args.max_bad_images, args.output_dir),
@@ -333,6 +343,10 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if not args.dist_url.startswith(("env://", "file://", "tcp://")):
         raise UserError(f"--dist_url {args.dist_url} is unknown: env:// (torchrun), tcp://HOST:PORT or file:///PATH")
+    if args.batch_size_per_gpu % args.accum:
+        raise UserError(f"--accum {args.accum} does not divide --batch_size_per_gpu {args.batch_size_per_gpu}")
+    if args.accum > 1 and args.method == "gedi_gen":
+        raise UserError(f"--accum {args.accum} cannot split gedi_gen's sampling: leave it out")
     if args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: shorten the warm-up")
 

@@ -1,6 +1,9 @@
 """Backbones by their names on the command line (--arch): ViT, ResNet-8 and -18, any timm model."""
 
+import importlib.util
+import os
 import re
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +65,7 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
             del options[refused[0]]
     # Measured, because a few models report the width before their last layer.
     model.num_features = check_image_size(model, f"timm:{name}", image_size)
-    return convert_batch_norm(model)
+    return convert_batch_norm(model).to(memory_format=torch.channels_last)  # for convolutions
 
 
 @torch.no_grad()
@@ -80,6 +83,29 @@ def check_image_size(backbone: nn.Module, arch: str, size: int) -> int:
         raise UserError(f"--arch {arch} cannot take images of {size} pixels: {reason}") from None
     backbone.train(training)
     return width
+
+
+def checkpoint_blocks(backbone: nn.Module, arch: str) -> None:
+    """Keep the input of each block only, and compute the rest again in backward: the same bits, less memory.
+
+    Raises `UserError` for a network that cannot (batch norm would count its images twice).
+    """
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+    if norms or not (hasattr(backbone, "set_grad_checkpointing") and hasattr(backbone, "blocks")):
+        raise UserError(f"--grad_checkpointing is for ViTs, not for --arch {arch}: use --accum N")
+    backbone.set_grad_checkpointing()
+
+
+def compile_backbone(backbone: nn.Module, device: torch.device) -> None:
+    """Let torch compile the backbone at its first call. Raises `UserError` where there is no compiler."""
+    names = (
+        [os.environ.get("CXX", "g++"), "clang++"] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    )
+    if not any(shutil.which(name) for name in names):
+        raise UserError(f"--compile needs a C++ compiler ({' or '.join(names)}): install one, or leave --compile out")
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile on a GPU needs the triton package: install it, or leave --compile out")
+    backbone.compile(dynamic=False)
 
 
 SLOPE = 0.2  # of every LeakyReLU (paper, Table 5)

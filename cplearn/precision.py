@@ -1,6 +1,9 @@
 """Which precision numbers are computed in."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,10 +17,38 @@ def float32(x: Tensor) -> Tensor:
 
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
-    """Fill in --precision, fp16 on GPUs and fp32 on CPUs, unless DINO's --use_fp16 false was given."""
+    """Fill in --precision: bf16 on GPUs that have it, else fp16; fp32 on CPUs. DINO's --use_fp16 means fp16 or fp32."""
     if args.precision is None:
-        args.precision = "fp16" if device.type == "cuda" and args.use_fp16 is not False else "fp32"
+        if args.use_fp16 is not None:
+            args.precision = "fp16" if args.use_fp16 and device.type == "cuda" else "fp32"
+        elif device.type == "cuda":
+            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            args.precision = "fp32"
     args.use_fp16 = args.precision == "fp16"
+
+
+def slow_precision(precision: str, device: torch.device) -> bool:
+    """Return whether this CPU only emulates the precision, which is many times slower than float32."""
+    if device.type != "cpu" or precision == "fp32":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    wanted = ("avx512_bf16", "amx_bf16", " bf16 ") if precision == "bf16" else ("avx512_fp16", "amx_fp16", "fphp")
+    return not any(flag in flags for flag in wanted)
+
+
+@contextmanager
+def tf32_products(wanted: bool) -> Iterator[None]:
+    """Let a GPU round the inputs of float32 products to TF32 (10 bits of mantissa) inside. No effect on a CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = wanted or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

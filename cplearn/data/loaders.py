@@ -202,6 +202,30 @@ def read_batches(
         yield batch
 
 
+def copy_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """On a GPU: copy the crops of the next batch to the device while it works on the current one."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, ready = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            coming = batch._replace(crops=[x.to(device, non_blocking=True) for x in batch.crops])
+        if ready is not None:
+            yield _hand_over(ready, stream)
+        ready = coming
+    if ready is not None:
+        yield _hand_over(ready, stream)
+
+
+def _hand_over(batch: Batch, stream: "torch.cuda.Stream") -> Batch:
+    """Make the work that follows wait for the copy, and keep the memory until it is done with it."""
+    torch.cuda.current_stream().wait_stream(stream)
+    for x in batch.crops:
+        x.record_stream(torch.cuda.current_stream())
+    return batch
+
+
 def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
     """Return what to say of a loader's worker that died or hangs, with the file it was at; None for other errors."""
     text = str(error)

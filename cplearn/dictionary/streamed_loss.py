@@ -39,7 +39,7 @@ from cplearn.dictionary.blockwise import blockwise_loss
 from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
-from cplearn.precision import float32
+from cplearn.precision import float32, tf32_products
 
 FORMS = ("auto", "stored", "recomputed", "triton")
 
@@ -80,8 +80,8 @@ def streamed_loss(
     """Compute the loss `spec` of the logits `scale * h W`, as `cplearn_head.cplearn_loss` does.
 
     Half precision is raised to float32, also under autocast; float64 stays. `form` is one of FORMS, `block` the
-    number of codes at a time. `precision` is that of the products' inputs in the triton form: ieee (float32), tf32
-    or bf16; sums are float32 always. Differentiable once. Under torch.compile this is a graph break.
+    number of codes at a time. `precision` is that of the products' inputs on a GPU: ieee (float32), tf32, or in
+    the triton form bf16; sums are float32 always. Differentiable once. Under torch.compile this is a graph break.
 
     Shape: one (n, f_h) tensor of embeddings per view, the global crops first -> scalar loss; detached scalars loss,
     invariance, prior, entropy; detached mean assignment over population and global views (c,).
@@ -107,7 +107,8 @@ def _streamed_loss(h, dictionary, scale, spec, form, block, precision):
         else:
             block = block or block_size(rows, dictionary, device)
             compute, options = blockwise_loss, {"store": form == "stored", "block": block}
-        values = _Streamed.apply(stacked, compute, dictionary, spec, {"with_grad": with_grad, **options})
+        with tf32_products(precision == "tf32"):
+            values = _Streamed.apply(stacked, compute, dictionary, spec, {"with_grad": with_grad, **options})
         loss, invariance, prior, entropy, usage = values
     terms = {"loss": loss.detach(), "invariance": invariance, "prior": prior, "entropy": entropy}
     return loss, terms, usage

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.precision import float32
 
 
@@ -93,7 +93,7 @@ class BarlowTwins(Method):
         # fmt: on
 
     def forward(self, views: list[Tensor]) -> StepOutput:
-        features = forward_by_size(self.backbone, views)
+        features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             z = [self.norm(self.projector(float32(x))) for x in features]  # batch norm sees one view at a time
             loss, terms = barlow_loss(z, self.lambd, self.N_GLOBAL)

@@ -1,11 +1,13 @@
 """What a method is to the training loop and the evaluations: one interface."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
@@ -39,6 +41,7 @@ class Method(nn.Module):
     """
 
     N_GLOBAL = 2  # global crops, the first of the views
+    accum = 1  # parts in which the backbone takes a batch
     backbone: nn.Module  # trained; num_features wide
     out_dim: int
     # What to try against each kind of collapse, where there is more to say than `evaluation.collapse` has.
@@ -78,6 +81,10 @@ class Method(nn.Module):
     def forward(self, views: list[Tensor]) -> StepOutput:
         """Compute the loss of a batch. Shape: V tensors (n, 3, H_v, W_v), the global crops first."""
         raise NotImplementedError
+
+    def features(self, views: list[Tensor]) -> list[Tensor]:
+        """Run the backbone, for `forward`. Shape: V x (n, 3, H, W) -> V x (n, f)."""
+        return forward_by_size(self.backbone, views, self.accum)
 
     def after_backward(self) -> None:
         """Remove gradients that this step must not apply."""
@@ -145,13 +152,40 @@ def check_out_dim(method: str, out_dim: int, weights: int, more: str = "") -> No
         )
 
 
-def forward_by_size(backbone: nn.Module, views: list[Tensor]) -> list[Tensor]:
-    """Run the backbone once per run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f)."""
+def forward_by_size(backbone: nn.Module, views: list[Tensor], parts: int = 1) -> list[Tensor]:
+    """Run the backbone once per run of views of equal size. Shape: V x (n, 3, H, W) -> V x (n, f).
+
+    In several parts only one of them is held for the gradient: the others' activations are computed again in backward.
+    The features, and all that follows from them, are those of the whole batch.
+    """
     features: list[Tensor] = []
     while len(features) < len(views):
         first = len(features)
         last = first
         while last < len(views) and views[last].shape == views[first].shape:
             last += 1
-        features += backbone(torch.cat(views[first:last])).chunk(last - first)
+        x = torch.cat(views[first:last])
+        z = backbone(x) if parts == 1 else torch.cat([_recomputed(backbone, part) for part in x.chunk(parts)])
+        features += z.chunk(last - first)
     return features
+
+
+def _recomputed(backbone: nn.Module, x: Tensor) -> Tensor:
+    """Run the backbone without keeping its activations, which backward computes again with the same drop path."""
+    if not torch.is_grad_enabled():
+        return backbone(x)
+    contexts = lambda: (nullcontext(), _statistics_kept(backbone))  # noqa: E731
+    return checkpoint(backbone, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Put batch norm's running statistics back afterwards: a second pass over the same images must not count."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    buffers = [b for m in norms for b in m.buffers(recurse=False)]
+    kept = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for now, before in zip(buffers, kept, strict=True):
+            now.copy_(before)

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from cplearn.dictionary import DICTIONARIES
@@ -11,7 +12,7 @@ from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.flags import nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, forward_by_size
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput
 from cplearn.precision import float32
 from cplearn_head import PRIORS, CPLearnHead
 
@@ -74,15 +75,15 @@ class CPLearn(Method):
         dictionary_seed: int = 0,
         prior_buffer: int = 0,
         loss_form: str = "auto",
-        loss_precision: str = "fp32",
+        loss_precision: str = "auto",
     ):
         super().__init__()
         if prior_buffer and prior_group == "local":
             raise UserError(
                 "prior_buffer keeps the usage of all processes: use --prior_group global, or --prior_buffer 0"
             )
-        if loss_precision != "fp32" and loss_form != "triton":
-            raise UserError(f"loss_precision {loss_precision} needs --loss_form triton: the other forms are fp32")
+        if loss_precision == "bf16" and loss_form != "triton":
+            raise UserError("loss_precision bf16 needs --loss_form triton: the other forms have fp32 and tf32")
         self.backbone = backbone
         self.head = CPLearnHead(
             backbone.num_features,
@@ -97,8 +98,7 @@ class CPLearn(Method):
         self.buffer = PriorBuffer(prior_buffer, out_dim) if prior_buffer else None
         self.out_dim, self.loss_form = out_dim, loss_form
         self.spec = LossSpec(beta, prior, prior_group, self.N_GLOBAL, self.buffer)
-        # Inputs of the products in the Triton kernels; sums are float32 always.
-        self.product_precision = {"fp32": "ieee"}.get(loss_precision, loss_precision)
+        self.loss_precision = loss_precision
 
     @classmethod
     def add_flags(cls, parser) -> None:
@@ -115,13 +115,17 @@ class CPLearn(Method):
         add("dictionary", choices=tuple(DICTIONARIES), help="Random signs (the paper's), or sign-flipped Hadamard blocks: orthogonal inside a block of embed_dim codes, and several times faster")
         add("dictionary_seed", type=nonnegative(int), help="Seed of the frozen codes, apart from --seed")
         add("loss_form", choices=(*FORMS, "plain"), help="How the loss is computed, with the same result to rounding: stored keeps the logits, recomputed saves memory, triton is for GPUs (not yet timed on one), plain is the definition. auto is stored up to 1 GiB of logits, then recomputed")
-        add("loss_precision", choices=("fp32", "tf32", "bf16"), help="Inputs of the products in --loss_form triton: tf32 and bf16 round the embeddings (the codes are exact) and are faster. Sums are fp32 always")
+        add("loss_precision", choices=("auto", "fp32", "tf32", "bf16"), help="Inputs of the loss's products on a GPU: tf32 (and bf16, in --loss_form triton) round the embeddings, the codes are exact. Sums are fp32 always. auto is tf32 beside a backbone in 16 bits (error: docs/losses.md), else fp32")
         # fmt: on
 
     def forward(self, views: list[Tensor]) -> StepOutput:
         """Compute the loss of a batch. Shape: V tensors (n, 3, H_v, W_v), the two global crops first."""
-        features = forward_by_size(self.backbone, views)
-        return StepOutput(*self.head.loss_of(features, self.spec, self.loss_form, self.product_precision))
+        features = self.features(views)
+        precision = self.loss_precision
+        if precision == "auto":  # its error is far below that of a backbone in 16 bits
+            precision = "tf32" if torch.is_autocast_enabled("cuda") else "fp32"
+        precision = {"fp32": "ieee"}.get(precision, precision)
+        return StepOutput(*self.head.loss_of(features, self.spec, self.loss_form, precision))
 
     def embed(self, features: Tensor) -> Tensor:
         return self.head(float32(features))

@@ -20,7 +20,7 @@ from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
 from cplearn.flags import bool_flag, fraction, nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.methods.soft_targets import soft_target_loss
 from cplearn.precision import float32
 from cplearn.schedules import cosine
@@ -143,7 +143,7 @@ class DINO(Method):
         self.frozen = epoch < self.freeze_last_layer
 
     def forward(self, views: list[Tensor]) -> StepOutput:
-        features = forward_by_size(self.backbone, views)
+        features = self.features(views)
         with torch.no_grad():
             of_teacher = self.teacher["backbone"](torch.cat(views[: self.N_GLOBAL]))
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32

@@ -18,7 +18,7 @@ from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.methods.cplearn import BETA_REMEDIES, forward_prior_warning, reference_losses
 from cplearn.precision import float32
 from cplearn_head import cplearn_loss, log_mean_probs, prior_forward
@@ -63,7 +63,7 @@ class GEDI(Method):
         # fmt: on
 
     def forward(self, views: list[Tensor]) -> StepOutput:
-        features = forward_by_size(self.backbone, views)
+        features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             logits = [self.projector(float32(z)) / self.TEMPERATURE for z in features]  # one view at a time
             if self.reduction == "sum":

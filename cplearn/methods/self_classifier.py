@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.precision import float32
 from cplearn_head import CPLearnHead
 
@@ -108,7 +108,7 @@ class SelfClassifier(Method):
         return self.embed(z) @ F.normalize(self.classifier.weight, dim=1).T
 
     def forward(self, views: list[Tensor]) -> StepOutput:
-        features = forward_by_size(self.backbone, views)
+        features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             logits = [self.logits(z) for z in features]  # batch norm sees one view at a time
             return StepOutput(*self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp))

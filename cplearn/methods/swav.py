@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, forward_by_size
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.methods.soft_targets import soft_target_loss
 from cplearn.precision import float32
 
@@ -98,7 +98,7 @@ class SwAV(Method):
         return F.normalize(self.projector(float32(z)), dim=1)
 
     def forward(self, views: list[Tensor]) -> StepOutput:
-        features = forward_by_size(self.backbone, views)
+        features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             x = [self.embed(z) for z in features]  # batch norm sees one view at a time
             prototypes = self.prototypes.weight

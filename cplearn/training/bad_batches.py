@@ -41,18 +41,19 @@ class RunningStatistics:
 
 
 @torch.no_grad()
-def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> Tensor:
-    """Return whether the step must be skipped, as loss or gradient is not finite on some rank. Unscale the gradients.
+def check_gradients(method: nn.Module, loss: Tensor, optimizer, scaler) -> tuple[Tensor, Tensor]:
+    """Unscale the gradients. Return whether the step must be skipped, as loss or gradient is not finite on some rank,
+    and the norm of each parameter's gradient.
 
-    The scaler looks for infinities in gradients only, so a loss that is not finite is made to show in one of them.
-    Nothing here waits for the device. Shape: loss () summed over ranks -> bool ().
+    The scaler looks for infinities in gradients only, so a loss that is not finite, or a norm that overflows, is made
+    to show in one of them. Nothing here waits for the device. Shape: loss () summed over ranks -> bool (), float (p,).
     """
     grads = [p.grad for p in method.parameters() if p.grad is not None]
-    largest = torch.stack(torch._foreach_norm(grads, math.inf)).amax()  # the 2-norm could overflow on its own
-    skipped = ~(largest.isfinite() & loss.isfinite())
+    norms = torch.stack(torch._foreach_norm(grads))
+    skipped = ~(norms.sum().isfinite() & loss.isfinite())
     grads[0].masked_fill_(skipped, math.nan)
     scaler.unscale_(optimizer)
-    return skipped
+    return skipped, norms / scaler.scale(torch.ones_like(norms[0]))
 
 
 class BadSteps:

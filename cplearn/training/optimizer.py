@@ -1,4 +1,4 @@
-"""The optimizer and what is set or clipped at each step; and the memory that a run needs."""
+"""The optimizer, and what is set or clipped at each step."""
 
 import argparse
 
@@ -6,33 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
-from cplearn.errors import UserError
-from cplearn.host import physical_memory
 from cplearn.schedules import cosine, lr_at
-
-
-def expected_memory(method: nn.Module, args: argparse.Namespace, views: int) -> tuple[int, int]:
-    """Return bytes per process of weights, gradients and optimizer states, and of head and loss (no activations)."""
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    fixed = sum(t.nbytes for t in [*method.parameters(), *method.buffers()]) - 4 * trained
-    states = 2 if args.optimizer.startswith("adam") else 1
-    return 4 * trained * (2 + states) + fixed, method.loss_memory(args.batch_size_per_gpu, views)
-
-
-def check_memory(method: nn.Module, args: argparse.Namespace, views: int, device: torch.device) -> None:
-    """Raise `UserError`, with numbers, for what cannot fit."""
-    weights, loss = expected_memory(method, args, views)
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    else:
-        have = physical_memory() // collectives.local_world_size()
-    if weights + loss > have:
-        raise UserError(
-            f"--method {args.method} --out_dim {args.out_dim}: weights, gradients and optimizer states take "
-            f"{weights / 1e9:.1f} GB, head and loss {loss / 1e9:.1f} GB for {args.batch_size_per_gpu} images and "
-            f"{views} views, and a process has {have / 1e9:.1f} GB: smaller --out_dim or --batch_size_per_gpu, or "
-            "another machine"
-        )
 
 
 def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
@@ -86,13 +60,12 @@ def set_schedules(optimizer, step: int, steps_per_epoch: int, args) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(module: nn.Module, norms: Tensor, max_norm: float) -> Tensor:
     """Scale down each parameter's gradient to `max_norm` on its own (DINO's clipping); 0 leaves all.
 
-    Returns the norm of the whole gradient before clipping, on the device.
+    Shape: the norms of the gradients (p,) -> that of the whole gradient before clipping (), on the device.
     """
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    norms = torch._foreach_norm(grads)
     if max_norm > 0:
-        torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return torch.stack(norms).norm()
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
+    return norms.norm()

@@ -17,8 +17,9 @@ from cplearn.errors import UserError
 from cplearn.files import append_json_line, write_text
 from cplearn.host import git_commit
 from cplearn.methods.base import StepOutput
+from cplearn.precision import slow_precision
 from cplearn.text import format_duration
-from cplearn.training.optimizer import actual_lr, expected_memory
+from cplearn.training.optimizer import actual_lr
 from cplearn.training.progress import Progress
 from cplearn.training.run import Run
 
@@ -40,7 +41,7 @@ def announce(run: Run, lines: list[str]) -> None:
         "train_images": len(run.images.dataset),
         "steps_per_epoch": run.steps_per_epoch,
         "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
-        "expected_memory_gb": sum(expected_memory(method, args, len(run.views))) / 1e9,
+        "expected_memory": str(run.memory),
         "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
         **method.describe(args.batch_size_per_gpu),
         "torch": torch.__version__,
@@ -54,7 +55,10 @@ def announce(run: Run, lines: list[str]) -> None:
     print("Arguments: " + " ".join(f"--{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
     for name, value in derived.items():
         print(f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}")
-    for warning in method.warnings():
+    found = method.warnings()
+    if slow_precision(args.precision, device):
+        found.append(f"this CPU only emulates {args.precision}: --precision fp32 is many times as fast")
+    for warning in found:
         print(f"WARNING: {warning}")
     content = json.dumps({"args": vars(args), "derived": derived}, indent=1, sort_keys=True)
     if run.step < run.last_step:

@@ -15,6 +15,7 @@ from cplearn.data.pixels import Pixels
 from cplearn.methods.base import Method
 from cplearn.training.bad_batches import BadImages, BadSteps
 from cplearn.training.folder_lock import FolderLock
+from cplearn.training.memory import Memory
 from cplearn.training.monitor import Monitor
 from cplearn.training.progress import DeferredRead, EpochState
 from cplearn.training.run_control import StopSignals
@@ -35,6 +36,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     last_step: int
+    memory: Memory  # expected
     bad_steps: BadSteps
     bad_images: BadImages
     monitor: Monitor
@@ -64,9 +66,10 @@ class Run:
         """Yield the batches that are left of the current epoch, as far as `last_step`."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         last = min(self.steps_per_epoch, self.last_step - epoch * self.steps_per_epoch)
-        return loaders.read_batches(
+        batches = loaders.read_batches(
             self.loader, epoch, first, last, timeout=self.args.worker_timeout, waiting=self.epoch.waiting
         )
+        return loaders.copy_ahead(batches, self.device)
 
     @property
     def between_epochs(self) -> bool:
