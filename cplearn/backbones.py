@@ -98,9 +98,8 @@ def checkpoint_blocks(backbone: nn.Module, arch: str) -> None:
 
 def compile_backbone(backbone: nn.Module, device: torch.device) -> None:
     """Let torch compile the backbone at its first call. Raises `UserError` where there is no compiler."""
-    names = (
-        [os.environ.get("CXX", "g++"), "clang++"] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    )
+    on_gpu = device.type == "cuda"
+    names = [os.environ.get("CC", "gcc"), "clang"] if on_gpu else [os.environ.get("CXX", "g++"), "clang++"]
     if not any(shutil.which(name) for name in names):
         raise UserError(f"--compile needs a C++ compiler ({' or '.join(names)}): install one, or leave --compile out")
     if on_gpu and importlib.util.find_spec("triton") is None:

@@ -22,15 +22,16 @@ class Memory:
     loss: int  # head and loss
     activations: int  # of the backbone, kept for the gradient
     images: int  # views in float32, a second time beside each other, and 8-bit crops
+    libraries: int = 300_000_000  # what torch and its kernels take for themselves once a step has run, as measured
 
     @property
     def total(self) -> int:
-        return self.weights + self.loss + self.activations + self.images
+        return self.weights + self.loss + self.activations + self.images + self.libraries
 
     def __str__(self) -> str:
         return (
             f"{self.total / 1e9:.1f} GB: weights, gradients and optimizer {self.weights / 1e9:.1f}, head and loss "
-            f"{self.loss / 1e9:.1f}, activations {self.activations / 1e9:.1f}, images {self.images / 1e9:.1f}"
+            f"{self.loss / 1e9:.1f}, activations {self.activations / 1e9:.1f}, images {self.images / 1e9:.1f}, libraries {self.libraries / 1e9:.1f}"
         )
 
 
@@ -43,10 +44,10 @@ def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[Vie
     groups = [views[group] for group in by_size(views)]
     sizes = [(group[0].size, len(group)) for group in groups]
     kept = sum(count * activation_bytes(method.backbone, size, args.precision, device) for size, count in sizes)
-    if args.grad_checkpointing:  # the inputs of each block, and one block's own
+    if args.grad_checkpointing:  # the input of each block, and one block's own with its gradients
         depth, width = len(method.backbone.blocks), method.backbone.num_features
         tokens = sum(count * ((size // args.patch_size) ** 2 + 1) for size, count in sizes)
-        kept = kept // depth + 4 * depth * tokens * width
+        kept = 2 * kept // depth + 4 * depth * tokens * width
     return Memory(
         weights=4 * trained * (2 + states) + fixed,
         loss=method.loss_memory(batch, len(views)),
@@ -86,11 +87,8 @@ def check_memory(method: nn.Module, args: argparse.Namespace, views: list[View],
     else:
         share = collectives.local_world_size()
         have, free = physical_memory() // share, available_memory() // share
-    parts = args.accum
-    while (
-        need.total - need.activations + need.activations * args.accum // parts > free
-        and parts < args.batch_size_per_gpu
-    ):
+    batch, rest, parts = args.batch_size_per_gpu, need.total - need.activations, args.accum
+    while rest + need.activations * args.accum // parts > free and batch % (2 * parts) == 0:
         parts *= 2
     fix = f"--accum {parts}, a smaller --batch_size_per_gpu" if parts > args.accum else "a smaller --batch_size_per_gpu"
     if need.total > have:

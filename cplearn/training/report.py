@@ -31,7 +31,16 @@ def announce(run: Run, lines: list[str]) -> None:
     """Print processes, effective arguments, derived values and warnings; save them as args.json."""
     images = run.images
     large = f"from {images.halved_from()} x {images.halved_from()} pixels on at 1/2, 1/4 or 1/8 of their size"
-    print("\n".join([*lines, f"Data: {datasets.summary(images.dataset)}", f"  {images.summary()}, {large}"]))
+    print(
+        "\n".join(
+            [
+                *lines,
+                f"Data: {datasets.summary(images.dataset)}",
+                f"  {images.summary()}, {large}",
+                f"Memory: about {run.memory}",
+            ]
+        )
+    )
     args, method, device = run.args, run.method, run.device
     derived = {
         "processes": collectives.world_size(),
@@ -41,7 +50,7 @@ def announce(run: Run, lines: list[str]) -> None:
         "train_images": len(run.images.dataset),
         "steps_per_epoch": run.steps_per_epoch,
         "backbone_parameters": sum(p.numel() for p in method.backbone.parameters()),
-        "expected_memory": str(run.memory),
+        "expected_memory_gb": run.memory.total / 1e9,
         "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
         **method.describe(args.batch_size_per_gpu),
         "torch": torch.__version__,

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from helpers import SMALL, train
+from helpers import SMALL
 
 import main_cplearn
-from cplearn.errors import UserError
-from cplearn.methods import base as base
 from cplearn.methods import build_method
 from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
 
@@ -33,9 +31,3 @@ def test_gradients_are_clipped_one_parameter_at_a_time():
     assert module.weight.grad.norm().item() == pytest.approx(3.0) and module.bias.grad[0].item() == pytest.approx(0.1)
     clip_gradients(module, norms, 0)
     assert module.weight.grad.norm().item() == pytest.approx(3.0)
-
-
-def test_what_cannot_fit_with_its_optimizer_is_refused_with_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr("cplearn.training.optimizer.physical_memory", lambda: 2 * 10**9)
-    with pytest.raises(UserError, match="--out_dim 65536: weights, .* take 2.2 GB, head and loss 0.0 GB for 16"):
-        train(tmp_path, "--method", "barlow_twins", "--out_dim", "65536")

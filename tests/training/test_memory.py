@@ -1,0 +1,198 @@
+"""Batches in parts, checkpointed blocks, a compiled backbone: the same numbers. Memory: counted, measured, refused."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SMALL, arguments, make, randn, run_in_processes, same_state, train
+
+import main_cplearn
+from cplearn import backbones
+from cplearn.data.augmentations import build_views
+from cplearn.distributed import collectives
+from cplearn.errors import UserError
+from cplearn.methods import METHODS, build_method
+from cplearn.methods.base import forward_by_size
+from cplearn.training import memory
+from cplearn.training.memory import activation_bytes, expected_memory
+
+VIT = ("--arch", "vit_tiny", "--patch_size", "8", "--image_size", "32", "--drop_path_rate", "0")
+CPU = torch.device("cpu")
+
+
+def loss_and_gradient(method, views):
+    method.zero_grad()
+    method.before_step(1, 1, 10)
+    output = method(views)
+    output.loss.backward()
+    return output.loss.detach(), torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "gedi_gen"])
+def test_a_batch_in_parts_has_the_same_loss_and_gradient(name):
+    """For every method: head, batch norm of the head, prior and teacher see the whole batch."""
+    method = make(name, *VIT)
+    method.begin()
+    views = [randn(8, 3, s, s, seed=v) for v, s in enumerate((32, 32, 16, 16))]
+    one = loss_and_gradient(method, views)
+    method.accum = 4
+    four = loss_and_gradient(method, views)
+    torch.testing.assert_close(four[0], one[0], rtol=1e-10, atol=0)
+    largest = one[1].abs().max()
+    assert largest > 0
+    torch.testing.assert_close(four[1], one[1], rtol=1e-7, atol=1e-8 * float(largest))
+
+
+def test_parts_count_their_images_once_in_running_statistics():
+    torch.manual_seed(0)
+    one, parts = (backbones.ResNet8(8, norm=True) for _ in range(2))
+    parts.load_state_dict(one.state_dict())
+    x = torch.randn(8, 3, 16, 16)
+    for chunk in x.chunk(2):
+        one(chunk)
+    (z,) = forward_by_size(parts, [x], parts=2)
+    z.square().sum().backward()
+    for a, b in zip(one.buffers(), parts.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def _step_of_two(rank, accum):
+    method = make("cplearn", *VIT)
+    method.accum = accum
+    model = collectives.wrap(method, CPU)
+    views = [randn(8, 3, 32, 32, seed=v)[rank::2] for v in range(2)]
+    method.zero_grad()
+    model(views).loss.backward()
+    return torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
+
+
+@pytest.mark.dist
+def test_parts_in_two_processes(tmp_path):
+    whole, parts = run_in_processes(tmp_path, _step_of_two, 1), run_in_processes(tmp_path, _step_of_two, 2)
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-7, atol=1e-10)
+    assert torch.equal(parts[0], parts[1])
+
+
+def test_wrong_numbers_of_parts_and_networks_without_blocks(tmp_path):
+    with pytest.raises(UserError, match="--accum 3 does not divide --batch_size_per_gpu 16"):
+        train(tmp_path, "--accum", "3")
+    with pytest.raises(UserError, match="--accum 2 cannot split gedi_gen's sampling"):
+        arguments("gedi_gen", "--accum", "2")
+    with pytest.raises(UserError, match="--grad_checkpointing is for ViTs, not for --arch resnet8_w8: use --accum N"):
+        train(tmp_path, "--grad_checkpointing")
+
+
+def test_checkpointed_blocks_come_to_the_same_bits(tmp_path, image_folder):
+    """With drop path, which backward has to draw again as it was."""
+    common = ("--data_path", str(image_folder), "--epochs", "2", *VIT[:-1], "0.3")
+    train(tmp_path / "plain", *common)
+    train(tmp_path / "checkpointed", *common, "--grad_checkpointing")
+    assert same_state(tmp_path / "plain", tmp_path / "checkpointed")
+
+
+def test_a_run_in_parts_is_saved_and_resumed(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "3", "--accum", "4")
+    train(tmp_path / "whole", *common)
+    train(tmp_path / "cut", *common, "--max_steps", "4")
+    train(tmp_path / "cut", *common)
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_trains_and_its_checkpoint_is_an_ordinary_one(tmp_path, image_folder):
+    common = ("--data_path", str(image_folder), "--epochs", "1", "--image_size", "16", "--local_crops_number", "0")
+    plain = train(tmp_path / "plain", *common)
+    compiled = train(tmp_path / "compiled", *common, "--compile")
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+    train(tmp_path / "compiled", *common, "--compile", "--epochs", "2", "--resume_force", "epochs", "compile")
+    names = [
+        torch.load(tmp_path / x / "checkpoint.pth", weights_only=True)["model"].keys() for x in ("plain", "compiled")
+    ]
+    assert names[0] == names[1]
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler \(g\+\+ or clang\+\+\): install one"):
+        train(tmp_path / "out", "--compile")
+
+
+# --- the estimate -------------------------------------------------------------------------------------------
+
+
+def test_activations_of_a_known_network():
+    """Linear layers keep their inputs, GELU its input, in the precision of the pass."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 100), torch.nn.GELU(), torch.nn.Linear(100, 7))
+    assert activation_bytes(net, 4, "fp32", CPU) == 4 * (48 + 100 + 100)
+    assert net.training
+
+
+def settings(*flags):
+    args = main_cplearn.parse_args(["--device", "cpu", "--precision", "fp32", *flags])
+    method = build_method(args)
+    if args.grad_checkpointing:
+        backbones.checkpoint_blocks(method.backbone, args.arch)
+    views = build_views("dino", size=args.image_size, local_size=args.local_image_size, n_local=args.local_crops_number,
+                        global_scale=(0.4, 1), local_scale=(0.05, 0.4))  # fmt: skip
+    method.accum = args.accum
+    return args, method, views
+
+
+def _peak(rank, *flags):
+    """Peak memory of a step beyond what was there before the method was built, and the estimate."""
+    torch.set_num_threads(1)
+    main_cplearn.build_method(main_cplearn.parse_args(list(flags)))  # what is imported counts before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+    def status(name):
+        return next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if name in x)
+
+    before = status("VmRSS")
+    args, method, views = settings(*flags)
+    need = expected_memory(method, args, views, CPU)
+    images = [torch.rand(args.batch_size_per_gpu, 3, view.size, view.size) for view in views]
+    optimizer = torch.optim.AdamW(method.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        method(images).loss.backward()
+        optimizer.step()
+    return [float(status("VmHWM") - before), float(need.total)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--arch", "vit_small", "--image_size", "96", "--local_crops_number", "2", "--batch_size_per_gpu", "16"),
+        ("--arch", "vit_small", "--image_size", "96", "--local_crops_number", "2", "--batch_size_per_gpu", "16",
+         "--accum", "4"),
+        ("--arch", "vit_small", "--image_size", "96", "--local_crops_number", "2", "--batch_size_per_gpu", "16",
+         "--grad_checkpointing"),
+        ("--arch", "resnet8bn_w64", "--image_size", "64", "--local_crops_number", "0", "--batch_size_per_gpu", "16"),
+        ("--arch", "timm:resnet10t", "--image_size", "64", "--local_crops_number", "0", "--batch_size_per_gpu", "64"),
+    ],
+)  # fmt: skip
+def test_the_estimate_is_near_what_a_step_takes(tmp_path, flags):
+    ((peak, expected),) = run_in_processes(tmp_path, _peak, *flags, world=1)
+    assert 0.75 < peak / expected < 1.35, (peak / 1e9, expected / 1e9)
+
+
+def test_more_than_there_is_is_refused_with_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "physical_memory", lambda: 2 * 10**9)
+    words = "--out_dim 65536 with 16 images and 2 views takes about 2.5 GB: weights, .* has 2.0 GB: a smaller --batch"
+    with pytest.raises(UserError, match=words):
+        train(tmp_path, "--method", "barlow_twins", "--out_dim", "65536")
+
+
+def test_more_than_is_free_is_warned_of_with_the_parts_that_would_fit(capsys, monkeypatch):
+    args, method, views = settings(*SMALL, "--arch", "vit_tiny", "--image_size", "96", "--local_crops_number", "0")
+    need = memory.check_memory(method, args, views, CPU)
+    assert capsys.readouterr().err == ""
+    free = need.total - need.activations + need.activations // 3
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    memory.check_memory(method, args, views, CPU)
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: this takes about") and "--accum 4" in said and said.count("\n") == 1
