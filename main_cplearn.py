@@ -36,6 +36,7 @@ from cplearn.training.report import EpochReport, announce, report_end, report_ep
 from cplearn.training.resume import resume, save
 from cplearn.training.run import Run
 from cplearn.training.run_control import StopSignals
+from cplearn.training.step_profile import StepProfile
 from cplearn.training.votes import act_on_votes, count, stop_if_asked, vote
 from utils import (
     ArgumentParser,
@@ -105,6 +106,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--print_freq", type=positive(int), default=10, help="Steps between two readings of the loss")
     g.add_argument("--on_collapse", default="warn", choices=("warn", "stop"), help="After two epochs in a row whose verdict is not healthy: go on, or save and end with exit code 7")
     g.add_argument("--knn_freq", type=nonnegative(int), default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none")
+    g.add_argument("--profile", action="store_true", help="Write a trace of 20 steps to profile.json and print the ten largest costs")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
@@ -140,6 +142,7 @@ def train_one_epoch(run: Run) -> dict:
         statistics.restore(skipped)
         method.after_step(output, skipped)
         report.step(output, grad_norm, skipped, batch.samples, lr)
+        run.profile.step()
         act_on_votes(run, skipped, votes)
 
     count(run, run.outcomes.flush())
@@ -268,6 +271,7 @@ def assemble(
         optimizer=build_optimizer(method, args, device),
         # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
+        profile=StepProfile(args.profile, args.output_dir, device),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
         memory=memory,
         monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq),

@@ -29,10 +29,14 @@ class Memory:
         return self.weights + self.loss + self.activations + self.images + self.libraries
 
     def __str__(self) -> str:
-        return (
-            f"{self.total / 1e9:.1f} GB: weights, gradients and optimizer {self.weights / 1e9:.1f}, head and loss "
-            f"{self.loss / 1e9:.1f}, activations {self.activations / 1e9:.1f}, images {self.images / 1e9:.1f}, libraries {self.libraries / 1e9:.1f}"
-        )
+        parts = {
+            "weights, gradients and optimizer": self.weights,
+            "head and loss": self.loss,
+            "activations": self.activations,
+            "images": self.images,
+            "libraries": self.libraries,
+        }
+        return f"{self.total / 1e9:.1f} GB: " + ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts.items())
 
 
 def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[View], device: torch.device) -> Memory:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cplearn.data import datasets
+from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.files import append_json_line, write_text
@@ -176,12 +177,39 @@ def report_epoch(run: Run, record: dict, writer) -> None:
     if "verdict" in record:
         mark = "" if record["verdict"] == "healthy" else "WARNING: "
         print(f"  {mark}{record['verdict_line']}", flush=True)
+    if advice := loader_advice(record["data_wait"], run.loader.num_workers, run.device, run.images):
+        print(f"  WARNING: {advice}", flush=True)
     append_json_line(Path(args.output_dir, "log.txt"), record)
     if writer is not None:
         for name, value in record.items():
             if isinstance(value, int | float):
                 writer.add_scalar(name, value, record["epoch"])
         writer.flush()
+
+
+LONG_WAIT = 0.2  # share of the time, above which waiting for images is worth a word
+
+
+def loader_advice(wait: float, workers: int, device: torch.device, images: Pixels) -> str:
+    """Return what would shorten the wait for images, "" if it is short or nothing would.
+
+    `wait`: share of the time. With W workers that are always behind, W / (1 - wait) of them would keep up.
+    """
+    if wait <= LONG_WAIT:
+        return ""
+    cores = (os.cpu_count() or 1) // collectives.local_world_size()
+    needed = math.ceil((workers or wait) / max(0.01, 1 - wait))
+    said = f"{wait:.0%} of the time went into waiting for images"
+    if device.type != "cpu" and needed <= cores:  # on a CPU the workers would take the step's own cores
+        return f"{said}: --num_workers {needed} would keep up (now {workers}, this process has {cores} cores)"
+    if images.kind == "none":
+        size = images.expected_bytes() / 1e9
+        return f"{said}: --cache disk decodes them once ({size:.1f} GB in --cache_dir), --cache ram if that fits"
+    if device.type != "cpu":
+        return (
+            f"{said}: {needed} cores for --num_workers would keep up, this process has {cores}; fewer local crops help"
+        )
+    return ""
 
 
 def report_end(run: Run, record: dict) -> None:

@@ -28,6 +28,8 @@ MAY_CHANGE_ON_RESUME = {
     "on_collapse",
     "resume_force",
     "tensorboard",
+    "profile",
+    "grad_checkpointing",
     "device",
     "dist_url",
     "dist_timeout",

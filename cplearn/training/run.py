@@ -19,6 +19,7 @@ from cplearn.training.memory import Memory
 from cplearn.training.monitor import Monitor
 from cplearn.training.progress import DeferredRead, EpochState
 from cplearn.training.run_control import StopSignals
+from cplearn.training.step_profile import StepProfile
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Run:
     model: nn.Module  # the method, in several processes inside DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    profile: StepProfile
     last_step: int
     memory: Memory  # expected
     bad_steps: BadSteps
@@ -54,6 +56,7 @@ class Run:
 
         DDP must be gone before its process group is: found by the garbage collector after that, it aborts the process.
         """
+        self.profile.close()
         loaders.stop_workers(self.loader)
         self.model = self.method
         gc.collect()

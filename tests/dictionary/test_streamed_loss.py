@@ -7,13 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cplearn.backbones import ResNet8
 from cplearn.dictionary import DICTIONARIES
-from cplearn.dictionary.codes import Dictionary
+from cplearn.dictionary.codes import DenseBlock, Dictionary
 from cplearn.dictionary.hadamard import HadamardDictionary
 from cplearn.dictionary.prior_buffer import PriorBuffer
 from cplearn.dictionary.streamed_loss import block_size, pick_form, streamed_loss
 from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
 from cplearn.methods.cplearn import CPLearn
+from cplearn.precision import tf32_products
 from cplearn_head import CPLearnHead, cplearn_loss
 
 
@@ -283,3 +284,39 @@ def test_checkpoints_do_not_grow_with_the_dictionary(tmp_path):
         torch.save(make_method(out_dim=out_dim).state_dict(), path)
         sizes.append(path.stat().st_size)
     assert abs(sizes[1] - sizes[0]) < 4096
+
+
+def test_the_error_of_tf32_products_is_that_of_docs_losses(monkeypatch):
+    """On the CPU, with the inputs of all products rounded as a GPU does: 10 bits of mantissa, to the nearest."""
+
+    def rounded(x):
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    scores, combine = DenseBlock.scores, DenseBlock.combine
+    monkeypatch.setattr(DenseBlock, "scores", lambda self, h, out: scores(self, rounded(h), out))
+    monkeypatch.setattr(DenseBlock, "combine", lambda self, weights, out: combine(self, rounded(weights), out))
+    head = CPLearnHead(384, 16384)
+    for seed, spread in ((0, 0.0), (1, 3.0)):  # unrelated views; views of one image near each other
+        common = spread * embeddings(1, n=64, width=384, seed=9)[0].detach()
+        exact_h = [F.normalize(x + common, dim=1).detach().requires_grad_() for x in embeddings(2, 64, 384, seed=seed)]
+        h = [x.detach().float().requires_grad_() for x in exact_h]
+        scale = head.scale * head.kappa
+        loss, _, _ = streamed_loss(h, head.dictionary, scale, LossSpec(0.25), form="stored")
+        exact, _, _ = plain(exact_h, head.dictionary, scale, 0.25)
+        loss.backward()
+        exact.backward()
+        assert abs(loss.item() / exact.item() - 1) < 2e-5
+        for x, y in zip(h, exact_h, strict=True):
+            error = ((x.grad - y.grad).norm() / y.grad.norm()).item()
+            print(f"relative error of the gradient {error:.1e}, of the loss {abs(loss.item() / exact.item() - 1):.1e}")
+            assert 1e-5 < error < 1e-3
+
+
+def test_tf32_is_switched_on_inside_and_off_again():
+    seen = []
+    with tf32_products(True):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        with tf32_products(False):  # leaves what the user chose
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+    seen.append(torch.backends.cuda.matmul.allow_tf32)
+    assert seen == [True, True, False]

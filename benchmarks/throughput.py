@@ -1,0 +1,376 @@
+"""From the JPEG to the step: images per second against named peers, in one run, interleaved; medians and ratios.
+
+    python benchmarks/throughput.py views --data_path PHOTOS            # crops and colors, one core
+    python benchmarks/throughput.py cifar --data_path CIFAR_FOLDER      # small images, with a cache
+    python benchmarks/throughput.py step                                # whole training steps
+    python benchmarks/throughput.py evaluation --data_path PHOTOS       # k-NN search, extraction of features
+
+PHOTOS is a folder of full-size images. The peers:
+
+    DINO's transforms     torchvision's transforms on Pillow images, image by image, as DINO's code composes them
+    DINO step             timm's ViT as student and EMA teacher, lightly's DINO head and loss, AdamW
+    plain step            the same network in PyTorch as it comes, the plain form of the loss by autograd, Adam
+    torchvision           ImageFolder and v2 transforms, image by image
+    plain loop            Pillow and torchvision one image at a time; a product and a top-k for each block of images
+"""
+
+import argparse
+import copy
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from measure import seconds
+
+import main_cplearn
+from cplearn import backbones, errors
+from cplearn.data import augmentations, color, datasets, loaders
+from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
+from cplearn.dictionary.terms import LossSpec
+from cplearn.evaluation.knn import knn
+from cplearn.flags import ArgumentParser, positive
+from cplearn.host import git_commit, keep_freed_memory
+from cplearn.methods import build_method
+from cplearn.precision import autocast
+from cplearn.text import format_table
+from cplearn.training.bad_batches import check_gradients
+from cplearn.training.optimizer import build_optimizer, clip_gradients
+from cplearn_head import CPLearnHead, cplearn_loss
+
+CPU = torch.device("cpu")
+
+
+def compare(ours: dict[str, Callable], peer: Callable, repeats: int) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Call peer and ours in turn. Return the peer's median seconds; for each of ours the median, and that of the ratio
+    peer / ours within a round."""
+    for function in (peer, *ours.values()):
+        function()
+    rounds = [(seconds(peer, CPU), [seconds(f, CPU) for f in ours.values()]) for _ in range(repeats)]
+    found = {}
+    for k, name in enumerate(ours):
+        found[name] = (statistics.median(t[k] for _, t in rounds), statistics.median(p / t[k] for p, t in rounds))
+    return statistics.median(p for p, _ in rounds), found
+
+
+# --- views --------------------------------------------------------------------------------------------------
+
+
+class _Blur:
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if random.random() > self.p:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+class _Solarize:
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image) if random.random() < self.p else image
+
+
+def dino_transforms(n_local: int) -> Callable[[Image.Image], list[torch.Tensor]]:
+    """Return DINO's pipeline of one image: crops, flips and colors by torchvision and Pillow."""
+    from torchvision import transforms as T
+
+    bicubic = T.InterpolationMode.BICUBIC
+    colors = [
+        T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        T.RandomGrayscale(0.2),
+    ]
+    last = [T.ToTensor(), T.Normalize(color.MEAN, color.STD)]
+
+    def view(size, scale, blur, solarize):
+        crop = T.RandomResizedCrop(size, scale=scale, interpolation=bicubic)
+        return T.Compose([crop, *colors, _Blur(blur), _Solarize(solarize), *last])
+
+    scale = (0.4, 1.0) if n_local else (0.14, 1.0)
+    views = [view(224, scale, 1.0, 0.0), view(224, scale, 0.1, 0.2), *[view(96, (0.05, 0.4), 0.5, 0.0)] * n_local]
+    return lambda image: [transform(image) for transform in views]
+
+
+def bench_views(args: argparse.Namespace) -> None:
+    """Crops, and crops with colors, of full-size photos on one core."""
+    torch.set_num_threads(1)
+    rows = []
+    for n_local in (8, 0):
+        views = augmentations.build_views(
+            "dino", size=224, local_size=96, n_local=n_local, global_scale=(0.4, 1.0) if n_local else (0.14, 1.0),
+            local_scale=(0.05, 0.4),
+        )  # fmt: skip
+        dataset = datasets.Folder(datasets.find_split(Path(args.data_path), "train"))
+        source = loaders.ViewDataset(Pixels(dataset, views), views, seed=0)
+        items = [(0, i) for i in range(min(args.images, len(dataset)))]
+        dino = dino_transforms(n_local)
+
+        def worker(source=source, items=items):
+            return source.__getitems__(items)
+
+        def both(worker=worker, views=views):
+            batch = worker()
+            augmentations.color_views(batch.crops, batch.params, views, CPU)
+
+        def peer(dino=dino, dataset=dataset, items=items):
+            for _, i in items:
+                dino(dataset[i][0])
+
+        theirs, ours = compare({"crops": worker, "crops and colors": both}, peer, args.repeats)
+        rows += [
+            (f"2 + {n_local}, {name}", f"{len(items) / theirs:.0f}", f"{len(items) / t:.0f}", f"{ratio:.1f}")
+            for name, (t, ratio) in ours.items()
+        ]
+    print(format_table(rows, ("views, one core", "DINO's transforms, images/s", "here, images/s", "ratio")))
+
+
+# --- small images -------------------------------------------------------------------------------------------
+
+
+def bench_cifar(args: argparse.Namespace) -> None:
+    """Two views of small JPEG files, loaded and colored on one core, decoded each time and from a cache."""
+    from torchvision import datasets as tv
+    from torchvision.transforms import v2
+
+    torch.set_num_threads(1)
+    root = datasets.find_split(Path(args.data_path), "train")
+    dataset, peer_data = datasets.Folder(root), tv.ImageFolder(str(root))
+    views = augmentations.build_views(
+        "cifar_strong", size=32, local_size=14, n_local=0, global_scale=(0.14, 1.0), local_scale=(0.05, 0.4)
+    )
+    transform = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.RandomResizedCrop(32, (0.14, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(color.MEAN, color.STD),
+        ]
+    )
+    count = min(args.images * 16, len(dataset))
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    batches = [[(0, i) for i in chosen[k : k + 64]] for k in range(0, count, 64)]
+
+    def load(pixels: Pixels) -> Callable[[], None]:
+        source = loaders.ViewDataset(pixels, views, seed=0)
+
+        def run():
+            for items in batches:
+                batch = source.__getitems__(items)
+                augmentations.color_views(batch.crops, batch.params, views, CPU)
+
+        return run
+
+    def peer():
+        for items in batches:
+            images = [peer_data[i][0] for _, i in items]
+            for _ in views:
+                torch.stack([transform(image) for image in images])
+
+    start = time.perf_counter()
+    cached = open_pixels(dataset, views, CacheOptions("ram", "", 0))
+    made = time.perf_counter() - start
+    theirs, ours = compare(
+        {"decoded each time": load(Pixels(dataset, views)), "cached": load(cached)}, peer, args.repeats
+    )
+    rows = [(name, f"{count / theirs:.0f}", f"{count / t:.0f}", f"{ratio:.1f}") for name, (t, ratio) in ours.items()]
+    print(format_table(rows, ("two views of 32 pixels, one core", "torchvision, images/s", "here, images/s", "ratio")))
+    print(f"\nMaking the cache of {len(dataset):,} images took {made:.1f} s.")
+
+
+# --- steps --------------------------------------------------------------------------------------------------
+
+
+def our_step(*flags: str, precision: str = "fp32") -> Callable[[], None]:
+    """Return a training step of CPLearn on random images, as `train_one_epoch` takes it."""
+    args = main_cplearn.parse_args([*flags, "--device", "cpu", "--precision", precision])
+    torch.manual_seed(0)
+    method = build_method(args)
+    optimizer, scaler = build_optimizer(method, args, CPU), torch.amp.GradScaler("cpu", init_scale=1.0)
+    sizes = [args.image_size] * 2 + [args.local_image_size] * args.local_crops_number
+    images = [torch.randn(args.batch_size_per_gpu, 3, size, size) for size in sizes]
+
+    def step():
+        with autocast(CPU, precision):
+            output = method(images)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(output.loss).backward()
+        _, norms = check_gradients(method, output.loss.detach(), optimizer, scaler)
+        clip_gradients(method, norms, args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update(1.0)
+
+    return step
+
+
+def dino_step(out_dim: int, n: int, size: int) -> Callable[[], None]:
+    """Return a step of DINO from lightly's and timm's parts: two views through student and teacher."""
+    import timm
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+
+    def network():
+        backbone = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=size, drop_path_rate=0.1)
+        return nn.Sequential(backbone, DINOProjectionHead(384, 2048, 256, out_dim))
+
+    torch.manual_seed(0)
+    student = network()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    criterion, optimizer = DINOLoss(output_dim=out_dim), torch.optim.AdamW(student.parameters())
+    images = [torch.randn(n, 3, size, size) for _ in range(2)]
+
+    def step():
+        with torch.no_grad():
+            targets = teacher(torch.cat(images)).chunk(2)
+        loss = criterion(list(targets), list(student(torch.cat(images)).chunk(2)), epoch=5)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 3.0)
+        optimizer.step()
+        with torch.no_grad():
+            for s, t in zip(student.parameters(), teacher.parameters(), strict=True):
+                t.mul_(0.996).add_(s, alpha=0.004)
+
+    return step
+
+
+def plain_step(arch: str, out_dim: int, n: int, size: int) -> Callable[[], None]:
+    """Return a step of the same network as PyTorch and timm build it, with the plain form of the loss."""
+    import timm
+
+    torch.manual_seed(0)
+    if arch.startswith("timm:"):
+        backbone = timm.create_model(arch.removeprefix("timm:"), num_classes=0)
+    else:
+        blocks = backbones.build_backbone(arch, patch_size=16, image_size=size).blocks
+        blocks = blocks.to(memory_format=torch.contiguous_format)
+        backbone = nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        backbone.num_features = 128
+    head = CPLearnHead(backbone.num_features, out_dim)
+    codes = head.dictionary.codes()
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(parameters)
+    images = [torch.randn(n, 3, size, size) for _ in range(2)]
+
+    def step():
+        h = [head(z) for z in (backbone(x) for x in images)]
+        loss = cplearn_loss([head.scale * head.kappa * x @ codes.T for x in h], LossSpec(0.25))[0]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 3.0)
+        optimizer.step()
+
+    return step
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    """Whole steps: ViT-S/16 at 224 pixels against DINO; small convolutional networks against plain PyTorch."""
+    n, rows = args.n, []
+    vit = ("--arch", "vit_small", "--image_size", "224", "--local_crops_number", "0", "--batch_size_per_gpu", str(n))
+    for c in (131072, 1024):
+        ours = {"fp32": our_step(*vit, "--out_dim", str(c))}
+        if args.bf16:
+            ours["bf16"] = our_step(*vit, "--out_dim", str(c), precision="bf16")
+        theirs, found = compare(ours, dino_step(c, n, 224), args.repeats)
+        rows += [(f"ViT-S/16, 224 pixels, {n} images, 2 + 0, c = {c:,}, {name}", "DINO step, fp32", f"{theirs:.2f}",
+                  f"{t:.2f}", f"{ratio:.2f}") for name, (t, ratio) in found.items()]  # fmt: skip
+    for arch in ("timm:resnet10t", "resnet8"):
+        flags = ("--arch", arch, "--image_size", "32", "--out_dim", "16384", "--optimizer", "adam")
+        theirs, found = compare({"fp32": our_step(*flags)}, plain_step(arch, 16384, 64, 32), args.repeats)
+        t, ratio = found["fp32"]
+        rows.append(
+            (f"{arch}, 32 pixels, 64 images, c = 16,384", "plain step", f"{theirs:.2f}", f"{t:.2f}", f"{ratio:.2f}")
+        )
+    print(format_table(rows, ("step", "peer", "peer, s", "here, s", "ratio")))
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+
+def bench_evaluation(args: argparse.Namespace) -> None:
+    """The k-NN search of ImageNet-100's size, and features of 1,000 photos."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = (nn.functional.normalize(torch.randn(n, 384, generator=generator)) for n in (126_689, 5_000))
+
+    labels = torch.randint(0, 100, (126_689,), generator=generator)
+
+    def plain_search():
+        hits = 0
+        for block, truth in zip(test.split(100), labels[:5_000].split(100), strict=True):
+            cosine, neighbor = (block @ train.T).topk(200)
+            votes = torch.zeros(len(block), 100).scatter_add_(1, labels[neighbor], (cosine / 0.07).exp())
+            hits += (votes.argmax(1) == truth).sum()
+
+    def search():
+        knn(train, labels, test, labels[:5_000], ks=(10, 20, 100, 200), temperature=0.07)
+
+    theirs, ours = compare({"search": search}, plain_search, max(1, args.repeats // 2))
+    rows = [
+        (
+            "k-NN of 5,000 among 126,689 x 384, k up to 200",
+            f"{theirs:.1f}",
+            f"{ours['search'][0]:.1f}",
+            f"{ours['search'][1]:.2f}",
+        )
+    ]
+    from torchvision import transforms as T
+
+    dataset = datasets.Folder(datasets.find_split(Path(args.data_path), "train"))
+    backbone = backbones.build_backbone("vit_small", patch_size=16, image_size=224).eval()
+    transform = T.Compose([T.Resize(256, interpolation=T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(),
+                           T.Normalize(color.MEAN, color.STD)])  # fmt: skip
+    chosen = [i % len(dataset) for i in range(args.images)]
+
+    @torch.inference_mode()
+    def plain_extraction():
+        for i in chosen:
+            backbone(transform(dataset[i][0])[None])
+
+    @torch.inference_mode()
+    def extraction():
+        view = torch.utils.data.Subset(loaders.EvalDataset(dataset, 224), chosen)
+        for pixels, _, _ in torch.utils.data.DataLoader(view, 32, num_workers=loaders.default_workers(None)):
+            backbone(color.normalize(color.to_float(pixels)))
+
+    theirs, ours = compare({"extraction": extraction}, plain_extraction, max(1, args.repeats // 2))
+    t, ratio = ours["extraction"]
+    rows.append(
+        (f"features of {args.images} photos, ViT-S/16, 224 pixels", f"{theirs:.1f}", f"{t:.1f}", f"{ratio:.2f}")
+    )
+    print(format_table(rows, ("evaluation", "plain loop, s", "here, s", "ratio")))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one benchmark."""
+    kinds = {"views": bench_views, "cifar": bench_cifar, "step": bench_step, "evaluation": bench_evaluation}
+    parser = ArgumentParser(prog="benchmarks/throughput.py", description=__doc__)
+    parser.add_argument("what", choices=tuple(kinds))
+    parser.add_argument("--data_path", default=None, help="Folder of images")
+    parser.add_argument("--images", type=positive(int), default=64, help="Images per measurement")
+    parser.add_argument("--repeats", type=positive(int), default=9)
+    parser.add_argument("--n", type=positive(int), default=8, help="Images of a ViT step")
+    parser.add_argument("--bf16", action="store_true", help="Also time bf16 steps (slow where the CPU emulates it)")
+    args = parser.parse_args(argv)
+    if args.data_path is None and args.what != "step":
+        parser.error(f"{args.what} needs --data_path: a folder of images")
+    keep_freed_memory()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, commit {git_commit()}, medians\n")
+    kinds[args.what](args)
+
+
+if __name__ == "__main__":
+    errors.run_script(main)

@@ -1,0 +1,71 @@
+"""What a run says of its speed: the wait for images and its cure, the profile of twenty steps."""
+
+import json
+
+import pytest
+import torch
+from helpers import train, write_images
+
+from cplearn.data.augmentations import build_views
+from cplearn.data.datasets import Folder
+from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
+from cplearn.training import report
+
+VIEWS = build_views("dino", size=16, local_size=8, n_local=0, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def images(tmp_path) -> Pixels:
+    write_images(tmp_path, 6)
+    return Pixels(Folder(tmp_path), VIEWS)
+
+
+@pytest.mark.parametrize(
+    ("wait", "workers", "device", "cores", "words"),
+    [
+        (0.2, 4, GPU, 16, ""),
+        (0.5, 4, GPU, 16, "50% of the time went into waiting for images: --num_workers 8 would keep up (now 4, this"),
+        (0.75, 0, GPU, 16, "--num_workers 3 would keep up (now 0, "),  # one process reads for 3 parts and computes 1
+        (0.9, 4, GPU, 16, "--cache disk decodes them once (0.0 GB in --cache_dir)"),
+        (0.5, 0, CPU, 2, "--cache disk decodes them once"),
+    ],
+)
+def test_a_long_wait_is_told_with_its_cure(monkeypatch, images, wait, workers, device, cores, words):
+    monkeypatch.setattr(report.os, "cpu_count", lambda: cores)
+    said = report.loader_advice(wait, workers, device, images)
+    assert words in said if words else said == ""
+
+
+def test_a_cache_is_not_recommended_to_those_who_have_it(images):
+    cached = open_pixels(images.dataset, VIEWS, CacheOptions("ram", "", 0))
+    assert report.loader_advice(0.9, 0, CPU, cached) == ""
+    assert "cores for --num_workers would keep up" in report.loader_advice(0.99, 10, GPU, cached)
+
+
+def test_the_advice_stands_under_the_epoch_line(tmp_path, image_folder, monkeypatch, capsys):
+    monkeypatch.setattr(report, "LONG_WAIT", 0.0)
+    train(tmp_path, "--data_path", str(image_folder), "--epochs", "1", "--cache", "none")
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = (k for k, line in enumerate(lines) if line.startswith("epoch 1/1  loss"))
+    assert lines[at + 1].startswith("  WARNING: ") and "of the time went into waiting for images" in lines[at + 1]
+
+
+def test_the_start_names_images_cache_reduction_and_memory(tmp_path, image_folder, capsys):
+    train(tmp_path, "--data_path", str(image_folder), "--epochs", "1")
+    said = capsys.readouterr().out
+    assert "images are decoded once, 0 MB in memory (--cache ram), from " in said and "Memory: about 0." in said
+
+
+def test_a_profile_of_twenty_steps(tmp_path, image_folder, capsys):
+    train(tmp_path, "--data_path", str(image_folder), "--epochs", "20", "--max_steps", "30", "--profile")
+    said = capsys.readouterr().out
+    assert "20 steps, the ten largest costs" in said
+    rows = said.partition("largest costs")[2].partition("epoch")[0].splitlines()
+    assert len([row for row in rows if row.startswith("| ") and "%" in row]) == 10
+    assert "aten::" in said and json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
+
+
+def test_a_profile_of_a_run_that_ends_early(tmp_path, image_folder, capsys):
+    train(tmp_path, "--data_path", str(image_folder), "--epochs", "3", "--profile")
+    assert "4 steps, the ten largest costs" in capsys.readouterr().out
