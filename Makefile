@@ -40,8 +40,12 @@ format: venv  ## Fix style
 
 check: lint test  ## What a change must pass
 
-bench: venv  ## Measure speed against named peers (about 20 minutes on 2 CPU cores)
-	$(BIN)/python benchmarks/augment.py
+bench: venv  ## Measure speed against named peers; PHOTOS=folder of full-size images, SMALL=of 32-pixel ones (30 minutes)
+	$(BIN)/python benchmarks/throughput.py views --data_path $(PHOTOS)
+	$(BIN)/python benchmarks/throughput.py cifar --data_path $(SMALL)
+	$(BIN)/python benchmarks/throughput.py step
+	$(BIN)/python benchmarks/throughput.py evaluation --data_path $(PHOTOS)
+	$(BIN)/python benchmarks/growth.py --json output/growth.json --figure output/growth.png
 	$(BIN)/python benchmarks/loss.py
 
 stress: venv  ## Inject faults, kill -9 to a full disk: what a run survives (about 12 minutes)
