@@ -245,7 +245,8 @@ def assemble(
         views,
         batch_size=args.batch_size_per_gpu,
         seed=args.seed,
-        num_workers=loaders.default_workers(args.num_workers),
+        # On a CPU, workers that only cut views take more from the step than they give.
+        num_workers=loaders.default_workers(args.num_workers, no_gain=device.type == "cpu" and images.kind != "none"),
         pin_memory=device.type == "cuda",
     )
     method = build_method(args)

@@ -273,8 +273,8 @@ def eval_loader(
     )
 
 
-def default_workers(requested: int | None) -> int:
-    """Resolve --num_workers: DINO's 10, or fewer where processes share fewer cores."""
-    if requested is not None:
-        return requested
+def default_workers(requested: int | None, *, no_gain: bool = False) -> int:
+    """Resolve --num_workers: DINO's 10, or fewer where processes share fewer cores; none where they gain nothing."""
+    if requested is not None or no_gain:
+        return requested or 0
     return min(10, max(1, (os.cpu_count() or 1) // collectives.local_world_size() - 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import GEN, make, randn
 
-from cplearn.data import augmentations
+from cplearn.data import color
 from cplearn.errors import UserError
 from cplearn.methods import base as base
 
@@ -16,7 +16,7 @@ def test_sgld_goes_down_the_energy_from_uniform_pixels():
     moving = make("gedi_gen", *GEN, "--sgld_step_size", "0.5", "--sgld_noise", "0", "--sgld_restart", "1")
     like = randn(8, 3, 16, 16)
     start, noise = still.sample(like)
-    pixels = augmentations.normalize(torch.zeros(1, 3, 1, 1)), augmentations.normalize(torch.ones(1, 3, 1, 1))
+    pixels = color.normalize(torch.zeros(1, 3, 1, 1)), color.normalize(torch.ones(1, 3, 1, 1))
     assert (start >= pixels[0]).all() and (start <= pixels[1]).all() and start.std() > 1
     assert abs(noise.std() - 1) < 0.05
     x = start
@@ -35,7 +35,7 @@ def test_gedi_gen_loss_replay_and_limit():
     views = [randn(8, 3, 16, 16, seed=v) for v in range(2)]
     loss, terms, *_ = method(views)
     samples, noise = method.sample(views[0])  # of the same step: the same
-    noise = 0.03 * noise / torch.tensor(augmentations.STD).double().view(1, 3, 1, 1)
+    noise = 0.03 * noise / torch.tensor(color.STD).double().view(1, 3, 1, 1)
     energy = [-(method.backbone(x) @ method.energy.weight[0]).mean() for x in (views[0] + noise, samples)]
     assert torch.allclose(loss, plain(views)[0] + 0.02 * 0.25 * (energy[0] - energy[1]))
     assert torch.allclose(terms["generative"], energy[0] - energy[1])
