@@ -15,7 +15,6 @@ PHOTOS is a folder of full-size images. The peers:
 """
 
 import argparse
-import copy
 import random
 import statistics
 import sys
@@ -228,8 +227,8 @@ def dino_step(out_dim: int, n: int, size: int) -> Callable[[], None]:
         return nn.Sequential(backbone, DINOProjectionHead(384, 2048, 256, out_dim))
 
     torch.manual_seed(0)
-    student = network()
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    student, teacher = network(), network().requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
     criterion, optimizer = DINOLoss(output_dim=out_dim), torch.optim.AdamW(student.parameters())
     images = [torch.randn(n, 3, size, size) for _ in range(2)]
 

@@ -64,7 +64,7 @@ class ViewDataset(Dataset):
     """
 
     TRIES = 20
-    AT_ONCE = 8  # decoded images that are held at once
+    AT_ONCE = 8  # images that are held decoded at once
 
     def __init__(self, pixels: "Pixels", views: list[View], seed: int, num_workers: int = 0):
         self.pixels, self.views, self.seed = pixels, views, seed
@@ -77,8 +77,9 @@ class ViewDataset(Dataset):
         u = draw(self.seed, epoch, samples, len(self.views))
         crops = empty_views(self.views, len(items))
         read, failures = [], []
-        for start in range(0, len(items), self.AT_ONCE):
-            part = slice(start, start + self.AT_ONCE)
+        at_once = self.AT_ONCE if self.pixels.kind == "none" else len(items)
+        for start in range(0, len(items), at_once):
+            part = slice(start, start + at_once)
             images = []
             for i in samples[part]:
                 image, j = self._read(epoch, i, failures)
@@ -103,8 +104,7 @@ class ViewDataset(Dataset):
 
     def _note(self, sample: int) -> None:
         worker = get_worker_info()
-        row = self.reading[worker.id if worker else 0]
-        row[0], row[1] = os.getpid(), sample
+        self.reading[worker.id if worker else 0].numpy()[:] = os.getpid(), sample
 
 
 class EvalDataset(Dataset):

@@ -164,6 +164,12 @@ def test_crop_equals_torchvisions_resized_crop():
     assert torch.equal(crop(to_pixels(image), View(16), box_of(7, 3, 20, 30, 1)), got.flip(2))
 
 
+def test_crop_is_torchs_own_interpolation():
+    pixels = to_pixels(smooth_image())
+    expected = torch.nn.functional.interpolate(pixels[None, :, 3:33, 7:27], (16, 16), mode="bicubic", antialias=True)[0]
+    assert torch.equal(crop(pixels, View(16), box_of(7, 3, 20, 30)), expected)
+
+
 def test_padded_crop_shifts_the_image():
     image = smooth_image(32, 32)
     pixels = tvf.pil_to_tensor(image)
