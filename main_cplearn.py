@@ -269,7 +269,7 @@ def assemble(
         loader=loader,
         method=method,
         model=method,
-        optimizer=build_optimizer(method, args, device),
+        optimizer=build_optimizer(method, args),
         # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
         profile=StepProfile(args.profile, args.output_dir, device),

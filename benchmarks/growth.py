@@ -82,7 +82,7 @@ def step_of_rank(rank: int, args: argparse.Namespace, where: str, result: str) -
     torch.manual_seed(0)
     before = start_memory(CPU)
     method = build_method(flags)
-    wrapped, optimizer = collectives.wrap(method, CPU), build_optimizer(method, flags, CPU)
+    wrapped, optimizer = collectives.wrap(method, CPU), build_optimizer(method, flags)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

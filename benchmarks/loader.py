@@ -40,7 +40,7 @@ class Trial:
         self.args, self.device = args, device
         self.dataset, self.views = main_cplearn.find_images(args)
         self.method = build_method(args).to(device)
-        self.optimizer = build_optimizer(self.method, args, device)
+        self.optimizer = build_optimizer(self.method, args)
 
     def step(self, batch: loaders.Batch) -> None:
         images = augmentations.color_views(batch.crops, batch.params, self.views, self.device)

@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace, method: str, out_dim: int) -> dict[str, fl
     before = start_memory(device)
     model = build_method(flags).to(device)
     model.begin()
-    optimizer = build_optimizer(model, flags, device)
+    optimizer = build_optimizer(model, flags)
     skipped = torch.tensor(False, device=device)
 
     def step(i: int) -> None:

@@ -199,7 +199,7 @@ def our_step(*flags: str, precision: str = "fp32") -> Callable[[], None]:
     args = main_cplearn.parse_args([*flags, "--device", "cpu", "--precision", precision])
     torch.manual_seed(0)
     method = build_method(args)
-    optimizer, scaler = build_optimizer(method, args, CPU), torch.amp.GradScaler("cpu", init_scale=1.0)
+    optimizer, scaler = build_optimizer(method, args), torch.amp.GradScaler("cpu", init_scale=1.0)
     sizes = [args.image_size] * 2 + [args.local_image_size] * args.local_crops_number
     images = [torch.randn(args.batch_size_per_gpu, 3, size, size) for size in sizes]
 

@@ -9,20 +9,20 @@ from cplearn.distributed import collectives
 from cplearn.schedules import cosine, lr_at
 
 
-def build_optimizer(method: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(method: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Build the optimizer. Only matrices are decayed, as in DINO: biases and one-dimensional parameters are not.
 
-    torch's own optimizers are fused on a GPU: with fp16 the others ask the device at each step for overflows.
+    torch's own optimizers are fused: one pass over memory, and with fp16 the others ask a GPU at each step for
+    overflows.
     """
     from timm.optim import Lars, param_groups_weight_decay  # at half a second, not for --help
 
     exempt, decayed = param_groups_weight_decay(method)
     groups = [{**decayed, "decay": True}, {**exempt, "decay": False}]
-    fused = device.type == "cuda"
     kinds = {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=fused),
-        "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=fused),
-        "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=True),
+        "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=True),
+        "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)),
         "lars": lambda: Lars(groups, lr=0.0, momentum=0.9),
     }
     return kinds[args.optimizer]()

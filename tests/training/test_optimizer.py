@@ -12,7 +12,7 @@ from cplearn.training.optimizer import build_optimizer, clip_gradients, set_sche
 def test_weight_decay_spares_biases_and_norms():
     args = main_cplearn.parse_args([*SMALL, "--arch", "vit_tiny"])
     method = build_method(args)
-    optimizer = build_optimizer(method, args, torch.device("cpu"))
+    optimizer = build_optimizer(method, args)
     names = {id(p): name for name, p in method.named_parameters()}
     decayed, exempt = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
     assert decayed | exempt == set(names.values()) and not decayed & exempt
