@@ -94,3 +94,9 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     except (OSError, AttributeError):
         pass
+
+
+def leave_signals_to_parent(_: int) -> None:
+    """Ignore signals: a scheduler sends them to every process, but the parent needs its workers until its step ends."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

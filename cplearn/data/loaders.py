@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cplearn.data.augmentations import View, color_params, cut_views, draw, empty_views, eval_pixels
+from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
+from cplearn.host import leave_signals_to_parent
 from cplearn.random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
-
-if TYPE_CHECKING:
-    from cplearn.data.pixels import Pixels
 
 # --- loading ---------------------------------------------------------------------------------------
 
@@ -66,7 +65,7 @@ class ViewDataset(Dataset):
     TRIES = 20
     AT_ONCE = 8  # images that are held decoded at once
 
-    def __init__(self, pixels: "Pixels", views: list[View], seed: int, num_workers: int = 0):
+    def __init__(self, pixels: Pixels, views: list[View], seed: int, num_workers: int = 0):
         self.pixels, self.views, self.seed = pixels, views, seed
         self.names, self.labels = pixels.dataset.names, np.asarray(pixels.dataset.labels)
         # Which process reads which sample now (-1: none): shared memory, read when a worker died or hangs.
@@ -122,7 +121,7 @@ class EvalDataset(Dataset):
 
 
 def train_loader(
-    pixels: "Pixels",
+    pixels: Pixels,
     views: list[View],
     *,
     batch_size: int,
@@ -156,12 +155,6 @@ def _as_it_is(batch: Batch) -> Batch:
 def _start_worker(_: int) -> None:
     get_worker_info().dataset._note(-1)
     leave_signals_to_parent(_)
-
-
-def leave_signals_to_parent(_: int) -> None:
-    """Ignore signals: a scheduler sends them to every process, but the parent needs its workers until its step ends."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cplearn.data.augmentations import View, reduction, to_pixels
-from cplearn.data.loaders import leave_signals_to_parent
 from cplearn.distributed import collectives
 from cplearn.errors import Interrupted, LocalError, UserError, WriteError
 from cplearn.files import remove_quietly
-from cplearn.host import available_memory, system_id
+from cplearn.host import available_memory, leave_signals_to_parent, system_id
 
 KINDS = ("none", "ram", "disk")
 SMALL = 2 * 2**30  # bytes of pixels up to which they are kept in memory by default
