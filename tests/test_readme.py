@@ -62,6 +62,8 @@ def test_commands_parse(command, monkeypatch):
     elif script == "cplearn.checkpoints":
         with pytest.raises(UserError, match="does not exist"):  # the flags are right, the file is not here
             checkpoints.main(flags)
+    elif script == "benchmarks/loader.py":
+        main_cplearn.parse_args(flags)
     elif script != "venv":
         source = (ROOT / script).read_text()
         assert script == "demo.py" or script.startswith("benchmarks/")

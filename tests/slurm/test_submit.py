@@ -91,7 +91,7 @@ def test_a_local_job_is_stopped_and_told_to_go_on(tmp_path, image_folder):
 
 @pytest.mark.slow
 def test_a_local_job_out_of_time_goes_on(tmp_path, image_folder):
-    data = ("--data_path", str(image_folder), "--epochs", "60", "--batch_size_per_gpu", "2", "--saveckp_freq", "0")
+    data = ("--data_path", str(image_folder), "--epochs", "40", "--batch_size_per_gpu", "2", "--saveckp_freq", "0")
     job = submit(tmp_path / "out", *data, "--ngpus", "1", "--timeout", "1", "--signal_delay_s", "50")
     assert re.search("COMPLETED +requeued [1-9] time", wait_end(tmp_path / "out", job))
     assert "SIGUSR2: stopped after step" in (tmp_path / f"out/slurm/{job}_0_log.out").read_text()
