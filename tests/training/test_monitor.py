@@ -141,12 +141,11 @@ def test_large_crops_are_kept_in_bounded_memory():
 
 
 def test_images_that_cannot_be_read_are_left_out_of_the_probe():
-    probe = probe_of(10, broken=(2, 5))
-    assert len(probe._read()[-1]) == 8
-    again = probe_of(10)
+    crops, params, labels = probe_of(10, broken=(2, 5))._read()
+    whole, all_params, all_labels = probe_of(10)._read()
     same = [i for i in range(10) if i not in (2, 5)]
-    for (crops, _), i in zip(probe._read(), same, strict=True):
-        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(crops, again._read()[i][0], strict=True))
+    assert len(labels) == 8 and torch.equal(labels, all_labels[same]) and torch.equal(params, all_params[same])
+    assert all(torch.equal(x, y[same]) for x, y in zip(crops, whole, strict=True))
 
 
 def test_knn_of_the_probe_is_leave_one_out():
