@@ -36,9 +36,9 @@ CPU = torch.device("cpu")
 
 BASE = {"out_dim": 16384, "batch": 16, "local": 0, "processes": 1}
 SWEEPS = {
-    "out_dim": (128, 1024, 8192, 65536, 131072, 262144, 1048576),
-    "batch": (4, 8, 16, 32, 64),
-    "local": (0, 2, 4, 8),
+    "out_dim": (128, 8192, 65536, 262144, 1048576),
+    "batch": (8, 16, 32, 64),
+    "local": (0, 4, 8),
     "processes": (1, 2),
 }
 
