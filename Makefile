@@ -41,6 +41,7 @@ format: venv  ## Fix style
 check: lint test  ## What a change must pass
 
 bench: venv  ## Measure speed against named peers; PHOTOS=folder of full-size images, SMALL=of 32-pixel ones (30 minutes)
+	$(if $(and $(PHOTOS),$(SMALL)),,$(error make bench PHOTOS=FOLDER SMALL=FOLDER))
 	$(BIN)/python benchmarks/throughput.py views --data_path $(PHOTOS)
 	$(BIN)/python benchmarks/throughput.py cifar --data_path $(SMALL)
 	$(BIN)/python benchmarks/throughput.py step

@@ -301,7 +301,7 @@ def bench_step(args: argparse.Namespace) -> None:
 
 
 def bench_evaluation(args: argparse.Namespace) -> None:
-    """The k-NN search of ImageNet-100's size, and features of 1,000 photos."""
+    """The k-NN search of ImageNet-100's size, and features of photos."""
     generator = torch.Generator().manual_seed(0)
     train, test = (nn.functional.normalize(torch.randn(n, 384, generator=generator)) for n in (126_689, 5_000))
 

@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
     """Tell the C library to keep the memory of freed tensors for the next ones, where it is glibc.
 
     By default it gives pieces above some hundred kilobytes back to the system each time, which zeroes them anew: a
-    third of the time of a color transform on a CPU.
+    quarter of the time of the color half of the views.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -19,12 +19,12 @@ def float32(x: Tensor) -> Tensor:
 def choose_precision(args: argparse.Namespace, device: torch.device) -> None:
     """Fill in --precision: bf16 on GPUs that have it, else fp16; fp32 on CPUs. DINO's --use_fp16 means fp16 or fp32."""
     if args.precision is None:
-        if args.use_fp16 is not None:
-            args.precision = "fp16" if args.use_fp16 and device.type == "cuda" else "fp32"
-        elif device.type == "cuda":
-            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
+        if device.type != "cuda" or args.use_fp16 is False:
             args.precision = "fp32"
+        elif args.use_fp16 or not torch.cuda.is_bf16_supported(including_emulation=False):
+            args.precision = "fp16"
+        else:
+            args.precision = "bf16"
     args.use_fp16 = args.precision == "fp16"
 
 

@@ -93,9 +93,8 @@ def build_views(recipe: str, **sizes) -> list[View]:
 # --- random numbers ----------------------------------------------------------------------------------
 
 TRIES = 10  # of a random resized crop, before it takes the center
-NUMBERS = (
-    16 + 4 * TRIES
-)  # uniform ones of each view, used or not, so that changing one probability leaves the rest alone
+# Uniform numbers of each view: all are drawn, used or not, so that changing one probability leaves the rest alone.
+NUMBERS = 16 + 4 * TRIES
 
 
 def draw(seed: int, epoch: int, samples: list[int], views: int) -> np.ndarray:

@@ -37,6 +37,7 @@ def color(
     rows = (hue_at * len(ORDERS) + params["order"].long()).argsort(stable=True)
     target = torch.arange(len(pixels)).view(views, -1).T.flatten()
     out = torch.empty(pixels.shape, device=pixels.device)
+    scale, shift = _normalization(pixels.device)
     chunk = len(pixels) if pixels.is_cuda else max(1, CACHE // (4 * pixels[0].numel()))
     for part in rows.split(chunk):
         chosen = {name: value[part] for name, value in params.items()}
@@ -47,7 +48,6 @@ def color(
         if noise_std > 0:
             seeds = chosen["noise_seed"].long().to(x.device, non_blocking=True)
             x += noise_std * random_normal(seeds, tuple(x.shape[1:]))
-        scale, shift = _normalization(x.device)
         out.index_copy_(0, where, x.mul_(scale).add_(shift))
     return out
 
@@ -163,9 +163,9 @@ def _solarize(x: Tensor) -> Tensor:
 
 def _blur_apart(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur large images on a CPU one by one: a small sigma needs few taps."""
-    alone = not x.is_cuda and x[0].numel() >= 2**16
-    parts = zip(x.split(1), sigma.split(1), strict=True) if alone else [(x, sigma)]
-    return torch.cat([_blur(*part, radius) for part in parts])
+    if x.is_cuda or x[0].numel() < 2**16:
+        return _blur(x, sigma, radius)
+    return torch.cat([_blur(*part, radius) for part in zip(x.split(1), sigma.split(1), strict=True)])
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:

@@ -179,10 +179,11 @@ def read_image(path: Path, reduction: Callable[[int, int], int] | None = None) -
             if image.width * image.height > MAX_PIXELS:  # known from the header, nothing is decoded yet
                 raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
             factor = reduction(*image.size) if reduction else 1
-            if factor == 1 or image.format != "JPEG":
-                return to_rgb(image).reduce(factor) if factor > 1 else to_rgb(image)
-            image.draft(None, (image.width // factor, image.height // factor))
-            return to_rgb(image)
+            if factor > 1 and image.format == "JPEG":
+                image.draft(None, (image.width // factor, image.height // factor))
+                factor = 1
+            rgb = to_rgb(image)
+            return rgb.reduce(factor) if factor > 1 else rgb
     except Exception as error:  # a damaged file can make Pillow raise anything
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
             errno.EMFILE,

@@ -196,27 +196,22 @@ def read_batches(
 
 
 def copy_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """On a GPU: copy the crops of the next batch to the device while it works on the current one."""
+    """On a GPU: copy the crops of a batch to the device in a stream of their own, while it works on the one before.
+
+    The host asks for a batch as soon as it has queued the step before, whose work this copy does not wait for.
+    """
     if device.type != "cuda":
         yield from batches
         return
-    stream, ready = torch.cuda.Stream(device), None
+    stream = torch.cuda.Stream(device)
     for batch in batches:
         with torch.cuda.stream(stream):
-            coming = batch._replace(crops=[x.to(device, non_blocking=True) for x in batch.crops])
-        if ready is not None:
-            yield _hand_over(ready, stream)
-        ready = coming
-    if ready is not None:
-        yield _hand_over(ready, stream)
-
-
-def _hand_over(batch: Batch, stream: "torch.cuda.Stream") -> Batch:
-    """Make the work that follows wait for the copy, and keep the memory until it is done with it."""
-    torch.cuda.current_stream().wait_stream(stream)
-    for x in batch.crops:
-        x.record_stream(torch.cuda.current_stream())
-    return batch
+            crops = [x.to(device, non_blocking=True) for x in batch.crops]
+        step = torch.cuda.current_stream()
+        step.wait_stream(stream)
+        for x in crops:
+            x.record_stream(step)  # its memory is not to be reused before the step is done with it
+        yield batch._replace(crops=crops)
 
 
 def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:

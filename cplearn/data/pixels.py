@@ -31,6 +31,7 @@ KINDS = ("none", "ram", "disk")
 SMALL = 2 * 2**30  # bytes of pixels up to which they are kept in memory by default
 HEAD = 4096  # bytes of the file before its index
 FORMAT = 1
+SHARED_MEMORY = hasattr(os, "memfd_create")  # else each process keeps a cache of its own in memory
 
 
 class Pixels(Dataset):
@@ -117,11 +118,12 @@ def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> P
     plain = Pixels(dataset, views)
     kind, expected = options.kind, 0 if options.kind == "none" else plain.expected_bytes()
     # Rank 0 decides, for machines differ in their memory.
-    kind = collectives.on_main(lambda: kind or ("ram" if expected <= min(SMALL, available_memory() // 8) else "none"))
+    small = collectives.on_main(lambda: expected <= min(SMALL, available_memory() // 8))
+    kind = kind or ("ram" if small else "none")
     if kind == "none":
         return plain
-    here = collectives.gather_objects(system_id())
-    builder = here.index(system_id())
+    machine = system_id() if kind == "disk" or SHARED_MEMORY else f"rank {collectives.rank()}"
+    builder = collectives.gather_objects(machine).index(machine)
     make = _in_memory if kind == "ram" else _on_disk
     with collectives.raise_on_all_ranks():
         made = make(plain, options, expected) if builder == collectives.rank() else None
@@ -138,15 +140,17 @@ def _in_memory(plain: Pixels, options: CacheOptions, expected: int) -> CachedPix
             f"--cache ram: {len(plain):,} images take about {expected / 1e9:.1f} GB, and {have / 1e9:.1f} GB are free: "
             "use --cache disk or none"
         )
-    if hasattr(os, "memfd_create"):
+    if SHARED_MEMORY:  # other processes of the same user can open it by this name as long as this one lives
         descriptor = os.memfd_create("cplearn_pixels")
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
     else:
-        descriptor, name = tempfile.mkstemp()
-        os.unlink(name)
+        descriptor, path = tempfile.mkstemp()
     with open(descriptor, "r+b", closefd=False) as file:
         _write(file, plain, options, "")
-    # Other processes of the same user can open it by this name as long as this one lives.
-    return CachedPixels(plain.dataset, plain.views, "ram", f"/proc/{os.getpid()}/fd/{descriptor}", descriptor)
+    cached = CachedPixels(plain.dataset, plain.views, "ram", path, descriptor)
+    if not SHARED_MEMORY:
+        os.unlink(path)
+    return cached
 
 
 def _on_disk(plain: Pixels, options: CacheOptions, expected: int) -> CachedPixels:

@@ -28,6 +28,12 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+def running_buffers(module: nn.Module) -> list[Tensor]:
+    """Return what batch norms keep of the batches they saw, which a forward pass writes: means, variances, counters."""
+    norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    return [b for m in norms for b in m.buffers(recurse=False)]
+
+
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with statistics over the rows of all ranks, on any device and backend.
 

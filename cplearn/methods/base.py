@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cplearn.distributed.batch_norm import running_buffers
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
 
@@ -181,8 +182,7 @@ def _recomputed(backbone: nn.Module, x: Tensor) -> Tensor:
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Put batch norm's running statistics back afterwards: a second pass over the same images must not count."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    buffers = [b for m in norms for b in m.buffers(recurse=False)]
+    buffers = running_buffers(module)
     kept = [b.clone() for b in buffers]
     try:
         yield

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
+from cplearn.distributed.batch_norm import running_buffers
 from cplearn.errors import LocalError, NonFiniteError, UserError
 from cplearn.files import write_text
 
@@ -21,13 +22,7 @@ class RunningStatistics:
     """Batch norm's running mean and variance, the only state a forward pass writes: a bad batch would spoil it."""
 
     def __init__(self, module: nn.Module):
-        self._buffers = [
-            b
-            for m in module.modules()
-            if isinstance(m, nn.modules.batchnorm._NormBase)
-            for b in (m.running_mean, m.running_var)
-            if b is not None
-        ]
+        self._buffers = [b for b in running_buffers(module) if b.is_floating_point()]  # counters go on
 
     @torch.no_grad()
     def keep(self) -> None:

@@ -39,7 +39,7 @@ class Memory:
         return f"{self.total / 1e9:.1f} GB: " + ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts.items())
 
 
-def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[View], device: torch.device) -> Memory:
+def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[View]) -> Memory:
     """Estimate what a training process holds at once. The method must be on the CPU."""
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in [*method.parameters(), *method.buffers()]) - 4 * trained
@@ -47,7 +47,7 @@ def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[Vie
     batch, pixels = args.batch_size_per_gpu, sum(3 * view.size**2 for view in views)
     groups = [views[group] for group in by_size(views)]
     sizes = [(group[0].size, len(group)) for group in groups]
-    kept = sum(count * activation_bytes(method.backbone, size, args.precision, device) for size, count in sizes)
+    kept = sum(count * activation_bytes(method.backbone, size, args.precision) for size, count in sizes)
     if args.grad_checkpointing:  # the input of each block, and one block's own with its gradients
         depth, width = len(method.backbone.blocks), method.backbone.num_features
         tokens = sum(count * ((size // args.patch_size) ** 2 + 1) for size, count in sizes)
@@ -60,7 +60,7 @@ def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[Vie
     )
 
 
-def activation_bytes(backbone: nn.Module, size: int, precision: str, device: torch.device) -> int:
+def activation_bytes(backbone: nn.Module, size: int, precision: str) -> int:
     """Count what autograd keeps of one image of this size, by a forward pass of two on the CPU."""
     seen: dict[int, int] = {}
     own = {t.untyped_storage().data_ptr() for t in [*backbone.parameters(), *backbone.buffers()]}
@@ -84,7 +84,7 @@ def activation_bytes(backbone: nn.Module, size: int, precision: str, device: tor
 
 def check_memory(method: nn.Module, args: argparse.Namespace, views: list[View], device: torch.device) -> Memory:
     """Return the estimate. Raises `UserError`, with numbers, for what cannot fit; warns of what is not free now."""
-    need = expected_memory(method, args, views, device)
+    need = expected_memory(method, args, views)
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
         free = torch.cuda.mem_get_info(device)[0]

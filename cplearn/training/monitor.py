@@ -8,7 +8,6 @@ statistic and no random number, so a run with and without it comes to the same b
 import math
 import time
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,21 +110,19 @@ class Probe:
     def _read(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """Read this rank's images, once: crops, color parameters, labels. Those that cannot be read are left out."""
         mine = self.samples[collectives.rank() :: collectives.world_size()]
-        crops, read = augmentations.empty_views(self.views, len(mine)), []
-        for i in mine:
+        # Of an epoch that no run reaches: these views are not trained on.
+        u = augmentations.draw(self.seed, 2**31, mine, len(self.views))
+        crops, kept = augmentations.empty_views(self.views, len(mine)), []
+        for k, i in enumerate(mine):
             try:
                 image = self.pixels[i]
             except LocalError:
                 continue
-            room = [x[len(read) : len(read) + 1] for x in crops]
-            augmentations.cut_views([image], self._draw([i]), self.views, room)
-            read.append(i)
-        labels = torch.as_tensor(self.pixels.dataset.labels)[read].long()
-        params = augmentations.color_params(self.views, self._draw(read))
-        return [x[: len(read)] for x in crops], params, labels
-
-    def _draw(self, samples: list[int]) -> np.ndarray:
-        return augmentations.draw(self.seed, 2**31, samples, len(self.views))  # an epoch that no run reaches
+            room = [x[len(kept) : len(kept) + 1] for x in crops]
+            augmentations.cut_views([image], u[k : k + 1], self.views, room)
+            kept.append(k)
+        labels = torch.as_tensor(self.pixels.dataset.labels)[[mine[k] for k in kept]].long()
+        return [x[: len(kept)] for x in crops], augmentations.color_params(self.views, u[kept]), labels
 
     @torch.no_grad()
     def measure(self, method: Method, device: torch.device, batch: int) -> "ProbeResult | None":

@@ -30,18 +30,14 @@ SLOW_EPOCH = 3600  # seconds, above which other settings are recommended for a C
 
 def announce(run: Run, lines: list[str]) -> None:
     """Print processes, effective arguments, derived values and warnings; save them as args.json."""
-    images = run.images
-    large = f"from {images.halved_from()} x {images.halved_from()} pixels on at 1/2, 1/4 or 1/8 of their size"
-    print(
-        "\n".join(
-            [
-                *lines,
-                f"Data: {datasets.summary(images.dataset)}",
-                f"  {images.summary()}, {large}",
-                f"Memory: about {run.memory}",
-            ]
-        )
-    )
+    images, side = run.images, run.images.halved_from()
+    lines = [
+        *lines,
+        f"Data: {datasets.summary(images.dataset)}",
+        f"  {images.summary()}, from {side} x {side} pixels on at 1/2, 1/4 or 1/8 of their size",
+        f"Memory: about {run.memory}",
+    ]
+    print("\n".join(lines))
     args, method, device = run.args, run.method, run.device
     derived = {
         "processes": collectives.world_size(),

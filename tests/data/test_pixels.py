@@ -146,3 +146,11 @@ def test_a_kill_while_the_cache_is_made(tmp_path):
     assert not list((tmp_path / "cache").glob("*.bin"))
     assert Script(tmp_path / "said2", *command).wait(120).returncode == 0
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
+
+
+def test_without_shared_memory_a_process_keeps_its_own(tmp_path, monkeypatch):
+    """As on macOS: a file that has no name any more once it is mapped."""
+    monkeypatch.setattr(pixels_module, "SHARED_MEMORY", False)
+    dataset = photos(tmp_path / "photos")
+    cached = open_pixels(dataset, VIEWS, options("ram"))
+    assert not os.path.exists(cached.path) and torch.equal(cached[2], Pixels(dataset, VIEWS)[2])
