@@ -107,12 +107,14 @@ def draw(report: dict, path: str) -> None:
         for row, (key, label) in enumerate((("seconds", "s a step"), ("mib", "MiB a process"))):
             axis = axes[row, column]
             axis.plot(x, [c[key] for c in cells], "o-", ms=4)
-            axis.set(ylim=(0, None), xlabel=title if row else None, ylabel=None if column else label)
+            axis.set(xlabel=title if row else None, ylabel=None if column else label)
             if name in ("out_dim", "batch"):
                 axis.set_xscale("log", base=2)
             if name == "processes":
                 axis.set_xticks(x)
             axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:  # shared by its row; set last, for it ends the scaling to what is drawn
+        axis.set_ylim(bottom=0)
     base = ", ".join(f"{titles[k]} {v:,}" for k, v in BASE.items())
     figure.suptitle(f"A step of ViT-S/16 at 96 pixels, one size varied at a time; else {base}", fontsize=10)
     figure.savefig(path, dpi=110)

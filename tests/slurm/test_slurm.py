@@ -73,10 +73,10 @@ def wait_for(condition, what: str, seconds: float = 240):
     return found
 
 
-def wait_end(job: str, out) -> dict:
+def wait_end(job: str, out, seconds: float = 240) -> dict:
     """scontrol's words on a job that ended; fails with what --status and the log say if it does not."""
     try:
-        return wait_for(lambda: (now := show_job(job))["JobState"] not in LIVE and now, job)
+        return wait_for(lambda: (now := show_job(job))["JobState"] not in LIVE and now, job, seconds)
     except AssertionError:
         raise AssertionError("\n".join([*status(out), log(out, job)])) from None
 
@@ -148,9 +148,9 @@ def test_a_signal_in_mid_epoch_requeues_and_ends_like_an_undisturbed_run(tmp_pat
 
 
 def test_a_time_limit_requeues(tmp_path, image_folder):
-    longer = ("--batch_size_per_gpu", "2", "--epochs", "60")
-    (job,) = submit(tmp_path / "out", image_folder, *longer, "--timeout", "1", "--signal_delay_s", "30")
-    ended = wait_end(job, tmp_path / "out")
+    longer = ("--batch_size_per_gpu", "2", "--epochs", "80")  # about 70 s, two minutes where the machine is busy
+    (job,) = submit(tmp_path / "out", image_folder, *longer, "--timeout", "1", "--signal_delay_s", "15")
+    ended = wait_end(job, tmp_path / "out", seconds=900)  # a minute's job and half a minute of queue, up to ten times
     assert ended["JobState"] == "COMPLETED", log(tmp_path / "out", job)
     assert int(ended["Restarts"]) > 0, "the run ended before its time limit: it should be longer"
     assert "SIGUSR2: stopped after step" in log(tmp_path / "out", job)
