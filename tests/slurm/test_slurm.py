@@ -148,9 +148,10 @@ def test_a_signal_in_mid_epoch_requeues_and_ends_like_an_undisturbed_run(tmp_pat
 
 
 def test_a_time_limit_requeues(tmp_path, image_folder):
-    longer = ("--batch_size_per_gpu", "2", "--epochs", "80")  # about 70 s, two minutes where the machine is busy
-    (job,) = submit(tmp_path / "out", image_folder, *longer, "--timeout", "1", "--signal_delay_s", "15")
-    ended = wait_end(job, tmp_path / "out", seconds=900)  # a minute's job and half a minute of queue, up to ten times
+    # About two minutes of training. Slurm sends the signal up to a minute early: a job of one minute got ten seconds.
+    longer = ("--batch_size_per_gpu", "2", "--epochs", "120")
+    (job,) = submit(tmp_path / "out", image_folder, *longer, "--timeout", "2", "--signal_delay_s", "15")
+    ended = wait_end(job, tmp_path / "out", seconds=900)
     assert ended["JobState"] == "COMPLETED", log(tmp_path / "out", job)
     assert int(ended["Restarts"]) > 0, "the run ended before its time limit: it should be longer"
     assert "SIGUSR2: stopped after step" in log(tmp_path / "out", job)
