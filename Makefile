@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-all test-slurm lint format check bench stress clean
+.PHONY: help venv demo test test-all test-slurm lint format check bench gpu stress clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -48,6 +48,9 @@ bench: venv  ## Measure speed against named peers; PHOTOS=folder of full-size im
 	$(BIN)/python benchmarks/throughput.py evaluation --data_path $(PHOTOS)
 	$(BIN)/python benchmarks/growth.py --json output/growth.json --figure output/growth.png
 	$(BIN)/python benchmarks/loss.py
+
+gpu: venv  ## Check and time this GPU: does it compute what it should, and how fast (8 minutes; 12 with several)
+	$(BIN)/python benchmarks/gpu.py --json output/gpu.json
 
 stress: venv  ## Inject faults, kill -9 to a full disk: what a run survives (about 12 minutes)
 	$(BIN)/python benchmarks/stress.py

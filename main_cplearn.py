@@ -111,6 +111,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
     g.add_argument("--dist_timeout", type=positive(float), default=5.0, help="Minutes to wait for all processes at the start")
+    g.add_argument("--peer_timeout", type=positive(float), default=30.0, help="Minutes without an answer after which another process counts as hung")
     # fmt: on
     return p
 
@@ -176,7 +177,7 @@ def train(run: Run) -> dict:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train; return the last epoch's log record."""
     args = parse_args(argv)
-    device = launch.init(args.dist_url, args.device, args.dist_timeout)
+    device = launch.init(args.dist_url, args.device, args.dist_timeout, args.peer_timeout)
     if args.batch_size_per_gpu * collectives.world_size() < 2:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)

@@ -21,16 +21,15 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measure import peak_memory, run_cell, seconds, start_memory
+from steps import TrainingStep, random_views
 
 import main_cplearn
 from cplearn import errors
-from cplearn.distributed import collectives, launch
+from cplearn.distributed import launch
 from cplearn.evaluation.collapse_figures import pyplot
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit
-from cplearn.methods import build_method
 from cplearn.text import format_table
-from cplearn.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -73,27 +72,16 @@ def step_of_rank(rank: int, args: argparse.Namespace, where: str, result: str) -
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.processes))
     if args.processes > 1:
         launch.init(where, "cpu")
-    flags = main_cplearn.parse_args(
-        ["--arch", "vit_small", "--image_size", "96", "--out_dim", str(args.out_dim), "--device", "cpu",
-         "--local_crops_number", str(args.local), "--batch_size_per_gpu", str(args.batch // args.processes)]
-    )  # fmt: skip
-    sizes = [96] * 2 + [flags.local_image_size] * args.local
-    images = [torch.randn(flags.batch_size_per_gpu, 3, size, size) for size in sizes]
-    torch.manual_seed(0)
+    flags = ["--arch", "vit_small", "--image_size", "96", "--out_dim", str(args.out_dim), "--local_crops_number",
+             str(args.local), "--batch_size_per_gpu", str(args.batch // args.processes)]  # fmt: skip
+    images = random_views(main_cplearn.parse_args(flags), CPU)
     before = start_memory(CPU)
-    method = build_method(flags)
-    wrapped, optimizer = collectives.wrap(method, CPU), build_optimizer(method, flags)
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        wrapped(images).loss.backward()
-        optimizer.step()
-
+    step = TrainingStep(flags, CPU, images)
     times = [seconds(step, CPU) for _ in range(args.repeats + 1)][1:]
     if rank == 0:
         found = {"seconds": statistics.median(times), "mib": (peak_memory(CPU) - before) / 2**20}
         Path(result).write_text(json.dumps(found))
-    wrapped = None  # noqa: F841
+    del step.model  # DDP must be gone before its group is
     errors.leave_group()
 
 

@@ -6,7 +6,8 @@ Rows of the tables, each in a process of its own, one after the other:
 
     plain         autograd through the (n, c) logits and a float dictionary that is unpacked once, beforehand
     compiled      torch.compile of the same
-    stored, recomputed, triton     the forms of cplearn/dictionary/streamed_loss.py (triton: on a GPU)
+    stored, recomputed, triton     the forms of cplearn/dictionary/streamed_loss.py (triton: on a GPU), products in
+                  float32, or on a GPU with inputs in tf32 or bf16 where the name says so
     hadamard      stored, with the Hadamard dictionary's fast transform
     products      the peer: torch's bare products h W^T and G W for each view, with the same float dictionary
     stacked       the same products for both views in one, code-major as in cplearn/dictionary: the fastest way found
@@ -42,9 +43,9 @@ from cplearn.host import git_commit
 from cplearn.text import format_table
 from cplearn_head import cplearn_loss
 
-KINDS = ("plain", "compiled", "stored", "recomputed", "triton", "triton_bf16", "hadamard", "products", "stacked",
-         "products_bf16", "dino")  # fmt: skip
-GPU_ONLY = ("triton", "triton_bf16", "products_bf16")
+FORMS = ("stored", "stored_tf32", "recomputed", "recomputed_tf32", "triton", "triton_tf32", "triton_bf16", "hadamard")
+KINDS = ("plain", "compiled", *FORMS, "products", "stacked", "products_bf16", "dino")
+GPU_ONLY = tuple(kind for kind in KINDS if kind.startswith("triton") or kind.endswith(("tf32", "bf16")))
 SCALE, BETA = 0.9, 0.25
 
 
@@ -57,10 +58,9 @@ def build(kind: str, n: int, f: int, c: int, device: torch.device) -> Callable[[
     def prepare():
         if kind == "dino":
             return dino_step(h, f, c, device)
-        if kind in ("stored", "recomputed", "triton", "triton_bf16", "hadamard"):
-            form = "stored" if kind == "hadamard" else kind.split("_")[0]
-            precision = "bf16" if kind.endswith("bf16") else "ieee"
-            options = {"form": form, "precision": precision}
+        if kind in FORMS:
+            form, _, precision = ("stored" if kind == "hadamard" else kind).partition("_")
+            options = {"form": form, "precision": precision or "ieee"}
             return lambda: streamed_loss(h, dictionary, SCALE, LossSpec(BETA), **options)[0].backward()
         w = dictionary.codes()
         if kind.startswith("products"):
@@ -106,8 +106,9 @@ def dino_step(h: list[Tensor], f: int, c: int, device: torch.device) -> Callable
 
 def gigabytes_needed(kind: str, n: int, f: int, c: int) -> float:
     """Estimate roughly: the float dictionary (or DINO's last layers and their gradient), and copies of the logits."""
-    copies = {"plain": 10, "compiled": 10, "stored": 3, "hadamard": 3, "recomputed": 0, "dino": 16}.get(kind, 2)
-    width = {"dino": 4 * 256, "stored": f / 32, "hadamard": f / 32, "recomputed": f / 32}.get(kind, f)
+    copies = {"plain": 10, "compiled": 10, "stored": 3, "hadamard": 3, "recomputed": 0, "triton": 0, "dino": 16}
+    width = 4 * 256 if kind == "dino" else f / 32 if kind in FORMS else f
+    copies = copies.get(kind.partition("_")[0], 2)
     return (width + copies * n) * c * 4 / 2**30
 
 

@@ -7,8 +7,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+
+class Outcome(NamedTuple):
+    """What a part of `gpu.py` found."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]  # of the table that is printed
+    cells: list[dict]  # the same as numbers
+    says: str  # the finding in a few words
+    misses: list[str]  # what is not as expected, with numbers
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:

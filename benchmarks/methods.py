@@ -8,7 +8,6 @@ ratios to CPLearn's cell of the same run.
 """
 
 import argparse
-import functools
 import json
 import statistics
 import sys
@@ -20,42 +19,26 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measure import peak_memory, run_cell, seconds, start_memory
+from steps import TrainingStep
 
-import main_cplearn
 from cplearn import errors
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit
-from cplearn.methods import METHODS, build_method
+from cplearn.methods import METHODS
 from cplearn.text import format_table
-from cplearn.training.optimizer import build_optimizer
 
 
 def measure(args: argparse.Namespace, method: str, out_dim: int) -> dict[str, float]:
     """Train some steps in this process; return milliseconds per step, MiB, and millions of weights in the head."""
     device = torch.device(args.device)
-    size = [] if method != "gedi_gen" else ["--sgld_buffer", "1000"]
-    flags = main_cplearn.parse_args(
-        ["--method", method, "--arch", args.arch, "--out_dim", str(out_dim), "--image_size", str(args.image_size),
-         *size, "--batch_size_per_gpu", str(args.n), "--device", args.device]
-    )  # fmt: skip
-    torch.manual_seed(0)
+    flags = ["--method", method, "--arch", args.arch, "--out_dim", str(out_dim), "--image_size", str(args.image_size),
+             *["--sgld_buffer", "1000"] * (method == "gedi_gen"), "--batch_size_per_gpu", str(args.n),
+             "--local_crops_number", str(args.views - 2)]  # fmt: skip
     images = [torch.randn(args.n, 3, args.image_size, args.image_size, device=device) for _ in range(args.views)]
     before = start_memory(device)
-    model = build_method(flags).to(device)
-    model.begin()
-    optimizer = build_optimizer(model, flags)
-    skipped = torch.tensor(False, device=device)
-
-    def step(i: int) -> None:
-        model.before_step(10_000 + i, 100, 1000)
-        output = model(images)
-        optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        model.after_backward()
-        optimizer.step()
-        model.after_step(output, skipped)
-
-    times = [1e3 * seconds(functools.partial(step, i), device) for i in range(args.repeats + 1)]
+    step = TrainingStep(flags, device, images)
+    times = [1e3 * seconds(step, device) for _ in range(args.repeats + 1)]
+    model = step.method
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     backbone = sum(p.numel() for p in model.backbone.parameters())
     return {

@@ -29,21 +29,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measure import seconds
+from steps import TrainingStep, dino_step, plain_step
 
-import main_cplearn
 from cplearn import backbones, errors
 from cplearn.data import augmentations, color, datasets, loaders
 from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
-from cplearn.dictionary.terms import LossSpec
 from cplearn.evaluation.knn import knn
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit, keep_freed_memory
-from cplearn.methods import build_method
-from cplearn.precision import autocast
 from cplearn.text import format_table
-from cplearn.training.bad_batches import check_gradients
-from cplearn.training.optimizer import build_optimizer, clip_gradients
-from cplearn_head import CPLearnHead, cplearn_loss
 
 CPU = torch.device("cpu")
 
@@ -194,102 +188,19 @@ def bench_cifar(args: argparse.Namespace) -> None:
 # --- steps --------------------------------------------------------------------------------------------------
 
 
-def our_step(*flags: str, precision: str = "fp32") -> Callable[[], None]:
-    """Return a training step of CPLearn on random images, as `train_one_epoch` takes it."""
-    args = main_cplearn.parse_args([*flags, "--device", "cpu", "--precision", precision])
-    torch.manual_seed(0)
-    method = build_method(args)
-    optimizer, scaler = build_optimizer(method, args), torch.amp.GradScaler("cpu", init_scale=1.0)
-    sizes = [args.image_size] * 2 + [args.local_image_size] * args.local_crops_number
-    images = [torch.randn(args.batch_size_per_gpu, 3, size, size) for size in sizes]
-
-    def step():
-        with autocast(CPU, precision):
-            output = method(images)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(output.loss).backward()
-        _, norms = check_gradients(method, output.loss.detach(), optimizer, scaler)
-        clip_gradients(method, norms, args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update(1.0)
-
-    return step
-
-
-def dino_step(out_dim: int, n: int, size: int) -> Callable[[], None]:
-    """Return a step of DINO from lightly's and timm's parts: two views through student and teacher."""
-    import timm
-    from lightly.loss import DINOLoss
-    from lightly.models.modules import DINOProjectionHead
-
-    def network():
-        backbone = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=size, drop_path_rate=0.1)
-        return nn.Sequential(backbone, DINOProjectionHead(384, 2048, 256, out_dim))
-
-    torch.manual_seed(0)
-    student, teacher = network(), network().requires_grad_(False)
-    teacher.load_state_dict(student.state_dict())
-    criterion, optimizer = DINOLoss(output_dim=out_dim), torch.optim.AdamW(student.parameters())
-    images = [torch.randn(n, 3, size, size) for _ in range(2)]
-
-    def step():
-        with torch.no_grad():
-            targets = teacher(torch.cat(images)).chunk(2)
-        loss = criterion(list(targets), list(student(torch.cat(images)).chunk(2)), epoch=5)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-        optimizer.step()
-        with torch.no_grad():
-            for s, t in zip(student.parameters(), teacher.parameters(), strict=True):
-                t.mul_(0.996).add_(s, alpha=0.004)
-
-    return step
-
-
-def plain_step(arch: str, out_dim: int, n: int, size: int) -> Callable[[], None]:
-    """Return a step of the same network as PyTorch and timm build it, with the plain form of the loss."""
-    import timm
-
-    torch.manual_seed(0)
-    if arch.startswith("timm:"):
-        backbone = timm.create_model(arch.removeprefix("timm:"), num_classes=0)
-    else:
-        blocks = backbones.build_backbone(arch, patch_size=16, image_size=size).blocks
-        blocks = blocks.to(memory_format=torch.contiguous_format)
-        backbone = nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        backbone.num_features = 128
-    head = CPLearnHead(backbone.num_features, out_dim)
-    codes = head.dictionary.codes()
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.Adam(parameters)
-    images = [torch.randn(n, 3, size, size) for _ in range(2)]
-
-    def step():
-        h = [head(z) for z in (backbone(x) for x in images)]
-        loss = cplearn_loss([head.scale * head.kappa * x @ codes.T for x in h], LossSpec(0.25))[0]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 3.0)
-        optimizer.step()
-
-    return step
-
-
 def bench_step(args: argparse.Namespace) -> None:
     """Whole steps: ViT-S/16 at 224 pixels against DINO; small convolutional networks against plain PyTorch."""
     n, rows = args.n, []
     vit = ("--arch", "vit_small", "--image_size", "224", "--local_crops_number", "0", "--batch_size_per_gpu", str(n))
     for c in (131072, 1024):
-        ours = {"fp32": our_step(*vit, "--out_dim", str(c))}
-        if args.bf16:
-            ours["bf16"] = our_step(*vit, "--out_dim", str(c), precision="bf16")
-        theirs, found = compare(ours, dino_step(c, n, 224), args.repeats)
+        names = ("fp32", "bf16") if args.bf16 else ("fp32",)
+        ours = {name: TrainingStep([*vit, "--out_dim", str(c), "--precision", name], CPU) for name in names}
+        theirs, found = compare(ours, dino_step(c, n, 224, CPU), args.repeats)
         rows += [(f"ViT-S/16, 224 pixels, {n} images, 2 + 0, c = {c:,}, {name}", "DINO step, fp32", f"{theirs:.2f}",
                   f"{t:.2f}", f"{ratio:.2f}") for name, (t, ratio) in found.items()]  # fmt: skip
     for arch in ("timm:resnet10t", "resnet8"):
         flags = ("--arch", arch, "--image_size", "32", "--out_dim", "16384", "--optimizer", "adam")
-        theirs, found = compare({"fp32": our_step(*flags)}, plain_step(arch, 16384, 64, 32), args.repeats)
+        theirs, found = compare({"fp32": TrainingStep(flags, CPU)}, plain_step(arch, 16384, 64, 32, CPU), args.repeats)
         t, ratio = found["fp32"]
         rows.append(
             (f"{arch}, 32 pixels, 64 images, c = 16,384", "plain step", f"{theirs:.2f}", f"{t:.2f}", f"{ratio:.2f}")

@@ -20,11 +20,14 @@ from cplearn.host import host_name, keep_freed_memory
 from cplearn.text import format_table
 
 
-def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -> torch.device:
+def init(
+    dist_url: str = "env://", device: str = "auto", minutes: float = 5.0, peer_minutes: float = 30.0
+) -> torch.device:
     """Join the process group that the launcher (torchrun) announces, if any, and return this rank's device.
 
     NCCL serves GPUs, gloo CPUs. Raises `UserError` for a device that is not there, for more processes than GPUs or two
-    on one GPU, and `PeerError` that names the ranks which have not come within `minutes`.
+    on one GPU, and `PeerError` that names the ranks which have not come within `minutes`. A collective that takes longer
+    than `peer_minutes` fails.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cpu", "cuda"):
@@ -53,7 +56,7 @@ def init(dist_url: str = "env://", device: str = "auto", minutes: float = 5.0) -
                 store=dist.PrefixStore("group", store),
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(minutes=30),
+                timeout=timedelta(minutes=peer_minutes),
                 device_id=place if use_gpu else None,
             )
         except RuntimeError as error:

@@ -33,6 +33,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "dist_url",
     "dist_timeout",
+    "peer_timeout",
     "loss_form",
 }
 
