@@ -54,7 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--train_flags", default="", metavar="'FLAGS'", help="More flags of main_cplearn.py for every cell, in quotes")
     g = p.add_argument_group("launch")
     g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="One after another on this machine, or as jobs: then all other flags go to run_with_submitit.py")
-    g.add_argument("--jobs", type=positive(int), default=None, help="Cells side by side (default: 1, and 4 with slurm)")
+    g.add_argument("--jobs", type=positive(int), default=None, help="Cells side by side (default: 1, 4 with slurm, as many as fit with --cells_per_gpu)")
+    g.add_argument("--cells_per_gpu", type=positive(int), default=1, metavar="N", help="Cells that share a GPU, for networks too small to fill one (then --jobs is N times the GPUs here)")
     g.add_argument("--ngpus", type=positive(int), default=None, help="GPUs (without any: processes) per cell, which share its batch: 512 for Table 3, else 64 (default: 8 for Table 3 where there are so many, else 1)")
     g = p.add_argument_group("plan")
     g.add_argument("--price", type=positive(float), default=None, help="Euros per GPU-hour, for --dry_run")
@@ -86,8 +87,23 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     taken = words & {*GRIDS_OWN, "--help"}
     if taken:
         raise UserError(f"--train_flags '{args.train_flags}': {', '.join(taken)} is not for the cells: leave it out")
+    if args.cells_per_gpu > 1:
+        check_sharing(args)
     args.jobs = args.jobs or (4 if args.launcher == "slurm" else 1)
     return args, rest
+
+
+def check_sharing(args: argparse.Namespace) -> None:
+    """Check --cells_per_gpu, and let as many cells run as fit. Raises `UserError`."""
+    given = f"--cells_per_gpu {args.cells_per_gpu}"
+    if args.launcher == "slurm":
+        raise UserError(
+            f"{given} is of this machine's GPUs, a SLURM job has its own: leave it out, or use a job's shell"
+        )
+    if (args.ngpus or 1) > 1:
+        raise UserError(f"{given} with --ngpus {args.ngpus}: a cell either shares a GPU or has several")
+    args.ngpus = 1
+    args.jobs = args.jobs or args.cells_per_gpu * max(1, len(gpus()))
 
 
 def parse_launcher_flags(rest: list[str]) -> argparse.Namespace:
@@ -118,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(f"Timing a few steps of {len({x.row.key for x in grid.cells})} lines here ({device_name()}) ...")
         timings, command = time_lines(args, grid), train_command(settings, rest, launcher)
-        print_plan(grid, snapshot(grid), timings, jobs=args.jobs, launcher=command, price=args.price)
+        sharing = args.cells_per_gpu
+        print_plan(grid, snapshot(grid), timings, jobs=args.jobs, sharing=sharing, launcher=command, price=args.price)
         return
     from cplearn.training.folder_lock import FolderLock  # loads torch
 
@@ -186,8 +203,11 @@ def choose_settings(args: argparse.Namespace) -> Settings:
     most = 8 if args.table == 3 and args.scale == "paper" else 1
     have = 0 if args.launcher == "slurm" else len(gpus())
     ngpus = args.ngpus or (most if args.launcher == "slurm" else max(1, min(most, have // args.jobs)))
-    if have and args.jobs * ngpus > have:
-        raise UserError(f"--jobs {args.jobs} x --ngpus {ngpus} are more than this machine's {have} GPUs")
+    if have and args.jobs * ngpus > have * args.cells_per_gpu:
+        shared = f" (--cells_per_gpu {args.cells_per_gpu})" if args.cells_per_gpu > 1 else ""
+        raise UserError(f"--jobs {args.jobs} x --ngpus {ngpus} are more than this machine's {have} GPUs{shared}")
+    if args.cells_per_gpu > 1 and not have:
+        raise UserError(f"--cells_per_gpu {args.cells_per_gpu}, but there is no GPU here: --jobs cells share the cores")
     batch = paper_batch(args.table, args.scale)
     if batch % ngpus:
         raise UserError(f"--ngpus {ngpus}: a batch of {batch} cannot be shared evenly: a power of two")
@@ -216,7 +236,9 @@ def time_lines(args: argparse.Namespace, grid: Grid) -> dict[str, dict]:
     """Time a few steps of every line here; with --launcher slurm one process stands for all."""
     here = args.launcher == "local"
     processes, jobs = (grid.settings.ngpus, args.jobs) if here else (1, 1)
-    return time_steps(grid, processes=processes, jobs=jobs, steps=args.probe_steps, images=args.probe_images)
+    sharing = args.cells_per_gpu if here else 1
+    steps, images = args.probe_steps, args.probe_images
+    return time_steps(grid, processes=processes, jobs=jobs, sharing=sharing, steps=steps, images=images)
 
 
 def train_command(settings: Settings, rest: list[str], launcher: argparse.Namespace | None) -> str:

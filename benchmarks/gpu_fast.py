@@ -16,7 +16,7 @@ import loss as loss_benchmark
 import torch
 import torch.multiprocessing as mp
 from measure import Outcome, peak_memory, seconds, start_memory, synchronize
-from PIL import Image
+from random_jpegs import write_class
 from steps import TrainingStep, dino_step, flops_per_image, random_views
 
 import main_cplearn
@@ -24,7 +24,6 @@ from cplearn.data import augmentations, loaders
 from cplearn.data.pixels import Pixels
 from cplearn.dictionary.streamed_loss import pick_form
 from cplearn.precision import tf32_products
-from cplearn.random_streams import random_normal
 from cplearn.training.step_profile import largest_costs
 
 Cells = dict[str, list[dict]]
@@ -222,26 +221,12 @@ def _reason(error: Exception) -> str:
 # --- images ------------------------------------------------------------------------------------------------
 
 
-def random_jpegs(folder: Path, classes: int, images: int, size: tuple[int, int] = (500, 375)) -> None:
-    """Write JPEG files of ImageNet's common size in class folders: smooth color with grain, about 100 kB each."""
-    for k in range(classes):
-        place = folder / f"n{k:08d}"
-        place.mkdir(parents=True, exist_ok=True)
-        for i in range(images):
-            width, height = size
-            seed = torch.tensor([k * images + i])
-            smooth = random_normal(seed, (3, 8, 8))
-            smooth = torch.nn.functional.interpolate(smooth, (height, width), mode="bicubic")[0]
-            pixels = 128 + 40 * smooth + 12 * random_normal(seed + 2**40, (3, height, width))[0]
-            Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(place / f"{i}.jpg", quality=90)
-
-
 def data_path(device: torch.device, tiny: bool, before: Cells, until: float) -> Outcome:
     """Images per second that one core cuts from JPEG files, and that the device colors; cores needed for the step."""
     threads = torch.get_num_threads()
     cells = []
     with tempfile.TemporaryDirectory() as folder:
-        random_jpegs(Path(folder), 1, 4 if tiny else 64, (60, 45) if tiny else (500, 375))
+        write_class(Path(folder, "class"), 0, 4 if tiny else 64, (60, 45) if tiny else (500, 375))
         for local in (8, 0):
             size = "32" if tiny else "224"
             args = main_cplearn.parse_args(

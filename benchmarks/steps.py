@@ -161,6 +161,7 @@ def flops_per_image(flags: Sequence[str]) -> dict[str, float]:
     `backbone`: all views, forward once and backward twice, as torch counts products; `loss`: the products of embeddings
     and codes, one each way, of a form that keeps the logits.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     args = main_cplearn.parse_args(flags)
@@ -170,7 +171,8 @@ def flops_per_image(flags: Sequence[str]) -> dict[str, float]:
     forward = 0
     for size, count in sizes.items():
         if count:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
+            # The fused attention of a CPU is not counted.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
                 backbone(torch.zeros(1, 3, size, size))
             forward += count * counter.get_total_flops()
     views = 2 + args.local_crops_number

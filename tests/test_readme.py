@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ import run_with_submitit
 from cplearn import checkpoints
 from cplearn.data import imagenet100
 from cplearn.errors import UserError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import estimate  # noqa: E402
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")], key=lambda p: str(p.relative_to(ROOT))
@@ -64,6 +69,8 @@ def test_commands_parse(command, monkeypatch):
             checkpoints.main(flags)
     elif script == "benchmarks/loader.py":
         main_cplearn.parse_args(flags)
+    elif script == "benchmarks/estimate.py":
+        main_cplearn.parse_args(estimate.get_args_parser().parse_known_args(flags)[1])
     elif script != "venv":
         source = (ROOT / script).read_text()
         assert script == "demo.py" or script.startswith("benchmarks/")

@@ -26,8 +26,8 @@ def init(
     """Join the process group that the launcher (torchrun) announces, if any, and return this rank's device.
 
     NCCL serves GPUs, gloo CPUs. Raises `UserError` for a device that is not there, for more processes than GPUs or two
-    on one GPU, and `PeerError` that names the ranks which have not come within `minutes`. A collective that takes longer
-    than `peer_minutes` fails.
+    on one GPU, and `PeerError` that names the ranks which have not come within `minutes`. A collective that takes
+    longer than `peer_minutes` fails.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cpu", "cuda"):

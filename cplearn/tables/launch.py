@@ -49,11 +49,15 @@ def command_of(script: str, processes: int) -> list[str]:
 
 
 def environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
-    """Return the environment of one of `jobs` slots, which has GPUs of its own, or its share of the cores."""
+    """Return the environment of one of `jobs` slots: its GPUs, and its share of the cores.
+
+    Slots of one process share GPUs where there are more of them than GPUs (--cells_per_gpu), dealt out in turn.
+    """
     env = dict(os.environ)
     if gpus():
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[slot * processes : (slot + 1) * processes])
-    else:
+        first = slot % len(gpus()) if processes == 1 else slot * processes
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[first : first + processes])
+    if not gpus() or jobs > len(gpus()):
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * processes))))
     return env
 

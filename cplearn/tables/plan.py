@@ -4,11 +4,14 @@ import json
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cplearn.errors import UserError
 from cplearn.files import read_json, read_json_lines, write_text
+from cplearn.host import end_with_parent
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.cells import Cell, Grid, Settings, without_folders
 from cplearn.tables.launch import command_of, device_name, environment, gpus, last_message, loader_flags
@@ -19,25 +22,27 @@ from cplearn.text import format_table
 
 
 def time_steps(
-    grid: Grid, *, processes: int, jobs: int, steps: int | None = None, images: int | None = None
+    grid: Grid, *, processes: int, jobs: int, sharing: int = 1, steps: int | None = None, images: int | None = None
 ) -> dict[str, dict]:
     """Return seconds per step of every line, its checkpoint's size and so on, measured by main_cplearn.py itself.
 
-    `processes` and `jobs`: how many share this machine. `images`: per process, instead of the whole batch. Kept in
-    probe.json and taken from there the next time. A line that failed has `error`.
+    `processes` and `jobs`: how many share this machine; `sharing`: how many a GPU, on which as many train meanwhile.
+    `images`: per process, instead of the whole batch. Kept in probe.json and taken from there the next time. A line
+    that failed has `error`.
     """
     kept_in = grid.folder / "probe.json"
     kept = read_json(kept_in)
     steps = steps or (60 if gpus() else 10)
     timings: dict[str, dict] = {}
     for row in {cell.row.key: cell.row for cell in grid.cells}.values():
-        more = f"--max_steps {steps} --epochs 1000 --warmup_epochs 0 --saveckp_minutes 0".split()
+        more = "--epochs 1000 --warmup_epochs 0 --saveckp_minutes 0".split()
         more += ["--batch_size_per_gpu", str(images)] if images else []
         more += ["--epoch_queue_starts", "0"] * (row.method == "swav")  # the queue is part of most epochs
         flags = [*row.flags, *grid.settings.common_flags(), *more]
         flags += loader_flags(flags, jobs, processes)
-        name = shlex.join([device_name(), str(processes), *without_folders(flags)])
-        timing = timings[row.key] = kept.get(name) or _time_line(flags, processes, jobs)
+        shared = [f"shared by {sharing}"] * (sharing > 1)
+        name = shlex.join([device_name(), str(processes), *shared, *without_folders(flags), "--max_steps", str(steps)])
+        timing = timings[row.key] = kept.get(name) or _time_line(flags, steps, processes, jobs, sharing)
         if "error" not in timing and name not in kept:
             kept[name] = timing
             write_text(kept_in, json.dumps(kept, indent=1) + "\n")
@@ -46,10 +51,11 @@ def time_steps(
     return timings
 
 
-def _time_line(flags: list[str], processes: int, jobs: int) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*command_of("main_cplearn", processes), *flags, "--output_dir", folder]
-        env = environment(0, jobs, processes)
+def _time_line(flags: list[str], steps: int, processes: int, jobs: int, sharing: int) -> dict:
+    """Train for some steps, beside `sharing` - 1 others that train until these are done."""
+    env = environment(0, jobs, processes)
+    with tempfile.TemporaryDirectory() as folder, _others(flags, sharing - 1, env):
+        command = [*command_of("main_cplearn", processes), *flags, "--max_steps", str(steps), "--output_dir", folder]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
         if done.returncode:
             return {"error": last_message(done.stdout, done.returncode)[1]}
@@ -70,6 +76,28 @@ def _time_line(flags: list[str], processes: int, jobs: int) -> dict:
             "checkpoint_bytes": Path(folder, "checkpoint.pth").stat().st_size,
             "warnings": [x for x in done.stdout.splitlines() if x.startswith("WARNING") and "--" in x],
         }
+
+
+@contextmanager
+def _others(flags: list[str], count: int, env: dict[str, str]) -> Iterator[None]:
+    """Keep `count` trainings busy beside what is timed inside. One that cannot run leaves the GPU to the others."""
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        said = [Path(place, f"{k}.txt") for k in range(count)]
+        children = []
+        for path in said:
+            command = [*command_of("main_cplearn", 1), *flags, "--output_dir", str(path.with_suffix(""))]
+            out = stack.enter_context(open(path, "wb"))
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, preexec_fn=end_with_parent)
+            children.append(child)
+        try:
+            for path, child in zip(said, children, strict=True):
+                while child.poll() is None and "s per step" not in path.read_text():  # its steps have begun
+                    time.sleep(0.2)
+            yield
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
 
 
 def epochs_within(settings: Settings, timings: dict[str, dict]) -> int:
@@ -97,9 +125,19 @@ def _steps_per_epoch(settings: Settings, timing: dict) -> int:
 
 
 def print_plan(
-    grid: Grid, states: dict[str, CellState], timings: dict[str, dict], *, jobs: int, launcher: str, price: float | None
+    grid: Grid,
+    states: dict[str, CellState],
+    timings: dict[str, dict],
+    *,
+    jobs: int,
+    sharing: int = 1,
+    launcher: str,
+    price: float | None,
 ) -> None:
-    """Print what would run, and what it would cost. `launcher`: the command before the flags of main_cplearn.py."""
+    """Print what would run, and what it would cost.
+
+    `sharing`: cells that share a GPU; `launcher`: the command before the flags of main_cplearn.py.
+    """
     settings = grid.settings
     unit = "CPU" if device_name() == "cpu" else "GPU"
     table, hours, disk, left_out = [], 0.0, 0.0, []
@@ -113,16 +151,16 @@ def print_plan(
         step, waits, memory = _step_seconds(settings, timing), timing["data_wait"], timing["expected_memory_gb"]
         train = cell.stages()[0]
         epochs = parse_flags(train.script, train.flags).epochs
-        training = settings.ngpus * epochs * _steps_per_epoch(settings, timing) * step / 3600
-        evaluating = _evaluation_passes(cell) * timing["train_images"] * _forward_seconds(timing) / 3600
+        training = settings.ngpus * epochs * _steps_per_epoch(settings, timing) * step / 3600 / sharing
+        evaluating = _evaluation_passes(cell) * timing["train_images"] * _forward_seconds(timing) / 3600 / sharing
         hours, disk = hours + training + evaluating, disk + 2 * timing["checkpoint_bytes"] / 1e9
         table.append((cell.name, epochs, f"{1000 * step:.0f}", f"{waits:.0%}", f"{training:.1f}", f"{evaluating:.1f}",
                       f"{memory:.1f}", ""))  # fmt: skip
     header = ("cell", "epochs", "ms per step", "of it waiting for images", f"{unit}-h training", f"{unit}-h evaluating",
-              "GB without activations", "")  # fmt: skip
+              "GB a process", "")  # fmt: skip
     print("\n" + format_table(table, header) + "\n")
     _print_commands(grid.cells, launcher)
-    days = hours / settings.ngpus / jobs / 24
+    days = hours * sharing / settings.ngpus / jobs / 24
     cost = f", {price * hours:,.0f} euros at {price:g} for such an hour" if price else ""
     print(
         f"\n{len(table) - len(left_out)} cells, {_processes(settings.ngpus)} each, a batch of {settings.batch}: "
@@ -131,6 +169,9 @@ def print_plan(
     if left_out:
         print(f"Not counted: {', '.join(left_out)}")
     _print_how_timed(settings, timings.values())
+    if sharing > 1:
+        need = sharing * max((x.get("expected_memory_gb", 0.0) for x in timings.values()), default=0.0)
+        print(f"{sharing} cells share a GPU, in these times too; together they take up to about {need:.1f} GB of it")
     for key, timing in timings.items():
         for warning in timing.get("warnings", []):
             print(f"{key}: {warning}")

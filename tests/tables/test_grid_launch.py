@@ -41,6 +41,27 @@ def test_every_slot_has_its_own_gpus(monkeypatch):
     assert settings.ngpus == 2 and "256" in settings.common_flags()  # of 512
 
 
+def test_cells_share_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(launch, "gpus", lambda: ["2", "5"])
+    monkeypatch.setattr(reproduce_table3, "gpus", lambda: ["2", "5"])
+    args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --cells_per_gpu 3".split())
+    assert args.jobs == 6 and reproduce_table3.choose_settings(args).ngpus == 1
+    assert [environment(slot, 6, 1)["CUDA_VISIBLE_DEVICES"] for slot in range(6)] == ["2", "5"] * 3
+    args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --cells_per_gpu 3 --jobs 7".split())
+    with pytest.raises(UserError, match=r"--jobs 7 .* more than this machine's 2 GPUs \(--cells_per_gpu 3\)"):
+        reproduce_table3.choose_settings(args)
+    for wrong, words in {"--ngpus 2": "either shares a GPU or has several", "--launcher slurm": "has its own"}.items():
+        with pytest.raises(UserError, match=f"--cells_per_gpu 2.*{words}"):
+            reproduce_table3.parse_args(f"--output_dir x --cells_per_gpu 2 {wrong}".split())
+
+
+def test_cells_cannot_share_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(reproduce_table3, "gpus", lambda: [])
+    args, _ = reproduce_table3.parse_args("--output_dir x --dataset digits --cells_per_gpu 2".split())
+    with pytest.raises(UserError, match="--cells_per_gpu 2, but there is no GPU here: --jobs"):
+        reproduce_table3.choose_settings(args)
+
+
 def test_jobs_of_a_grid_form_chains(monkeypatch, tmp_path):
     """Two cells at a time: the third waits for the first; evaluations need the training of their cell."""
     requests = []

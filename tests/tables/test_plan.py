@@ -1,7 +1,11 @@
 """Probe, plan and budget."""
 
 import json
+import os
 import re
+
+import pytest
+from helpers import children_of
 
 import reproduce_table3
 from cplearn.tables.plan import epochs_within
@@ -40,3 +44,20 @@ def test_minutes_per_cell_give_the_slowest_line_its_time(monkeypatch, tmp_path):
         for key, seconds in (("cplearn_c16", 0.5), ("swav_c16", 1.0))
     }
     assert epochs_within(reproduce_table3.choose_settings(args), times) == 180 // 22  # 22 steps of a second
+
+
+@pytest.mark.slow
+def test_the_plan_of_cells_that_share_a_gpu(tmp_path, capsys, monkeypatch):
+    """Timed beside others that really train; each cell's share of a GPU-hour is half of what it takes."""
+    monkeypatch.setattr(reproduce_table3, "gpus", lambda: ["0"])  # the processes themselves take the CPU
+    flags = "--scale small --dataset digits --methods cplearn --out_dims 16 --epochs 7000 --dry_run --cells_per_gpu 2"
+    reproduce_table3.main(["--output_dir", str(tmp_path), *flags.split(), "--probe_steps", "4"])
+    said = capsys.readouterr().out
+    ((name, probe),) = json.loads((tmp_path / "probe.json").read_text()).items()
+    assert "shared by 2" in name
+    step = probe["step_seconds"]
+    hours = (7000 * (1433 // 64) * step + (2 + 2 + 0.1) * 1433 * step / 64 / 3 / 2) / 3600 / 2
+    found = re.search(r" ([\d,]+) CPU-hours, ([\d.]+) days with 2 side by side", said)
+    assert found and float(found[1].replace(",", "")) == round(hours), said
+    assert re.search(r"2 cells share a GPU, in these times too; together they take up to about [\d.]+ GB of it", said)
+    assert children_of(os.getpid()) == []
