@@ -42,7 +42,7 @@ class CountBytes(TorchDispatchMode):
     """Counts the bytes that operations read and write; views and empty memory cost nothing."""
 
     FREE = {"view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand",
-            "detach", "as_strided", "unbind", "split", "empty", "new_empty", "empty_like"}  # fmt: skip
+            "detach", "alias", "as_strided", "unbind", "split", "empty", "new_empty", "empty_like"}  # fmt: skip
 
     def __init__(self):
         super().__init__()
