@@ -24,7 +24,7 @@ from cplearn.data import augmentations, loaders
 from cplearn.data.pixels import Pixels
 from cplearn.dictionary.streamed_loss import pick_form
 from cplearn.precision import tf32_products
-from cplearn.training.step_profile import largest_costs
+from cplearn.training.step_profile import device_times, largest_costs
 
 Cells = dict[str, list[dict]]
 
@@ -149,11 +149,12 @@ def whole_steps(device: torch.device, tiny: bool, before: Cells, until: float) -
         settings, c = [(8, 4, "fp32", False), (0, 4, "fp32", False)], 512
         arch = ["--arch", "timm:test_vit", "--image_size", "32", "--local_image_size", "16"]
     cells: list[dict] = []
+    work = {local: _work([*arch, "--out_dim", str(c), "--local_crops_number", str(local)]) for local in (8, 0)}
     for local, batch, precision, compiled in settings:
         flags = [*arch, "--out_dim", str(c), "--local_crops_number", str(local), "--batch_size_per_gpu", str(batch),
                  "--precision", precision]  # fmt: skip
         cell = {"views": f"2 + {local}", "batch": batch, "precision": precision, "compile": compiled}
-        cell["flops"] = sum(flops_per_image(flags).values())
+        cell["flops"] = work[local]
         build = {"CPLearn": partial(TrainingStep, [*flags, *["--compile"] * compiled], device)}
         if not compiled:
             build["DINO"] = partial(_dino, flags, c, batch, local, device, precision, tiny)
@@ -183,6 +184,10 @@ def whole_steps(device: torch.device, tiny: bool, before: Cells, until: float) -
         says = f"at most {best['rate']:.0f} images/s ({best['views']}, batch {best['batch']}, {best['precision']})"
     columns = ("step", "views", "batch", "precision", "compile", "images/s", "GiB", "MFU", "/ DINO", "")
     return Outcome(columns, rows, cells, says, misses)
+
+
+def _work(flags: list[str]) -> float:
+    return sum(flops_per_image(flags).values())
 
 
 def _dino(flags, c, batch, local, device, precision, tiny) -> Callable[[], object]:
@@ -282,10 +287,10 @@ def costs(device: torch.device, tiny: bool, before: Cells, until: float) -> Outc
         rows += [(flags[1], *row) for row in largest]
         found = {"arch": flags[1], "ms": 1e3 * plain, "largest": largest}
         if device.type == "cuda":
-            busy = sum(x.self_device_time_total for x in averages) / 1e6 / count
+            busy = sum(time for time, _ in device_times(averages).values()) / 1e6 / count
             found |= {
                 "busy": busy / plain,
-                "launches": sum(x.count for x in averages if "LaunchKernel" in x.key) / count,
+                "launches": sum(calls for _, calls in device_times(averages).values()) / count,
             }
             bound = "bound by launches" if found["busy"] < 0.7 else "bound by the GPU"
             says.append(f"{flags[1]}: {found['launches']:.0f} launches a step, GPU busy {found['busy']:.0%}, {bound}")

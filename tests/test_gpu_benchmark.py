@@ -19,6 +19,14 @@ SCRIPT = str(ROOT / "benchmarks" / "gpu.py")
 CPU = torch.device("cpu")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_this_gpu_is_right(tmp_path):
+    command = [sys.executable, SCRIPT, "--json", str(tmp_path / "gpu.json"), "--parts", *gpu_right.PARTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_all_parts_on_a_cpu(tmp_path):
@@ -85,7 +93,7 @@ def test_a_part_that_crashes_or_hangs_is_a_verdict(tmp_path, monkeypatch):
     part = gpu.start_part(args, "loss", until=time.time() + 20)
     assert gpu.verdict("loss", part) == "loss: NOT as expected: ended with code 7: loss"
     (tmp_path / "part.py").write_text("import time\ntime.sleep(100)\n")
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
     part = gpu.start_part(args, "loss", until=time.time() + 0.5)
     assert gpu.verdict("loss", part) == "loss: NOT as expected: no end after 1 s"
     part = gpu.start_part(args, "loss", until=0)

@@ -43,14 +43,21 @@ class StepProfile:
         print(format_table(largest_costs(profiler.key_averages(), steps), ("operation", "ms a step", "share", "calls")))
 
 
+def device_times(averages) -> dict[str, tuple[float, int]]:
+    """Return microseconds and calls of each kernel on a GPU; {} on a CPU. Kernels run one after another."""
+    kernels = (x for x in averages if x.device_type != torch.autograd.DeviceType.CPU)
+    return {x.key: (x.self_device_time_total, x.count) for x in kernels if not getattr(x, "is_user_annotation", False)}
+
+
 def largest_costs(averages, steps: int, count: int = 10) -> list[tuple[str, str, str, str]]:
-    """Return name, milliseconds and calls a step, and share of all of the operations that take longest themselves."""
+    """Return name, milliseconds and calls a step, and share of all of what takes longest itself.
 
-    def time(event) -> float:  # microseconds, without what it calls
-        return max(event.self_cpu_time_total, getattr(event, "self_device_time_total", 0))
-
-    total = sum(map(time, averages)) or 1.0
-    largest = sorted(averages, key=time, reverse=True)[:count]
+    That is kernels where there is a GPU, as it is what the step waits for, else operations without those they call.
+    """
+    times = device_times(averages) or {x.key: (x.self_cpu_time_total, x.count) for x in averages}
+    total = sum(time for time, _ in times.values()) or 1.0
+    largest = sorted(times.items(), key=lambda x: x[1][0], reverse=True)[:count]
     return [
-        (x.key[:60], f"{time(x) / 1e3 / steps:.2f}", f"{time(x) / total:.1%}", f"{x.count / steps:g}") for x in largest
+        (name[:60], f"{time / 1e3 / steps:.2f}", f"{time / total:.1%}", f"{calls / steps:g}")
+        for name, (time, calls) in largest
     ]
