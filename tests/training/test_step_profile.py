@@ -10,8 +10,10 @@ CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
 
 def event(key, device, cpu=0.0, gpu=0.0, count=1, annotation=False):
-    return SimpleNamespace(key=key, device_type=device, self_cpu_time_total=cpu, self_device_time_total=gpu, count=count,
-                           is_user_annotation=annotation)  # fmt: skip
+    return SimpleNamespace(
+        key=key, device_type=device, self_cpu_time_total=cpu, self_device_time_total=gpu, count=count,
+        is_user_annotation=annotation,
+    )  # fmt: skip
 
 
 def test_on_a_gpu_kernels_count_once():
