@@ -263,7 +263,11 @@ def assemble(
     half = args.precision == "fp16"
     return Run(
         args=args,
-        identity={"processes": collectives.world_size(), "data": datasets.fingerprint(dataset)},
+        identity={
+            "processes": collectives.world_size(),
+            "data": datasets.fingerprint(dataset),
+            "threads": torch.get_num_threads(),
+        },
         device=device,
         images=images,
         views=views,

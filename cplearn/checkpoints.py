@@ -6,6 +6,7 @@ turns an original DINO checkpoint, which carries a pickled argparse.Namespace, i
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import os
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from cplearn import errors
-from cplearn.errors import UserError, WriteError
-from cplearn.files import remove_quietly
+from cplearn.errors import ReadError, UserError, WriteError
+from cplearn.files import create, remove_quietly
 from cplearn.flags import ArgumentParser
 
 FORMAT = "cplearn-1"
@@ -49,7 +50,7 @@ def write(path: str | Path, content: dict) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        with create(temporary) as f:
             torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
@@ -93,9 +94,19 @@ def finish_writing(folder: str | Path) -> None:
 
 
 def _shift(folder: Path) -> None:
-    """Rename latest -> previous, new -> latest. Killed anywhere in between, `finish_writing` does the rest."""
+    """Let latest be previous, too, and new be latest: at no moment is there no latest one.
+
+    Killed anywhere in between, `finish_writing` does it again.
+    """
     if (folder / LATEST).exists():
-        os.replace(folder / LATEST, folder / PREVIOUS)
+        link = folder / f".{LATEST}.link.tmp"
+        remove_quietly(link)
+        try:
+            os.link(folder / LATEST, link)
+            os.replace(link, folder / PREVIOUS)
+            remove_quietly(link)  # two names of one file are not replaced: killed before, here the first time
+        except OSError:  # a file system without links
+            os.replace(folder / LATEST, folder / PREVIOUS)
     os.replace(folder / f"{LATEST}.new", folder / LATEST)
     _flush_folder(folder)
 
@@ -144,17 +155,36 @@ def _open(path: str | Path, in_memory: bool = False) -> BinaryIO:
         raise UserError(f"{path} {reason}: give the path of a checkpoint")
     try:
         return io.BytesIO(path.read_bytes()) if in_memory else open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give the path of a checkpoint") from None
+    except (OSError, MemoryError) as error:
+        raise _unread(path, error) from None
+
+
+# Reasons of the system that say nothing about the content of a file; zipfile raises others for one that is damaged.
+PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EMFILE,
+           errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.EAGAIN, errno.ENOENT}  # fmt: skip
+
+
+def _unread(path: str | Path, error: Exception) -> ReadError:
+    reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+    return ReadError(f"{path} cannot be read now: {reason}; it may well be whole: mend that and run again")
+
+
+def _check_archive(file: BinaryIO, path: str | Path) -> None:
+    """Compare all checksums. Raises `UserError` for a wrong one, and for what torch does not write."""
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(x.compress_type for x in entries) or sum(x.file_size for x in entries) > size:  # or it may never end
+            raise UserError(f"{path} is refused: it is compressed, as torch.save never does; use another copy")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy")
 
 
 def _load(file: BinaryIO, path: str | Path, classes: list[type]) -> dict:
     try:
         if file.read(2) == b"PK":
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy")
+            _check_archive(file, path)
         file.seek(0)
         with torch.serialization.safe_globals(list(classes)):
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -164,6 +194,9 @@ def _load(file: BinaryIO, path: str | Path, classes: list[type]) -> dict:
     except UserError:
         raise
     except Exception as error:  # a damaged file can make zipfile, pickle and torch raise anything
+        passing = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if passing or getattr(error, "errno", None) in PASSING:
+            raise _unread(path, error) from None
         first = (str(error).splitlines() or [""])[0]
         first = type(error).__name__ if len(first) < 8 else first  # a KeyError says no more than a number
         raise UserError(f"{path} is truncated or no checkpoint at all ({first[:120]}): use another copy") from None
@@ -241,7 +274,7 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     shapes = [
-        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        f"{k} {_shape(weights[k])} instead of {_shape(own[k])}"
         for k in sorted(own.keys() & weights.keys())
         if isinstance(own[k], Tensor) and (not isinstance(weights[k], Tensor) or weights[k].shape != own[k].shape)
     ]
@@ -256,7 +289,14 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
     ]
     if problems:
         raise UserError(f"{what} does not fit this model: {'; '.join(problems)}; check --arch and the sizes")
+    wrong = next((k for k in own if isinstance(own[k], Tensor) and not weights[k].isfinite().all()), None)
+    if wrong is not None:
+        raise UserError(f"{what} holds infinite numbers or NaN, in {wrong}: its training diverged, use an earlier one")
     module.load_state_dict(weights, strict=True)
+
+
+def _shape(x: object) -> str:
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:

@@ -39,6 +39,12 @@ class WriteError(ExpectedError):
     exit_code = 4
 
 
+class ReadError(ExpectedError):
+    """A file cannot be read now, which says nothing about its content: the disk went away, no right, no memory."""
+
+    exit_code = 4
+
+
 class WorkerError(ExpectedError):
     """A process that reads images died or hangs."""
 
@@ -116,7 +122,7 @@ def run_script(
     """
     try:
         main(None)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # too late to stop what is done
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # too late to stop what is done
             signal.signal(number, signal.SIG_IGN)
         leave_group()  # not after an error: the other ranks may be inside a collective
     except BaseException as error:

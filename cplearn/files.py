@@ -7,10 +7,14 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from cplearn.errors import UserError, WriteError
+
+APPENDED = ("log.txt", "results.jsonl")  # files of an output folder that grow; all others are replaced
 
 
 def check_output_dir(path: str, flag: str = "--output_dir") -> None:
@@ -18,6 +22,9 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
 
     Raises `UserError` with the reason.
     """
+    for name in APPENDED:
+        if Path(path, name).is_symlink():
+            raise UserError(f"{flag} {path}: {name} is a link, through which nothing is written: remove it")
     probe = Path(path) / f".write_test_{os.getpid()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -30,11 +37,18 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
         remove_quietly(probe)
 
 
+def create(path: Path) -> BinaryIO:
+    """Open a new file to write, in place of what is there; never through a link that somebody left under this name."""
+    remove_quietly(path)
+    return open(path, "xb")
+
+
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all. Raises `WriteError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with create(temporary) as f:
+            f.write(text.encode("utf-8", "surrogateescape"))
         os.replace(temporary, path)
     except OSError as error:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
@@ -57,12 +71,27 @@ def remove_quietly(path: Path) -> None:
         pass
 
 
+def open_own(path: str | Path) -> BinaryIO:
+    """Open a file of a run to append, read and cut. Raises `WriteError` for a link, or what is no file: it would be
+    somebody else's."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise WriteError(f"{path} is a link or no file, through which nothing is written: remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise WriteError(f"{path} is no regular file, nothing is written to it: remove it")
+    return os.fdopen(descriptor, "ab+")
+
+
 def append_json_line(path: str | Path, record: dict) -> None:
     """Append one record, on a line of its own even after one that a kill cut short. JSON has no NaN and no infinity:
     they become null. Raises `WriteError`."""
     line = json.dumps(_json_ready(record), allow_nan=False) + "\n"
     try:
-        with open(path, "ab+") as f:
+        with open_own(path) as f:
             if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
                 line = "\n" + line
             f.write(line.encode())
@@ -70,25 +99,40 @@ def append_json_line(path: str | Path, record: dict) -> None:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
 
 
+def read_text(path: str | Path, limit: int = 2**28) -> str:
+    """Return what a file of ours holds, surrogates for what is not UTF-8.
+
+    Raises OSError also for what would never end: pipes, devices, and more than `limit` bytes.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
+        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        content = f.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, "is too large", str(path))
+    return content.decode("utf-8", "surrogateescape")
+
+
 def read_json(path: str | Path) -> dict:
     """Return the JSON object in a file, {} if there is no such file or it is damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
-    """Records of `append_json_line`, without what a kill cut short. [] if there is no file."""
-    found = []
+    """Return the records of `append_json_line`, without what a kill cut short. [] if there is no file."""
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+        lines = read_text(path).split("\n")
     except OSError:
-        pass
-    return found
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
 
 
 def _json_ready(value):

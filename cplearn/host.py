@@ -98,5 +98,5 @@ def end_with_parent() -> None:
 
 def leave_signals_to_parent(_: int) -> None:
     """Ignore signals: a scheduler sends them to every process, but the parent needs its workers until its step ends."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -73,6 +73,10 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in tensors)
 
 
+# What two runs to the same weights may differ in.
+DIFFERS = ("/args", "/commit", "/identity/threads", "/progress/seconds", "/progress/waiting", "/log_bytes")
+
+
 def same_state(a, b):
     """Whether two folders hold the same weights, optimizer and averages, bit by bit; times and paths apart."""
     from cplearn import checkpoints
@@ -86,7 +90,7 @@ def same_state(a, b):
         elif isinstance(x, list):
             for k, v in enumerate(x):
                 yield from tensors(v, f"{path}/{k}")
-        elif not path.startswith(("/args", "/commit", "/progress/seconds", "/progress/waiting", "/log_bytes")):
+        elif not path.startswith(DIFFERS):
             yield path, x
 
     one, two = (dict(tensors(checkpoints.load(folder / "checkpoint.pth"))) for folder in (a, b))

@@ -1,10 +1,12 @@
 """Atomic writing, safe loading, strict keys."""
 
+import errno
 import multiprocessing
 import os
 import pathlib
 import pickle
 import resource
+import zipfile
 from argparse import Namespace
 
 import pytest
@@ -13,7 +15,7 @@ from helpers import fork_script
 
 from cplearn import checkpoints
 from cplearn.backbones import ResNet8
-from cplearn.errors import UserError, WriteError
+from cplearn.errors import ReadError, UserError, WriteError
 
 
 class Attack:
@@ -143,9 +145,9 @@ def test_the_checkpoint_before_is_kept_and_used_when_the_newest_is_damaged(tmp_p
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
 def test_killed_at_any_rename(tmp_path, calls, damaged):
-    """A real process that ends, as by kill -9, before the first, second or third rename of its save."""
+    """A real process that ends, as by kill -9, before each rename and link of its save."""
     for step in (1, 2):
         checkpoints.save_run(tmp_path, {"step": step})
     if damaged:  # the newest; what is resumed then moves it out of the way
@@ -153,30 +155,131 @@ def test_killed_at_any_rename(tmp_path, calls, damaged):
     known = checkpoints.load_run(tmp_path)[0]["step"]
 
     def save_and_die():
-        rename, done = os.replace, []
+        done = []
 
-        def limited(*args):
-            if len(done) == calls:
-                os._exit(9)
-            done.append(rename(*args))
+        def limited(function):
+            def call(*args):
+                if len(done) == calls:
+                    os._exit(9)
+                done.append(function(*args))
 
-        os.replace = limited
+            return call
+
+        os.replace, os.link = limited(os.replace), limited(os.link)
         checkpoints.save_run(tmp_path, {"step": 3})
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=save_and_die)
     process.start()
     process.join()
-    assert process.exitcode == (0 if damaged and calls == 2 else 9)
+    assert process.exitcode == (0 if damaged and calls >= 2 else 9)
+    assert damaged or checkpoints.load(tmp_path / "checkpoint.pth")["step"] == 2  # there at every moment
     found = checkpoints.load_run(tmp_path)
     assert found[0]["step"] >= known and found[2] is None
     checkpoints.finish_writing(tmp_path)
     assert checkpoints.load_run(tmp_path)[0]["step"] == (3 if calls else known)
+    if calls and not damaged:
+        assert checkpoints.load(tmp_path / "checkpoint_previous.pth")["step"] == 2
     assert {p.name for p in tmp_path.iterdir()} <= {
         "checkpoint.pth",
         "checkpoint_previous.pth",
         "checkpoint_damaged.pth",
     }
+
+
+def test_a_reader_always_finds_a_checkpoint(tmp_path):
+    """A real process saves again and again, and the file is looked for as often as this one can."""
+    checkpoints.save_run(tmp_path, {"step": 0})
+
+    def save():
+        for step in range(1, 60):
+            checkpoints.save_run(tmp_path, {"step": step})
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=save)
+    process.start()
+    looked = 0
+    while process.is_alive():
+        for _ in range(100):
+            assert (tmp_path / "checkpoint.pth").exists()
+        looked += 100
+    process.join()
+    assert looked > 1000 and process.exitcode == 0 and checkpoints.load_run(tmp_path)[0]["step"] == 59
+
+
+def test_without_hard_links_it_is_renamed(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")  # what FAT and some network file systems answer
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in range(3):
+        checkpoints.save_run(tmp_path, {"step": step})
+    assert checkpoints.load_run(tmp_path)[0]["step"] == 2
+    assert checkpoints.load(tmp_path / "checkpoint_previous.pth")["step"] == 1 and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
+    """/proc/self/mem answers a real EIO. The one before it is whole, but nobody knows that the newest is not."""
+    checkpoints.save(tmp_path / "checkpoint_previous.pth", {"step": 1})
+    (tmp_path / "checkpoint.pth").symlink_to("/proc/self/mem")
+    with pytest.raises(ReadError, match="checkpoint.pth cannot be read now: Input/output error; it may well be whole"):
+        checkpoints.load_run(tmp_path)
+
+
+def test_too_little_memory_is_no_damage(tmp_path):
+    checkpoints.save(tmp_path / "c.pth", {"w": torch.zeros(2**25)})
+
+    def load():
+        used = int(next(x for x in open("/proc/self/status") if x.startswith("VmSize")).split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+        for function in (checkpoints.load_file, checkpoints.load_file_and_hash):
+            try:
+                function(tmp_path / "c.pth")
+            except ReadError as error:
+                if "not enough memory" not in str(error):
+                    os._exit(2)
+            else:
+                os._exit(1)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=load)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    bomb = tmp_path / "c.pth"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("archive/data.pkl", "archive/data/0"):
+            with archive.open(name, "w", force_zip64=True) as f:
+                for _ in range(64):
+                    f.write(bytes(2**24))
+    assert bomb.stat().st_size < 2**23
+    unpacked = []
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *args: unpacked.append(args))
+    with pytest.raises(UserError, match="is refused: it is compressed, as torch.save never does"):
+        checkpoints.load_file(bomb)
+    assert not unpacked
+
+
+def test_what_others_left_under_our_temporary_names_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".c.pth.{os.getpid()}.tmp").symlink_to(victim)
+    checkpoints.save(tmp_path / "c.pth", {"step": 1})
+    assert victim.read_text() == "mine" and checkpoints.load(tmp_path / "c.pth")["step"] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    module = torch.nn.Linear(3, 2)
+    weights = {k: v.clone() for k, v in module.state_dict().items()}
+    weights["weight"][1, 2] = value
+    before = module.weight.clone()
+    with pytest.raises(UserError, match="c.pth holds infinite numbers or NaN, in weight: its training diverged"):
+        checkpoints.load_into(module, weights, "c.pth")
+    assert torch.equal(module.weight, before)
 
 
 def test_a_file_that_may_not_grow_any_more_costs_nothing(tmp_path):

@@ -80,7 +80,7 @@ def load_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
 
 def _run_model(args: argparse.Namespace, file: WeightsFile) -> Model:
     """Build what a checkpoint of main_cplearn.py holds."""
-    run = argparse.Namespace(**file.state["args"])
+    run = _recorded_flags(file)
     for name in ("arch", "patch_size"):
         given = getattr(args, name)
         if given is not None and given != getattr(run, name):
@@ -114,6 +114,23 @@ def _run_model(args: argparse.Namespace, file: WeightsFile) -> Model:
         random_init=args.random_init,
         network=network if hasattr(method, "network") else None,
     )
+
+
+# What an evaluation takes from the flags that a checkpoint records; a method checks its own.
+RECORDED = {"method": str, "arch": str, "patch_size": int, "image_size": int, "dataset": str, "seed": int,
+            "data_path": (str, type(None)), "class_list": (str, type(None))}  # fmt: skip
+
+
+def _recorded_flags(file: WeightsFile) -> argparse.Namespace:
+    """Return the flags of the run that wrote a checkpoint. Raises `UserError` for a file that is none."""
+    flags, epoch, weights = (file.state.get(name) for name in ("args", "epoch", "model"))
+    wrong = "args" if not isinstance(flags, dict) else None
+    wrong = wrong or next((k for k, kind in RECORDED.items() if not isinstance(flags.get(k, b""), kind)), None)
+    wrong = wrong or ("epoch" if not isinstance(epoch, int) else None)
+    wrong = wrong or ("model" if not isinstance(weights, dict) else None)
+    if wrong:
+        raise UserError(f"{file.path} records no usable {wrong} of its run: it was not written by main_cplearn.py")
+    return argparse.Namespace(**{str(k): v for k, v in flags.items()})
 
 
 def _bare_model(args: argparse.Namespace, file: WeightsFile) -> Model:
@@ -248,7 +265,12 @@ def _load_features(folder: str, split: str, n_last_blocks: int) -> Features:
     if not path.is_file():
         raise UserError(f"--load_features {folder} has no {path.name}: extract it first with --dump_features")
     state = checkpoints.load(path)
-    return Features(**{name: state[name] for name in Features.__dataclass_fields__})
+    kept = {name: state.get(name) for name in Features.__dataclass_fields__}
+    n = len(kept["labels"]) if isinstance(kept["labels"], Tensor) and kept["labels"].dim() == 1 else -1
+    rows = isinstance(kept["features"], Tensor) and kept["features"].dim() == 2 and len(kept["features"]) == n
+    if not (rows and isinstance(kept["names"], list) and len(kept["names"]) == n and isinstance(kept["source"], dict)):
+        raise UserError(f"{path} holds no kept features: extract them again with --dump_features")
+    return Features(**kept)
 
 
 @torch.inference_mode()

@@ -70,8 +70,19 @@ class Method(nn.Module):
 
     @classmethod
     def from_args(cls, backbone: nn.Module, args) -> "Method":
-        """Build the method from a run's flags. A checkpoint older than a flag means the flag's default."""
-        return cls(backbone, **{name: getattr(args, name) for name in cls.settings() if hasattr(args, name)})
+        """Build the method from a run's flags. A checkpoint older than a flag means the flag's default.
+
+        Raises `UserError` for a value of another type than the default's, as a file may hold.
+        """
+        given = {name: getattr(args, name) for name in cls.settings() if hasattr(args, name)}
+        for name, value in given.items():
+            default = cls.settings()[name]
+            kinds = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(type(default), ())
+            if kinds and value is not None and type(value) not in kinds:
+                raise UserError(
+                    f"--{name} {value!r} is not a {type(default).__name__}: the flags of this run are damaged"
+                )
+        return cls(backbone, **given)
 
     def begin(self) -> None:
         """Act once, before the first step of a run that does not resume, when the weights are those it starts from."""

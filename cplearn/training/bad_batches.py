@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import running_buffers
-from cplearn.errors import LocalError, NonFiniteError, UserError
+from cplearn.errors import LocalError, NonFiniteError, UserError, WriteError
 from cplearn.files import write_text
 
 # --- steps that are not finite -------------------------------------------------------------------------
@@ -77,9 +77,9 @@ class BadSteps:
             for one in ranks:  # JSON has no NaN and no infinity
                 one["terms"] = {k: x if math.isfinite(x) else str(x) for k, x in one["terms"].items()}
             try:
-                self.path.write_text(json.dumps({**report, "ranks": ranks}, indent=1) + "\n")
-            except OSError as error:
-                print(f"{self.path} could not be written: {error.strerror}", file=sys.stderr)
+                write_text(self.path, json.dumps({**report, "ranks": ranks}, indent=1) + "\n")
+            except WriteError as error:
+                print(error, file=sys.stderr)
         raise NonFiniteError(
             f"{self.in_a_row} steps in a row were not finite ({', '.join(wrong)}), the last {step}: see {self.path}; "
             "the checkpoint is from before. Try a lower --lr with --resume_force lr, or --precision bf16 for fp16 with "

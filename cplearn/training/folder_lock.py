@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cplearn.distributed import collectives
 from cplearn.errors import UserError, WriteError
-from cplearn.files import remove_quietly
+from cplearn.files import create, read_text, remove_quietly
 from cplearn.host import process_start, system_id
 
 
@@ -47,6 +47,8 @@ class FolderLock:
         pid = os.getpid()
         self._mine = {"host": socket.gethostname(), "system": system_id(), "pid": pid, "started": process_start(pid)}
         while not self._create():
+            if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+                raise UserError(f"{self.path} is a link or no file, so it is no run's lock: remove it")
             other = _read_lock(self.path)
             if other is not None:
                 self._refuse_if_alive(other)
@@ -59,7 +61,8 @@ class FolderLock:
         """Create the lock complete or not at all: a link fails if the lock is there; its content was written before."""
         temporary = self.path.with_name(f".lock.{self._mine['host']}.{self._mine['pid']}")
         try:
-            temporary.write_text(json.dumps(self._mine))
+            with create(temporary) as f:
+                f.write(json.dumps(self._mine).encode())
             try:
                 os.link(temporary, self.path)
             except FileExistsError:
@@ -116,12 +119,12 @@ class FolderLock:
 def _read_lock(path: Path) -> dict | None:
     """Return the lock's content; None if there is no lock (any more). A damaged one belongs to nobody."""
     try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) and isinstance(content.get("pid"), int) else {"pid": 0}
+        content = json.loads(read_text(path, limit=2**16))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {"pid": 0}
+    return content if isinstance(content, dict) and type(content.get("pid")) is int else {"pid": 0}
 
 
 def _mtime(path: Path) -> float | None:

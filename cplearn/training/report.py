@@ -152,6 +152,7 @@ class EpochReport:
 
 def report_epoch(run: Run, record: dict, writer) -> None:
     """Write one line on the terminal, one in log.txt, and TensorBoard events if asked for."""
+    run.lock.check()
     args = run.args
     remaining = (run.last_step - record["step"]) * record["seconds"] / record["steps"]
     terms = (name for name in record if name.startswith("train_") and name != "train_loss")

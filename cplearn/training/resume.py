@@ -5,9 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from cplearn import checkpoints
 from cplearn.distributed import collectives
 from cplearn.errors import NonFiniteError, UserError
+from cplearn.files import open_own
 from cplearn.host import git_commit
 from cplearn.training.run import Run
 
@@ -35,11 +38,13 @@ MAY_CHANGE_ON_RESUME = {
     "dist_timeout",
     "peer_timeout",
     "loss_form",
+    "threads",  # changes bits on a CPU: see the warning
 }
 
 
-STATE_KEYS = {"format", "args", "identity", "commit", "epoch", "step", "steps_per_epoch", "model", "optimizer",
-              "scaler", "progress", "bad_images", "log_bytes"}  # fmt: skip
+STATE = {"format": str, "args": dict, "identity": dict, "commit": str, "epoch": int, "step": int,
+         "steps_per_epoch": int, "model": dict, "optimizer": dict, "scaler": dict, "progress": dict,
+         "bad_images": dict, "log_bytes": int}  # fmt: skip
 
 
 def save(run: Run) -> None:
@@ -100,20 +105,29 @@ def resume(run: Run, defaults: dict) -> bool:
         differ = _check_settings(run, state, defaults, path)
         checkpoints.load_into(run.method, state["model"], path)
         checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
+        _load_progress(run, state, differ, path)
+    run.bad_images.load(state["bad_images"])
+    collectives.on_main(_announce, run, path, differ, state["log_bytes"], state["identity"].get("threads"))
+    return True
+
+
+def _load_progress(run: Run, state: dict, differ: dict, path: str) -> None:
+    """Set how far the run is. Raises `UserError` for what this version does not write."""
+    try:
         if "precision" not in differ:
             run.scaler.load_state_dict(state["scaler"])
-    run.bad_images.load(state["bad_images"])
-    run.step = run.saved_step = state["step"]
-    progress = state["progress"]
-    same_steps = state["steps_per_epoch"] == run.steps_per_epoch
-    if same_steps and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ.keys():
-        run.epoch.load(progress, run.device)
-        run.monitor.load(progress, run.device)
-        run.bad_steps.in_a_row = progress["in_a_row"]
-    else:  # another batch: steps cannot be matched inside an epoch
-        run.step = state["epoch"] * run.steps_per_epoch
-    collectives.on_main(_announce, run, path, differ, state["log_bytes"])
-    return True
+        run.step = run.saved_step = state["step"]
+        progress = state["progress"]
+        same_steps = state["steps_per_epoch"] == run.steps_per_epoch
+        if same_steps and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ.keys():
+            run.epoch.load(progress, run.device)
+            run.monitor.load(progress, run.device)
+            run.bad_steps.in_a_row = progress["in_a_row"]
+        else:  # another batch: steps cannot be matched inside an epoch
+            run.step = state["epoch"] * run.steps_per_epoch
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
+        raise UserError(f"{path} does not say how far its run was ({reason}): use another copy") from None
 
 
 def _choose_checkpoint(folder: Path) -> str | None:
@@ -136,9 +150,11 @@ def _choose_checkpoint(folder: Path) -> str | None:
 
 def _check_settings(run: Run, state: dict, defaults: dict, path: str) -> dict[str, object]:
     """Return the settings that differ, with the checkpoint's values. Raises `UserError` for those not forced."""
-    if state.keys() != STATE_KEYS:
-        names = ", ".join(sorted(map(str, state.keys() ^ STATE_KEYS)))
-        raise UserError(f"{path} was written by another version (keys {names}): use another --output_dir")
+    wrong = sorted(map(str, state.keys() ^ STATE.keys())) or [
+        k for k, v in STATE.items() if not isinstance(state[k], v)
+    ]
+    if wrong:
+        raise UserError(f"{path} was written by another version (keys {', '.join(wrong)}): use another --output_dir")
     mine, theirs = vars(run.args) | run.identity, defaults | state["args"] | state["identity"]
     names = (mine.keys() | theirs.keys()) - MAY_CHANGE_ON_RESUME
     differ = {k: theirs.get(k) for k in sorted(names) if mine.get(k) != theirs.get(k)}
@@ -152,15 +168,21 @@ def _check_settings(run: Run, state: dict, defaults: dict, path: str) -> dict[st
     return differ
 
 
-def _announce(run: Run, path: str, differ: dict[str, object], log_bytes: int) -> None:
+def _announce(run: Run, path: str, differ: dict[str, object], log_bytes: int, threads: int | None) -> None:
     """Say where the run goes on, and cut off log lines that are going to be written again."""
     epoch, rest = divmod(run.step, run.steps_per_epoch)
     print(f"Resuming {path} after epoch {epoch}" + f" and {rest} of {run.steps_per_epoch} steps" * (rest > 0))
+    if run.device.type == "cpu" and threads not in (None, torch.get_num_threads()):
+        print(
+            f"WARNING: saved with {threads} threads per process, now there are {torch.get_num_threads()}: on a CPU "
+            f"sums round differently, so this ends with other bits than an undisturbed run (OMP_NUM_THREADS={threads})"
+        )
     if differ:
         print(f"WARNING: forced although different: {', '.join(f'{k} was {v}' for k, v in differ.items())}")
     log = Path(run.args.output_dir, "log.txt")
     size = log.stat().st_size if log.exists() else 0
     if size > log_bytes and run.step < run.last_step:
-        os.truncate(log, log_bytes)
+        with open_own(log) as f:
+            f.truncate(log_bytes)
     elif size < log_bytes:
         print(f"WARNING: {log} has lost lines: {size} bytes instead of {log_bytes}")

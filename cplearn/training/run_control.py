@@ -12,12 +12,12 @@ from cplearn.errors import Interrupted
 
 
 class StopSignals:
-    """While inside, SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C do not end the process but set `name`.
+    """While inside, SIGTERM, SIGHUP (a closed terminal), SIGUSR1, SIGUSR2 and Ctrl-C set `name`, and end nothing.
 
     Ctrl-C again, more than a second later, ends it at once (torchrun passes a first one on twice).
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self):
         self.name: str | None = None
@@ -25,7 +25,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         here = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
-        self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS} if here else {}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        wanted = [s for s in self.SIGNALS if not (nohup and s == signal.SIGHUP)] if here else []
+        self._before = {s: signal.signal(s, self._note) for s in wanted}
         return self
 
     def __exit__(self, kind, *_) -> None:

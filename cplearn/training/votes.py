@@ -48,6 +48,8 @@ def count(run: Run, outcome: list[float] | None) -> tuple[bool, bool]:
     skipped, stop, due, unshared, replaced = outcome
     run.epoch.skipped += int(skipped)
     run.epoch.replaced += int(replaced)
+    if unshared or skipped:  # both may write
+        collectives.on_main(run.lock.check)
     if unshared:
         run.bad_images.share()
     counted = run.step - 1 if run.outcomes.waiting else run.step

@@ -121,6 +121,33 @@ def test_only_one_of_many_gets_a_dead_lock(tmp_path):
         end(p)
 
 
+@pytest.mark.parametrize("what", ["pipe", "dangling link", "link", "zero", "folder"])
+def test_what_cannot_be_a_lock_is_refused_and_stays(tmp_path, what):
+    """None of it may hang the start, as reading a pipe or /dev/zero would."""
+    path = tmp_path / ".lock"
+    victim = tmp_path / "victim"
+    victim.write_text("{}")
+    {
+        "pipe": os.mkfifo,
+        "dangling link": lambda x: x.symlink_to(tmp_path / "nowhere"),
+        "link": lambda x: x.symlink_to(victim),
+        "zero": lambda x: x.symlink_to("/dev/zero"),
+        "folder": os.mkdir,
+    }[what](path)
+    with pytest.raises(UserError, match="is a link or no file, so it is no run's lock: remove it"):
+        FolderLock(tmp_path).__enter__()
+    assert os.path.lexists(path) and victim.read_text() == "{}"
+
+
+@pytest.mark.parametrize("content", ["[" * 60_000, "x" * 70_000, '{"pid": true}', '{"pid": -1, "host": 7}', "\x00"])
+def test_a_damaged_lock_belongs_to_nobody(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(FolderLock, "QUIET", 0.1)
+    (tmp_path / ".lock").write_text(content)
+    os.utime(tmp_path / ".lock", (2**33, 2**33))  # in the future
+    with FolderLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
 def test_a_folder_in_use_is_refused(tmp_path, image_folder):
 
     process = hold(tmp_path)

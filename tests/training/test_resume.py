@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -165,3 +166,43 @@ def test_damaged_and_malicious_checkpoints_are_refused_on_resume(tmp_path, image
             train(tmp_path, *common)
         assert (tmp_path / "checkpoint.pth").read_bytes() == content  # nothing is overwritten
     assert not (tmp_path / "executed").exists()
+
+
+def test_another_number_of_threads_is_said(tmp_path, image_folder, capsys):
+    train(tmp_path, "--data_path", str(image_folder))
+    path = tmp_path / "checkpoint.pth"
+    state = checkpoints.load(path)
+    state["identity"]["threads"] += 1
+    checkpoints.save(path, state)
+    train(tmp_path, "--data_path", str(image_folder), "--max_steps", "13")
+    said = capsys.readouterr().out
+    n = torch.get_num_threads()
+    assert f"WARNING: saved with {n + 1} threads per process, now there are {n}: on a CPU sums round" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.update(args=[1]), "was written by another version (keys args)"),
+        (lambda s: s.update(step="many"), "was written by another version (keys step)"),
+        (lambda s: s.update(progress=None), "was written by another version (keys progress)"),
+        (lambda s: s.update(more=1), "was written by another version (keys more)"),
+        (lambda s: s["progress"].pop("meter"), "does not say how far its run was (KeyError"),
+        (lambda s: s["progress"].update(meter=7), "does not say how far its run was (TypeError"),
+        (lambda s: s["model"].update({"head.linear.weight": "x"}), "does not fit this model"),
+        (lambda s: s["optimizer"].update(state=[]), "the optimizer state in"),
+        (lambda s: s.update(bad_images={1: 2}), None),  # no such image: none to look at
+    ],
+)
+def test_a_checkpoint_with_foreign_fields_is_refused_in_one_line(tmp_path, image_folder, change, words):
+    train(tmp_path, "--data_path", str(image_folder))
+    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    change(state)
+    checkpoints.write(tmp_path / "checkpoint.pth", state)
+    (tmp_path / "checkpoint_previous.pth").unlink(missing_ok=True)
+    if words is None:
+        assert train(tmp_path, "--data_path", str(image_folder), "--max_steps", "13")["step"] == 13
+        return
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        train(tmp_path, "--data_path", str(image_folder))
+    assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """Signals: noted, and a run that one stops resumes as if nothing had happened."""
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from cplearn import checkpoints
 from cplearn.training.run_control import StopSignals
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_signal_is_noted_and_the_old_handler_comes_back(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
@@ -23,6 +24,17 @@ def test_a_signal_is_noted_and_the_old_handler_comes_back(name):
         os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
         assert signals.name == name
     assert signal.getsignal(number) is before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert signals.name is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_twice_ends_at_once_but_not_within_a_second(monkeypatch):
@@ -52,7 +64,7 @@ def assert_resumes_like(undisturbed, out, *command):
     assert without_time(log_of(undisturbed)) == without_time(log_of(out))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_saves_and_the_same_command_ends_like_an_undisturbed_run(tmp_path, image_folder, undisturbed, name):
     """In the middle of an epoch, with workers; resumed with another number of them."""
     command = [*LONG, "--data_path", str(image_folder), "--num_workers", "2"]
@@ -75,6 +87,20 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, image_folder, u
     assert process.wait().returncode == -9
     assert 6 <= checkpoints.load(tmp_path / "checkpoint.pth")["step"] < 72
     assert_resumes_like(undisturbed, tmp_path, *command)
+
+
+def test_a_run_that_was_frozen_and_taken_over_writes_nothing_when_it_wakes(tmp_path, image_folder):
+    process = Script(tmp_path / "said", *LONG, "--data_path", str(image_folder), "--num_workers", "0",
+                     "--output_dir", tmp_path)  # fmt: skip
+    interrupt(process, tmp_path, "SIGSTOP", 1)
+    lock = {"host": "elsewhere", "system": "", "pid": 7, "started": "1"}
+    os.replace(tmp_path / ".lock", tmp_path / "old_lock")
+    (tmp_path / ".lock").write_text(json.dumps(lock))
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "said"}
+    os.kill(process.pid, signal.SIGCONT)
+    done = process.wait()
+    assert done.returncode == 2 and ".lock is no longer this run's: another one took" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "said"} == kept
 
 
 @pytest.mark.slow
