@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-all test-slurm lint format check bench gpu stress clean
+.PHONY: help venv demo test test-all test-slurm test-oldest lint format check bench gpu stress clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -29,6 +29,13 @@ test-all: venv  ## Run all tests but those for Slurm (about 15 minutes on 2 core
 
 test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 15 minutes; skipped where there is none)
 	$(BIN)/python -m pytest -q -rs -m slurm
+
+PYTHON_OLDEST ?= python3.10
+
+test-oldest:  ## The quick tests with the oldest supported Python and packages, in .venv-oldest (about 6 GB)
+	$(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $$($(PYTHON_OLDEST) tests/oldest.py)
+	.venv-oldest/bin/python -m pytest -q -m "not slurm and not slow"
 
 lint: venv  ## Check style
 	$(BIN)/ruff check .

@@ -16,3 +16,11 @@ def test_a_short_stress_test_ends_well():
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count(": 1 kills") == 5 and "| damaged         |" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_few_hostile_flags_and_lying_files_hold():
+    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--flags", "40", "--files", "13", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "| all   |" in done.stdout and "|    53 |   53 |     0 |" in done.stdout

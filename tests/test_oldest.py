@@ -1,0 +1,20 @@
+"""The oldest versions that are installed by `make test-oldest` are those of pyproject.toml."""
+
+import oldest
+from helpers import ROOT
+
+
+def test_every_lower_bound_is_pinned():
+    pins = dict(pin.split("==") for pin in oldest.oldest())
+    text = (ROOT / "pyproject.toml").read_text()
+    assert pins["torch"] == "2.10" and f'"torch>={pins["torch"]}"' in text  # CVE-2026-24747
+    wanted = [line.strip().strip('",').split(">=")[0] for line in text.partition("dependencies = [")[2].partition("]")[0]
+              .splitlines() if ">=" in line]  # fmt: skip
+    assert set(wanted) - {"faiss-cpu"} <= pins.keys() and {"pytest", "lightly"} <= pins.keys()
+
+
+def test_the_workflow_runs_what_the_makefile_has():
+    workflow, makefile = (ROOT / ".github" / "workflows" / "tests.yml").read_text(), (ROOT / "Makefile").read_text()
+    for target in ("test-oldest", "test"):
+        assert f"make {target} " in workflow and f"\n{target}:" in makefile
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text() and '"3.10"' in workflow
