@@ -10,16 +10,12 @@ UNSHARE = ["unshare", "--map-root-user", "--net"]
 
 
 def permitted() -> bool:
-    return (
-        shutil.which("unshare") is not None and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
-    )
+    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
 
 
 def cut_off(*command: str) -> subprocess.CompletedProcess:
     """Run `python command` in a network name space of its own, in which nothing is up."""
-    code = (
-        "import os, sys; os.execvp('unshare', ['unshare', '--map-root-user', '--net', sys.executable, *sys.argv[1:]])"
-    )
+    code = f"import os, sys; os.execvp('unshare', [*{UNSHARE}, sys.executable, *sys.argv[1:]])"
     return run_script("-c", code, *command)
 
 
