@@ -59,8 +59,9 @@ bench: venv  ## Measure speed against named peers; PHOTOS=folder of full-size im
 gpu: venv  ## Check and time this GPU: does it compute what it should, and how fast (8 minutes; 12 with several)
 	$(BIN)/python benchmarks/gpu.py --json output/gpu.json
 
-stress: venv  ## Inject faults, kill -9 to a full disk: what a run survives (about 12 minutes)
+stress: venv  ## Inject faults, kill -9 to a full disk, hostile flags, files that lie (about 25 minutes)
 	$(BIN)/python benchmarks/stress.py
+	$(BIN)/python benchmarks/fuzz.py
 
 clean:  ## Remove caches and the demo's output
 	rm -rf output/demo .pytest_cache .ruff_cache
