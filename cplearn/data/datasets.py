@@ -6,7 +6,9 @@ when there are no labels; the label is then -1), `names` (one string an image) a
 
 import errno
 import hashlib
+import heapq
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cplearn.errors import LocalError, UserError
+from cplearn.distributed import collectives
+from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.host import ROOT
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
@@ -75,8 +78,13 @@ def build_dataset(name: str, data_path: str | None, split: str, class_list: str 
         return Digits(split)
     if data_path is None:
         raise UserError(f"--dataset {name} needs --data_path: the folder it lies in")
-    if not Path(data_path).is_dir():
-        raise UserError(f"--data_path {data_path} is not a folder: check the path")
+    try:
+        os.stat(os.path.join(data_path, "."))
+        os.listdir(data_path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        line = f"--data_path {printable(data_path)} is not a folder that can be read ({reason}): check path and rights"
+        raise UserError(line) from None
     if name == "folder":
         return Folder(find_split(Path(data_path), split), read_class_list(class_list) if class_list else None)
     return _torchvision_dataset(name, data_path, split)
@@ -115,14 +123,15 @@ class Folder(ImageDataset):
 
     def __init__(self, root: Path, class_list: list[str] | None = None):
         if class_list is not None:
-            absent = [name for name in class_list if not (root / name).is_dir()]
+            absent = [name for name in class_list if not os.path.isdir(root / name)]
             if absent:
-                shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-                raise UserError(f"{root} lacks {len(absent)} of the {len(class_list)} listed classes: {shown}")
+                counts = f"{len(absent)} of the {len(class_list)} listed classes"
+                raise UserError(f"{printable(root)} lacks {counts}: {few(absent)}")
         self.root = root
-        names = self._scan(root, class_list)
+        names = scan(root, class_list or [""])
         if not names:
-            raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))}): check --data_path")
+            formats = ", ".join(sorted(EXTENSIONS))
+            raise UserError(f"{printable(root)} holds no images ({formats}): check --data_path")
         in_folders = all("/" in name for name in names)
         found = sorted({name.split("/")[0] for name in names}) if in_folders else []
         self.classes = class_list if class_list else (found if len(found) > 1 else None)
@@ -132,21 +141,8 @@ class Folder(ImageDataset):
         self.labels = np.array([position.get(name.split("/")[0], -1) for name in names])
         if class_list and len(set(self.labels.tolist())) < len(class_list):
             empty = [c for i, c in enumerate(class_list) if i not in set(self.labels.tolist())]
-            raise UserError(f"{root} has no images for {len(empty)} of the listed classes: {', '.join(empty[:5])}")
+            raise UserError(f"{printable(root)} has no images for {len(empty)} of the listed classes: {few(empty)}")
         self.where = str(root)
-
-    @staticmethod
-    def _scan(root: Path, class_list: list[str] | None) -> list[str]:
-        tops = [root / name for name in class_list] if class_list else [root]
-        paths = [
-            Path(folder) / file
-            for top in tops
-            for folder, _, files in os.walk(top, followlinks=True)
-            if not any(part.startswith(".") for part in Path(folder).relative_to(root).parts)  # .ipynb_checkpoints
-            for file in files
-            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")  # ._x.jpg
-        ]
-        return sorted(path.relative_to(root).as_posix() for path in paths)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -160,11 +156,107 @@ class Folder(ImageDataset):
             with Image.open(path, formats=FORMATS) as image:
                 return image.size
         except Exception as error:
-            raise LocalError(f"cannot read the image {path}: {error}") from None
+            raise LocalError(f"cannot read the image {printable(path)}: {error}") from None
 
     def stamps(self) -> list:
-        status = [os.stat(self.root / str(name)) for name in self.names]
-        return [(str(name), s.st_size, s.st_mtime_ns) for name, s in zip(self.names, status, strict=True)]
+        return [(str(name), *_size_and_time(self.root / str(name))) for name in self.names]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:  # a link that leads nowhere, or just removed
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+SAY_AFTER = 5.0  # seconds between two lines on a scan that takes long
+
+
+def scan(root: Path, tops: list[str]) -> list[str]:
+    """Return the images in these folders of `root` ("" for itself), however deep: sorted paths relative to `root`.
+
+    Each folder counts once, by its own name rather than a link's, so links may lead anywhere. Hidden files and folders
+    are left out (._x.jpg, .ipynb_checkpoints), and what only has an image's name: a pipe, a socket, a device. A link
+    that leads nowhere is an image that cannot be read. Raises `UserError` that names folders that cannot be read.
+    """
+    images, unreadable, seen, twice, special = [], [], set(), 0, 0
+    # Pairs of a path relative to root and the real path. Links wait until no real folder is left, in order.
+    folders, links = [(top, os.path.realpath(root / top)) for top in tops], []
+    said = time.monotonic()
+    while folders or links:
+        folder, real = folders.pop() if folders else heapq.heappop(links)
+        if real in seen:
+            twice += 1
+            continue
+        seen.add(real)
+        try:
+            os.stat(os.path.join(real, "."))  # may be forbidden where listing is not
+            with os.scandir(real) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            unreadable.append(f"{folder or root} ({error.strerror})")
+            continue
+        for entry in visible:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                kind = "folder" if entry.is_dir() else "file" if entry.is_file() else "special"
+            except OSError as error:
+                if error.errno != errno.ELOOP:  # a link to itself leads nowhere
+                    unreadable.append(f"{name} ({error.strerror})")
+                    continue
+                kind = "special"
+            if kind == "folder" and entry.is_symlink():
+                heapq.heappush(links, (name, os.path.realpath(entry.path)))
+            elif kind == "folder":
+                folders.append((name, entry.path))
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                if kind == "file" or entry.is_symlink() and not os.path.exists(entry.path):
+                    images.append(name)
+                else:
+                    special += 1
+        if time.monotonic() - said >= SAY_AFTER:
+            said = time.monotonic()
+            _say(f"Still scanning {printable(root)}, {len(images):,} images")
+    if unreadable:
+        raise UserError(
+            f"{printable(root)} has {len(unreadable)} folders that cannot be read: {few(sorted(unreadable))}; "
+            "correct their rights or names, or move them away"
+        )
+    if twice:
+        _say(f"{printable(root)}: {twice} links to folders were left out, whose images count already")
+    if special:
+        _say(f"{printable(root)}: {special} pipes, sockets or devices with an image's name were left out")
+    return sorted(images)
+
+
+def _say(line: str) -> None:
+    if collectives.is_main():
+        print(line, flush=True)
+
+
+# --- names as text --------------------------------------------------------------------------------------
+# A file's name is any bytes but 0 and /. Python holds bytes that are not UTF-8 as lone surrogates, which no output
+# takes; a line end would break a line in two.
+
+
+def printable(name: str | Path) -> str:
+    """Return a name in one line of proper text, what is none as in a Python string: \\udce9, \\n, \\\\."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def from_printable(text: str) -> str:
+    """Return the name that `printable` was given."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+def few(names: list[str]) -> str:
+    """Return the first of some names for a message, the middle of long ones left out."""
+    short = [name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}" for name in map(printable, names[:5])]
+    return ", ".join(short) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# --- one image --------------------------------------------------------------------------------------------
 
 
 def read_image(path: Path, reduction: Callable[[int, int], int] | None = None) -> Image.Image:
@@ -172,7 +264,7 @@ def read_image(path: Path, reduction: Callable[[int, int], int] | None = None) -
 
     With `reduction`, smaller by the factor (1, 2, 4 or 8) that it gives for width and height: a JPEG is then decoded at
     that size, which is faster, other files are averaged. Raises `LocalError` with the reason for whatever cannot be
-    decoded whole, or is larger than `MAX_PIXELS`.
+    decoded whole, or is larger than `MAX_PIXELS`, and `WorkerError` where it is not the file's fault.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -185,15 +277,15 @@ def read_image(path: Path, reduction: Callable[[int, int], int] | None = None) -
             rgb = to_rgb(image)
             return rgb.reduce(factor) if factor > 1 else rgb
     except Exception as error:  # a damaged file can make Pillow raise anything
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
-            errno.EMFILE,
-            errno.ENFILE,
-            errno.ENOMEM,
-        ):
-            raise  # not the file's fault
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {str(path)!r}", "")
         reason = reason.strip(" :") or type(error).__name__
-        raise LocalError(f"cannot read the image {path}: {reason}; repair it or remove it") from None
+        line = f"cannot read the image {printable(path)}: {reason}"
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILES_FAULT:
+            raise WorkerError(f"{line}; fewer --num_workers, more memory, or more open files (ulimit -n)") from None
+        raise LocalError(f"{line}; repair it or remove it") from None
+
+
+_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -251,11 +343,13 @@ def find_split(root: Path, split: str) -> Path:
     Raises `UserError` if an evaluation asks for a split that is not there.
     """
     for name in ("train",) if split == "train" else ("val", "test"):
-        if (root / name).is_dir():
+        if os.path.isdir(root / name):
             return root / name
     if split == "train":
         return root
-    raise UserError(f"--data_path {root} has no val or test folder: an evaluation needs train/ and val/ below it")
+    raise UserError(
+        f"--data_path {printable(root)} has no val or test folder: an evaluation needs train/ and val/ below it"
+    )
 
 
 def read_class_list(path: str) -> list[str]:
@@ -269,23 +363,30 @@ def read_class_list(path: str) -> list[str]:
     if file.name == "imagenet100.txt" and hashlib.sha256(content).hexdigest() != IMAGENET100_SHA256:
         raise UserError(f"--class_list {path} is not the ImageNet-100 list of the literature: restore the file")
     try:
-        names = [line.strip() for line in content.decode().splitlines() if line.strip()]
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"--class_list {path} is not UTF-8 text") from None
-    if not names:
+    if not lines:
         raise UserError(f"--class_list {path} is empty")
+    names = [os.path.normpath(line) for line in lines]  # cat/ and ./cat are cat
+    wrong = [line for line, name in zip(lines, names, strict=True) if "/" in name or name.startswith(".")]
+    if wrong:
+        raise UserError(
+            f"--class_list {path} has lines that are no name of a class folder: {few(wrong)}; "
+            "write the names alone, as they are below train/ and val/"
+        )
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise UserError(f"--class_list {path} names {', '.join(twice[:5])} more than once")
+        raise UserError(f"--class_list {path} names {few(twice)} more than once")
     return names
 
 
 def fingerprint(dataset: Dataset) -> str:
     """Return the number of images and a hash of their names: what a run and its continuation must share."""
     names = "\n".join(str(name) for name in dataset.names)
-    return f"{len(dataset)} images {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+    return f"{len(dataset)} images {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:12]}"
 
 
 def summary(dataset: Dataset) -> str:
     classes = f"{len(dataset.classes)} classes" if dataset.classes else "no classes"
-    return f"{len(dataset):,} images, {classes}, {dataset.where}"
+    return f"{len(dataset):,} images, {classes}, {printable(dataset.where)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cplearn.data.datasets import printable
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import running_buffers
 from cplearn.errors import LocalError, NonFiniteError, UserError, WriteError
@@ -91,7 +92,10 @@ class BadSteps:
 
 
 class BadImages:
-    """Counts images that cannot be read, lists them in bad_images.txt, and ends the run when there are too many."""
+    """Counts images that cannot be read, lists them in bad_images.txt, and ends the run when there are too many.
+
+    A line of the file is the `printable` name, a tab, and the reason.
+    """
 
     def __init__(self, dataset, limit: float, folder: str | Path):
         self.dataset, self.limit, self.path = dataset, limit, Path(folder) / "bad_images.txt"
@@ -133,7 +137,7 @@ class BadImages:
         return dict(sorted(found.items()))
 
     def _write(self) -> None:
-        write_text(self.path, "".join(f"{name}\t{reason}\n" for name, reason in self.known.items()))
+        write_text(self.path, "".join(f"{printable(name)}\t{reason}\n" for name, reason in self.known.items()))
 
     @property
     def too_many(self) -> bool:

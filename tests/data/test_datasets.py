@@ -1,15 +1,22 @@
 """Folders with and without classes, class lists, odd images, small data sets."""
 
+import os
+import re
 import shutil
+import socket
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, write_images
+from helpers import ROOT, eval_flags, train, write_images
 from PIL import Image
 
+import eval_knn
+import eval_linear
 from cplearn.data import datasets
-from cplearn.data.datasets import Digits, Folder, build_dataset, read_class_list
-from cplearn.errors import UserError
+from cplearn.data.datasets import Digits, Folder, build_dataset, from_printable, printable, read_class_list
+from cplearn.errors import UserError, exit_status
 
 
 def test_class_folders(image_folder):
@@ -42,6 +49,165 @@ def test_linked_folders_are_followed(tmp_path, image_folder):
     for name in ("ant", "cat"):
         (tmp_path / "links" / name).symlink_to(image_folder / "train" / name)
     assert Folder(tmp_path / "links").classes == ["ant", "cat"] and len(Folder(tmp_path / "links")) == 32
+
+
+def test_links_that_lead_in_circles_count_no_image_twice(tmp_path, capsys):
+    for name in ("ant", "bee", "cat"):
+        write_images(tmp_path / "images" / name, 3)
+        (tmp_path / "images" / name / "up").symlink_to("..")  # each class below each other one, without an end
+        (tmp_path / "images" / name / "here").symlink_to(".")
+    (tmp_path / "images" / "aaa").symlink_to("bee")  # comes first, but is only another name
+    (tmp_path / "images" / "itself").symlink_to("itself")
+    found = Folder(tmp_path / "images")
+    assert found.classes == ["ant", "bee", "cat"] and len(found) == 9
+    assert capsys.readouterr().out == f"{found.root}: 7 links to folders were left out, whose images count already\n"
+
+
+def test_of_two_links_to_one_folder_the_first_by_name_counts(tmp_path, image_folder):
+    for name in ("z", "b", "c", "a"):
+        (tmp_path / name).symlink_to(image_folder / "train" / ("bee" if name == "z" else "ant"))
+    assert Folder(tmp_path).classes == ["a", "z"] and len(Folder(tmp_path)) == 32
+
+
+def test_a_scan_that_takes_long_says_so(image_folder, monkeypatch, capsys):
+    Folder(image_folder / "train")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(datasets, "SAY_AFTER", 0.0)
+    Folder(image_folder / "train")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 and said[-1] == f"Still scanning {image_folder}/train, 48 images"
+
+
+def _as_nobody(path, result) -> None:
+    """In a process of its own: root may read everything."""
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        build_dataset("folder", path, "train")
+        line = "found"
+    except BaseException as error:
+        line = str(exit_status(error))
+    os.write(result, line.encode())
+
+
+def nobody_sees(path) -> str:
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _as_nobody(str(path), write)
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with open(read) as said:
+        return said.read()
+
+
+def test_folders_that_may_not_be_read_are_named():
+    """Not below pytest's own folder, which is closed to others."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        for part in ("ant", "bee", "cat"):
+            write_images(root / "data" / part, 2)
+        assert nobody_sees(root / "data") == "found"
+        (root / "data" / "bee").chmod(0o000)
+        (root / "data" / "cat").chmod(0o444)  # lists its images, opens none
+        said = nobody_sees(root / "data")
+        assert "(2, " in said and "has 2 folders that cannot be read: bee (Permission denied), cat (Perm" in said
+        (root / "data" / "bee").chmod(0o755)
+        (root / "data" / "cat").chmod(0o755)
+        for mode, path in ((0o000, root / "data"), (0o444, root / "data"), (0o000, root)):
+            path.chmod(mode)
+            said = nobody_sees(root / "data")
+            path.chmod(0o755)
+            assert "(2, " in said and "data is not a folder that can be read (Permission denied): check" in said, said
+
+
+def test_what_only_has_an_images_name_is_left_out(tmp_path, image_folder, capsys):
+    """Opening a pipe would wait for ever."""
+    write_images(tmp_path / "data", 2)
+    os.mkfifo(tmp_path / "data" / "pipe.jpg")
+    (tmp_path / "data" / "device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(tmp_path / "data" / "s.jpg"))
+        (tmp_path / "data" / "link.jpg").symlink_to(image_folder / "train" / "ant" / "000.jpg")
+        (tmp_path / "data" / "gone.jpg").symlink_to("nowhere")
+        data = Folder(tmp_path / "data")
+    assert data.names.tolist() == ["000.jpg", "001.jpg", "gone.jpg", "link.jpg"] and data[3][0].size == (40, 36)
+    assert "3 pipes, sockets or devices with an image's name were left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot read the image .*gone.jpg"):
+        data[2]
+    assert data.stamps()[2] == ("gone.jpg", 0, 0)
+
+
+def test_folders_that_are_too_deep_for_the_system(tmp_path):
+    write_images(tmp_path / "data", 2)
+    before = os.getcwd()
+    os.chdir(tmp_path / "data")
+    try:
+        for k in range(2050):
+            os.mkdir("d")
+            os.chdir("d")
+            if k == 1200:
+                shutil.copy(tmp_path / "data" / "000.jpg", "deep.jpg")
+    finally:
+        os.chdir(before)
+    with pytest.raises(
+        UserError, match=r"has 1 folders that cannot be read: d/d/.*\.\.\..*d/d \(File name too long\);"
+    ) as e:
+        Folder(tmp_path / "data")
+    assert len(str(e.value)) < 600
+    os.rename(tmp_path / "data" / ("d/" * 1201) / "d", tmp_path / "rest")
+    assert len(Folder(tmp_path / "data")) == 3 and Folder(tmp_path / "data")[2][0].size == (
+        40,
+        36,
+    )  # deeper than Python
+    subprocess.run(["rm", "-rf", str(tmp_path / "rest"), str(tmp_path / "data")], check=True)  # shutil cannot
+
+
+ODD = os.fsdecode(b"caf\xe9")  # not UTF-8
+
+
+@pytest.mark.parametrize("name", ["plain ü", ODD, "a\nb\tc\r\x1b\u2028", "back\\slash \\n", "\U0001f600"])
+def test_names_as_text_and_back(name):
+    text = printable(name)
+    assert len(text.splitlines()) == 1 and "\t" not in text and text.encode() and from_printable(text) == name
+    assert printable("plain ü/000.jpg") == "plain ü/000.jpg"
+
+
+def odd_images(root):
+    """train and val whose classes and files are not UTF-8, or have line ends and tabs."""
+    for split, count in (("train", 8), ("val", 2)):
+        for k, name in enumerate((ODD, "two\nlines", "tab\t")):
+            write_images(root / split / name, count, seed=k)
+            for file in (root / split / name).iterdir():
+                file.rename(file.with_name(f"{ODD}\n{file.name}"))
+    return root
+
+
+def test_names_that_are_no_text_train_and_evaluate(tmp_path, capsys):
+    """With outputs that take UTF-8 only, as capsys; one image cannot be read, so its name is written."""
+    data = odd_images(tmp_path / "da\nta")
+    broken = data / "train" / "tab\t" / f"{ODD}\n003.jpg"
+    broken.write_bytes(b"broken")
+    more = ("--data_path", str(data), "--max_bad_images", "0.1", "--epochs", "2", "--batch_size_per_gpu", "12")
+    out = tmp_path / "out"
+    train(out, *more, "--max_steps", "2")
+    assert r"caf\udce9\n003.jpg" in capsys.readouterr().err
+    listed = [line.split("\t")[0] for line in (out / "bad_images.txt").read_text().splitlines()]
+    assert [from_printable(name) for name in listed] == [f"tab\t/{ODD}\n003.jpg"]
+    train(out, *more)  # resumes
+    with pytest.raises(UserError, match=r"cannot read the image .*caf.udce9.n003.jpg: .*; repair it"):
+        eval_knn.main(eval_flags(out, tmp_path, "--nb_knn", "3"))
+    broken.unlink()
+    eval_knn.main(eval_flags(out, tmp_path, "--nb_knn", "3"))
+    eval_linear.main(eval_flags(out, tmp_path, "--epochs", "1", "--batch_size_per_gpu", "8"))
 
 
 def test_class_list_chooses_and_orders(image_folder, tmp_path):
@@ -123,12 +289,26 @@ def test_hidden_files_and_folders_are_no_images(tmp_path):
     assert len(Folder(tmp_path)) == 4 and Folder(tmp_path).classes == ["a", "b"]
 
 
-def test_class_list_files(tmp_path):
+def test_class_list_files(tmp_path, image_folder):
     (tmp_path / "spaces.txt").write_text("golden retriever\n\n  UP \n")
     assert read_class_list(str(tmp_path / "spaces.txt")) == ["golden retriever", "UP"]
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
     with pytest.raises(UserError, match="names a more than once"):
         read_class_list(str(tmp_path / "twice.txt"))
+    (tmp_path / "slashes.txt").write_bytes(b"\xef\xbb\xbfcat/\r\n./ant\r\n")  # as an editor or a shell writes it
+    assert read_class_list(str(tmp_path / "slashes.txt")) == ["cat", "ant"]
+    data = build_dataset("folder", str(image_folder), "train", str(tmp_path / "slashes.txt"))
+    assert set(data.labels.tolist()) == {0, 1}
+    (tmp_path / "same.txt").write_text("cat\ncat/\n")
+    with pytest.raises(UserError, match="names cat more than once"):
+        read_class_list(str(tmp_path / "same.txt"))
+    for line in (".", "..", "./", str(image_folder / "train" / "cat"), "cat/more", "../cat", ".hidden"):
+        (tmp_path / "wrong.txt").write_text(f"ant\n{line}\n")
+        with pytest.raises(UserError, match=rf"lines that are no name of a class folder: {re.escape(line)}; write"):
+            read_class_list(str(tmp_path / "wrong.txt"))
+    (tmp_path / "long.txt").write_text("x" * 300)
+    with pytest.raises(UserError, match="lacks 1 of the 1 listed classes: xxx"):
+        build_dataset("folder", str(image_folder), "train", str(tmp_path / "long.txt"))
     (tmp_path / "latin.txt").write_bytes("é\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         read_class_list(str(tmp_path / "latin.txt"))
