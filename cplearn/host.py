@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -72,6 +73,30 @@ def available_memory() -> int:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return free
+
+
+def free_shared_memory() -> int | None:
+    """Return the bytes that are free in /dev/shm, through which processes hand over tensors; None if there is none."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+def allow_open_files(count: int) -> int:
+    """Let this process open so many files more, as far as it may. Return how many more it can open now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    infinite = resource.RLIM_INFINITY
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        used = 64
+    wanted = used + count
+    if soft != infinite and soft < wanted:
+        soft = wanted if hard == infinite else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return count if soft == infinite else soft - used
 
 
 def keep_freed_memory() -> None:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cplearn.data import loaders
 from cplearn.data.augmentations import View, reduction, to_pixels
 from cplearn.distributed import collectives
 from cplearn.errors import Interrupted, LocalError, UserError, WriteError
 from cplearn.files import remove_quietly
-from cplearn.host import available_memory, leave_signals_to_parent, system_id
+from cplearn.host import available_memory, system_id
 
 KINDS = ("none", "ram", "disk")
 SMALL = 2 * 2**30  # bytes of pixels up to which they are kept in memory by default
@@ -107,6 +108,7 @@ class CacheOptions:
     folder: str
     num_workers: int
     stop: Callable[[], bool] = lambda: False  # asked now and then while images are decoded
+    timeout: float = loaders.WORKER_TIMEOUT  # seconds without a batch
 
 
 def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> Pixels:
@@ -199,29 +201,32 @@ def _is_whole(path: Path, key: str) -> bool:
 def _write(file, plain: Pixels, options: CacheOptions, key: str) -> None:
     """Decode all images in parallel and write head, index and pixels."""
     index = np.zeros((len(plain), 3), np.int64)
+    loaders.check_workers(options.num_workers, 0)  # arrays go through pipes
     loader = DataLoader(
-        _Arrays(plain),
+        _Arrays(plain, options.num_workers),
         batch_size=16,
         collate_fn=list,
         num_workers=options.num_workers,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=loaders.start_worker,
+        persistent_workers=options.num_workers > 0,
         generator=torch.Generator(),
     )
     start = said = time.monotonic()
     file.seek(HEAD + index.nbytes)
     place = done = 0
-    for batch in loader:
-        for array in batch:
-            if array is not None:
-                index[done] = place, *array.shape[:2]
-                file.write(array)
-                place += array.size
-            done += 1
-        if options.stop():
-            raise Interrupted("stopped while images were decoded into the cache, nothing is lost: run it again")
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            print(f"Decoding images once: {done:,} of {len(plain):,}, {said - start:.0f} s", flush=True)
+    with loaders.watched(loader, options.timeout) as batches:
+        for batch in batches:
+            for array in batch:
+                if array is not None:
+                    index[done] = place, *array.shape[:2]
+                    file.write(array)
+                    place += array.size
+                done += 1
+            if options.stop():
+                raise Interrupted("stopped while images were decoded into the cache, nothing is lost: run it again")
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(f"Decoding images once: {done:,} of {len(plain):,}, {said - start:.0f} s", flush=True)
     total = file.tell()
     file.seek(0)
     file.write(json.dumps({"key": key, "bytes": total}).encode().ljust(HEAD, b"\0"))
@@ -234,14 +239,17 @@ def _write(file, plain: Pixels, options: CacheOptions, key: str) -> None:
 class _Arrays(Dataset):
     """Images as (H, W, 3) arrays for the writer; None for those that cannot be read."""
 
-    def __init__(self, plain: Pixels):
-        self.plain = plain
+    def __init__(self, plain: Pixels, num_workers: int):
+        self.plain, self.names, self.reading = plain, plain.dataset.names, loaders.reading_table(num_workers)
 
     def __len__(self) -> int:
         return len(self.plain)
 
     def __getitem__(self, i: int) -> np.ndarray | None:
+        loaders.note(self.reading, i)
         try:
             return np.ascontiguousarray(self.plain[i].permute(1, 2, 0).numpy())
         except LocalError:
             return None
+        finally:
+            loaders.note(self.reading, -1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from cplearn import backbones, checkpoints, random_streams
 from cplearn.data import color, datasets, loaders
@@ -198,7 +199,8 @@ def get_features(
     data = {split: model.images(split) for split in splits}
     _check_classes([dataset.classes for dataset in data.values()], splits, labels_for)
     if model.random_init:
-        calibrate_batch_norm(model, data.get("train") or model.images("train"), device, seed=args.seed)
+        train = data.get("train") or model.images("train")
+        calibrate_batch_norm(model, train, device, seed=args.seed, timeout=_timeout(args))
     extracted = []
     for split, dataset in data.items():
         if collectives.is_main():
@@ -223,11 +225,23 @@ def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], lab
         raise UserError(f"{labels_for} needs labels, but these images do not lie in class folders")
     if any(c != classes[0] for c in classes):
         differ = sorted(set(classes[0] or ()) ^ set(classes[-1] or ()))
-        raise UserError(f"the class folders of {' and '.join(splits)} differ: {', '.join(differ[:5]) or 'their order'}")
+        raise UserError(f"the class folders of {' and '.join(splits)} differ: {datasets.few(differ) or 'their order'}")
+
+
+def _timeout(args: argparse.Namespace) -> float:
+    return getattr(args, "worker_timeout", loaders.WORKER_TIMEOUT)  # eval_collapse.py has no such flag
 
 
 @torch.no_grad()
-def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: int, images: int = 2048) -> None:
+def calibrate_batch_norm(
+    model: Model,
+    dataset,
+    device: torch.device,
+    *,
+    seed: int,
+    images: int = 2048,
+    timeout: float = loaders.WORKER_TIMEOUT,
+) -> None:
     """Give batch norms of an untrained network the statistics of training images.
 
     At initialization they hold mean 0 and variance 1, with which the baseline would look worse than a random
@@ -241,12 +255,14 @@ def calibrate_batch_norm(model: Model, dataset, device: torch.device, *, seed: i
         norm.momentum = None  # a plain average over batches
         norm.train()
     order = random_streams.random_stream(random_streams.FOR_ORDER, seed).permutation(len(dataset))[:images]
-    view = loaders.EvalDataset(dataset, model.image_size)
-    for start in range(0, max(1, len(order) - 1), 256):  # no batch of one image, of which there are no statistics
-        pixels = torch.stack([view[int(i)][0] for i in order[start : start + 256]]).to(device)
-        features = model.backbone(color.normalize(color.to_float(pixels)))
-        if model.method is not None:
-            model.method.predict(features)
+    starts = range(0, max(1, len(order) - 1), 256)  # no batch of one image, of which there are no statistics
+    parts = [order[start : start + 256].tolist() for start in starts]
+    loader = DataLoader(loaders.EvalDataset(dataset, model.image_size), batch_sampler=parts)
+    with loaders.watched(loader, timeout) as batches:
+        for pixels, _, _ in batches:
+            features = model.backbone(color.normalize(color.to_float(pixels.to(device))))
+            if model.method is not None:
+                model.method.predict(features)
     for norm in norms:
         norm.eval()
 
@@ -286,11 +302,12 @@ def extract_features(
         device=device,
     )
     rows, codes = [], []
-    for pixels, _, _ in loader:
-        x = color.normalize(color.to_float(pixels.to(device, non_blocking=True)))
-        rows.append(backbone_features(model.backbone, x, n_last_blocks))
-        if model.method is not None and n_last_blocks == 1:
-            codes.append(model.method.predict(rows[-1]))
+    with loaders.watched(loader, _timeout(args)) as batches:
+        for pixels, _, _ in batches:
+            x = color.normalize(color.to_float(pixels.to(device, non_blocking=True)))
+            rows.append(backbone_features(model.backbone, x, n_last_blocks))
+            if model.method is not None and n_last_blocks == 1:
+                codes.append(model.method.predict(rows[-1]))
     if not rows:
         raise UserError(f"{len(dataset)} images are too few for {collectives.world_size()} processes")
     return Features(
