@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from cplearn.data import loaders
 from cplearn.data.augmentations import View, reduction, to_pixels
 from cplearn.distributed import collectives
-from cplearn.errors import Interrupted, LocalError, UserError, WriteError
+from cplearn.errors import Interrupted, LocalError, UserError, WorkerError, WriteError
 from cplearn.files import remove_quietly
 from cplearn.host import available_memory, system_id
 
@@ -118,7 +118,14 @@ def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> P
     for a full disk, `Interrupted` if stopped.
     """
     plain = Pixels(dataset, views)
-    kind, expected = options.kind, 0 if options.kind == "none" else plain.expected_bytes()
+    kind = options.kind
+    try:
+        with loaders.deadline(options.timeout):
+            expected = 0 if kind == "none" else plain.expected_bytes()
+    except RuntimeError as error:
+        raise WorkerError(
+            f"{error} that read the sizes of some images in {dataset.where}: is that disk there?"
+        ) from None
     # Rank 0 decides, for machines differ in their memory.
     small = collectives.on_main(lambda: expected <= min(SMALL, available_memory() // 8))
     kind = kind or ("ram" if small else "none")
