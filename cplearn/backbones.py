@@ -1,9 +1,12 @@
 """Backbones by their names on the command line (--arch): ViT, ResNet-8 and -18, any timm model."""
 
 import importlib.util
+import math
 import os
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 from cplearn.distributed.batch_norm import BatchNorm, convert_batch_norm
 from cplearn.errors import UserError
+from cplearn.host import physical_memory
 
 VITS = ("vit_tiny", "vit_small", "vit_base")  # functions of vision_transformer.py
 ARCHS = (*VITS, "resnet8", "resnet8bn", "resnet8_wWIDTH", "resnet8bn_wWIDTH", "resnet18", "timm:NAME")
@@ -23,7 +27,8 @@ def is_vit(arch: str) -> bool:
 def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rate: float = 0.0) -> nn.Module:
     """Build a randomly initialized backbone: images (n, 3, H, W) -> features (n, num_features).
 
-    Raises `UserError` for an unknown name, or an image size that is no multiple of the ViT's patch.
+    Raises `UserError` for an unknown name, more weights than this machine can hold, or an image size that is no
+    multiple of the ViT's patch.
     """
     if is_vit(arch):
         if patch_size < 1 or image_size % patch_size:
@@ -40,7 +45,9 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
     if match := re.fullmatch(r"resnet8(bn)?(?:_w(\d+))?", arch):
         if match[2] and int(match[2]) < 1:
             raise UserError(f"--arch {arch} has no width: resnet8_w64, for instance")
-        return ResNet8(int(match[2] or 128), norm=match[1] is not None)
+        width, norm = int(match[2] or 128), match[1] is not None
+        check_weights(lambda: ResNet8(width, norm), f"--arch {arch}")
+        return ResNet8(width, norm)
     if arch.startswith("timm:"):
         return _timm_backbone(arch.removeprefix("timm:"), image_size, drop_path_rate)
     raise UserError(f"--arch {arch} is unknown: {', '.join(ARCHS)}")
@@ -56,7 +63,9 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     options = {"drop_path_rate": drop_path_rate, "img_size": image_size, "dynamic_img_size": True}
     while True:
         try:
-            model = timm.create_model(name, pretrained=False, num_classes=0, **options)
+            build = partial(timm.create_model, name, pretrained=False, num_classes=0, **options)
+            check_weights(build, f"--arch timm:{name}")
+            model = build()
             break
         except TypeError as error:
             refused = [k for k in options if k in str(error)]
@@ -68,14 +77,57 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     return convert_batch_norm(model).to(memory_format=torch.channels_last)  # for convolutions
 
 
+def check_weights(build: Callable[[], nn.Module], flag: str) -> None:
+    """Check that this machine can hold a module's weights once, before it is made: on torch's meta device, without any.
+
+    Raises `UserError`. Other errors are left to whoever makes it in earnest.
+    """
+    try:
+        with torch.device("meta"):
+            module = build()
+        need = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            return
+        need = math.inf
+    if need > (have := physical_memory()):
+        raise UserError(
+            f"{flag}: its weights alone take {need / 1e9:,.0f} GB, this machine has {have / 1e9:.0f} GB: "
+            "choose a smaller network"
+        )
+
+
+def kept_for_gradient(backbone: nn.Module, size: int) -> int:
+    """Return the bytes that autograd keeps of one image, from shapes alone; 0 if the backbone cannot tell them."""
+    tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+    weights = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        return kept.setdefault(x.untyped_storage()._cdata, x)  # which keeps it alive, so that no other takes its place
+
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            torch.func.functional_call(backbone, weights, torch.empty(1, 3, size, size, device="meta"))
+    except Exception:
+        return 0
+    own = {t.untyped_storage()._cdata for t in weights.values()}
+    return sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in own)
+
+
 @torch.no_grad()
 def check_image_size(backbone: nn.Module, arch: str, size: int) -> int:
     """Try one image, on the CPU; return the number of features.
 
-    Raises `UserError` if the backbone cannot take this size.
+    Raises `UserError` if the backbone cannot take this size, or this machine what it keeps of two images.
     """
     training = backbone.training
-    backbone.eval()
+    need, have = 2 * kept_for_gradient(backbone.eval(), size), physical_memory()
+    if need > have:
+        raise UserError(
+            f"--arch {arch} with images of {size} pixels takes {need / 1e9:,.0f} GB for two of them, this machine has "
+            f"{have / 1e9:.0f} GB: choose a smaller --image_size (or --local_image_size), or a larger --patch_size"
+        )
     try:
         width = backbone(torch.zeros(1, 3, size, size)).shape[1]
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -1,5 +1,10 @@
 """Every --arch: the paper's ResNet-8 written out, ResNet-18 against torchvision's, sizes, wrong names."""
 
+import os
+import re
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +12,7 @@ from torch import nn
 from cplearn import backbones
 from cplearn.backbones import ResNet8, resnet18_cifar
 from cplearn.errors import UserError
+from cplearn.training.memory import activation_bytes
 
 
 @pytest.mark.parametrize(
@@ -70,6 +76,78 @@ def test_resnet18_has_the_known_size():
 def test_wrong_backbones(arch, size, words):
     with pytest.raises(UserError, match=words):
         backbones.build_backbone(arch, patch_size=16, image_size=size)
+
+
+# What follows would take more memory than there is, so it runs with little address space: rather an error than a swap.
+
+
+def _little_memory(function, *args) -> str:
+    """Return what a function raises in a process that may not grow by more than 2 GB."""
+
+    def status(name):
+        return next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if name in x)
+
+    limit = status("VmSize") + 2 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        function(*args)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def _build_and_try(arch, size) -> None:
+    model = backbones.build_backbone(arch, patch_size=16, image_size=min(size, 224))
+    backbones.check_image_size(model, arch, size)
+
+
+def _views(size, n_local) -> None:
+    from cplearn.data.augmentations import build_views
+
+    build_views("dino", size=size, local_size=96, n_local=n_local, global_scale=(0.4, 1), local_scale=(0.05, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "words"),
+    [
+        (_build_and_try, ("resnet8_w999999999", 32), "--arch resnet8_w999999999: its weights alone take inf GB"),
+        (_build_and_try, ("resnet8_w" + "9" * 30, 32), "its weights alone take inf GB, this machine has"),
+        (_build_and_try, ("resnet8bn_w99999", 32), "--arch resnet8bn_w99999: its weights alone take 2,520 GB"),
+        (_build_and_try, ("resnet8", 9000), "--arch resnet8 with images of 9000 pixels takes .* GB for two of them"),
+        (_build_and_try, ("vit_base", 9008), "--arch vit_base with images of 9008 pixels takes .* GB for two of them"),
+        (_views, (20000, 8), "--image_size 20000 is more than any image may have .*: 9459 at most"),
+        (_views, (224, 10**9), "--local_crops_number 1000000000: the views of one image take 249,.* GB, this machine"),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_it_is_made(function, args, words):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(write, _little_memory(function, *args).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with open(read) as said:
+        assert re.search(words, text := said.read()), text
+
+
+@pytest.mark.parametrize("arch", ["resnet8bn_w24", "vit_tiny", "timm:resnet10t", "timm:vit_tiny_patch16_224"])
+def test_activations_from_shapes_are_those_of_a_pass(arch):
+    model = backbones.build_backbone(arch, patch_size=16, image_size=64).eval()
+    assert backbones.kept_for_gradient(model, 64) == pytest.approx(activation_bytes(model, 64, "fp32"), rel=0.25)
+
+
+@pytest.mark.parametrize("arch", ["resnet8_w24", "timm:vit_tiny_patch16_224"])
+def test_checks_draw_no_random_numbers(arch):
+    torch.manual_seed(3)
+    checked = backbones.build_backbone(arch, patch_size=16, image_size=32)
+    torch.manual_seed(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "check_weights", lambda *_: None)
+        plain = backbones.build_backbone(arch, patch_size=16, image_size=32)
+    assert all(torch.equal(a, b) for a, b in zip(checked.parameters(), plain.parameters(), strict=True))
 
 
 def test_batch_norm_of_resnet18_has_torchs_names_and_values():

@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from cplearn.data.color import ORDERS, color
+from cplearn.data.datasets import MAX_PIXELS
 from cplearn.errors import UserError
+from cplearn.host import physical_memory
 from cplearn.random_streams import FOR_VIEWS, random_bits, seed_of
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -80,14 +82,34 @@ RECIPES = {
 
 
 def build_views(recipe: str, **sizes) -> list[View]:
-    """Build the views of a recipe, global crops first. Raises `UserError` with the known recipes."""
+    """Build the views of a recipe, global crops first.
+
+    Raises `UserError` for an unknown recipe, and for views that are too small, too large or too many.
+    """
     if recipe not in RECIPES:
         raise UserError(f"--augmentation {recipe} is unknown: {', '.join(RECIPES)}")
+    check_size("--image_size", sizes["size"])
+    check_size("--local_image_size", sizes["local_size"])
+    # Of one image: float32, once more beside each other, 8 bits; and the numbers that each view is drawn from.
+    need = 27 * 2 * sizes["size"] ** 2 + sizes["n_local"] * (27 * sizes["local_size"] ** 2 + 8 * NUMBERS)
+    if need > (have := physical_memory()):
+        raise UserError(
+            f"--local_crops_number {sizes['n_local']}: the views of one image take {need / 1e9:,.0f} GB, this machine "
+            f"has {have / 1e9:.0f} GB: use fewer, or a smaller --image_size and --local_image_size"
+        )
     views = RECIPES[recipe](**sizes)
     for view in views:
         if view.size <= view.pad:
             raise UserError(f"--augmentation {recipe} pads by {view.pad} pixels: --image_size {view.size} is too small")
     return views
+
+
+def check_size(flag: str, size: int) -> None:
+    """Raise `UserError` for views that are larger than any image can be."""
+    if size**2 > MAX_PIXELS:
+        raise UserError(
+            f"{flag} {size} is more than any image may have ({MAX_PIXELS:,} pixels): {int(MAX_PIXELS**0.5)} at most"
+        )
 
 
 # --- random numbers ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cplearn import backbones, checkpoints, random_streams
-from cplearn.data import color, datasets, loaders
+from cplearn.data import augmentations, color, datasets, loaders
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.methods import build_method
@@ -70,6 +70,7 @@ def load_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
 
     `file`: the same weights, if they have been read already. Raises `UserError` if they do not fit.
     """
+    augmentations.check_size("--image_size", args.image_size or 0)
     file = file or read_weights(args.pretrained_weights)
     build = _run_model if checkpoints.is_ours(file.state) else _bare_model
     model = build(args, file)
