@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import eval_knn
 import eval_linear
 import main_cplearn
 from cplearn import backbones, checkpoints
-from cplearn.errors import UserError
-from cplearn.evaluation.features import load_model
+from cplearn.data import loaders
+from cplearn.errors import UserError, WorkerError
+from cplearn.evaluation.features import extract_features, load_model
 
 
 def test_features_do_not_depend_on_batch_size_and_come_in_order(run, tmp_path):
@@ -130,3 +132,25 @@ def test_wrong_data_is_noticed_before_anything_is_extracted(run, tmp_path, image
     with pytest.raises(UserError, match="--out_csv"):
         eval_cluster.main(eval_flags(run, tmp_path, "--out_csv", "/proc/x/codes.csv"))
     assert "Extracting" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_path, monkeypatch, workers):
+    """A pipe, in the place of an image since the folder was scanned."""
+    write_images(tmp_path / "data" / "val", 4)
+    args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
+    args.num_workers = int(workers)
+    model = load_model(args, torch.device("cpu"))
+    dataset = model.images("val")
+    extract_features(model, dataset, args, torch.device("cpu"))
+    (tmp_path / "data" / "val" / "002.jpg").unlink()
+    os.mkfifo(tmp_path / "data" / "val" / "002.jpg")
+    monkeypatch.setattr(loaders, "WORKER_TIMEOUT", 1.0)
+    with pytest.raises(WorkerError, match="timed out after 1 seconds, while reading 002.jpg: try") as error:
+        extract_features(model, dataset, args, torch.device("cpu"))
+    assert error.value.exit_code == 5
+
+
+def test_images_larger_than_any_are_refused(run, tmp_path):
+    with pytest.raises(UserError, match="--image_size 20000 is more than any image may have"):
+        eval_knn.main(eval_flags(run, tmp_path, "--image_size", "20000"))

@@ -196,3 +196,17 @@ def test_more_than_is_free_is_warned_of_with_the_parts_that_would_fit(capsys, mo
     memory.check_memory(method, args, views, CPU)
     said = capsys.readouterr().err
     assert said.startswith("WARNING: this takes about") and "--accum 4" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--image_size", "20000"), "--image_size 20000 is more than any image may have"),
+        (("--local_crops_number", "1000000000"), "--local_crops_number 1000000000: the views of one image take"),
+        (("--num_workers", "1000000000"), "--num_workers 1000000000: .* at most"),
+        (("--arch", "resnet8_w999999999"), "--arch resnet8_w999999999: its weights alone take inf GB"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        train(tmp_path, *flags)
