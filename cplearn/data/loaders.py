@@ -305,6 +305,15 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def next_batch(batches: Iterator, timeout: float):
+    """Return the next batch. Raises RuntimeError for one that does not come in time, or whose worker is gone."""
+    try:
+        with deadline(timeout):
+            return next(batches)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # killed while it handed over a tensor
+        raise RuntimeError(f"DataLoader worker is gone ({error})") from None
+
+
 def read_batches(
     loader: DataLoader, epoch: int, first: int, last: int, *, timeout: float, waiting: AbstractContextManager
 ) -> Iterator[Batch]:
@@ -316,8 +325,8 @@ def read_batches(
     with deadline(timeout):
         batches = start_workers(loader)
     for _ in range(first, last):
-        with waiting, deadline(timeout):
-            batch = next(batches)
+        with waiting:
+            batch = next_batch(batches, timeout)
         yield batch
 
 
@@ -332,9 +341,7 @@ def watched(loader: DataLoader, timeout: float = WORKER_TIMEOUT) -> Iterator[Ite
         with deadline(timeout):
             found = start_workers(loader)
         for _ in range(len(loader)):
-            with deadline(timeout):
-                batch = next(found)
-            yield batch
+            yield next_batch(found, timeout)
 
     try:
         yield batches()
