@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torchvision.transforms.v2  # noqa: F401  now, as it takes longer than a deadline here and workers need it
 from helpers import LONG, Script, children_of, write_images
 
 from cplearn import checkpoints
@@ -300,8 +301,6 @@ def test_the_deadline_is_not_taken_for_a_damaged_image(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_evaluation_names_the_image_that_hangs(tmp_path, workers):
-    import torchvision.transforms.v2  # noqa: F401  takes as long as the deadline here
-
     write_images(tmp_path, 5)
     loader = eval_loader(Pipe(tmp_path), 8, batch_size=5, num_workers=workers, device=torch.device("cpu"))
     with pytest.raises(WorkerError, match="timed out after 1 seconds, while reading 003.jpg: try"):
