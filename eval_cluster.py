@@ -20,11 +20,12 @@ from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.evaluation import cli, collapse
-from cplearn.evaluation.features import Features, get_features, load_model
+from cplearn.evaluation.features import Features, get_features
 from cplearn.files import write_csv
-from utils import ArgumentParser, check_output_dir, format_table, positive
+from utils import ArgumentParser, check_output_dir, csv_rows, expand_paths, format_table, outlive_output, positive
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")
+CSV_HEADER = ("image", "class", "code")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -42,10 +43,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Evaluate; return the rows of the table on rank 0, {} elsewhere."""
     args = get_args_parser().parse_args(argv)
+    expand_paths(args, "out_csv")
     device = cli.start(args)
     if args.out_csv:
-        check_output_dir(str(Path(args.out_csv).parent), "--out_csv: the folder")
-    model = None if args.load_features else load_model(args, device)
+        check_out_csv(Path(args.out_csv))
+    model = cli.open_model(args, device)
+    if args.out_csv and model and model.method is None:
+        raise UserError("--out_csv needs a checkpoint with a head: these weights assign no codes")
     (data,) = get_features(args, model, device, (args.split,))
     if not collectives.is_main():
         return {}
@@ -70,13 +74,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     return rows
 
 
+def check_out_csv(path: Path) -> None:
+    """Raise `UserError` if the file cannot be written, or if what is there was not written here: a checkpoint, say."""
+    check_output_dir(str(path.parent), "--out_csv: the folder")
+    if not path.exists():
+        return
+    header = ",".join(CSV_HEADER).encode()
+    try:
+        with open(path, "rb") as file:
+            ours = file.readline(100).strip() == header
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(f"--out_csv {path} is there, and no table of codes: choose another name, or remove it first")
+
+
 def write_codes(path: str, data: Features) -> None:
     """Write one line per image: its name, class and code. Raises `UserError` for weights without a head."""
     if data.codes is None:
         raise UserError("--out_csv needs a checkpoint with a head: these weights assign no codes")
     classes = [data.classes[label] if data.classes else "" for label in data.labels.tolist()]
     rows = zip(data.names, classes, data.codes.tolist(), strict=True)
-    write_csv(Path(path), ("image", "class", "code"), rows)
+    write_csv(Path(path), CSV_HEADER, csv_rows(rows))
 
 
 def cluster_metrics(
@@ -158,4 +177,5 @@ def kmeans(features: Tensor, k: int, *, seed: int, redo: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    outlive_output()
     errors.run_script(main)

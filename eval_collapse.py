@@ -30,8 +30,9 @@ from cplearn.errors import UserError
 from cplearn.evaluation import cli
 from cplearn.evaluation.collapse_figures import draw_figures
 from cplearn.evaluation.collapse_numbers import Network, collapse_metrics, mixture_entropy, scaled
-from cplearn.evaluation.features import Model, get_features, load_model, read_weights
-from utils import ArgumentParser, bool_flag, format_table, positive
+from cplearn.evaluation.features import Model, get_features, read_weights
+from cplearn.flags import check_path
+from utils import ArgumentParser, bool_flag, format_table, outlive_output, positive
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -54,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
     """Evaluate; return the numbers of each network on rank 0, {} elsewhere."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
-    paths = [os.path.expanduser(path) for path in args.checkpoints or [args.pretrained_weights]]
+    flag = "--checkpoints" if args.checkpoints else "--pretrained_weights"
+    paths = [check_path(flag, path) for path in args.checkpoints or [args.pretrained_weights]]
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{flag} {path or repr(path)} does not exist: give the path of a checkpoint")
     args.pretrained_weights = paths[0]
     device = cli.start(args)
     networks, flags = load_networks(args, paths, device)
@@ -121,7 +123,7 @@ def load_networks(
         if networks:
             changed["dump_features"] = None
         own = argparse.Namespace(**vars(args) | changed)
-        model = load_model(own, device, first if path == first.path else None)
+        model = cli.open_model(own, device, first if path == first.path else None)
         networks.append(analyze(own, model, label, device))
         flags.append(cli.effective_flags(own, model))
         if networks[-1].data.source["data"] != networks[0].data.source["data"]:
@@ -184,4 +186,5 @@ def report(results: dict[str, dict], components: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    outlive_output()
     errors.run_script(main)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.evaluation import cli
-from cplearn.evaluation.features import get_features, load_model
+from cplearn.evaluation.features import get_features
 from cplearn.evaluation.knn import knn
-from utils import ArgumentParser, format_table, positive
+from utils import ArgumentParser, format_table, outlive_output, positive
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Evaluate; return the metrics on rank 0, {} elsewhere."""
     args = get_args_parser().parse_args(argv)
     device = cli.start(args)
-    model = None if args.load_features else load_model(args, device)
+    model = cli.open_model(args, device)
     train, val = get_features(args, model, device, ("train", "val"), labels_for="eval_knn.py")
     if not collectives.is_main():
         return {}
@@ -42,4 +42,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    outlive_output()
     errors.run_script(main)

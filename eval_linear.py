@@ -23,10 +23,10 @@ from cplearn.data import augmentations, loaders
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
-from cplearn.errors import LocalError, UserError
+from cplearn.errors import LocalError, UserError, WriteError
 from cplearn.evaluation import cli
-from cplearn.evaluation.features import Features, Model, backbone_features, get_features, has_features, load_model
-from utils import ArgumentParser, bool_flag, cosine, format_table, positive
+from cplearn.evaluation.features import Features, Model, backbone_features, get_features, has_features
+from utils import ArgumentParser, bool_flag, cosine, format_table, outlive_output, positive
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> this rank's (features, labels) of its steps
 
@@ -155,6 +155,8 @@ def train_probe(
         probe.epoch += 1
         probe.history.append(accuracy(probe.classifier, val.features, val.labels, device))
         if collectives.is_main():
+            if not checkpoint.parent.is_dir():
+                raise WriteError(f"{checkpoint.parent} was removed meanwhile: run the same command again")
             checkpoints.save(checkpoint, probe.state())
             if probe.epoch % 10 == 0 or probe.epoch == epochs:
                 print(
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Evaluate; return the metrics."""
     args = get_args_parser().parse_args(argv)
     device = cli.start(args)
-    model = None if args.load_features else load_model(args, device)
+    model = cli.open_model(args, device)
     fill_in_defaults(args, model)
     splits = ("val",) if args.augment else ("train", "val")
     data = get_features(args, model, device, splits, args.n_last_blocks, labels_for="eval_linear.py")
@@ -239,4 +241,5 @@ def resume_file(flags: dict[str, object], data: list[Features]) -> Path:
 
 
 if __name__ == "__main__":
+    outlive_output()
     errors.run_script(main)

@@ -43,9 +43,12 @@ from utils import (
     bool_flag,
     check_output_dir,
     expand_paths,
+    expand_recipes,
     fraction,
     fraction_below_one,
+    ignore_local_rank,
     nonnegative,
+    outlive_output,
     positive,
 )
 
@@ -53,6 +56,7 @@ from utils import (
 def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     # fmt: off
     p = ArgumentParser(prog="main_cplearn.py", description=__doc__)
+    ignore_local_rank(p)
     p.add_argument("--method", default="cplearn", help=f"What to train with: {', '.join(METHODS)}")
     p.add_argument("--out_dim", type=positive(int), default=65536, help="Number of codes c. Any size trains the same number of weights")
     method_class(method).add_flags(p)
@@ -293,7 +297,7 @@ def assemble(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse, refuse what makes no sense here, and fill in every default that depends on another flag."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand_recipes(sys.argv[1:] if argv is None else argv)
     first = ArgumentParser(add_help=False)
     first.add_argument("--method", default="cplearn")
     method = first.parse_known_args(argv)[0].method
@@ -312,11 +316,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Fill in every default that depends on another flag."""
+    expand_paths(args, "data_path", "output_dir", "init_from", "class_list", "cache_dir")
     if args.dataset is None:
         args.dataset = "folder" if args.data_path else "digits"
     if args.dataset not in datasets.DATASETS:
         raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
-    expand_paths(args, "data_path", "output_dir", "init_from", "class_list")
     if args.data_path is not None:  # an evaluation started elsewhere has to find it
         args.data_path = os.path.abspath(args.data_path)
     if args.class_list and os.path.isfile(args.class_list):
@@ -340,6 +344,15 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Check the rules between flags; their types check the ranges, models and data sets the rest."""
+    if args.dataset == "digits" and args.data_path:
+        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
+    implied = {True: "fp16", False: "fp32"}.get(args.use_fp16)
+    if args.precision and implied and args.precision != implied:
+        given = f"--use_fp16 {str(args.use_fp16).lower()}"
+        raise UserError(f"{given} means --precision {implied}, not {args.precision}: leave one of them out")
+    for name in ("saveckp_minutes", "worker_timeout", "dist_timeout", "peer_timeout"):
+        if getattr(args, name) > 1e7:
+            raise UserError(f"--{name} {getattr(args, name):g} must be at most 1e7: no clock counts further")
     unknown = sorted(set(args.resume_force) - set(vars(args)) - {"processes", "data"})
     if unknown:
         raise UserError(f"--resume_force {' '.join(unknown)}: not the name of a flag (or processes, data)")
@@ -362,4 +375,5 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    outlive_output()
     errors.run_script(main)

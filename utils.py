@@ -8,25 +8,33 @@ from cplearn.flags import (
     ArgumentParser,
     bool_flag,
     expand_paths,
+    expand_recipes,
     fraction,
     fraction_below_one,
+    ignore_local_rank,
     nonnegative,
     positive,
+    seed_below,
 )
 from cplearn.schedules import cosine, lr_at
-from cplearn.text import format_duration, format_table
+from cplearn.text import csv_rows, format_duration, format_table, outlive_output
 
 __all__ = [
     "ArgumentParser",
     "bool_flag",
     "check_output_dir",
     "cosine",
+    "csv_rows",
     "expand_paths",
+    "expand_recipes",
     "format_duration",
     "format_table",
     "fraction",
     "fraction_below_one",
+    "ignore_local_rank",
     "lr_at",
     "nonnegative",
+    "outlive_output",
     "positive",
+    "seed_below",
 ]

@@ -1,5 +1,6 @@
 """Backbones by their names on the command line (--arch): ViT, ResNet-8 and -18, any timm model."""
 
+import difflib
 import importlib.util
 import math
 import os
@@ -50,7 +51,16 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
         return ResNet8(width, norm)
     if arch.startswith("timm:"):
         return _timm_backbone(arch.removeprefix("timm:"), image_size, drop_path_rate)
-    raise UserError(f"--arch {arch} is unknown: {', '.join(ARCHS)}")
+    raise UserError(f"--arch {arch} is unknown: {', '.join(ARCHS)}{_near(arch)}")
+
+
+def _near(arch: str) -> str:
+    """Return a question that names what an unknown --arch may have meant; "" if nothing is near."""
+    import timm
+
+    ours = (*VITS, "resnet8", "resnet18")
+    near = difflib.get_close_matches(arch, list(dict.fromkeys([*ours, *timm.list_models()])), n=3)
+    return f"; did you mean {', '.join(x if x in ours else f'timm:{x}' for x in near)}?" if near else ""
 
 
 def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Module:
@@ -58,8 +68,9 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     import timm
 
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:5] or timm.list_models(f"{name[:6]}*")[:5]
-        raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}; near: {', '.join(near) or '-'}")
+        raise UserError(
+            f"--arch timm:{name} is unknown to timm {timm.__version__}: {_near(name)}see timm.list_models()"
+        )
     options = {"drop_path_rate": drop_path_rate, "img_size": image_size, "dynamic_img_size": True}
     while True:
         try:

@@ -1,13 +1,18 @@
 """Command-line flags: a parser with one-line errors and recipes, and types that check their range."""
 
 import argparse
+import difflib
+import errno
 import math
 import os
 import re
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 from cplearn.errors import UserError
+
+LARGEST_RECIPE = 2**20  # bytes
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -18,21 +23,55 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        try:
-            return shlex.split(arg_line, comments=True)
-        except ValueError as error:
-            raise UserError(f"a recipe's line cannot be read ({error}): {arg_line}") from None
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        return super().parse_known_args(expand_recipes(sys.argv[1:] if args is None else args), namespace)
 
     def error(self, message: str):
         """Raise `UserError` with the flag, its value and what is wrong, in one line."""
-        match = re.fullmatch(r"argument (?:\S+/)?(--?\w+): (.*)", message, flags=re.DOTALL)
+        message = message.replace("\n", "\\n").replace("\r", "\\r")
+        match = re.fullmatch(r"argument (?:\S+/)?(--?\w+): (.*)", message)
         if match:
             colon = "" if _OUR_WORDS.search(match[2]) else ":"
             message = f"{match[1]}{colon} {match[2]}"
-        raise UserError(f"{message} (--help lists the flags)" if "unrecognized" in message else message)
+        if message.startswith("unrecognized arguments: "):
+            flags = [word.split("=")[0] for word in message.split() if word.startswith("-")]
+            near = [x for flag in flags[:1] for x in difflib.get_close_matches(flag, self._option_string_actions, n=1)]
+            message += f": did you mean {near[0]}?" if near else ""
+            message += " (--help lists the flags)"
+        raise UserError(message)
+
+
+def expand_recipes(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with every @file written out. Raises `UserError` for a file that is no recipe."""
+    return [word for argument in argv for word in _words_of(str(argument), ())]
+
+
+def _words_of(argument: str, inside: tuple[str, ...]) -> list[str]:
+    """Return the argument, or what its @file says; `inside`: the files that led here."""
+    if not argument.startswith("@"):
+        return [argument]
+    path = os.path.realpath(os.path.expanduser(argument[1:]))
+    if path in inside:
+        raise UserError(f"{argument} includes itself: take that line out")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_RECIPE + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{argument[:200]} cannot be read ({error.strerror}): @FILE is a recipe of flags") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text or len(content) > LARGEST_RECIPE:
+        raise UserError(f"{argument} is no text file of flags: check the path")
+    words = []
+    for line in text.splitlines():
+        try:
+            words += shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"a recipe's line cannot be read ({error}): {line}") from None
+    return [word for x in words for word in _words_of(x, (*inside, path))]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -53,10 +92,16 @@ def _type(kind: type, holds: Callable[[float], bool], requirement: str) -> Calla
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text} is not a {'whole number' if kind is int else 'number'}") from None
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not holds(value):
             raise argparse.ArgumentTypeError(f"{text} must {requirement}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be below 2^63")
+        if isinstance(value, float) and value and not 1e-30 <= abs(value) <= 1e30:  # float32 has to hold it
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]} must lie between 1e-30 and 1e30 (or be 0, where 0 is allowed)"
+            )
         return value
 
     return parse
@@ -70,6 +115,11 @@ def positive(kind: type) -> Callable[[str], float]:
 def nonnegative(kind: type) -> Callable[[str], float]:
     """Return an argparse type for an int or float of at least 0."""
     return _type(kind, lambda x: x >= 0, "not be negative")
+
+
+def seed_below(limit: int) -> Callable[[str], int]:
+    """Return an argparse type for a seed, whatever the generators behind it take."""
+    return _type(int, lambda x: 0 <= x < limit, f"not be negative, and be below {limit}")
 
 
 fraction = _type(float, lambda x: 0 <= x <= 1, "lie between 0 and 1")
@@ -86,7 +136,39 @@ def bool_flag(text: str) -> bool:
 
 
 def expand_paths(args: argparse.Namespace, *names: str) -> None:
-    """Expand `~` in these flags, also where the shell left it (--data_path=~/x)."""
+    """Expand `~` in these flags, also where the shell left it (--data_path=~/x).
+
+    Raises `UserError` for a path that is empty or longer than the system allows.
+    """
     for name in names:
-        if getattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if not path.strip():
+            raise UserError(f"--{name} '' is empty: name a path, or leave the flag out")
+        setattr(args, name, check_path(f"--{name}", path))
+
+
+def check_path(flag: str, path: str) -> str:
+    """Return the path with `~` expanded. Raises `UserError` if no file can have it."""
+    path = os.path.expanduser(path)
+    try:
+        os.lstat(path)
+    except ValueError:
+        raise UserError(f"{flag} holds a NUL character: check the path") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{flag} {path[:60]}... is longer than a path can be: shorten it") from None
+    return path
+
+
+class _Ignored(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{option_string} is ignored: the launcher's LOCAL_RANK says the same", file=sys.stderr)
+
+
+def ignore_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Accept what torch.distributed.launch adds to a command: --local_rank N, or --local-rank=N."""
+    names = ("--local_rank", "--local-rank")
+    parser.add_argument(*names, action=_Ignored, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

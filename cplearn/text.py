@@ -1,6 +1,9 @@
-"""Tables and durations as text."""
+"""Text for people: tables, durations, cells of a spreadsheet, and output that nobody may be reading."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TextIO
 
 
 def format_duration(seconds: float) -> str:
@@ -22,3 +25,55 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str
     ]
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def csv_rows(rows: Iterable[Sequence[object]]) -> list[list[object]]:
+    """Return rows that no spreadsheet takes for formulas: an apostrophe before =, +, - and @, never before a number."""
+    return [[_csv_cell(x) if isinstance(x, str) else x for x in row] for row in rows]
+
+
+def _csv_cell(text: str) -> str:
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return text
+
+
+class LastingStream:
+    """A standard stream that goes quiet where writing fails (its reader is gone, the disk full); it never raises."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, act: Callable, *args) -> None:
+        try:
+            act(*args)
+        except OSError:  # what is still buffered goes to nowhere, too, and not into an error at the exit
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def outlive_output() -> None:
+    """Let this process go on without its output where that is closed (>&-) or breaks (| head).
+
+    Characters that a terminal cannot show are written as escapes.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # was closed at the start: a checkpoint must not get its number, and what libraries print
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, LastingStream(stream))

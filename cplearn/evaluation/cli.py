@@ -8,9 +8,9 @@ import torch
 from cplearn.data import datasets
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation.features import Features, Model
+from cplearn.evaluation.features import Features, Model, WeightsFile, load_model, read_weights
 from cplearn.files import append_json_line, check_output_dir
-from cplearn.flags import expand_paths, nonnegative, positive
+from cplearn.flags import expand_paths, ignore_local_rank, nonnegative, positive, seed_below
 from cplearn.host import git_commit
 
 # What is fixed once features are kept.
@@ -20,6 +20,7 @@ OF_FEATURES = ("random_init", "arch", "patch_size", "image_size", "dataset", "da
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every evaluation, with DINO's names."""
+    ignore_local_rank(parser)
     # fmt: off
     g = parser.add_argument_group("weights")
     g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
@@ -38,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--load_features", default=None, metavar="DIR", help="Use the features kept there; no images and no weights are read")
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", default=None, help="Where results.jsonl goes (default: beside the weights)")
-    g.add_argument("--seed", type=nonnegative(int), default=0)
+    g.add_argument("--seed", type=seed_below(2**31), default=0)
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
     # fmt: on
@@ -47,10 +48,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def start(args: argparse.Namespace) -> torch.device:
     """Check the flags, fill in --output_dir, join the process group, try to write. Every evaluation calls it first."""
     expand_paths(args, "pretrained_weights", "data_path", "output_dir", "dump_features", "load_features")
+    if args.class_list:  # '' stands for all folders
+        expand_paths(args, "class_list")
     if args.pretrained_weights and args.load_features:
         raise UserError("--load_features holds features of other weights already: leave out --pretrained_weights")
     if not args.pretrained_weights and not args.load_features:
         raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
+    if args.dataset == "digits" and args.data_path:
+        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
     given = [f"--{name}" for name in OF_FEATURES if getattr(args, name)]
     if args.load_features and given:
         raise UserError(f"{', '.join(given)} cannot change kept features: leave it out, or extract again")
@@ -61,6 +66,32 @@ def start(args: argparse.Namespace) -> torch.device:
     if args.dump_features:
         check_output_dir(args.dump_features, "--dump_features")
     return device
+
+
+def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile | None = None) -> Model | None:
+    """Load the model of --pretrained_weights (`file`, if it has been read already); None for kept features.
+
+    Raises `UserError` if it has no such network, cannot take such images, or if the split to evaluate is not there.
+    """
+    if args.load_features:
+        return None
+    file = file or read_weights(args.pretrained_weights)
+    model = load_model(args, device, file)
+    key = args.checkpoint_key
+    if key and model.network is None and not isinstance(file.state.get(key), dict):
+        raise UserError(f"--checkpoint_key {key}: {file.path} has no such network: leave it out")
+    size = model.image_size
+    try:
+        with torch.inference_mode():
+            model.backbone(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--image_size {size}: --arch {model.arch} cannot take such images: {reason}") from None
+    if getattr(args, "split", None) == "val" and model.dataset == "folder":
+        root = Path(model.data_path or "")
+        if root.is_dir() and not any((root / name).is_dir() for name in ("val", "test")):
+            raise UserError(f"--data_path {root} has no val or test folder: add one, or --split train")
+    return model
 
 
 def effective_flags(args: argparse.Namespace, model: Model | None) -> dict[str, object]:

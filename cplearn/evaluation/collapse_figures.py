@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from cplearn.evaluation.collapse_numbers import Network, covariance_of
 from cplearn.files import write_csv
+from cplearn.text import csv_rows
 
 FIGURES = ("spectrum", "mixture", "matrices", "codes", "tsne")
 
@@ -55,7 +56,7 @@ def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) 
             values = torch.linalg.eigvalsh(covariance_of(x)).flip(0).clamp(min=0)
             rows += [(network.label, kind, k + 1, f"{v:.6g}") for k, v in enumerate(values.tolist())]
             share = values / values[0].clamp(min=1e-300)
-            label = f"{network.label} (rank {results[network.label][rank]:.0f} of {x.shape[1]})"
+            label = f"{as_text(network.label)} (rank {results[network.label][rank]:.0f} of {x.shape[1]})"
             axis.plot(range(1, len(share) + 1), share, label=label, **style(network.label, i))
         axis.set(xscale="log", yscale="log", ylim=(1e-9, 2), xlabel="index", title=f"Covariance of the {kind}s")
         axis.grid(alpha=0.3)
@@ -63,7 +64,7 @@ def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) 
             axis.legend(fontsize=8)
     axes[0].set_ylabel("singular value / largest")
     save_figure(figure, out, "spectrum")
-    write_csv(out / "spectrum.csv", ("network", "of", "index", "singular value"), rows)
+    write_csv(out / "spectrum.csv", ("network", "of", "index", "singular value"), csv_rows(rows))
 
 
 def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> None:
@@ -74,7 +75,7 @@ def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> 
         entropies = [metrics[f"mixture{k}_entropy"] for k in components]
         rows += [(label, k, e, metrics[f"mixture{k}_fit"]) for k, e in zip(components, entropies, strict=True)]
         drawn = [math.nan if e is None else e for e in entropies]
-        axis.plot(components, drawn, marker="o", ms=4, label=label, **style(label, i))
+        axis.plot(components, drawn, marker="o", ms=4, label=as_text(label), **style(label, i))
     axis.set(xscale="log", xlabel="components of the mixture", ylabel="entropy (nats a dimension)")
     axis.set_title("Gaussian mixture of the representations")
     axis.set_xticks(components, [str(k) for k in components], minor=False)
@@ -82,7 +83,7 @@ def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> 
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save_figure(figure, out, "mixture")
-    write_csv(out / "mixture.csv", ("network", "components", "nats a dimension", "fit"), rows)
+    write_csv(out / "mixture.csv", ("network", "components", "nats a dimension", "fit"), csv_rows(rows))
 
 
 def plot_matrices(out: Path, networks: list[Network], shown: int, seed: int) -> None:
@@ -98,10 +99,10 @@ def plot_matrices(out: Path, networks: list[Network], shown: int, seed: int) -> 
         cosines = u @ u.T
         for axis, matrix in zip(column, (covariance, cosines), strict=True):
             image = axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-        column[0].set_title(network.label, fontsize=9)
+        column[0].set_title(as_text(network.label), fontsize=9)
         column[0].set_xlabel("embedding dimension")
         column[1].set_xlabel(f"{len(some)} images, by code")
-        name = f"{i + 1}_" + "".join(x if x.isalnum() else "_" for x in network.label)
+        name = f"{i + 1}_" + "".join(x if x.isalnum() else "_" for x in network.label[:40])
         np.savetxt(out / f"matrices_{name}_covariance.csv", covariance.numpy(), fmt="%.4g", delimiter=",")
         np.savetxt(out / f"matrices_{name}_cosines.csv", cosines.numpy(), fmt="%.4g", delimiter=",")
     axes[0, 0].set_ylabel("covariance / largest entry")
@@ -118,7 +119,7 @@ def plot_codes(out: Path, networks: list[Network]) -> None:
         look = style(network.label, i)
         counts = network.data.codes.unique(return_counts=True)[1].sort(descending=True)[0].tolist()
         rows += [(network.label, "images of a code", k + 1, count) for k, count in enumerate(counts)]
-        label = f"{network.label}: {len(counts):,} of {network.data.out_dim:,} codes"
+        label = f"{as_text(network.label)}: {len(counts):,} of {network.data.out_dim:,} codes"
         left.step(range(1, len(counts) + 1), counts, where="mid", label=label, **look)
         if network.alignment is None:
             continue
@@ -127,7 +128,7 @@ def plot_codes(out: Path, networks: list[Network]) -> None:
         middle = (edges[1:] + edges[:-1]) / 2
         points = zip(middle, density, strict=True)
         rows += [(network.label, "density of |cosine|", f"{x:.3g}", f"{y:.6g}") for x, y in points]
-        right.plot(middle, density, label=f"{network.label} (mean {alignment.mean():.2f})", **look)
+        right.plot(middle, density, label=f"{as_text(network.label)} (mean {alignment.mean():.2f})", **look)
         if not i:
             right.axvline(network.chance_alignment, color="0.7", ls=":", label="random directions (mean)")
     left.set(xscale="log", yscale="log", xlabel="code, most used first", ylabel="images", title="Use of the codes")
@@ -138,7 +139,7 @@ def plot_codes(out: Path, networks: list[Network]) -> None:
         if axis.lines:
             axis.legend(fontsize=8)
     save_figure(figure, out, "codes")
-    write_csv(out / "codes.csv", ("network", "of", "x", "y"), rows)
+    write_csv(out / "codes.csv", ("network", "of", "x", "y"), csv_rows(rows))
 
 
 def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> None:
@@ -152,7 +153,7 @@ def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> Non
         data = network.data
         some = sample_rows(len(data.features), images, seed)
         axis.set(xticks=[], yticks=[])
-        axis.set_title(network.label, fontsize=9)
+        axis.set_title(as_text(network.label), fontsize=9)
         x = F.normalize(data.features[some], dim=1).numpy()
         if min(x.shape) < 5 or np.ptp(x, axis=0).max() < 1e-6:
             axis.set_xlabel("too few images, or all with the same features")
@@ -164,7 +165,7 @@ def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> Non
         axis.set_xlabel(f"{len(some)} images, by {'class' if data.classes else 'code'}")
         rows += [(network.label, data.names[i], f"{a:.4g}", f"{b:.4g}") for i, (a, b) in zip(some, place, strict=True)]
     save_figure(figure, out, "tsne")
-    write_csv(out / "tsne.csv", ("network", "image", "x", "y"), rows)
+    write_csv(out / "tsne.csv", ("network", "image", "x", "y"), csv_rows(rows))
 
 
 def pyplot():
@@ -180,6 +181,12 @@ def pyplot():
 def style(network_label: str, i: int) -> dict[str, str]:
     """Return color and line of a network; the baseline is gray and dashed in all figures."""
     return {"color": "0.45", "ls": "--"} if network_label == "random init" else {"color": f"C{i % 10}", "ls": "-"}
+
+
+def as_text(label: str) -> str:
+    """Return a user's words for matplotlib, which takes $ for a formula and leaves out what begins with _."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def sample_rows(n: int, most: int, seed: int) -> np.ndarray:
