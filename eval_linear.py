@@ -155,9 +155,10 @@ def train_probe(
         probe.epoch += 1
         probe.history.append(accuracy(probe.classifier, val.features, val.labels, device))
         if collectives.is_main():
-            if not checkpoint.parent.is_dir():
-                raise WriteError(f"{checkpoint.parent} was removed meanwhile: run the same command again")
-            checkpoints.save(checkpoint, probe.state())
+            try:
+                checkpoints.save(checkpoint, probe.state())
+            except FileNotFoundError:
+                raise WriteError(f"{checkpoint.parent} was removed meanwhile: run the same command again") from None
             if probe.epoch % 10 == 0 or probe.epoch == epochs:
                 print(
                     f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {probe.history[-1]['top1']:.4f}",

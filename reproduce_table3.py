@@ -28,7 +28,7 @@ from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES
 from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
-from utils import ArgumentParser, check_output_dir, expand_paths, expand_recipes, outlive_output, positive
+from utils import ArgumentParser, check_output_dir, expand_paths, expand_recipes, outlive_output, positive, seed_below
 
 # Flags of main_cplearn.py that the grid sets itself.
 GRIDS_OWN = ("--output_dir", "--seed", "--out_dim", "--method", "--epochs", "--batch_size_per_gpu", "--data_path")
@@ -45,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--scale", default="paper", choices=("paper", "small"), help="The paper's setting, or ResNet-10 on images of 32 pixels")
     g.add_argument("--methods", nargs="+", default=[], choices=NAMES, metavar="METHOD", help=f"Of {', '.join(NAMES)} (default: the table's)")
     g.add_argument("--out_dims", nargs="+", type=positive(int), default=[], metavar="C", help="Sizes (default: the table's; small: 16 128 1024 4096 16384)")
-    g.add_argument("--seeds", nargs="+", type=int, default=[0])
+    g.add_argument("--seeds", nargs="+", type=seed_below(2**31), default=[0])
     g.add_argument("--epochs", type=positive(int), default=None, help="Instead of the recipe's")
     g.add_argument("--minutes_per_cell", type=positive(float), default=None, help="As many epochs for every cell as its slowest can train in this time, by a few timed steps of each (without the evaluations)")
     g.add_argument("--data_path", default=None, help="Images in train/ and val/ (or test/) class folders, or the downloaded data set's folder")
@@ -80,10 +80,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         if len(set(given)) < len(given):
             raise UserError(f"--{name} {' '.join(map(str, given))} names one twice")
     try:
-        words = {x.split("=")[0] for x in shlex.split(args.train_flags)}
+        words = shlex.split(args.train_flags)
     except ValueError as error:
         raise UserError(f"--train_flags {args.train_flags}: {error}") from None
-    taken = words & {*GRIDS_OWN, "--help"}
+    words = {x.split("=")[0] for x in expand_recipes(words)}
+    taken = sorted(words & {*GRIDS_OWN, "--help", "-h"})
     if taken:
         raise UserError(f"--train_flags '{args.train_flags}': {', '.join(taken)} is not for the cells: leave it out")
     if args.cells_per_gpu > 1:
@@ -179,6 +180,8 @@ def check_data(args: argparse.Namespace) -> None:
     """Raise `UserError` if the images are not there, or are not those of the paper's column."""
     if args.data_path is None and args.dataset != "digits":
         raise UserError("--data_path is missing: the folder with the images (or --dataset digits)")
+    if args.data_path is not None and args.dataset == "digits":
+        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
     if args.data_path is not None and not os.path.isdir(args.data_path):
         raise UserError(f"--data_path {args.data_path} is not a folder: check the path")
     if args.dataset in (None, "folder"):

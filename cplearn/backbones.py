@@ -68,9 +68,7 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     import timm
 
     if not timm.is_model(name):
-        raise UserError(
-            f"--arch timm:{name} is unknown to timm {timm.__version__}: {_near(name)}see timm.list_models()"
-        )
+        raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}{_near(name)}")
     options = {"drop_path_rate": drop_path_rate, "img_size": image_size, "dynamic_img_size": True}
     while True:
         try:

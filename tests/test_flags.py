@@ -1,9 +1,22 @@
 """Types of flags, recipes, and errors in one line."""
 
+import argparse
+
 import pytest
 
 from cplearn.errors import UserError
-from cplearn.flags import ArgumentParser, bool_flag, fraction, fraction_below_one, nonnegative, positive
+from cplearn.flags import (
+    ArgumentParser,
+    bool_flag,
+    expand_paths,
+    expand_recipes,
+    fraction,
+    fraction_below_one,
+    ignore_local_rank,
+    nonnegative,
+    positive,
+    seed_below,
+)
 
 
 def parser() -> ArgumentParser:
@@ -13,6 +26,8 @@ def parser() -> ArgumentParser:
     p.add_argument("--share", type=fraction, default=0.5)
     p.add_argument("--rate", type=fraction_below_one, default=0.5)
     p.add_argument("--half", type=bool_flag, default=False)
+    p.add_argument("--seed", type=seed_below(2**31), default=0)
+    p.add_argument("--kind", choices=("one", "two"))
     return p
 
 
@@ -27,6 +42,13 @@ def parser() -> ArgumentParser:
         ("--lr", "fast", "--lr fast is not a number"),
         ("--share", "1.1", "--share 1.1 must lie between 0 and 1"),
         ("--rate", "1", "--rate 1 must be at least 0 and below 1"),
+        ("--count", "1" + "0" * 400, f"--count 1{'0' * 39} must be below 2^63"),
+        ("--count", "9" * 5000, "--count 999"),  # int() itself refuses so many digits
+        ("--lr", "1e300", "--lr 1e300 must lie between 1e-30 and 1e30"),
+        ("--lr", "1e-320", "--lr 1e-320 must lie between 1e-30 and 1e30"),
+        ("--seed", "2147483648", "--seed 2147483648 must not be negative, and be below 2147483648"),
+        ("--kind", "a\nb", "--kind: invalid choice: 'a\\nb' (choose from"),
+        ("--kind", "", "--kind: invalid choice: ''"),
         ("--half", "maybe", "--half 'maybe' is neither true nor false"),
     ],
 )
@@ -48,5 +70,61 @@ def test_flags_of_a_recipe_come_before_those_that_follow(tmp_path):
 
 
 def test_no_abbreviations():
-    with pytest.raises(UserError, match="unrecognized arguments: --cou 3"):
+    with pytest.raises(UserError, match=r"unrecognized arguments: --cou 3: did you mean --count\? \(--help"):
         parser().parse_args(["--cou", "3"])
+
+
+def test_what_is_like_no_flag_gets_no_guess():
+    with pytest.raises(UserError) as error:
+        parser().parse_args(["--zzz", "a\nb"])
+    assert str(error.value) == "unrecognized arguments: --zzz a\\nb (--help lists the flags)"
+
+
+def test_recipes_may_include_others_but_not_themselves(tmp_path):
+    (tmp_path / "a.txt").write_text(f"--count 3\n@{tmp_path}/b.txt\n")
+    (tmp_path / "b.txt").write_text("\ufeff--lr 0.5\n")  # as some editors begin a file
+    assert expand_recipes(["x", f"@{tmp_path}/a.txt"]) == ["x", "--count", "3", "--lr", "0.5"]
+    (tmp_path / "b.txt").write_text(f"@{tmp_path}/./a.txt\n")
+    with pytest.raises(UserError, match=r"a\.txt includes itself"):
+        parser().parse_args([f"@{tmp_path}/a.txt"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("folder", "cannot be read (Is a directory)"),
+        (b"--count 3\0", "is no text file of flags"),
+        (b"\x80\x02}q\x00", "is no text file of flags"),
+        (b"#" * (2**20 + 1), "is no text file of flags"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named_in_one_line(tmp_path, content, words):
+    path = tmp_path / "r.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        parser().parse_args([f"@{path}"])
+    assert str(error.value).startswith(f"@{path} {words}") and "\n" not in str(error.value)
+
+
+def test_a_recipe_whose_name_is_too_long():
+    with pytest.raises(UserError, match=r"@x+ cannot be read \(File name too long\)"):
+        parser().parse_args(["@" + "x" * 300])
+
+
+@pytest.mark.parametrize(("path", "words"), [("", "--place '' is empty"), (" ", "is empty"),
+                                             ("x" * 300, "--place x+... is longer than"), ("a\0b", "NUL")])  # fmt: skip
+def test_paths_that_no_file_can_have(path, words):
+    with pytest.raises(UserError, match=words):
+        expand_paths(argparse.Namespace(place=path), "place")
+
+
+def test_the_rank_that_a_launcher_adds_is_ignored_with_a_word(capsys):
+    p = parser()
+    ignore_local_rank(p)
+    for words in (["--local_rank", "1"], ["--local-rank=1"]):
+        assert vars(p.parse_args(words)) == vars(parser().parse_args([]))
+        assert f"{words[0].split('=')[0]} is ignored: the launcher's LOCAL_RANK" in capsys.readouterr().err

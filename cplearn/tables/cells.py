@@ -6,12 +6,13 @@ and in trained/ and random_init/ the results of its evaluations. A killed grid c
 
 import json
 import shlex
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.files import read_json, read_json_lines, write_text
+from cplearn.files import read_json_lines, write_text
 from cplearn.host import git_commit
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.rows import Row, rows
@@ -56,6 +57,21 @@ class Cell:
 
     def _results_folder(self, *, random: bool) -> Path:
         return self.folder / ("random_init" if random else "trained")
+
+    def differs(self) -> str:
+        """Return where the checkpoint says something else than this cell, "" if nowhere or if there is none.
+
+        The folder may hold another run: copied there, or trained by hand with other flags.
+        """
+        said = checkpoint_args(self.folder / "checkpoint.pth")
+        cell = {"method": self.row.method, "out_dim": self.row.out_dim, "seed": self.seed}
+        if "--epochs" in self.train:
+            last = max(i for i, flag in enumerate(self.train) if flag == "--epochs")
+            cell["epochs"] = int(self.train[last + 1])
+        wrong = [
+            f"--{name} {said[name]}, not {value}" for name, value in cell.items() if said.get(name, value) != value
+        ]
+        return ", ".join(wrong)
 
     def mark_trained(self) -> None:
         """Write trained.json. Whoever saw the training end well calls this."""
@@ -147,15 +163,10 @@ class Grid:
     @classmethod
     def load(cls, folder: Path) -> "Grid":
         """Return the grid that a folder holds. Raises `UserError` if there is none."""
-        content = read_json(folder / "grid.json")
+        content = read_object(folder / "grid.json")
         if not content:
             raise UserError(f"{folder} holds no grid: was it started with this --output_dir?")
-        settings = Settings(**{field.name: content["settings"].get(field.name) for field in fields(Settings)})
-        cells = [
-            Cell(Row(**x["row"]), x["seed"], x["name"], x["train"], x["evaluate"], folder / x["name"])
-            for x in content["cells"]
-        ]
-        return cls(folder, settings, cells)
+        return cls(folder, *_read_grid(folder, content))
 
     def save(self) -> "Grid":
         """Add the cells to those that the folder holds, and return them all.
@@ -163,10 +174,11 @@ class Grid:
         Raises `UserError` if the folder's cells have other settings.
         """
         path = self.folder / "grid.json"
-        before, now = read_json(path), asdict(self.settings)
-        theirs = before.get("settings", now)
+        before, now = read_object(path), asdict(self.settings)
+        settings, cells = _read_grid(self.folder, before) if before else (self.settings, [])
+        theirs = asdict(settings)
         changed = [f"--{k} {theirs[k]}, now {v}" for k, v in now.items() if theirs[k] != v]
-        kept = {x["name"]: x for x in before.get("cells", [])}
+        kept = {cell.name: {k: v for k, v in asdict(cell).items() if k != "folder"} for cell in cells}
         for cell in self.cells:
             there = kept.get(cell.name)
             if there and without_folders(there["train"]) != without_folders(cell.train):
@@ -179,13 +191,91 @@ class Grid:
         return Grid.load(self.folder)
 
     def check(self) -> None:
-        """Let every script check its flags before the first of them runs. Raises `UserError` with the cell's name."""
+        """Let every script check its flags before the first of them runs. Raises `UserError` with the cell's name, also
+        if its flags (a recipe in --train_flags, say) make it another cell or two cells one and the same."""
+        seen: dict[str, str] = {}
         for cell in self.cells:
             for stage in cell.stages():
                 try:
-                    parse_flags(stage.script, stage.flags)
+                    parsed = parse_flags(stage.script, stage.flags)
                 except UserError as error:
                     raise UserError(f"{cell.name}: {error}") from None
+                if stage.name != "train":
+                    continue
+                for name, value in {"method": cell.row.method, "out_dim": cell.row.out_dim, "seed": cell.seed}.items():
+                    if getattr(parsed, name) != value:
+                        raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
+                flags = repr(sorted((vars(parsed) | {"output_dir": ""}).items()))
+                if flags in seen:
+                    raise UserError(
+                        f"{cell.name} and {seen[flags]} would be the same training: take what sets them apart out of "
+                        f"--train_flags '{self.settings.train_flags}'"
+                    )
+                seen[flags] = cell.name
+
+
+def checkpoint_args(path: Path) -> dict:
+    """Return the flags that a run's checkpoint holds, {} if there is none. Its tensors are not read."""
+    if not path.is_file():
+        return {}
+    import torch  # not for --help
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["args"]
+    except Exception:  # torch raises anything; an evaluation, which reads it whole, says what is wrong
+        return {}
+
+
+def read_object(path: Path) -> dict:
+    """Return the JSON object in a file that this project wrote, {} if there is no such file.
+
+    Raises `UserError` for a damaged file: taken for none, what it keeps would be overwritten.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore a copy, or move it away to begin anew") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} is damaged (no JSON object): restore a copy, or move it away to begin anew")
+    return content
+
+
+def _read_grid(folder: Path, content: dict) -> tuple[Settings, list[Cell]]:
+    """Return settings and cells of grid.json. Raises `UserError` for fields that are not those of `Grid.save`."""
+    try:
+        settings = _fill(Settings, {field.name: None for field in fields(Settings)} | content["settings"])
+        cells = [
+            _fill(Cell, x | {"row": _fill(Row, x["row"]), "folder": folder / str(x["name"])}) for x in content["cells"]
+        ]
+    except KeyError as error:
+        raise UserError(f"{folder}/grid.json has no field {error}: restore a copy, or move it away") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}/grid.json is not what a grid writes ({error}): restore a copy") from None
+    return settings, cells
+
+
+def _fill(kind: type, content: dict):
+    """Return the dataclass with these fields. Raises `TypeError` or `ValueError` that names what does not fit it."""
+    wrong = [x.name for x in fields(kind) if not fits(content.get(x.name), x.type)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {content.get(wrong[0])!r}")
+    return kind(**content)
+
+
+def fits(value: object, kind: type) -> bool:
+    """Return whether a value out of a JSON file is of a type like `int`, `str | None` or `dict[str, list[str]]`."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(fits(x, inside[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inside[0]) and fits(x, inside[1]) for k, x in value.items())
+    if inside:
+        return any(fits(value, x) for x in inside)
+    return isinstance(value, (kind, int) if kind is float else kind)
 
 
 def without_folders(flags: list[str]) -> list[str]:
@@ -195,5 +285,6 @@ def without_folders(flags: list[str]) -> list[str]:
 
 def timed_epochs(folder: Path, minutes_per_cell: float | None) -> int | None:
     """Return the epochs that were chosen when this folder's grid began, if it had the same --minutes_per_cell."""
-    settings = read_json(folder / "grid.json").get("settings", {})
+    content = read_object(folder / "grid.json")
+    settings = asdict(_read_grid(folder, content)[0]) if content else {}
     return settings["epochs"] if minutes_per_cell and settings.get("minutes_per_cell") == minutes_per_cell else None

@@ -13,7 +13,7 @@ from cplearn.errors import UserError
 from cplearn.files import read_json, read_json_lines, write_text
 from cplearn.host import end_with_parent
 from cplearn.slurm.checks import parse_flags
-from cplearn.tables.cells import Cell, Grid, Settings, without_folders
+from cplearn.tables.cells import Cell, Grid, Settings, fits, read_object, without_folders
 from cplearn.tables.launch import command_of, device_name, environment, gpus, last_message, loader_flags
 from cplearn.tables.status import CellState
 from cplearn.text import format_table
@@ -31,7 +31,7 @@ def time_steps(
     that failed has `error`.
     """
     kept_in = grid.folder / "probe.json"
-    kept = read_json(kept_in)
+    kept = read_timings(kept_in)
     steps = steps or (60 if gpus() else 10)
     timings: dict[str, dict] = {}
     for row in {cell.row.key: cell.row for cell in grid.cells}.values():
@@ -49,6 +49,22 @@ def time_steps(
         shown = timing["error"] if "error" in timing else f"{timing['step_seconds']:.3f} s per step"
         print(f"  {row.key}: {shown}", flush=True)
     return timings
+
+
+# What a kept timing must have, and of which type.
+MEASURED = {"step_seconds": float, "data_wait": float, "images": int, "processes": int, "train_images": int,
+            "views": int, "local": float, "expected_memory_gb": float, "checkpoint_bytes": int}  # fmt: skip
+
+
+def read_timings(path: Path) -> dict[str, dict]:
+    """Return the timings that probe.json keeps. Raises `UserError` if it is damaged or not what was written here."""
+    kept = read_object(path)
+    for timing in kept.values():
+        found = timing if isinstance(timing, dict) else {}
+        wrong = [name for name, kind in MEASURED.items() if not fits(found.get(name), kind)]
+        if wrong:
+            raise UserError(f"{path}: {wrong[0]} is {found.get(wrong[0])!r}: remove the file, to time the steps again")
+    return kept
 
 
 def _time_line(flags: list[str], steps: int, processes: int, jobs: int, sharing: int) -> dict:

@@ -41,6 +41,7 @@ class CellState:
     missing: tuple[str, ...]  # names of the stages without a result, in the order in which they run
     jobs: tuple[StageJob, ...]  # of stages that had no result, by the time of submission
     trained_by_job: bool  # training's job ended well, and trained.json does not say so yet
+    differs: str  # where the checkpoint is not of this cell: then nothing in its folder counts
     training_here: bool  # a process holds the lock of its folder
     grid_runs: bool  # a process holds the lock of the grid's folder
     failure: dict  # failed.json: the stage that failed on this machine
@@ -63,21 +64,27 @@ def snapshot(grid: Grid) -> dict[str, CellState]:
 
 def _read_state(cell: Cell, grid_runs: bool) -> CellState:
     scripts = {random: {x["script"] for x in cell.results(random=random)} for random in (False, True)}
-    trained = (cell.folder / "trained.json").exists()
+    differs = cell.differs()
+    trained = (cell.folder / "trained.json").exists() and not differs
     missing, jobs = [], []
     for stage in cell.stages():
-        if trained if stage.name == "train" else stage.script in scripts[stage.name.startswith("random")]:
+        if (
+            trained
+            if stage.name == "train"
+            else not differs and stage.script in scripts[stage.name.startswith("random")]
+        ):
             continue
         folder = stage.place / FOLDER
         entries = [entry for entry in submissions(folder) if entry["script"] == stage.script]
         if entries:  # only the newest may be alive: no stage is submitted twice
             jobs.append(StageJob(stage.name, folder, entries[-1], job_state(folder, entries[-1])))
         missing.append(stage.name)
-    trained_by_job = any(job.stage == "train" and job.state == "COMPLETED" for job in jobs)
+    trained_by_job = not differs and any(job.stage == "train" and job.state == "COMPLETED" for job in jobs)
     return CellState(
         missing=tuple(name for name in missing if not (name == "train" and trained_by_job)),
         jobs=tuple(sorted(jobs, key=lambda job: job.entry["time"])),
         trained_by_job=trained_by_job,
+        differs=differs,
         training_here=in_use(cell.folder),
         grid_runs=grid_runs,
         failure=read_json(cell.folder / "failed.json"),
@@ -124,6 +131,8 @@ def describe(cell: Cell, state: CellState) -> tuple[str, str]:
 
     The same command resumes what is stopped.
     """
+    if state.differs:
+        return "failed", f"its checkpoint has {state.differs}: move {cell.folder} away"
     if state.complete:
         return "done", ""
     for job in state.live_jobs:
@@ -136,7 +145,7 @@ def describe(cell: Cell, state: CellState) -> tuple[str, str]:
     if state.training_here:
         return "training", progress(cell.folder / FOLDER, "", running=True)
     if state.failure:
-        return "failed", "{stage}, exit code {code}: {line}".format(**state.failure)
+        return "failed", "{}, exit code {}: {}".format(*(state.failure.get(x, "?") for x in ("stage", "code", "line")))
     if state.missing[0] != "train" and state.grid_runs:
         return "evaluating", f"{state.missing[0]} is next"
     for job in state.jobs:
