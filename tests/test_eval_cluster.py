@@ -1,12 +1,16 @@
-"""Agreement of codes and classes, written out and at known levels."""
+"""Agreement of codes and classes, written out and at known levels; the file of codes."""
 
+import csv
 import math
 
 import numpy as np
 import pytest
 import torch
+from helpers import eval_flags, write_images
 
 import eval_cluster
+from cplearn import checkpoints
+from cplearn.errors import UserError
 
 
 def test_agreement_written_out():
@@ -37,7 +41,7 @@ def test_singletons_and_random_codes_have_the_known_levels():
 
 def test_cluster_rows_of_a_perfect_head():
     labels = torch.arange(5).repeat(40)
-    features = 5 * torch.eye(5)[labels] + 0.1 * torch.randn(200, 5)
+    features = 5 * torch.eye(5)[labels] + 0.1 * torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
     rows = eval_cluster.cluster_metrics(features, labels, labels * 3, 50, seed=0, redo=3, shuffles=3)
     for name in ("codes", "kmeans"):
         assert rows[name]["nmi"] == pytest.approx(1) and rows[name]["hungarian"] == pytest.approx(1)
@@ -45,3 +49,36 @@ def test_cluster_rows_of_a_perfect_head():
     assert rows["codes_shuffled"]["nmi"] < rows["codes_shuffled"]["nmi_highest"] < rows["codes"]["nmi"]
     assert rows["random_codes"]["used_codes"] > 40 and abs(rows["random_codes"]["ami"]) < 0.05
     assert rows["singletons"]["perplexity"] == pytest.approx(200)
+
+
+def test_a_file_that_is_no_table_of_codes_is_kept(run, tmp_path):
+    precious = tmp_path / "checkpoint.pth"
+    checkpoints.write(precious, {"x": torch.zeros(3)})
+    before = precious.read_bytes()
+    for path in (precious, tmp_path):
+        with pytest.raises(UserError, match=f"--out_csv {path} is there, and no table of codes"):
+            eval_cluster.main(eval_flags(run, tmp_path / "out", "--out_csv", str(path)))
+    assert precious.read_bytes() == before
+    with pytest.raises(UserError, match="--out_csv '' is empty"):
+        eval_cluster.main(eval_flags(run, tmp_path / "out", "--out_csv", ""))
+
+
+def test_names_in_the_table_of_codes_are_no_formulas(run, tmp_path):
+    for split in ("train", "val"):
+        for name in ("=1+1", "bee"):
+            write_images(tmp_path / "data" / split / name, 4)
+    flags = eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data"), "--out_csv", str(tmp_path / "c.csv"))
+    for _ in range(2):  # its own file may be written again
+        eval_cluster.main([*flags, "--kmeans_redo", "1", "--shuffles", "1"])
+    with open(tmp_path / "c.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["image", "class", "code"] and rows[1][:2] == ["'=1+1/000.jpg", "'=1+1"] and len(rows) == 9
+    assert rows[-1][:2] == ["bee/003.jpg", "bee"] and int(rows[-1][2]) >= 0
+
+
+def test_codes_are_asked_of_weights_with_a_head(run, tmp_path):
+    weights = checkpoints.backbone_weights(checkpoints.load(run / "checkpoint.pth"))
+    checkpoints.write(tmp_path / "bare.pth", {"state_dict": weights})
+    with pytest.raises(UserError, match="--out_csv needs a checkpoint with a head"):
+        eval_cluster.main(["--pretrained_weights", str(tmp_path / "bare.pth"), "--arch", "resnet8_w8",
+                           "--device", "cpu", "--out_csv", str(tmp_path / "c.csv")])  # fmt: skip

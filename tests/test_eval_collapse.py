@@ -9,7 +9,7 @@ from PIL import Image
 
 import eval_collapse
 from cplearn.errors import UserError
-from cplearn.evaluation.collapse_figures import FIGURES
+from cplearn.evaluation.collapse_figures import FIGURES, as_text
 
 
 def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):
@@ -45,6 +45,26 @@ def test_the_baseline_and_slow_parts_can_be_left_out(run, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["codes.png", "matrices.png", "spectrum.png"]
 
 
+def test_labels_are_shown_as_they_are(run, tmp_path):
+    """Not as formulas of matplotlib or of a spreadsheet, and not as names of files."""
+    label = r"_$\bad$/" + "x" * 300
+    both = ["--checkpoints", *[str(run / name) for name in ("checkpoint.pth", "checkpoint_previous.pth")]]
+    more = ["--labels", label, "=1+1 $", "--baseline", "false", "--components", "2", "--mc_samples", "50"]
+    results = eval_collapse.main([*both, *more, *eval_flags(run, tmp_path)[2:]])
+    assert list(results) == [label, "=1+1 $"]
+    for name in ("spectrum", "mixture", "codes", "tsne"):
+        lines = (tmp_path / f"{name}.csv").read_text().splitlines()
+        assert lines[1].startswith(label) and lines[-1].startswith("'=1+1 $,")
+
+
+def test_text_for_figures():
+    from matplotlib.cbook import is_math_text
+
+    for words in ("$x$", r"\$x$", "a$b", "$$$", "_hidden"):
+        assert not is_math_text(as_text(words)) and not as_text(words).startswith("_")
+    assert len(as_text("x" * 300)) == 60
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -54,6 +74,9 @@ def test_the_baseline_and_slow_parts_can_be_left_out(run, tmp_path):
         (("--mc_samples", "1"), "--mc_samples 1 must be at least 2"),
         (("--tsne_images", "-1"), "--tsne_images -1 must be at least 5"),
         (("--checkpoints", "x.pth"), "give one of them"),
+        (("--seed", "4294967296"), "--seed 4294967296 must not be negative, and be below"),
+        (("--pretrained_weights", ""), "--pretrained_weights is missing"),
+        (("--pretrained_weights", "/nowhere.pth"), "--pretrained_weights /nowhere.pth does not exist"),
     ],
 )
 def test_wrong_flags_are_refused(run, tmp_path, more, message):

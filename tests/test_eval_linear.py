@@ -9,7 +9,7 @@ from helpers import eval_flags, last_result, write_images
 import eval_linear
 import main_cplearn
 from cplearn import checkpoints
-from cplearn.errors import UserError
+from cplearn.errors import UserError, WriteError
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -88,3 +88,15 @@ def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
 def test_blocks_of_a_resnet(run, tmp_path):
     with pytest.raises(UserError, match="--n_last_blocks 4 is for vit_tiny"):
         eval_linear.main(eval_flags(run, tmp_path, "--n_last_blocks", "4", "--augment", "false"))
+
+
+def test_a_folder_that_is_removed_meanwhile_is_named(run, tmp_path, monkeypatch):
+    measure = eval_linear.accuracy
+
+    def accuracy(*args):
+        shutil.rmtree(tmp_path / "out")
+        return measure(*args)
+
+    monkeypatch.setattr(eval_linear, "accuracy", accuracy)  # called after each epoch, before it is saved
+    with pytest.raises(WriteError, match="out was removed meanwhile: run the same command again"):
+        eval_linear.main(eval_flags(run, tmp_path / "out", "--epochs", "2", "--augment", "false"))

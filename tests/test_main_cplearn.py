@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from helpers import (
     ROOT,
     SMALL,
     TORCHRUN,
+    Script,
     fork_script,
     log_of,
     model_of,
@@ -215,6 +219,24 @@ def test_help(tmp_path, script):
         (["--image_size", "4", "--augmentation", "cifar"], "--image_size 4 is too small"),
         (["--arch", "timm:vit_tiny_patch16_224", "--local_crops_number", "1", "--local_image_size", "20"], "20 pixels"),
         (["--data_path=~/none"], "/none is not a folder"),
+        (["--data_path", ""], "--data_path '' is empty"),
+        (["--init_from", ""], "--init_from '' is empty"),
+        (["--output_dir", ""], "--output_dir '' is empty"),
+        (["--class_list", ""], "--class_list '' is empty"),
+        (["--cache_dir", "x" * 300], "--cache_dir xxx"),
+        (["--init_from", "/".join(["x" * 200] * 30)], "is longer than a path can be"),
+        (["--dataset", "digits", "--data_path", "."], "is not read with --dataset digits"),
+        (["--precision", "fp16", "--use_fp16", "false"], "--use_fp16 false means --precision fp32, not fp16"),
+        (["--precision", "bf16", "--use_fp16", "true"], "--use_fp16 true means --precision fp16, not bf16"),
+        (["--lr", "1e300"], "--lr 1e300 must lie between"),
+        (["--n_ref", "1e-320"], "--n_ref 1e-320 must lie between"),
+        (["--epochs", "1e400"], "--epochs 1e400 is not a whole number"),
+        (["--epochs", str(2**63)], "must be below 2^63"),
+        (["--seed", str(2**64)], "must be below 2^63"),
+        (["--dictionary_seed", str(2**63)], "must be below 2^63"),
+        (["--worker_timeout", "1e30"], "--worker_timeout 1e+30 must be at most 1e7"),
+        (["--arch", "resnet50"], "did you mean timm:resnet50"),
+        (["--arch", "timm:resnet10"], "did you mean timm:resnet10t"),
     ],
 )
 def test_wrong_flags_are_one_line_errors_before_training(tmp_path, more, words):
@@ -244,8 +266,10 @@ def test_flags_of_dino_without_meaning_here(flag):
 
 
 def test_an_unknown_flag_is_one_line():
-    with pytest.raises(UserError, match="unrecognized arguments: --outdim 10") as error:
+    with pytest.raises(UserError, match="unrecognized arguments: --outdim 10: did you mean --out_dim") as error:
         main_cplearn.parse_args(["--outdim", "10"])
+    with pytest.raises(UserError, match="did you mean --batch_size_per_gpu"):
+        main_cplearn.parse_args(["--batch-size", "10"])
     assert "\n" not in str(error.value)
 
 
@@ -263,5 +287,68 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.txt")))
 def test_recipes_parse(recipe, image_folder):
-    args = main_cplearn.parse_args([f"@{ROOT}/recipes/{recipe}", "--data_path", str(image_folder)])
+    data = [] if recipe == "digits.txt" else ["--data_path", str(image_folder)]
+    args = main_cplearn.parse_args([f"@{ROOT}/recipes/{recipe}", *data])
     assert args.epochs > 1
+
+
+def test_the_largest_numbers_that_are_let_through_train(tmp_path):
+    large = str(2**63 - 1)
+    record = train(tmp_path, "--max_steps", "2", "--epochs", large, "--seed", large, "--dictionary_seed", large,
+                   "--lr", "1e30", "--print_freq", large, "--saveckp_freq", large)  # fmt: skip
+    assert record["step"] == 2
+
+
+def test_the_flag_of_torch_distributed_launch_changes_nothing(tmp_path):
+    train(tmp_path, "--max_steps", "1", "--local_rank", "0", "--local-rank=0")
+    assert "local_rank" not in json.loads((tmp_path / "args.json").read_text())["args"]
+
+
+# --- output that nobody reads ------------------------------------------------------------------------------
+
+
+def read_a_line_and_leave(folder, *command):
+    """Run a script as `script | head -1` does. Returns the line, and how it ended."""
+    folder.mkdir()
+    pipe = folder / "stdout.txt"
+    os.mkfifo(pipe)
+    script = Script(folder, *command)
+    with open(pipe) as reader:
+        line = reader.readline()
+    pipe.unlink()
+    pipe.touch()
+    return line, script.wait()
+
+
+def test_a_run_goes_on_when_its_reader_leaves(tmp_path):
+    common = ["main_cplearn.py", *SMALL, "--epochs", "2", "--max_steps", "100", "--batch_size_per_gpu", "256"]
+    line, done = read_a_line_and_leave(tmp_path / "said", *common, "--output_dir", str(tmp_path / "out"))
+    assert line and (done.returncode, done.stderr) == (0, "")
+    assert [r["epoch"] for r in log_of(tmp_path / "out")] == [0, 1]
+
+
+def test_a_run_goes_on_when_its_output_cannot_be_written(tmp_path):
+    (tmp_path / "said").mkdir()
+    (tmp_path / "said" / "stdout.txt").symlink_to("/dev/full")
+    run = Script(
+        tmp_path / "said", "main_cplearn.py", *SMALL, "--max_steps", "2", "--output_dir", str(tmp_path / "out")
+    )
+    run.process.join(300)
+    assert (run.poll(), (tmp_path / "said" / "stderr.txt").read_text()) == (0, "")
+    assert len(log_of(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("script", ["main_cplearn.py", "eval_knn.py", "reproduce_table3.py"])
+def test_help_to_a_reader_who_leaves(tmp_path, script):
+    line, done = read_a_line_and_leave(tmp_path / "said", script, "--help")
+    assert line.startswith("usage: ") and (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_is_closed_from_the_start(tmp_path):
+    command = [sys.executable, "main_cplearn.py", *SMALL, "--max_steps", "2", "--output_dir", str(tmp_path)]
+    for closed in (">&-", "<&- >&- 2>&-"):
+        done = subprocess.run(["bash", "-c", f'exec "$@" {closed}', "-", *command], cwd=ROOT, stderr=subprocess.PIPE,
+                              text=True, timeout=300)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+    assert len(log_of(tmp_path)) == 1 and model_of(tmp_path)

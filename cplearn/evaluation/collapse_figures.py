@@ -185,6 +185,7 @@ def style(network_label: str, i: int) -> dict[str, str]:
 
 def as_text(label: str) -> str:
     """Return a user's words for matplotlib, which takes $ for a formula and leaves out what begins with _."""
+    label = label if len(label) <= 60 else f"{label[:57]}..."
     label = label.replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
 

@@ -1,11 +1,15 @@
 """What the evaluations share: flags, the result line, two processes against one."""
 
+import shutil
+
 import pytest
-from helpers import eval_flags, last_result, run_in_processes
+from helpers import eval_flags, last_result, run_in_processes, train
 
 import eval_cluster
+import eval_collapse
 import eval_knn
 import eval_linear
+from cplearn import checkpoints
 from cplearn.errors import UserError
 
 
@@ -31,12 +35,50 @@ def test_scripts_read_everything_from_the_checkpoint(run, tmp_path, image_folder
         (["--nb_knn", "0"], "must be positive"),
         (["--load_features", "/tmp"], "leave out --pretrained_weights"),
         (["--data_path", "/nowhere"], "/nowhere is not a folder"),
+        (["--checkpoint_key", "foo"], "--checkpoint_key foo: .* has no such network"),
+        (["--checkpoint_key", "teacher"], "--checkpoint_key teacher: .* has no such network"),
+        (["--dataset", "digits", "--data_path", "."], "is not read with --dataset digits"),
+        (["--data_path", ""], "--data_path '' is empty"),
+        (["--output_dir", ""], "--output_dir '' is empty"),
+        (["--pretrained_weights", "x" * 300], "--pretrained_weights xxx.* is longer than a path can be"),
+        (["--seed", str(2**32)], "--seed 4294967296 must not be negative, and be below"),
+        (["--image_size", "2"], "--image_size 2: --arch resnet8_w8 cannot take such images"),
+        (["--n_b_k", "2"], "did you mean --nb_knn"),
         (["--output_dir", "/proc/x"], "--output_dir /proc/x cannot be written"),
     ],
 )
 def test_wrong_flags(run, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         eval_knn.main(eval_flags(run, tmp_path, *more))
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "timm:test_vit"])
+def test_a_vit_takes_whole_patches(tmp_path, arch):
+    train(tmp_path, "--arch", arch, "--patch_size", "16", "--max_steps", "1")
+    with pytest.raises(UserError, match="--image_size 33"):
+        eval_knn.main(eval_flags(tmp_path, tmp_path, "--image_size", "33"))
+
+
+def test_the_network_of_bare_weights_has_to_be_there(run, tmp_path):
+    weights = checkpoints.backbone_weights(checkpoints.load(run / "checkpoint.pth"))
+    checkpoints.write(tmp_path / "bare.pth", {"student": weights})
+    common = ["--pretrained_weights", str(tmp_path / "bare.pth"), "--arch", "resnet8_w8", "--nb_knn", "3",
+              "--num_workers", "0", "--device", "cpu"]  # fmt: skip
+    eval_knn.main([*common, "--checkpoint_key", "student"])
+    with pytest.raises(UserError, match="--checkpoint_key teacher: .*bare.pth has no such network|does not fit"):
+        eval_knn.main([*common, "--checkpoint_key", "teacher"])
+
+
+@pytest.mark.parametrize("script", [eval_cluster, eval_collapse])
+def test_a_folder_without_val_is_told_of_the_train_split(run, tmp_path, image_folder, script):
+    shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
+    with pytest.raises(UserError, match="data has no val or test folder: add one, or --split train"):
+        script.main(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
+
+
+def test_the_rank_that_a_launcher_adds_is_in_no_result(run, tmp_path):
+    eval_knn.main(eval_flags(run, tmp_path, "--nb_knn", "3", "--local-rank=0"))
+    assert "local_rank" not in last_result(tmp_path)["flags"]
 
 
 @pytest.mark.parametrize("script", ["eval_knn", "eval_linear", "eval_cluster"])
