@@ -36,11 +36,17 @@ class ArgumentParser(argparse.ArgumentParser):
             colon = "" if _OUR_WORDS.search(match[2]) else ":"
             message = f"{match[1]}{colon} {match[2]}"
         if message.startswith("unrecognized arguments: "):
-            flags = [word.split("=")[0] for word in message.split() if word.startswith("-")]
-            near = [x for flag in flags[:1] for x in difflib.get_close_matches(flag, self._option_string_actions, n=1)]
-            message += f": did you mean {near[0]}?" if near else ""
+            flag = next((word.split("=")[0] for word in message.split() if word.startswith("-")), "")
+            message += self._guess(flag.replace("-", "_").replace("_", "-", 2))
             message += " (--help lists the flags)"
         raise UserError(message)
+
+    def _guess(self, flag: str) -> str:
+        """Return a question that names the flag that was meant, cut short or mistyped; "" if there is none like it."""
+        known = list(self._option_string_actions)
+        cut_short = [x for x in known if len(flag) > 4 and x.startswith(flag)]
+        near = cut_short or difflib.get_close_matches(flag, known, n=1)
+        return f": did you mean {near[0]}?" if near else ""
 
 
 def expand_recipes(argv: Sequence[str]) -> list[str]:

@@ -321,7 +321,7 @@ def read_a_line_and_leave(folder, *command):
 
 
 def test_a_run_goes_on_when_its_reader_leaves(tmp_path):
-    common = ["main_cplearn.py", *SMALL, "--epochs", "2", "--max_steps", "100", "--batch_size_per_gpu", "256"]
+    common = ["main_cplearn.py", *SMALL, "--epochs", "2", "--max_steps", "100", "--batch_size_per_gpu", "128"]
     line, done = read_a_line_and_leave(tmp_path / "said", *common, "--output_dir", str(tmp_path / "out"))
     assert line and (done.returncode, done.stderr) == (0, "")
     assert [r["epoch"] for r in log_of(tmp_path / "out")] == [0, 1]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,14 +45,89 @@ from cplearn.tables.status import snapshot, status_lines
             "--epochs 1 --dataset digits --scale small --train_flags '--beta 0.1'",
             "barlow_twins_c16_s0: --beta belongs to --method cplearn",
         ),
+        ("--epochs 1 --dataset digits --scale small --train_flags=@RECIPE", "--out_dim, --seed is not for the cells"),
+        ("--epochs 1 --dataset digits --train_flags @/nowhere.txt", "@/nowhere.txt cannot be read"),
+        (
+            "--epochs 1 --dataset digits --scale small --table 9 --train_flags '--beta 1'",
+            "would be the same training: take what sets them apart out of --train_flags '--beta 1'",
+        ),
+        ("--epochs 1 --dataset digits --data_path .", "is not read with --dataset digits"),
+        ("--epochs 1 --data_path ''", "--data_path '' is empty"),
+        ("--epochs 1 --dataset digits --seeds 2147483648", "--seeds 2147483648 must not be negative, and be below"),
+        ("--epochs 1 --dataset digits --mehtods swav", "did you mean --methods?"),
         ("--status", "holds no grid"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, message):
-    import shlex
-
+    (tmp_path / "recipe.txt").write_text("--out_dim 64\n--seed=3\n")
+    flags = flags.replace("RECIPE", str(tmp_path / "recipe.txt"))
     with pytest.raises(UserError, match=re.escape(message)):
         reproduce_table3.main(["--output_dir", str(tmp_path / "grid"), *shlex.split(flags)])
+
+
+def small_grid(folder) -> Grid:
+    """Save the grid of one cell, and return it."""
+    flags = f"--output_dir {folder} --scale small --dataset digits --methods swav --out_dims 16 --epochs 2 --ngpus 1"
+    args, _ = reproduce_table3.parse_args(flags.split())
+    grid = reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args))
+    folder.mkdir(exist_ok=True)
+    return grid.save()
+
+
+def refuse(path: Path, flags: str, words: str) -> None:
+    """Check that the grid in the file's folder ends in one line with the file's name, and leaves the file as it is."""
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + words) as error:
+        reproduce_table3.main(["--output_dir", str(path.parent), *flags.split()])
+    assert "\n" not in str(error.value) and path.read_bytes() == before
+
+
+AGAIN = "--scale small --dataset digits --methods swav --out_dims 16"
+
+
+@pytest.mark.parametrize("flags", ["--status", f"{AGAIN} --epochs 3", f"{AGAIN} --minutes_per_cell 3"])
+@pytest.mark.parametrize("content", ['{"settings": {"table"', "[]", "{}", "\0\0"])
+def test_a_damaged_grid_is_not_taken_for_none(tmp_path, flags, content):
+    (tmp_path / "grid.json").write_text(content)
+    refuse(tmp_path / "grid.json", flags, "is damaged")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.pop("settings"), "has no field 'settings'"),
+        (lambda x: x["cells"][0].pop("name"), "has no field 'name'"),
+        (lambda x: x["settings"].update(foreign=1), "unexpected keyword argument 'foreign'"),
+        (lambda x: x["settings"].update(ngpus="8"), "ngpus is '8'"),
+        (lambda x: x["cells"][0].update(train=[1]), r"train is \[1\]"),
+        (lambda x: x["cells"][0].update(evaluate={"knn": "x"}), "evaluate is"),
+        (lambda x: x["cells"][0]["row"].update(out_dim="16"), "out_dim is '16'"),
+        (lambda x: x["cells"].append("x"), "is not what a grid writes"),
+        (lambda x: x.update(cells=7), "is not what a grid writes"),
+    ],
+)
+def test_fields_that_no_grid_writes(tmp_path, change, words):
+    grid = small_grid(tmp_path)
+    content = json.loads((tmp_path / "grid.json").read_text())
+    change(content)
+    (tmp_path / "grid.json").write_text(json.dumps(content))
+    refuse(tmp_path / "grid.json", "--status", words)
+    refuse(tmp_path / "grid.json", f"{AGAIN} --epochs 2 --ngpus 1", words)
+    (tmp_path / "grid.json").unlink()
+    assert grid.save() == grid
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is damaged"),
+        ('{"x": {}}', "step_seconds is None"),
+        ('{"x": {"step_seconds": "1"}}', "step_seconds is '1'"),
+    ],
+)
+def test_timings_that_no_grid_writes(tmp_path, content, words):
+    (tmp_path / "probe.json").write_text(content)
+    refuse(tmp_path / "probe.json", f"{AGAIN} --epochs 2 --dry_run", words)
 
 
 def start(folder, *more: str) -> subprocess.Popen:
@@ -119,9 +195,9 @@ def test_a_killed_grid_goes_on(tmp_path):
     other = start(folder, *flags[:-1], "--local_crops_number 0 --image_size 16 --warmup_epochs 0 --lr 0.1")
     said = other.communicate()[0]
     assert other.returncode == 2 and "--warmup_epochs 0, now --local_crops_number 0" in said, said
-    other = start(folder, *flags, "--seeds", "1", "--data_path", str(tmp_path))
+    other = start(folder, *flags, "--seeds", "1", "--ngpus", "2")
     said = other.communicate()[0]
-    assert other.returncode == 2 and f"--data_path None, now {tmp_path}" in said, said
+    assert other.returncode == 2 and "--ngpus 1, now 2" in said, said
 
 
 def test_a_cell_that_fails_is_named(tmp_path):

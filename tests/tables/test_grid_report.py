@@ -7,6 +7,7 @@ import re
 import pytest
 
 import reproduce_table3
+from cplearn import checkpoints
 from cplearn.tables.cells import Grid
 from cplearn.tables.report import caveats, collect, write
 from cplearn.tables.status import describe, record_trained, snapshot
@@ -106,6 +107,33 @@ def test_a_cell_counts_when_all_of_it_is_there(grid):
     cplearn = collect(grid, states)[0]
     assert cplearn.n == 1 and cplearn.numbers["linear"] == pytest.approx((54, 0))
     assert describe(cell, states[cell.name]) == ("stopped", "before linear")
+
+
+def test_results_of_another_training_do_not_count(grid):
+    cell = grid.cells[0]
+    right = {"method": "cplearn", "out_dim": 128, "seed": 0, "epochs": 1}
+    cases = [
+        ({}, ""),
+        ({"out_dim": 64}, "--out_dim 64, not 128"),
+        ({"seed": 1}, "--seed 1, not 0"),
+        ({"epochs": 9, "method": "swav"}, "--method swav, not cplearn, --epochs 9, not 1"),
+    ]
+    for wrong, words in cases:
+        checkpoints.save(cell.folder / "checkpoint.pth", {"args": right | wrong, "epoch": 1})
+        states = snapshot(grid)
+        assert states[cell.name].complete is (not wrong) and cell.differs() == words
+        assert collect(grid, states)[0].n == (1 if wrong else 2)
+        expected = f"its checkpoint has {words}: move {cell.folder} away"
+        assert describe(cell, states[cell.name]) == (("failed", expected) if wrong else ("done", ""))
+    (cell.folder / "checkpoint.pth").write_bytes(b"no checkpoint")  # an evaluation says so
+    assert cell.differs() == ""
+
+
+def test_a_failure_that_says_nothing(grid):
+    cell = grid.cells[0]
+    (cell.folder / "trained.json").unlink()
+    (cell.folder / "failed.json").write_text('{"foreign": 1}')
+    assert describe(cell, snapshot(grid)[cell.name]) == ("failed", "?, exit code ?: ?")
 
 
 def test_looking_changes_nothing_and_what_a_job_trained_is_recorded(grid):
