@@ -82,7 +82,7 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
         raise UserError(f"--checkpoint_key {key}: {file.path} has no such network: leave it out")
     size = model.image_size
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model.backbone(torch.zeros(1, 3, size, size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

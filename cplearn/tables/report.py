@@ -200,6 +200,9 @@ def setting(cells: list[Cell]) -> str:
     values: dict[str, list] = {}
     for cell in cells:
         run, last = read_json(cell.folder / "args.json"), cell.results()[-1]
+        if not {"args", "derived"} <= run.keys():
+            values.setdefault("without args.json", []).append(cell.name)
+            continue
         args, derived = run["args"], run["derived"]
         for name, value in (
             ("network", args["arch"]),

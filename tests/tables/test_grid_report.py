@@ -129,6 +129,12 @@ def test_results_of_another_training_do_not_count(grid):
     assert cell.differs() == ""
 
 
+def test_a_table_without_a_cells_arguments(grid, tmp_path):
+    (grid.cells[0].folder / "args.json").write_text("{damaged")
+    write(grid, snapshot(grid))
+    assert "Setting: without args.json cplearn_c128_s0; network resnet8;" in (tmp_path / "table3.md").read_text()
+
+
 def test_a_failure_that_says_nothing(grid):
     cell = grid.cells[0]
     (cell.folder / "trained.json").unlink()
