@@ -33,6 +33,7 @@ from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
+from cplearn.host import physical_memory
 from cplearn.precision import float32
 
 
@@ -69,6 +70,12 @@ class CPLearnHead(nn.Module):
                 f"eps {eps:g} must lie between 0 and 1/out_dim = {1 / out_dim:.3g}: use a smaller --eps or --out_dim"
             )
         embed_dim = in_dim if embed_dim is None else embed_dim
+        need = embed_dim * (out_dim / 8 + 4 * in_dim)
+        if need > physical_memory():
+            raise UserError(
+                f"embed_dim {embed_dim} with out_dim {out_dim}: codes and projector take {need / 1e9:,.0f} GB, this "
+                f"machine has {physical_memory() / 1e9:.0f} GB: make one of them smaller"
+            )
         self.dictionary = DICTIONARIES[dictionary](out_dim, embed_dim, seed)
         self.linear = nn.Linear(in_dim, embed_dim)
         self.norm = BatchNorm(embed_dim)

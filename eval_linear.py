@@ -114,13 +114,14 @@ def augmented_batches(
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader.batch_sampler.epoch = epoch
-        for batch in loader:
-            for _, reason in batch.failures:
-                raise LocalError(reason)  # a probe on other images than the user's would be another probe
-            with torch.no_grad():
-                (x,) = augmentations.color_views(batch.crops, batch.params, [view], device)
-                x = backbone_features(model.backbone, x, args.n_last_blocks)
-            yield x, batch.labels.to(device)
+        with loaders.watched(loader, args.worker_timeout) as read:
+            for batch in read:
+                for _, reason in batch.failures:
+                    raise LocalError(reason)  # a probe on other images than the user's would be another probe
+                with torch.no_grad():
+                    (x,) = augmentations.color_views(batch.crops, batch.params, [view], device)
+                    x = backbone_features(model.backbone, x, args.n_last_blocks)
+                yield x, batch.labels.to(device)
 
     return batches
 

@@ -202,9 +202,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, signals: StopSignals) -> Run:
     """Build data, model and optimizer, and load the checkpoint in the folder if there is one."""
     with collectives.raise_on_all_ranks():
+        num_workers = loaders.default_workers(args.num_workers)
         dataset, views = find_images(args)
-    num_workers = loaders.default_workers(args.num_workers)
-    cache = CacheOptions(args.cache, args.cache_dir, num_workers, lambda: signals.name is not None)
+    stop = lambda: signals.name is not None  # noqa: E731
+    cache = CacheOptions(args.cache, args.cache_dir, num_workers, stop, args.worker_timeout)
     images = open_pixels(dataset, views, cache)
     with collectives.raise_on_all_ranks():
         run = assemble(args, images, device, lock, signals)

@@ -411,7 +411,9 @@ def stress_images(folder: Path, images: int, rng: random.Random) -> list[tuple]:
         if any(finish(start(out, 1, *more))):
             raise RuntimeError(f"training on damaged images ended; see {folder}/said.txt")
         outs.append(out)
-        listed = {line.split("\t")[0] for line in (out / "bad_images.txt").read_text().splitlines()}
+        listed = {
+            datasets.from_printable(line.split("\t")[0]) for line in (out / "bad_images.txt").read_text().splitlines()
+        }
         if not listed <= {str(n) for n in dataset.names} or len(listed) > unreadable:
             raise RuntimeError(f"{out}/bad_images.txt lists {len(listed)} files, {unreadable} are unreadable")
     replaced = sum(record["replaced_images"] for record in weights_and_log(outs[0])[1])

@@ -231,3 +231,8 @@ def test_half_precision_logits_are_raised_to_float32():
 def test_a_single_view_is_refused():
     with pytest.raises(ValueError, match="two or more views"):
         cplearn_loss(logits_of(1), LossSpec(0.25))
+
+
+def test_a_head_that_no_machine_holds_is_refused_before_it_is_made():
+    with pytest.raises(UserError, match=r"embed_dim 2147483648 with out_dim 16: .* take [\d,]+ GB, this machine has"):
+        CPLearnHead(384, 16, embed_dim=2**31)
