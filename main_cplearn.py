@@ -115,7 +115,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
     g.add_argument("--dist_timeout", type=positive(float), default=5.0, help="Minutes to wait for all processes at the start")
-    g.add_argument("--peer_timeout", type=positive(float), default=30.0, help="Minutes without an answer after which another process counts as hung")
+    g.add_argument("--peer_timeout", type=positive(float), default=5.0, help="Minutes without a sign of life after which another process counts as frozen")
     # fmt: on
     return p
 

@@ -109,8 +109,22 @@ def leave_group() -> None:
     What is left of DDP in reference cycles must be gone by then: collected after its group it aborts the process.
     """
     if in_group():
+        if "cplearn.distributed.alive" in sys.modules:
+            sys.modules["cplearn.distributed.alive"].stop(done=True)
         gc.collect()
         sys.modules["torch"].distributed.destroy_process_group()
+
+
+def _report(code: int, line: str) -> None:
+    """What `run_script` was given."""
+
+
+def end_at_once(error: ExpectedError) -> None:
+    """End the process as `run_script` does, from a thread: the main one hangs in a call that no exception reaches."""
+    _report(error.exit_code, str(error))
+    sys.stdout.flush()
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 
 def run_script(
@@ -120,6 +134,8 @@ def run_script(
 
     Rank 0 prints what all ranks meet alike. `report` is called with code and line before the process ends.
     """
+    global _report
+    _report = report
     try:
         main(None)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # too late to stop what is done
@@ -131,7 +147,7 @@ def run_script(
         if code == 1 or isinstance(error, SystemExit):
             raise
         alone = getattr(error, "alone", True)
-        if code != 130 and (alone or int(os.environ.get("RANK", "0")) == 0):
+        if code != 130 and (alone or os.environ.get("RANK", "0") == "0"):
             label = "" if isinstance(error, Interrupted) else "error: "
             print(f"{Path(sys.argv[0]).name}: {label}{line}", file=sys.stderr)
         if isinstance(error, Interrupted):  # all ranks come here together

@@ -1,6 +1,6 @@
 """Starting: join the process group that the launcher announces, meet the other ranks, check the connection.
 
-The only file that reads launcher variables.
+Launcher variables are checked here, before anything else reads them.
 """
 
 import json
@@ -13,23 +13,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cplearn.distributed import alive
 from cplearn.distributed.collectives import local_world_size, world_size
-from cplearn.errors import PeerError, UserError
+from cplearn.errors import LocalError, PeerError, UserError
 from cplearn.files import remove_quietly, write_text
 from cplearn.host import host_name, keep_freed_memory
 from cplearn.text import format_table
 
+# How long a rank may work while the others wait for it in a collective: rank 0 alone may decode images into a cache,
+# scan a data set or save to a slow disk. A rank that does nothing at all is found much earlier (`alive.py`).
+COLLECTIVE_MINUTES = 30.0
+
 
 def init(
-    dist_url: str = "env://", device: str = "auto", minutes: float = 5.0, peer_minutes: float = 30.0
+    dist_url: str = "env://", device: str = "auto", minutes: float = 5.0, peer_minutes: float = 5.0
 ) -> torch.device:
     """Join the process group that the launcher (torchrun) announces, if any, and return this rank's device.
 
-    NCCL serves GPUs, gloo CPUs. Raises `UserError` for a device that is not there, for more processes than GPUs or two
-    on one GPU, and `PeerError` that names the ranks which have not come within `minutes`. A collective that takes
-    longer than `peer_minutes` fails.
+    NCCL serves GPUs, gloo CPUs. Raises `UserError` for launcher variables that make no sense, for a device that is not
+    there, for more processes than GPUs or two on one GPU, and `PeerError` that names the ranks which have not come
+    within `minutes`. A process that gives no sign of life for `peer_minutes` ends the others, with its name; a
+    collective that takes longer than that and than `COLLECTIVE_MINUTES` fails.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    numbers = launcher_numbers()
+    local_rank = numbers.get("LOCAL_RANK", 0)
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device} is unknown: auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -40,41 +47,73 @@ def init(
             f"{local_world_size()} processes but {torch.cuda.device_count()} GPUs on this machine: "
             f"use --nproc_per_node={torch.cuda.device_count()}, or --device cpu"
         )
+    if use_gpu and local_rank >= torch.cuda.device_count():
+        raise LocalError(
+            f"LOCAL_RANK {local_rank} but {torch.cuda.device_count()} GPUs on this machine: start one process per GPU"
+        )
     place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)
     keep_freed_memory()
-    if "RANK" in os.environ and not dist.is_initialized():
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if "RANK" in numbers and not dist.is_initialized():
+        rank, world = numbers["RANK"], numbers["WORLD_SIZE"]
         store = _store(dist_url, rank, world, timedelta(minutes=minutes))
         check_in(store, rank, world, place, minutes)
-        if dist_url.startswith("file://") and rank == 0:
-            remove_quietly(Path(dist_url.removeprefix("file://")))
+        if dist_url.startswith("file://") and rank == 0 and _is_rendezvous(path := _path_of(dist_url)):
+            remove_quietly(path)
         try:
             dist.init_process_group(
                 "nccl" if use_gpu else "gloo",
                 store=dist.PrefixStore("group", store),
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(minutes=peer_minutes),
+                timeout=timedelta(minutes=max(peer_minutes, COLLECTIVE_MINUTES)),
                 device_id=place if use_gpu else None,
             )
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:150]
             raise PeerError(f"rank {rank} cannot connect to the others ({reason}): see their messages") from None
+        names = [f"rank {one['rank']} (process {one['pid']} on {one['host']})" for one in _everyone]
+        alive.start(dist.PrefixStore("alive", store), rank, names, peer_minutes)
     return place
+
+
+def launcher_numbers() -> dict[str, int]:
+    """Return the launcher's variables that are set. Raises `LocalError` for values that cannot be meant."""
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if name in os.environ:
+            text = os.environ[name]
+            least = int(name.endswith("SIZE"))
+            if not text.isdecimal() or int(text) < least:
+                what = f"environment variable {name}={text!r} is not a whole number of at least {least}"
+                raise LocalError(f"{what}: let torchrun set it, or unset it")
+            numbers[name] = int(text)
+    if ("RANK" in numbers) != ("WORLD_SIZE" in numbers):
+        there, absent = ("RANK", "WORLD_SIZE") if "RANK" in numbers else ("WORLD_SIZE", "RANK")
+        if there == "RANK" or numbers[there] > 1:
+            raise LocalError(f"environment variable {there}={numbers[there]} without {absent}: set both, or unset it")
+    if "RANK" in numbers and numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise LocalError(
+            f"environment variables RANK={numbers['RANK']} and WORLD_SIZE={numbers['WORLD_SIZE']}: ranks count from 0 "
+            f"to {numbers['WORLD_SIZE'] - 1}"
+        )
+    return numbers
 
 
 def _store(dist_url: str, rank: int, world: int, timeout: timedelta) -> dist.Store:
     """Return where the ranks meet. Unlike torch's own rendezvous it does not wait for all of them: `check_in` does."""
     if dist_url.startswith("file://"):
-        return _store_named_in(Path(dist_url.removeprefix("file://")), rank, world, timeout)
+        return _store_named_in(_path_of(dist_url), rank, world, timeout)
     if dist_url.startswith("tcp://"):
-        host, _, port = dist_url.removeprefix("tcp://").partition(":")
+        host, _, port = dist_url.removeprefix("tcp://").rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")  # an IPv6 address
+        found = f"host {host!r}, port {port!r}"
     else:
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdigit():
-        raise UserError(f"--dist_url {dist_url} names no host and port (MASTER_ADDR {host!r}, MASTER_PORT {port!r})")
+        found = f"MASTER_ADDR {host!r}, MASTER_PORT {port!r}"
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--dist_url {dist_url} names no host and port from 1 to 65535 ({found}): tcp://HOST:PORT")
     of_torchrun = dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
@@ -93,11 +132,15 @@ def _store_named_in(path: Path, rank: int, world: int, timeout: timedelta) -> di
     """Let rank 0 listen on a free port and write into the file where; the others read it there.
 
     No port is fixed, nothing is locked, and a file left by an earlier start does no harm: its address answers no more,
-    or not with the number that is in the file. `check_in` removes it.
+    or not with the number that is in the file. `init` removes it. Any other file is refused, and stays.
     """
+    if path.exists() and not _is_rendezvous(path):
+        raise UserError(f"--dist_url file://{path} is there already, and not from an earlier start: name a new file")
+    if not path.parent.is_dir():
+        raise UserError(f"--dist_url file://{path}: there is no folder {path.parent}, create it or name another file")
     if rank == 0:
-        here = {"host": host_name(), "number": uuid.uuid4().hex}
-        store = dist.TCPStore(here["host"], 0, world, True, timeout, wait_for_workers=False)
+        here = {_OURS: host_name(), "number": uuid.uuid4().hex}
+        store = dist.TCPStore(here[_OURS], 0, world, True, timeout, wait_for_workers=False)
         store.set("number", here["number"])
         write_text(path, json.dumps({**here, "port": store.port}))
         return store
@@ -106,7 +149,7 @@ def _store_named_in(path: Path, rank: int, world: int, timeout: timedelta) -> di
         try:
             there = json.loads(path.read_text())
             store = dist.TCPStore(
-                there["host"], there["port"], world, False, timedelta(seconds=10), wait_for_workers=False
+                there[_OURS], there["port"], world, False, timedelta(seconds=10), wait_for_workers=False
             )
             if store.check(["number"]) and store.get("number").decode() == there["number"]:
                 store.set_timeout(timeout)
@@ -116,6 +159,23 @@ def _store_named_in(path: Path, rank: int, world: int, timeout: timedelta) -> di
         if time.monotonic() > end:
             raise PeerError(f"rank {rank} has not found rank 0's address in {path}: see rank 0's own log")
         time.sleep(0.2)
+
+
+_OURS = "cplearn_rank_0_is_on"  # the first key in the file of file://, by which we know it
+
+
+def _path_of(dist_url: str) -> Path:
+    return Path(dist_url.removeprefix("file://"))
+
+
+def _is_rendezvous(path: Path) -> bool:
+    """Return whether the file is one that rank 0 wrote, if only its beginning, or empty, as mktemp makes them."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    mark = f'{{"{_OURS}": '.encode()
+    return content.startswith(mark) or mark.startswith(content)
 
 
 _everyone: list[dict] = []  # who takes part, by rank

@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
-from helpers import SERVER, SMALL, fork_script, run_in_processes
+from helpers import SERVER, SMALL, Script, fork_script, run_in_processes
 
-from cplearn.distributed import collectives, launch
-from cplearn.errors import UserError
+from cplearn.distributed import alive, collectives, launch
+from cplearn.errors import LocalError, UserError
+from cplearn.host import host_name
 
 
 def test_devices_that_are_not_there(monkeypatch):
@@ -46,11 +47,106 @@ def test_an_address_left_by_an_earlier_start_does_no_harm(tmp_path, left):
     other = torch.distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
     other.set("number", "theirs")
     port = other.port if left == "somebody else listens" else 9
-    address = json.dumps({"host": "127.0.0.1", "port": port, "number": "mine"})
+    address = json.dumps({launch._OURS: "127.0.0.1", "port": port, "number": "mine"})
     file = tmp_path / f"init_{_sum_of_ranks.__name__}"
-    file.write_text(address[:20] if left == "cut" else address)
+    file.write_text(address[:40] if left == "cut" else address)
     assert run_in_processes(tmp_path, _sum_of_ranks) == [3.0, 3.0]
     assert not file.exists()
+
+
+@pytest.mark.parametrize("content", ["my only copy", '{"host": "a", "number": 1}', '{"cplearn_results": 1}', None])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_file_that_is_not_an_address_is_refused_and_stays(tmp_path, monkeypatch, rank, content):
+    file = tmp_path / "thesis.txt"
+    file.mkdir() if content is None else file.write_text(content)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"--dist_url file:///.*thesis.txt is there already.*: name a new file"):
+        launch.init(f"file://{file}", "cpu", 0.02)
+    assert file.is_dir() if content is None else file.read_text() == content
+    with pytest.raises(UserError, match="there is no folder .*nowhere, create it"):
+        launch.init(f"file://{tmp_path}/nowhere/meet", "cpu", 0.02)
+
+
+@pytest.mark.parametrize("url", ["tcp://host:99999", "tcp://host:0", "tcp://host", "tcp://:29500", "tcp://host:x", "tcp://",
+                                 "tcp://host:²", "env://"])  # fmt: skip
+def test_an_address_that_cannot_be_one(monkeypatch, url):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "99999"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"--dist_url {url} names no host and port from 1 to 65535"):
+        launch.init(url, "cpu", 0.02)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' is not a whole number of at least 0"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK='' is not a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' is not a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "1e3"}, "WORLD_SIZE='1e3' is not a whole number of at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number of at least 1"),
+        ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 and WORLD_SIZE=2: ranks count from 0 to 1"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is not a whole number"),
+        ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE='many' is not a whole number"),
+    ],
+)
+def test_launcher_variables_that_cannot_be_meant(monkeypatch, tmp_path, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LocalError, match=words):
+        launch.init("env://", "cpu")
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "x"}, {"RANK": "5", "WORLD_SIZE": "2"}])
+def test_every_process_with_wrong_variables_says_so_in_one_line(tmp_path, variables):
+    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--output_dir", str(tmp_path / "out"), **variables)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("main_cplearn.py: error: environment variable")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("frozen", [0, 1])  # the ranks meet in rank 0's process
+def test_a_frozen_rank_is_named_by_the_other(tmp_path, frozen):
+    out = tmp_path / "out"
+    flags = ["main_cplearn.py", *SMALL, "--epochs", "100000", "--print_freq", "1", "--peer_timeout", "0.1",
+             "--output_dir", out, "--dist_url", f"file://{tmp_path}/meet"]  # fmt: skip
+    ranks = [Script(tmp_path / f"said{r}", *flags, RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2")
+             for r in range(2)]  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not ranks[0].files[0].exists() or "epoch 1/" not in ranks[0].files[0].read_text():
+            assert ranks[0].poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(ranks[frozen].pid, signal.SIGSTOP)
+        done = ranks[1 - frozen].wait()
+        assert done.returncode == 6, done.stderr
+        name = f"rank {frozen} (process {ranks[frozen].pid} on {host_name()})"
+        assert f"{name} gives no sign of life for 0.1 minutes" in done.stderr
+        os.kill(ranks[frozen].pid, signal.SIGCONT)
+        assert ranks[frozen].wait().returncode == 6  # the other one has gone
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+
+
+def _work_long_alone(rank):
+    """Rank 1 waits for rank 0 in a collective for longer than a rank may be silent; then rank 1 has ended, and rank 0
+    works on."""
+    alive.start(torch.distributed.distributed_c10d._get_default_store(), rank, ["rank 0", "rank 1"], 0.03)
+    collectives.on_main(time.sleep, 3)
+    if rank == 1:
+        alive.stop(done=True)
+    time.sleep(3)
+    return torch.tensor(rank)
+
+
+@pytest.mark.dist
+def test_a_rank_that_works_long_or_has_ended_is_not_taken_for_frozen(tmp_path):
+    assert run_in_processes(tmp_path, _work_long_alone) == [0, 1]
 
 
 def _wait_for_rank_1(meet):
