@@ -3,16 +3,19 @@
     python cplearn/slurm/__main__.py task FOLDER                              # under srun: one process of the job
     python cplearn/slurm/__main__.py finish FOLDER MAX_REQUEUES SRUN_CODE     # the last line: requeue the job or not
 
-By its path, because `python -m` puts the working folder first on the path: a `cplearn` or a `utils.py` that lies there
-would be imported instead of this checkout's. The working folder itself stays, so relative paths keep their meaning.
+By its path, because `python -m` puts the working folder first on the path: a `cplearn` or a `torch.py` that lies there
+would be imported instead of the real one. The working folder itself stays, so relative paths keep their meaning.
 """
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [str(here.parents[1]), *(x for x in sys.path if x != str(here))]
+    here = os.path.dirname(os.path.realpath(__file__))
+    # An empty part of PYTHONPATH (as in $PYTHONPATH:/x) is the working folder, too.
+    others = [x for x in sys.path if os.path.realpath(x) not in (here, os.getcwd())]
+    sys.path[:] = [os.path.dirname(os.path.dirname(here)), *others]
     what, folder, *more = sys.argv[1:]
     if what == "task":
         import submitit.core.submission

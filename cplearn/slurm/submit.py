@@ -46,9 +46,18 @@ class Resources:
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
+# After a line's end whatever follows is a command, and other control characters are as unwelcome. sbatch takes a
+# backslash for an escape, even where the shell does not, and in the name of a log for "%j is no number".
+_NOT_IN_ARGUMENTS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NOT_IN_OPTIONS = re.compile(rf"{_NOT_IN_ARGUMENTS.pattern}|\\")
+
+
 @dataclass(frozen=True)
 class JobRequest:
-    """A job to submit. In `argv` and `output_dir`, %j is its number."""
+    """A job to submit. In `argv` and `output_dir`, %j is its number.
+
+    Raises `UserError` for a character that must not get into a batch script, whichever flag it came with.
+    """
 
     script: str  # module name of the entry point
     argv: list[str]
@@ -56,6 +65,14 @@ class JobRequest:
     resources: Resources
     name: str | None = None  # of the job; None: the output folder's
     dependency: str | None = None  # as sbatch has it: afterok:123
+
+    def __post_init__(self):
+        options = {**vars(self.resources), "output_dir": self.output_dir, "name": self.name}
+        words = [(f"--{k}", x, _NOT_IN_OPTIONS) for k, v in options.items() for x in (v if k == "sbatch" else [v])]
+        words += [(f"the arguments of {self.script}", x, _NOT_IN_ARGUMENTS) for x in self.argv]
+        for where, word, unwanted in words:
+            if found := unwanted.search(str(word)):
+                raise UserError(f"{where}: {str(word)!a} holds the character {found[0]!a}: leave it out")
 
     @property
     def folder(self) -> Path:
@@ -93,7 +110,9 @@ def submit(request: JobRequest) -> str:
         with submitit.helpers.clean_env(), contextlib.redirect_stderr(captured):  # this may be typed in another job
             if resources.local:
                 threads = os.environ.get("OMP_NUM_THREADS") or str(_threads(resources))
-                with submitit.core.utils.environment_variables(OMP_NUM_THREADS=threads), _without_terminal():
+                # The controller is started with -m, which would import a submitit.py of the working folder.
+                alone = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
+                with submitit.core.utils.environment_variables(**alone), _without_terminal():
                     job = _local_executor(request).submit(task).job_id
             else:
                 job = _slurm_executor(request).submit(task).job_id

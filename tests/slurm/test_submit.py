@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cplearn.errors import UserError
 from cplearn.host import process_start
 from cplearn.slurm.checks import _minutes
 from cplearn.slurm.status import status
+from cplearn.slurm.submit import JobRequest, Resources, batch_script
 
 
 @pytest.mark.parametrize(
@@ -110,17 +112,95 @@ def test_a_local_job_that_fails_says_why(tmp_path):
     assert process_start(int(job)) is None
 
 
+def fill_with_other_modules(folder):
+    (folder / "cplearn").mkdir()
+    for name in (
+        "utils", "errors", "datasets", "cplearn/__init__", "main_cplearn", "cplearn_head", "vision_transformer", "job",
+        "submit", "slurm_jobs", "submitit", "torch", "numpy",
+    ):  # fmt: skip
+        (folder / f"{name}.py").write_text("raise RuntimeError('a module of another project')\n")
+
+
 def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
-    (tmp_path / "cplearn").mkdir()
-    for name in ("utils.py", "errors.py", "datasets.py", "cplearn/__init__.py", "main_cplearn.py", "cplearn_head.py",
-                 "vision_transformer.py", "job.py", "submit.py"):  # fmt: skip
-        (tmp_path / name).write_text("raise RuntimeError('a module of another project')\n")
+    fill_with_other_modules(tmp_path)
     command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
     command += ["--data_path", str(image_folder), "--max_steps", "1", "--output_dir", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     job = re.search(r"Submitted job (\d+)", done.stdout)[1]
     assert "COMPLETED" in wait_end(tmp_path / "out", job)
+
+
+def test_the_batch_script_imports_nothing_from_the_working_folder(tmp_path):
+    fill_with_other_modules(tmp_path)
+    command = [sys.executable, str(ROOT / "cplearn/slurm/__main__.py"), "finish", "/nowhere", "0", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep, "SLURM_JOB_ID": "7"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (4, "job 7: /nowhere is gone\n", "")
+
+
+def hostile_strings(marker) -> list[str]:
+    """Text that does something, or becomes something else, where it is not quoted."""
+    around = [
+        ("\n", "\n"), ("\r\n", "\n"), ("\r", "\r"), ("\x0b", ""), ("\x0c", ""), ("\x85", ""), ("\u2028", ""),
+        ("\u2029", ""), ("\x00", ""), ("\x1b", ""), ("$(", ")"), ("`", "`"), ("; ", ";"), ("' ; ", " ; '"),
+        ('" ; ', ' ; "'), ("| ", ""), ("&& ", ""), ("& ", " &"), ("\\\n", ""), ("\\' ; ", ""), ("<(", ")"), (">(", ")"),
+        ("${x:-$(", ")}"), ("#\n", ""), ("EOF\n", ""), ("'$(", ")'"), ('"$(', ')"'), ("\\", ""), ("$'\\n", "'"),
+        ("%j; ", ""),
+    ]  # fmt: skip
+    actions = [f"{before}touch {marker}{after}" for before, after in around]
+    inert = [
+        "a b", " a", "a ", "", " ", "'", '"', "''", "a'b", 'a"b', "$HOME", "~", "*", "?", "[a]", "{a,b}", "!!", "#",
+        "a#b", " #", "--help", "-x", "--wrap=x", "=", "==", "%", "%%", "%j", "%t", "%x", "\t", "\\", "é", "名前", "🙂",
+        "\u202e", "\xa0", "\udc80", "None", "True", "0", "-1", "a,b", "n[1-2]", "&", ";", "|", "<", ">", "(", ")",
+    ]  # fmt: skip
+    mixed = [before + action for before in ("a", "--x=", "é ", "'") for action in actions]
+    return [*actions, *inert, *mixed]
+
+
+def test_no_value_of_a_flag_becomes_a_command_or_another_value(tmp_path, monkeypatch):
+    marker, called = tmp_path / "marker", tmp_path / "called"
+    recorder = tmp_path / "bin/srun"  # instead of srun, and of the interpreter in the script's last line
+    recorder.parent.mkdir()
+    recorder.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >> {called}\n')
+    recorder.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(recorder))
+    strings = hostile_strings(marker)
+    assert len(strings) >= 200
+    refused = 0
+    for text in strings:
+        options = {name: text for name in ("partition", "account", "qos", "constraint", "exclude", "comment")}
+        flags = run_with_submitit.get_args_parser().parse_args([])
+        flags.__dict__.update(options, sbatch=[f"reservation={text}"])
+        out = tmp_path / f"out{text.replace('/', '_')}"
+        try:
+            request = JobRequest("main_cplearn", [text], out, Resources.from_args(flags), text or None)
+            script = batch_script(request)
+        except UserError as error:
+            assert str(error).isprintable() and len(str(error).splitlines()) == 1
+            assert re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\]", text), text
+            refused += 1
+            continue
+        asked = {k: shlex.split(v) for k, v in re.findall(r"#SBATCH --([a-z-]+)=(.*)", script)}
+        given = {**options, "job-name": text or out.name} | ({"reservation": text} if text else {})
+        assert {k: asked[k] for k in given} == {k: [v] for k, v in given.items()}
+        called.unlink(missing_ok=True)
+        done = subprocess.run(["bash"], input=script, env={**os.environ, "PATH": f"{recorder.parent}:/usr/bin:/bin"},
+                              cwd=tmp_path, capture_output=True, text=True, timeout=60)  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), text
+        words = called.read_text().split("\0")
+        assert words[words.index("--output") + 1] == f"{out}/slurm/%j_0_log.out".replace("_0_", "_%t_")
+        assert words[words.index("task") + 1] == words[words.index("finish") + 1] == str(out / "slurm")
+        assert not marker.exists(), text
+    assert 50 < refused < 150
+
+
+@pytest.mark.parametrize("flag", "comment name partition account qos constraint exclude output_dir data_path".split())
+def test_a_line_end_in_a_flag_is_refused(tmp_path, flag):
+    with pytest.raises(UserError, match="'.*touch b' holds the character '.n': leave it out") as caught:
+        run_with_submitit.main(["--dry_run", "--output_dir", str(tmp_path / "out"), f"--{flag}", "a\ntouch b"])
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("the arguments of main_cplearn" if flag == "data_path" else f"--{flag}")
 
 
 def test_a_local_job_does_not_hold_the_pipe_of_its_launcher_and_ends_with_its_controller(tmp_path, image_folder):
