@@ -96,6 +96,7 @@ def check_flags(args: argparse.Namespace, rest: list[str]) -> Path:
     """Check the entry point's flags, now and not after hours in a queue; return its output folder. Raises `UserError`."""
     parsed = checks.parse_flags(args.script, rest)
     checks.check_inputs(parsed, may_come=bool(args.dependency) or "%j" in " ".join(rest))
+    checks.check_run(parsed)
     data_path = checks.path_of(parsed, "data_path")
     if args.then and os.path.exists(data_path) and parsed.dataset == "folder":
         if not any(os.path.isdir(os.path.join(data_path, split)) for split in ("val", "test")):

@@ -6,9 +6,11 @@ import re
 import sys
 
 import pytest
+import torch
 from helpers import run_script
 
 import run_with_submitit
+from cplearn import backbones
 from cplearn.errors import UserError
 
 
@@ -68,11 +70,37 @@ def test_the_batch_script_of_8_gpus(tmp_path):
         (["--script", "eval_knn", "--pretrained_weights", "/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--script", "eval_knn", "--load_features", "/nowhere"], "--load_features /nowhere does not exist"),
         (["--dry_run", "--momentum_teacher", "0.99"], "--momentum_teacher belongs to --method dino"),
+        (["--dry_run", "--arch", "nope"], "--arch nope is unknown"),
+        (["--dry_run", "--arch", "timm:nope"], "--arch timm:nope is unknown"),
+        (["--dry_run", "--augmentation", "nope"], "--augmentation nope is unknown"),
+        (["--dry_run", "--image_size", "50"], "--image_size 50 is not a multiple of --patch_size 16"),
+        (["--dry_run", "--arch", "resnet8", "--image_size", "2"], "resnet8 cannot take images of 2 pixels|too small"),
+        (["--dry_run", "--out_dim", "1"], "out_dim 1 is too small"),
+        (["--dry_run", "--eps", "0.5"], "eps 0.5 must lie between 0 and 1/out_dim"),
+        (["--dry_run", "--n_ref", "0"], "--n_ref 0 must be positive"),
+        (["--dry_run", "--method", "nope"], "--method nope is unknown"),
+        (["--dry_run", "--dataset", "nope"], "--dataset nope is unknown"),
+        (["--dry_run", "--dataset", "cifar10"], "--dataset cifar10 needs --data_path"),
+        (["--dry_run", "--data_path", "/data", "--class_list", "/nowhere.txt"], "--class_list /nowhere.txt does not"),
+        (["--dry_run", "--dataset", "cifar10", "--data_path", "/data", "--class_list", "imagenet100.txt"], "only goes"),
+        (["--dry_run", "--arch", "resnet8", "--grad_checkpointing"], "--grad_checkpointing is for ViTs"),
+        (["--dry_run", "--init_from", "/etc/hostname"], "/etc/hostname is .*use"),
+        (["--dry_run", "--script", "eval_knn", "--pretrained_weights", "/etc/hostname"], "/etc/hostname is .*use"),
     ],
 )
 def test_wrong_flags_before_anything_is_submitted(flags, words):
     with pytest.raises(UserError, match=words):
         run_with_submitit.main(flags)
+
+
+def test_weights_to_start_from_must_fit(tmp_path, capsys):
+    flags = ["--dry_run", "--output_dir", str(tmp_path / "out"), "--out_dim", "40",
+             "--init_from", str(tmp_path / "backbone.pth")]  # fmt: skip
+    torch.save(backbones.ResNet8(8).state_dict(), tmp_path / "backbone.pth")
+    run_with_submitit.main([*flags, "--arch", "resnet8_w8"])
+    assert "resnet8_w8" in capsys.readouterr().out
+    with pytest.raises(UserError, match="backbone.pth does not fit this model: .* check --arch"):
+        run_with_submitit.main([*flags, "--arch", "resnet8_w16"])
 
 
 def test_without_slurm_the_error_names_the_ways_out(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from cplearn.errors import UserError
@@ -35,6 +36,47 @@ def check_inputs(parsed: argparse.Namespace, *, may_come: bool) -> None:
     data_path = path_of(parsed, "data_path")
     if data_path and not os.path.exists(data_path):
         print(f"WARNING: --data_path {data_path} does not exist on this machine", file=sys.stderr)
+
+
+def check_run(parsed: argparse.Namespace) -> None:
+    """Raise `UserError` for what the entry point itself would refuse at its start, as far as it shows without images.
+
+    The model is built without weights (torch's meta device), which takes neither time nor memory.
+    """
+    from cplearn import backbones, checkpoints
+    from cplearn.data import datasets
+
+    if parsed.class_list:
+        datasets.read_class_list(parsed.class_list)
+    weights = path_of(parsed, "pretrained_weights") or path_of(parsed, "init_from")
+    state = checkpoints.load_file(weights, checkpoints.DINO_CLASSES) if os.path.exists(weights) else None
+    if not hasattr(parsed, "method"):
+        return  # an evaluation: its model is that of the weights
+
+    import torch
+
+    from cplearn.data import augmentations
+    from cplearn.methods import build_method
+
+    if not parsed.data_path or (parsed.class_list and parsed.dataset != "folder"):
+        datasets.build_dataset(parsed.dataset, None, "train", parsed.class_list)
+    views = augmentations.build_views(
+        parsed.augmentation,
+        size=parsed.image_size,
+        local_size=parsed.local_image_size,
+        n_local=parsed.local_crops_number,
+        global_scale=tuple(parsed.global_crops_scale),
+        local_scale=tuple(parsed.local_crops_scale),
+    )
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that weights cannot be copied there
+        backbone = build_method(parsed).backbone
+        for size in sorted({view.size for view in views}):
+            backbones.check_image_size(backbone, parsed.arch, size)
+        if parsed.grad_checkpointing:
+            backbones.checkpoint_blocks(backbone, parsed.arch)
+        if state is not None:
+            checkpoints.load_backbone(backbone, state, weights)
 
 
 def output_dir_of(script: str, argv: list[str], parsed: argparse.Namespace) -> Path:
