@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from cplearn.errors import Interrupted, PeerError, UserError
@@ -54,8 +55,25 @@ def account_of(job: str) -> dict[str, str]:
 
 
 def submissions(folder: Path) -> list[dict]:
-    """Return the lines of jobs.jsonl, oldest first."""
-    return read_json_lines(folder / "jobs.jsonl")
+    """Return the lines of jobs.jsonl, oldest first. Warns about lines that no submission wrote, and leaves them out.
+
+    Raises `UserError` for a file that is no text.
+    """
+    try:
+        lines = read_json_lines(folder / "jobs.jsonl")
+    except ValueError:
+        raise UserError(f"{folder / 'jobs.jsonl'} is not UTF-8 text: move it away, or restore it") from None
+    fields = {"job": str, "cluster": str, "script": str, "processes": int, "time": float}
+    ours = [x for x in lines if _has(x, fields) and x["job"].isdecimal() and x["processes"] > 0]
+    if len(ours) < len(lines):
+        count = len(lines) - len(ours)
+        print(f"WARNING: {folder / 'jobs.jsonl'} has {count} lines that no submission wrote: left out", file=sys.stderr)
+    return ours
+
+
+def _has(record: object, fields: dict[str, type]) -> bool:
+    """Whether what was read from a file is an object with these fields, each of its type."""
+    return isinstance(record, dict) and all(type(record.get(k)) is kind for k, kind in fields.items())
 
 
 def read_ends(folder: Path, job: str) -> list[dict]:
@@ -63,7 +81,8 @@ def read_ends(folder: Path, job: str) -> list[dict]:
 
     A process that runs, or was killed, has no entry.
     """
-    ends = [end for path in folder.glob(f"{job}_*_end.json") if (end := read_json(path))]
+    fields = {"code": int, "line": str, "rank": int, "host": str, "restarts": int, "time": float}
+    ends = [end for path in folder.glob(f"{job}_*_end.json") if _has(end := read_json(path), fields)]
     last = max((end["restarts"] for end in ends), default=0)
     return sorted((end for end in ends if end["restarts"] == last), key=lambda end: end["time"])
 
@@ -84,7 +103,7 @@ def job_state(folder: Path, entry: dict) -> dict[str, str]:
         known = show_job(job)
         if known:
             return restarts | known
-    elif process_start(int(job)) == entry["started"]:
+    elif "started" in entry and process_start(int(job)) == entry["started"]:
         return restarts | {"JobState": "RUNNING"}
     codes = {end["code"] for end in ends}
     if len(ends) < entry["processes"]:
@@ -123,6 +142,13 @@ def status(output_dir: str) -> list[str]:
 
 def progress(folder: Path, job: str, *, running: bool) -> str:
     """Return epoch, step and remaining time, from log.txt, args.json and the last line that the job printed."""
+    try:
+        return _progress(folder, job, running=running)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return "progress unknown: args.json or log.txt is not a run's"
+
+
+def _progress(folder: Path, job: str, *, running: bool) -> str:
     start = read_json(folder.parent / "args.json")
     if not start:
         return "nothing trained yet"
@@ -145,6 +171,7 @@ def last_error(folder: Path, entry: dict, now: dict[str, str]) -> str:
     ends, job = read_ends(folder, entry["job"]), entry["job"]
     end = the_cause(ends) or next((end for end in reversed(ends) if end["code"]), None)
     batch = read_json(folder / f"{job}_end.json")
+    batch = batch if _has(batch, {"line": str, "restarts": int}) else {}
     if end and not ("not requeued" in batch.get("line", "") and end["restarts"] == batch["restarts"]):
         return f"exit {end['code']} on rank {end['rank']} ({end['host']}): {end['line']}"
     code = f"exit {now['ExitCode'].removesuffix(':0')}: " if now.get("ExitCode", "0:0") != "0:0" else ""
