@@ -19,7 +19,7 @@ from cplearn import checkpoints, errors
 from cplearn.evaluation.collapse_figures import pyplot, save_figure
 from cplearn.files import read_json, read_json_lines
 from cplearn.host import ROOT
-from utils import ArgumentParser, format_table, outlive_output, positive
+from utils import ArgumentParser, format_table, positive
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
@@ -142,5 +142,4 @@ def plot_confusion(out: Path, features: dict[str, dict], most: int = 80) -> None
 
 
 if __name__ == "__main__":
-    outlive_output()
     errors.run_script(main)

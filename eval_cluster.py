@@ -22,7 +22,7 @@ from cplearn.errors import UserError
 from cplearn.evaluation import cli, collapse
 from cplearn.evaluation.features import Features, get_features
 from cplearn.files import write_csv
-from utils import ArgumentParser, check_output_dir, csv_rows, expand_paths, format_table, outlive_output, positive
+from utils import ArgumentParser, check_output_dir, expand_paths, format_table, positive
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")
 CSV_HEADER = ("image", "class", "code")
@@ -95,7 +95,7 @@ def write_codes(path: str, data: Features) -> None:
         raise UserError("--out_csv needs a checkpoint with a head: these weights assign no codes")
     classes = [data.classes[label] if data.classes else "" for label in data.labels.tolist()]
     rows = zip(data.names, classes, data.codes.tolist(), strict=True)
-    write_csv(Path(path), CSV_HEADER, csv_rows(rows))
+    write_csv(Path(path), CSV_HEADER, rows)
 
 
 def cluster_metrics(
@@ -177,5 +177,4 @@ def kmeans(features: Tensor, k: int, *, seed: int, redo: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    outlive_output()
     errors.run_script(main)

@@ -32,7 +32,7 @@ from cplearn.evaluation.collapse_figures import draw_figures
 from cplearn.evaluation.collapse_numbers import Network, collapse_metrics, mixture_entropy, scaled
 from cplearn.evaluation.features import Model, get_features, read_weights
 from cplearn.flags import check_path
-from utils import ArgumentParser, bool_flag, format_table, outlive_output, positive
+from utils import ArgumentParser, bool_flag, format_table, positive
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -186,5 +186,4 @@ def report(results: dict[str, dict], components: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    outlive_output()
     errors.run_script(main)

@@ -12,7 +12,7 @@ from cplearn.distributed import collectives
 from cplearn.evaluation import cli
 from cplearn.evaluation.features import get_features
 from cplearn.evaluation.knn import knn
-from utils import ArgumentParser, format_table, outlive_output, positive
+from utils import ArgumentParser, format_table, positive
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -42,5 +42,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    outlive_output()
     errors.run_script(main)

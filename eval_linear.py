@@ -26,7 +26,7 @@ from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError, WriteError
 from cplearn.evaluation import cli
 from cplearn.evaluation.features import Features, Model, backbone_features, get_features, has_features
-from utils import ArgumentParser, bool_flag, cosine, format_table, outlive_output, positive
+from utils import ArgumentParser, bool_flag, cosine, format_table, positive
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> this rank's (features, labels) of its steps
 
@@ -243,5 +243,4 @@ def resume_file(flags: dict[str, object], data: list[Features]) -> Path:
 
 
 if __name__ == "__main__":
-    outlive_output()
     errors.run_script(main)

@@ -48,7 +48,6 @@ from utils import (
     fraction_below_one,
     ignore_local_rank,
     nonnegative,
-    outlive_output,
     positive,
 )
 
@@ -229,14 +228,7 @@ def find_images(args: argparse.Namespace) -> tuple[datasets.ImageDataset, list[a
     dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     if args.knn_freq and not dataset.classes:
         raise UserError(f"--knn_freq {args.knn_freq} needs labels, but these images do not lie in class folders")
-    views = augmentations.build_views(
-        args.augmentation,
-        size=args.image_size,
-        local_size=args.local_image_size,
-        n_local=args.local_crops_number,
-        global_scale=tuple(args.global_crops_scale),
-        local_scale=tuple(args.local_crops_scale),
-    )
+    views = augmentations.views_of(args)
     return dataset, views
 
 
@@ -376,5 +368,4 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    outlive_output()
     errors.run_script(main)

@@ -28,7 +28,7 @@ from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES
 from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
-from utils import ArgumentParser, check_output_dir, expand_paths, expand_recipes, outlive_output, positive, seed_below
+from utils import ArgumentParser, check_output_dir, expand_paths, expand_recipes, positive, seed_below
 
 # Flags of main_cplearn.py that the grid sets itself.
 GRIDS_OWN = ("--output_dir", "--seed", "--out_dim", "--method", "--epochs", "--batch_size_per_gpu", "--data_path")
@@ -263,5 +263,4 @@ def report(grid: Grid, states: dict[str, CellState]) -> None:
 
 
 if __name__ == "__main__":
-    outlive_output()
     errors.run_script(main)

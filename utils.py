@@ -17,14 +17,13 @@ from cplearn.flags import (
     seed_below,
 )
 from cplearn.schedules import cosine, lr_at
-from cplearn.text import csv_rows, format_duration, format_table, outlive_output
+from cplearn.text import format_duration, format_table
 
 __all__ = [
     "ArgumentParser",
     "bool_flag",
     "check_output_dir",
     "cosine",
-    "csv_rows",
     "expand_paths",
     "expand_recipes",
     "format_duration",
@@ -34,7 +33,6 @@ __all__ = [
     "ignore_local_rank",
     "lr_at",
     "nonnegative",
-    "outlive_output",
     "positive",
     "seed_below",
 ]

@@ -134,10 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     card = CARDS[ours.card]
     work = flops_per_image(flags)
     with contextlib.redirect_stdout(io.StringIO()):
-        views = main_cplearn.augmentations.build_views(
-            args.augmentation, size=args.image_size, local_size=args.local_image_size, n_local=args.local_crops_number,
-            global_scale=args.global_crops_scale, local_scale=args.local_crops_scale,
-        )  # fmt: skip
+        views = main_cplearn.augmentations.views_of(args)
         memory = expected_memory(build_method(args), args, views)
     print(f"{args.arch}, 2 + {args.local_crops_number} views, c = {args.out_dim:,}, {ours.gpus} x {ours.card}, "
           f"{args.batch_size_per_gpu} images each, torch {torch.__version__}")  # fmt: skip

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cplearn.text import outlive_output
+
 
 class ExpectedError(Exception):
     """An error that is no bug: shown as one line, without a traceback, with an exit code of its own."""
@@ -132,10 +134,12 @@ def run_script(
 ) -> None:
     """Run an entry point; an `ExpectedError` becomes one line on stderr and its exit code.
 
-    Rank 0 prints what all ranks meet alike. `report` is called with code and line before the process ends.
+    Rank 0 prints what all ranks meet alike. Output that is closed or breaks ends nothing.
+    `report` is called with code and line before the process ends.
     """
     global _report
     _report = report
+    outlive_output()
     try:
         main(None)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # too late to stop what is done

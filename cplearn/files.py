@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cplearn.errors import UserError, WriteError
+from cplearn.text import csv_rows
 
 APPENDED = ("log.txt", "results.jsonl")  # files of an output folder that grow; all others are replaced
 
@@ -57,9 +58,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a header and rows as CSV, whole or not at all. Raises `WriteError`."""
+    """Write a header and rows as CSV, whole or not at all, nothing a spreadsheet takes for a formula.
+
+    Raises `WriteError`.
+    """
     text = io.StringIO()
-    csv.writer(text).writerows([header, *rows])
+    csv.writer(text).writerows([header, *csv_rows(rows)])
     write_text(path, text.getvalue())
 
 

@@ -5,10 +5,12 @@ not depend on which worker made it, or when. What this half makes is made of int
 The second half, color, is `color.py`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import argparse
 from itertools import pairwise
 
+import dataclass
 import numpy as np
+import replace
 import torch
 from PIL import Image
 from torch import Tensor
@@ -102,6 +104,18 @@ def build_views(recipe: str, **sizes) -> list[View]:
         if view.size <= view.pad:
             raise UserError(f"--augmentation {recipe} pads by {view.pad} pixels: --image_size {view.size} is too small")
     return views
+
+
+def views_of(args: argparse.Namespace) -> list[View]:
+    """Return the views that the flags of main_cplearn.py ask for. Raises `UserError` as `build_views` does."""
+    return build_views(
+        args.augmentation,
+        size=args.image_size,
+        local_size=args.local_image_size,
+        n_local=args.local_crops_number,
+        global_scale=tuple(args.global_crops_scale),
+        local_scale=tuple(args.local_crops_scale),
+    )
 
 
 def check_size(flag: str, size: int) -> None:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from cplearn.evaluation.collapse_numbers import Network, covariance_of
 from cplearn.files import write_csv
-from cplearn.text import csv_rows
 
 FIGURES = ("spectrum", "mixture", "matrices", "codes", "tsne")
 
@@ -64,7 +63,7 @@ def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) 
             axis.legend(fontsize=8)
     axes[0].set_ylabel("singular value / largest")
     save_figure(figure, out, "spectrum")
-    write_csv(out / "spectrum.csv", ("network", "of", "index", "singular value"), csv_rows(rows))
+    write_csv(out / "spectrum.csv", ("network", "of", "index", "singular value"), rows)
 
 
 def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> None:
@@ -83,7 +82,7 @@ def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> 
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save_figure(figure, out, "mixture")
-    write_csv(out / "mixture.csv", ("network", "components", "nats a dimension", "fit"), csv_rows(rows))
+    write_csv(out / "mixture.csv", ("network", "components", "nats a dimension", "fit"), rows)
 
 
 def plot_matrices(out: Path, networks: list[Network], shown: int, seed: int) -> None:
@@ -139,7 +138,7 @@ def plot_codes(out: Path, networks: list[Network]) -> None:
         if axis.lines:
             axis.legend(fontsize=8)
     save_figure(figure, out, "codes")
-    write_csv(out / "codes.csv", ("network", "of", "x", "y"), csv_rows(rows))
+    write_csv(out / "codes.csv", ("network", "of", "x", "y"), rows)
 
 
 def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> None:
@@ -165,7 +164,7 @@ def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> Non
         axis.set_xlabel(f"{len(some)} images, by {'class' if data.classes else 'code'}")
         rows += [(network.label, data.names[i], f"{a:.4g}", f"{b:.4g}") for i, (a, b) in zip(some, place, strict=True)]
     save_figure(figure, out, "tsne")
-    write_csv(out / "tsne.csv", ("network", "image", "x", "y"), csv_rows(rows))
+    write_csv(out / "tsne.csv", ("network", "image", "x", "y"), rows)
 
 
 def pyplot():

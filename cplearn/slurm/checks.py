@@ -60,14 +60,7 @@ def check_run(parsed: argparse.Namespace) -> None:
 
     if not parsed.data_path or (parsed.class_list and parsed.dataset != "folder"):
         datasets.build_dataset(parsed.dataset, None, "train", parsed.class_list)
-    views = augmentations.build_views(
-        parsed.augmentation,
-        size=parsed.image_size,
-        local_size=parsed.local_image_size,
-        n_local=parsed.local_crops_number,
-        global_scale=tuple(parsed.global_crops_scale),
-        local_scale=tuple(parsed.local_crops_scale),
-    )
+    views = augmentations.views_of(parsed)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that weights cannot be copied there
         backbone = build_method(parsed).backbone
