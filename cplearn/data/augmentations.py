@@ -5,12 +5,11 @@ not depend on which worker made it, or when. What this half makes is made of int
 The second half, color, is `color.py`.
 """
 
-from dataclasses import argparse
+import argparse
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import dataclass
 import numpy as np
-import replace
 import torch
 from PIL import Image
 from torch import Tensor
