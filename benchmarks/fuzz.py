@@ -40,9 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_cplearn
 import reproduce_table3
-import run_with_submitit
-from cplearn import checkpoints, errors
-from cplearn.evaluation import cli
+from cplearn import errors
 from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import ROOT, git_commit
 from cplearn.text import format_table
@@ -55,6 +53,8 @@ MEMORY = 6 * 2**30  # bytes that a command may take beyond what the parent has
 RUN = ["--dataset", "digits", "--arch", "resnet8_w8", "--image_size", "16", "--out_dim", "40", "--max_steps", "1",
        "--batch_size_per_gpu", "64", "--num_workers", "0", "--device", "cpu", "--saveckp_freq", "0"]  # fmt: skip
 EVALUATION = ["--num_workers", "0", "--device", "cpu"]
+HEAVY = ("timm", "torchvision.transforms.v2.functional", "sklearn.datasets", "sklearn.metrics", "sklearn.manifold",
+         "sklearn.mixture", "sklearn.linear_model", "matplotlib.pyplot", "cplearn.methods", "submitit")  # fmt: skip
 SCRIPTS = ("main_cplearn", "eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "reproduce_table3",
            "run_with_submitit")  # fmt: skip
 # Flags whose hostile values would do just what they say: read this terminal, wait, or ask the network's name service.
@@ -84,6 +84,7 @@ class Place:
         (self.place / "noise").write_bytes(random.Random(0).randbytes(5000))
         (self.place / "empty").touch()
         (self.place / "text").write_text("--lr 0.1\n# a recipe\n--nonsense 7\n")
+        self.names = {path.name for path in self.place.iterdir()}
         for split in ("train", "val"):
             for k in range(2):
                 folder = self.images / split / f"class{k}"
@@ -217,21 +218,33 @@ def fuzz_flags(place: Place, count: int, seed: int) -> list[tuple[str, str, list
 
 
 def try_one(place: Place, part: str, script: str, argv: list[str], marker: Path) -> tuple[str, str, list[str], str]:
-    before = fingerprint(place)
+    before = fingerprint(place, argv)
     code, said, _ = place.run(script, argv)
     wrong = problem(script, code, said)
     if marker.exists():
         wrong = "ran shell code"
-    elif fingerprint(place) != before:
+    elif fingerprint(place, argv) != before:
         wrong = wrong or "changed a file outside its folder"
     return part, script, argv, wrong
 
 
-def fingerprint(place: Place) -> list[tuple]:
-    """Return names, sizes and times of what no command may change."""
+# Flags that name where a command writes; below their values anything may change that is not there before.
+WRITES = ("--output_dir", "--dump_features", "--out_csv", "--cache_dir", "--output")
+
+
+def fingerprint(place: Place, argv: list[str]) -> list[tuple]:
+    """Return names, sizes and times of what this command may not change."""
+    told = [os.path.normpath(argv[k + 1]) for k, flag in enumerate(argv[:-1]) if flag in WRITES]
     folders = (place.place, place.images, place.checkpoint.parent)
-    paths = [path for folder in folders for path in folder.rglob("*")]
-    return sorted((str(x), x.lstat().st_size, x.lstat().st_mtime_ns) for x in paths if x.name != "results.jsonl")
+    paths = [path for folder in folders for path in folder.rglob("*") if path.name != "results.jsonl"]
+    paths = [
+        x
+        for x in paths
+        if not x.is_dir() and not any(str(x).startswith(f"{y}/") and y != str(place.place) for y in told)
+    ]
+    if str(place.place) in told:  # told to write beside what is there
+        paths = [x for x in paths if x.parent != place.place or x.name in place.names]
+    return sorted((str(x), x.lstat().st_size, x.lstat().st_mtime_ns) for x in paths)
 
 
 def show(k: int, count: int) -> None:
@@ -405,9 +418,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--files", type=positive(int), default=150, help="Files that lie")
     parser.add_argument("--seed", type=nonnegative(int), default=0)
     args = parser.parse_args(argv)
-    cli.start  # noqa: B018 - imported before the fork, as all else
-    run_with_submitit.main  # noqa: B018
-    checkpoints.FORMAT  # noqa: B018
+    for name in (*SCRIPTS, *HEAVY):  # once, and not in each of a thousand processes
+        importlib.import_module(name)
     folder, start = tempfile.mkdtemp(prefix="fuzz"), time.time()
     place, found = Place(Path(folder)), []
     if "flags" in args.parts:

@@ -20,7 +20,7 @@ def test_a_short_stress_test_ends_well():
 
 @pytest.mark.slow
 def test_a_few_hostile_flags_and_lying_files_hold():
-    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--flags", "40", "--files", "13", "--seed", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--flags", "25", "--files", "13", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "| all   |" in done.stdout and "|    53 |   53 |     0 |" in done.stdout
+    assert "| all   |" in done.stdout and "|    38 |   38 |     0 |" in done.stdout

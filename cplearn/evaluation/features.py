@@ -283,11 +283,24 @@ def _load_features(folder: str, split: str, n_last_blocks: int) -> Features:
         raise UserError(f"--load_features {folder} has no {path.name}: extract it first with --dump_features")
     state = checkpoints.load(path)
     kept = {name: state.get(name) for name in Features.__dataclass_fields__}
-    n = len(kept["labels"]) if isinstance(kept["labels"], Tensor) and kept["labels"].dim() == 1 else -1
-    rows = isinstance(kept["features"], Tensor) and kept["features"].dim() == 2 and len(kept["features"]) == n
-    if not (rows and isinstance(kept["names"], list) and len(kept["names"]) == n and isinstance(kept["source"], dict)):
+    if not _whole(**kept):
         raise UserError(f"{path} holds no kept features: extract them again with --dump_features")
     return Features(**kept)
+
+
+def _whole(features, labels, codes, names, classes, out_dim, arch, source) -> bool:
+    """Return whether these are what `Features` has, each of n images."""
+    rows = isinstance(features, Tensor) and features.dtype == torch.float32 and features.dim() == 2
+    shape = features.shape[:1] if rows else None
+    whole = [isinstance(x, Tensor) and x.dtype == torch.int64 and x.shape == shape for x in (labels, codes)]
+    texts = [isinstance(x, list) and all(isinstance(y, str) for y in x) for x in (names, classes)]
+    return (
+        (rows and whole[0] and texts[0] and len(names) == len(features) and isinstance(arch, str))
+        and (whole[1] or codes is None)
+        and (texts[1] or classes is None)
+        and (isinstance(out_dim, int) or out_dim is None)
+        and (isinstance(source, dict) and all(isinstance(k, str) for k in source))
+    )
 
 
 @torch.inference_mode()

@@ -14,7 +14,6 @@ import eval_knn
 import eval_linear
 import main_cplearn
 from cplearn import backbones, checkpoints
-from cplearn.data import loaders
 from cplearn.errors import UserError, WorkerError
 from cplearn.evaluation.features import extract_features, load_model
 
@@ -135,7 +134,7 @@ def test_wrong_data_is_noticed_before_anything_is_extracted(run, tmp_path, image
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_path, monkeypatch, workers):
+def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_path, workers):
     """A pipe, in the place of an image since the folder was scanned."""
     write_images(tmp_path / "data" / "val", 4)
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
@@ -145,7 +144,7 @@ def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_p
     extract_features(model, dataset, args, torch.device("cpu"))
     (tmp_path / "data" / "val" / "002.jpg").unlink()
     os.mkfifo(tmp_path / "data" / "val" / "002.jpg")
-    monkeypatch.setattr(loaders, "WORKER_TIMEOUT", 1.0)
+    args.worker_timeout = 1.0
     with pytest.raises(WorkerError, match="timed out after 1 seconds, while reading 002.jpg: try") as error:
         extract_features(model, dataset, args, torch.device("cpu"))
     assert error.value.exit_code == 5
