@@ -298,7 +298,8 @@ def _whole(features, labels, codes, names, classes, out_dim, arch, source) -> bo
         (rows and whole[0] and texts[0] and len(names) == len(features) and isinstance(arch, str))
         and (whole[1] or codes is None)
         and (texts[1] or classes is None)
-        and (isinstance(out_dim, int) or out_dim is None)
+        and (out_dim is None or (type(out_dim) is int and out_dim > 1))
+        and (codes is None or (out_dim is not None and bool(((codes >= 0) & (codes < out_dim)).all())))
         and (isinstance(source, dict) and all(isinstance(k, str) for k in source))
     )
 
