@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, loaders
+from cplearn.data import augmentations, loaders, workers
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
@@ -108,13 +108,13 @@ def augmented_batches(
         [view],
         batch_size=args.batch_size_per_gpu,
         seed=args.seed,
-        num_workers=loaders.default_workers(args.num_workers),
+        num_workers=workers.default_workers(args.num_workers),
         pin_memory=device.type == "cuda",
     )
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader.batch_sampler.epoch = epoch
-        with loaders.watched(loader, args.worker_timeout) as read:
+        with workers.watched(loader, args.worker_timeout) as read:
             for batch in read:
                 for _, reason in batch.failures:
                     raise LocalError(reason)  # a probe on other images than the user's would be another probe

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, datasets, loaders
+from cplearn.data import augmentations, datasets, loaders, workers
 from cplearn.data.pixels import KINDS, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         try:
             return train(run)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
-            raise loaders.worker_error(error, run.loader) or error from None
+            raise workers.worker_error(error, run.loader) or error from None
         finally:
             run.close()
 
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, signals: StopSignals) -> Run:
     """Build data, model and optimizer, and load the checkpoint in the folder if there is one."""
     with collectives.raise_on_all_ranks():
-        num_workers = loaders.default_workers(args.num_workers)
+        num_workers = workers.default_workers(args.num_workers)
         dataset, views = find_images(args)
     stop = lambda: signals.name is not None  # noqa: E731
     cache = CacheOptions(args.cache, args.cache_dir, num_workers, stop, args.worker_timeout)
@@ -244,7 +244,7 @@ def assemble(
         batch_size=args.batch_size_per_gpu,
         seed=args.seed,
         # On a CPU, workers that only cut views take more from the step than they give.
-        num_workers=loaders.default_workers(args.num_workers, no_gain=device.type == "cpu" and images.kind != "none"),
+        num_workers=workers.default_workers(args.num_workers, no_gain=device.type == "cpu" and images.kind != "none"),
         pin_memory=device.type == "cuda",
     )
     method = build_method(args)

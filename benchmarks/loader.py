@@ -71,7 +71,7 @@ class Trial:
             loader.batch_sampler.epoch += 1
         synchronize(self.device)
         seconds = time.perf_counter() - start
-        loaders.stop_workers(loader)
+        workers.stop_workers(loader)
         return steps * self.args.batch_size_per_gpu / seconds, waited / seconds
 
 

@@ -32,7 +32,7 @@ from measure import seconds
 from steps import TrainingStep, dino_step, plain_step
 
 from cplearn import backbones, errors
-from cplearn.data import augmentations, color, datasets, loaders
+from cplearn.data import augmentations, color, datasets, loaders, workers
 from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
 from cplearn.evaluation.knn import knn
 from cplearn.flags import ArgumentParser, positive
@@ -253,7 +253,7 @@ def bench_evaluation(args: argparse.Namespace) -> None:
     @torch.inference_mode()
     def extraction():
         view = torch.utils.data.Subset(loaders.EvalDataset(dataset, 224), chosen)
-        for pixels, _, _ in torch.utils.data.DataLoader(view, 32, num_workers=loaders.default_workers(None)):
+        for pixels, _, _ in torch.utils.data.DataLoader(view, 32, num_workers=workers.default_workers(None)):
             backbone(color.normalize(color.to_float(pixels)))
 
     theirs, ours = compare({"extraction": extraction}, plain_extraction, max(1, args.repeats // 2))

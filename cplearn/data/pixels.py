@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cplearn.data import loaders
+from cplearn.data import workers
 from cplearn.data.augmentations import View, reduction, to_pixels
 from cplearn.distributed import collectives
 from cplearn.errors import Interrupted, LocalError, UserError, WorkerError, WriteError
@@ -108,7 +108,7 @@ class CacheOptions:
     folder: str
     num_workers: int
     stop: Callable[[], bool] = lambda: False  # asked now and then while images are decoded
-    timeout: float = loaders.WORKER_TIMEOUT  # seconds without a batch
+    timeout: float = workers.WORKER_TIMEOUT  # seconds without a batch
 
 
 def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> Pixels:
@@ -120,7 +120,7 @@ def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> P
     plain = Pixels(dataset, views)
     kind = options.kind
     try:
-        with loaders.deadline(options.timeout):
+        with workers.deadline(options.timeout):
             expected = 0 if kind == "none" else plain.expected_bytes()
     except RuntimeError as error:
         raise WorkerError(
@@ -208,20 +208,20 @@ def _is_whole(path: Path, key: str) -> bool:
 def _write(file, plain: Pixels, options: CacheOptions, key: str) -> None:
     """Decode all images in parallel and write head, index and pixels."""
     index = np.zeros((len(plain), 3), np.int64)
-    loaders.check_workers(options.num_workers, 0)  # arrays go through pipes
+    workers.check_workers(options.num_workers, 0)  # arrays go through pipes
     loader = DataLoader(
         _Arrays(plain, options.num_workers),
         batch_size=16,
         collate_fn=list,
         num_workers=options.num_workers,
-        worker_init_fn=loaders.start_worker,
+        worker_init_fn=workers.start_worker,
         persistent_workers=options.num_workers > 0,
         generator=torch.Generator(),
     )
     start = said = time.monotonic()
     file.seek(HEAD + index.nbytes)
     place = done = 0
-    with loaders.watched(loader, options.timeout) as batches:
+    with workers.watched(loader, options.timeout) as batches:
         for batch in batches:
             for array in batch:
                 if array is not None:
@@ -247,16 +247,16 @@ class _Arrays(Dataset):
     """Images as (H, W, 3) arrays for the writer; None for those that cannot be read."""
 
     def __init__(self, plain: Pixels, num_workers: int):
-        self.plain, self.names, self.reading = plain, plain.dataset.names, loaders.reading_table(num_workers)
+        self.plain, self.names, self.reading = plain, plain.dataset.names, workers.reading_table(num_workers)
 
     def __len__(self) -> int:
         return len(self.plain)
 
     def __getitem__(self, i: int) -> np.ndarray | None:
-        loaders.note(self.reading, i)
+        workers.note(self.reading, i)
         try:
             return np.ascontiguousarray(self.plain[i].permute(1, 2, 0).numpy())
         except LocalError:
             return None
         finally:
-            loaders.note(self.reading, -1)
+            workers.note(self.reading, -1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cplearn.data import datasets, loaders
+from cplearn.data import datasets, workers
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.evaluation.features import Features, Model, WeightsFile, load_model, read_weights
@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's; '' for all folders)")
     g.add_argument("--batch_size_per_gpu", type=positive(int), default=128, help="Images per process and step")
     g.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
-    g.add_argument("--worker_timeout", type=nonnegative(float), default=loaders.WORKER_TIMEOUT, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
+    g.add_argument("--worker_timeout", type=nonnegative(float), default=workers.WORKER_TIMEOUT, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
     g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
     g.add_argument("--load_features", default=None, metavar="DIR", help="Use the features kept there; no images and no weights are read")
     g = parser.add_argument_group("run")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cplearn import backbones, checkpoints, random_streams
-from cplearn.data import augmentations, color, datasets, loaders
+from cplearn.data import augmentations, color, datasets, loaders, workers
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.methods import build_method
@@ -230,7 +230,7 @@ def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], lab
 
 
 def _timeout(args: argparse.Namespace) -> float:
-    return getattr(args, "worker_timeout", loaders.WORKER_TIMEOUT)  # eval_collapse.py has no such flag
+    return getattr(args, "worker_timeout", workers.WORKER_TIMEOUT)  # eval_collapse.py has no such flag
 
 
 @torch.no_grad()
@@ -241,7 +241,7 @@ def calibrate_batch_norm(
     *,
     seed: int,
     images: int = 2048,
-    timeout: float = loaders.WORKER_TIMEOUT,
+    timeout: float = workers.WORKER_TIMEOUT,
 ) -> None:
     """Give batch norms of an untrained network the statistics of training images.
 
@@ -259,7 +259,7 @@ def calibrate_batch_norm(
     starts = range(0, max(1, len(order) - 1), 256)  # no batch of one image, of which there are no statistics
     parts = [order[start : start + 256].tolist() for start in starts]
     loader = DataLoader(loaders.EvalDataset(dataset, model.image_size), batch_sampler=parts)
-    with loaders.watched(loader, timeout) as batches:
+    with workers.watched(loader, timeout) as batches:
         for pixels, _, _ in batches:
             features = model.backbone(color.normalize(color.to_float(pixels.to(device))))
             if model.method is not None:
@@ -313,11 +313,11 @@ def extract_features(
         dataset,
         model.image_size,
         batch_size=args.batch_size_per_gpu,
-        num_workers=loaders.default_workers(args.num_workers),
+        num_workers=workers.default_workers(args.num_workers),
         device=device,
     )
     rows, codes = [], []
-    with loaders.watched(loader, _timeout(args)) as batches:
+    with workers.watched(loader, _timeout(args)) as batches:
         for pixels, _, _ in batches:
             x = color.normalize(color.to_float(pixels.to(device, non_blocking=True)))
             rows.append(backbone_features(model.backbone, x, n_last_blocks))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from cplearn.data import loaders
+from cplearn.data import loaders, workers
 from cplearn.data.augmentations import View
 from cplearn.data.pixels import Pixels
 from cplearn.methods.base import Method
@@ -57,7 +57,7 @@ class Run:
         DDP must be gone before its process group is: found by the garbage collector after that, it aborts the process.
         """
         self.profile.close()
-        loaders.stop_workers(self.loader)
+        workers.stop_workers(self.loader)
         self.model = self.method
         gc.collect()
 
