@@ -46,12 +46,17 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, how):
     dataset = Trouble(tmp_path)
     dataset.how = how
     loader = small_loader(dataset, 2)
-    with pytest.raises(RuntimeError) as error, deadline(3.0):
-        list(loader)
-    told = worker_error(error.value, loader)
+    try:
+        batches, end = start_workers(loader), time.monotonic() + 60
+        while 5 not in loader.dataset.reading[:, 1].tolist() and time.monotonic() < end:
+            time.sleep(0.05)
+        with pytest.raises(RuntimeError) as error, deadline(1.0 if how == "hangs" else 60.0):
+            list(batches)
+        told = worker_error(error.value, loader)
+    finally:
+        stop_workers(loader)  # or the tests after this one would count them
     assert isinstance(told, WorkerError) and told.exit_code == 5 and "\n" not in str(told)
     assert "while reading 005.jpg" in str(told) or (how == "hangs" and "005.jpg" in str(told)), str(told)
-    stop_workers(loader)
     pids = loader.dataset.reading[:, 0].tolist()
     assert min(pids) > 0 and not [p for p in multiprocessing.active_children() if p.pid in pids]
     assert worker_error(RuntimeError("shapes do not match"), loader) is None
