@@ -12,7 +12,7 @@ help:  ## Show this list
 venv: $(STAMP)  ## Create .venv and install everything (a few minutes, about 6 GB with PyTorch's GPU libraries)
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
@@ -30,7 +30,7 @@ test-all: venv  ## Run all tests but those for Slurm (about 15 minutes on 2 core
 test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 15 minutes; skipped where there is none)
 	$(BIN)/python -m pytest -q -rs -m slurm
 
-PYTHON_OLDEST ?= python3.10
+PYTHON_OLDEST ?= python3.11
 
 test-oldest:  ## The quick tests with the oldest supported Python and packages, in .venv-oldest (about 6 GB)
 	$(PYTHON_OLDEST) -m venv .venv-oldest

@@ -11,7 +11,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from helpers import fork_script
+from helpers import fork_script, run_script
 
 from cplearn import checkpoints
 from cplearn.backbones import ResNet8
@@ -226,26 +226,26 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
         checkpoints.load_run(tmp_path)
 
 
+LITTLE_MEMORY = """
+import resource, sys
+import torch
+from cplearn import checkpoints
+from cplearn.errors import ReadError
+
+used = int(next(x for x in open("/proc/self/status") if x.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+for function in (checkpoints.load_file, checkpoints.load_file_and_hash):
+    try:
+        function(sys.argv[1])
+    except ReadError as error:
+        print(error)
+"""
+
+
 def test_too_little_memory_is_no_damage(tmp_path):
     checkpoints.save(tmp_path / "c.pth", {"w": torch.zeros(2**25)})
-
-    def load():
-        used = int(next(x for x in open("/proc/self/status") if x.startswith("VmSize")).split()[1]) * 1024
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
-        for function in (checkpoints.load_file, checkpoints.load_file_and_hash):
-            try:
-                function(tmp_path / "c.pth")
-            except ReadError as error:
-                if "not enough memory" not in str(error):
-                    os._exit(2)
-            else:
-                os._exit(1)
-        os._exit(0)
-
-    process = multiprocessing.get_context("fork").Process(target=load)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    done = run_script("-c", LITTLE_MEMORY, str(tmp_path / "c.pth"))
+    assert done.stdout.count("c.pth cannot be read now: not enough memory; it may well be whole") == 2, done.stderr
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ def test_every_error_has_its_own_exit_code():
         "LocalError": 2,
         "NonFiniteError": 3,
         "WriteError": 4,
+        "ReadError": 4,
         "WorkerError": 5,
         "PeerError": 6,
         "CollapseError": 7,

@@ -276,7 +276,8 @@ def test_an_unknown_flag_is_one_line():
 def test_an_error_is_one_line_on_stderr_and_code_2():
     done = run_script("main_cplearn.py", "--data_path", "/nowhere")
     assert done.returncode == UserError.exit_code
-    assert done.stderr == "main_cplearn.py: error: --data_path /nowhere is not a folder: check the path\n"
+    line = "--data_path /nowhere is not a folder that can be read (No such file or directory): check path and rights"
+    assert done.stderr == f"main_cplearn.py: error: {line}\n"
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path):

@@ -17,4 +17,4 @@ def test_the_workflow_runs_what_the_makefile_has():
     workflow, makefile = (ROOT / ".github" / "workflows" / "tests.yml").read_text(), (ROOT / "Makefile").read_text()
     for target in ("test-oldest", "test"):
         assert f"make {target} " in workflow and f"\n{target}:" in makefile
-    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text() and '"3.10"' in workflow
+    assert 'requires-python = ">=3.11"' in (ROOT / "pyproject.toml").read_text() and '"3.11"' in workflow

@@ -55,14 +55,8 @@ def account_of(job: str) -> dict[str, str]:
 
 
 def submissions(folder: Path) -> list[dict]:
-    """Return the lines of jobs.jsonl, oldest first. Warns about lines that no submission wrote, and leaves them out.
-
-    Raises `UserError` for a file that is no text.
-    """
-    try:
-        lines = read_json_lines(folder / "jobs.jsonl")
-    except ValueError:
-        raise UserError(f"{folder / 'jobs.jsonl'} is not UTF-8 text: move it away, or restore it") from None
+    """Return the lines of jobs.jsonl, oldest first. Warns about lines that no submission wrote, and leaves them out."""
+    lines = read_json_lines(folder / "jobs.jsonl")
     fields = {"job": str, "cluster": str, "script": str, "processes": int, "time": float}
     ours = [x for x in lines if _has(x, fields) and x["job"].isdecimal() and x["processes"] > 0]
     if len(ours) < len(lines):

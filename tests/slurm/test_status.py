@@ -37,12 +37,13 @@ def test_foreign_lines_of_jobs_are_left_out_with_a_word(tmp_path, capsys):
         f.writelines(f"{json.dumps(x)}\n" for x in FOREIGN)
     with pytest.raises(UserError, match="has no jobs"):
         status(str(tmp_path))
-    assert f"has {len(bad) + len(FOREIGN)} lines that no submission wrote: left out" in capsys.readouterr().err
+    foreign = sum(isinstance(x, dict) for x in FOREIGN)  # what is no record is no line of ours at all
+    assert f"has {len(bad) + foreign} lines that no submission wrote: left out" in capsys.readouterr().err
     append_json_line(jobs, GOOD)
     append_json_line(jobs, {k: v for k, v in GOOD.items() if k != "started"})
     assert [line.split()[:3] for line in status(str(tmp_path))] == [["999999999", "main_cplearn", "GONE"]] * 2
     jobs.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="jobs.jsonl is not UTF-8 text") as caught:
+    with pytest.raises(UserError, match="has no jobs") as caught:
         run_with_submitit.main(["--status", str(tmp_path)])
     assert len(str(caught.value).splitlines()) == 1
 

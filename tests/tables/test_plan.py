@@ -50,6 +50,7 @@ def test_minutes_per_cell_give_the_slowest_line_its_time(monkeypatch, tmp_path):
 def test_the_plan_of_cells_that_share_a_gpu(tmp_path, capsys, monkeypatch):
     """Timed beside others that really train; each cell's share of a GPU-hour is half of what it takes."""
     monkeypatch.setattr(reproduce_table3, "gpus", lambda: ["0"])  # the processes themselves take the CPU
+    before = children_of(os.getpid())
     flags = "--scale small --dataset digits --methods cplearn --out_dims 16 --epochs 7000 --dry_run --cells_per_gpu 2"
     reproduce_table3.main(["--output_dir", str(tmp_path), *flags.split(), "--probe_steps", "4"])
     said = capsys.readouterr().out
@@ -60,4 +61,4 @@ def test_the_plan_of_cells_that_share_a_gpu(tmp_path, capsys, monkeypatch):
     found = re.search(r" ([\d,]+) CPU-hours, ([\d.]+) days with 2 side by side", said)
     assert found and float(found[1].replace(",", "")) == round(hours), said
     assert re.search(r"2 cells share a GPU, in these times too; together they take up to about [\d.]+ GB of it", said)
-    assert children_of(os.getpid()) == []
+    assert set(children_of(os.getpid())) <= set(before)
