@@ -65,7 +65,7 @@ def test_the_batch_script_of_8_gpus(tmp_path):
         (["--dry_run", "--lr", "-1"], "--lr -1 must be positive"),
         (["--dry_run", "--time", "60"], "--time is called --timeout here"),
         (["--dry_run", "--output_dir", "out/%u_%j"], "only %j, the job's number, is understood"),
-        (["--dry_run", "--output_dir", " "], "--output_dir is empty"),
+        (["--dry_run", "--output_dir", " "], "--output_dir '' is empty"),
         (["--sbatch", "Mail=x"], "--sbatch Mail=x is not OPTION=VALUE"),
         (["--script", "eval_knn", "--pretrained_weights", "/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--script", "eval_knn", "--load_features", "/nowhere"], "--load_features /nowhere does not exist"),
