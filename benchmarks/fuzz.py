@@ -25,7 +25,6 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -370,17 +369,24 @@ def file_commands(place: Place) -> list[tuple[str, Callable[[Path], Path], Calla
 
 
 def make_whole_files(place: Place) -> None:
-    """Make kept features and a grid with one finished cell, by the real commands."""
+    """Make kept features and a grid with one trained cell, by the real commands."""
     kept = ["--pretrained_weights", str(place.checkpoint), "--dump_features", str(place.root / "kept"), *EVALUATION,
             "--output_dir", str(place.root / "kept")]  # fmt: skip
     code, said, _ = place.run("eval_knn", kept)
     if code:
         raise RuntimeError(said)
     shutil.copy(place.root / "kept" / "features_val_last1.pth", place.root / "kept" / "features_train_last1.pth")
-    grid = ["--output_dir", str(place.root / "grid"), "--scale", "small", "--dataset", "digits", "--methods", "cplearn",
-            "--out_dims", "16", "--epochs", "1"]  # fmt: skip
-    grid = [sys.executable, str(ROOT / "reproduce_table3.py"), *grid]
-    subprocess.run(grid, check=True, capture_output=True)
+    flags = ["--output_dir", str(place.root / "grid"), "--scale", "small", "--dataset", "digits", "--epochs", "1",
+             "--methods", "cplearn", "--out_dims", "16",
+             "--train_flags", "--arch resnet8_w8 --max_steps 2"]  # fmt: skip
+    args, _ = reproduce_table3.parse_args(flags)
+    (place.root / "grid").mkdir()
+    (cell,) = reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args)).save().cells
+    for stage in cell.stages()[:2]:  # training and k-NN
+        code, said, _ = place.run(stage.script, [*stage.flags, *EVALUATION])
+        if code:
+            raise RuntimeError(said)
+    cell.mark_trained()
 
 
 def fuzz_files(place: Place, count: int, seed: int) -> list[tuple[str, str, list[str], str]]:
