@@ -177,7 +177,7 @@ def _peak(rank, *flags):
 )  # fmt: skip
 def test_the_estimate_is_near_what_a_step_takes(tmp_path, flags):
     ((peak, expected),) = run_in_processes(tmp_path, _peak, *flags, world=1)
-    assert 0.75 < peak / expected < 1.35, (peak / 1e9, expected / 1e9)
+    assert 0.65 < peak / expected < 1.35, (peak / 1e9, expected / 1e9)
 
 
 def test_more_than_there_is_is_refused_with_numbers(tmp_path, monkeypatch):
