@@ -112,7 +112,7 @@ def test_every_process_with_wrong_variables_says_so_in_one_line(tmp_path, variab
 @pytest.mark.parametrize("frozen", [0, 1])  # the ranks meet in rank 0's process
 def test_a_frozen_rank_is_named_by_the_other(tmp_path, frozen):
     out = tmp_path / "out"
-    flags = ["main_cplearn.py", *SMALL, "--epochs", "100000", "--print_freq", "1", "--peer_timeout", "0.1",
+    flags = ["main_cplearn.py", *SMALL, "--epochs", "100000", "--print_freq", "1", "--peer_timeout", "0.2",
              "--output_dir", out, "--dist_url", f"file://{tmp_path}/meet"]  # fmt: skip
     ranks = [Script(tmp_path / f"said{r}", *flags, RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2")
              for r in range(2)]  # fmt: skip
@@ -125,9 +125,7 @@ def test_a_frozen_rank_is_named_by_the_other(tmp_path, frozen):
         done = ranks[1 - frozen].wait()
         assert done.returncode == 6, done.stderr
         name = f"rank {frozen} (process {ranks[frozen].pid} on {host_name()})"
-        assert f"{name} gives no sign of life for 0.1 minutes" in done.stderr
-        os.kill(ranks[frozen].pid, signal.SIGCONT)
-        assert ranks[frozen].wait().returncode == 6  # the other one has gone
+        assert f"{name} gives no sign of life for 0.2 minutes" in done.stderr
     finally:
         for rank in ranks:
             rank.process.kill()
@@ -136,11 +134,11 @@ def test_a_frozen_rank_is_named_by_the_other(tmp_path, frozen):
 def _work_long_alone(rank):
     """Rank 1 waits for rank 0 in a collective for longer than a rank may be silent; then rank 1 has ended, and rank 0
     works on."""
-    alive.start(torch.distributed.distributed_c10d._get_default_store(), rank, ["rank 0", "rank 1"], 0.03)
-    collectives.on_main(time.sleep, 3)
+    alive.start(torch.distributed.distributed_c10d._get_default_store(), rank, ["rank 0", "rank 1"], 0.06)
+    collectives.on_main(time.sleep, 5)
     if rank == 1:
         alive.stop(done=True)
-    time.sleep(3)
+    time.sleep(5)
     return torch.tensor(rank)
 
 
