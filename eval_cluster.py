@@ -8,6 +8,7 @@ shuffled labels, uniformly random codes, and singletons.
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,14 +80,12 @@ def check_out_csv(path: Path) -> None:
     check_output_dir(str(path.parent), "--out_csv: the folder")
     if not path.exists():
         return
-    header = ",".join(CSV_HEADER).encode()
-    try:
-        with open(path, "rb") as file:
-            ours = file.readline(100).strip() == header
-    except OSError:
-        ours = False
-    if not ours:
-        raise UserError(f"--out_csv {path} is there, and no table of codes: choose another name, or remove it first")
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would not answer
+            with open(path, "rb") as file:
+                if file.readline(100).strip() == ",".join(CSV_HEADER).encode():
+                    return
+    raise UserError(f"--out_csv {path} is there, and no table of codes: choose another name, or remove it first")
 
 
 def write_codes(path: str, data: Features) -> None:

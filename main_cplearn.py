@@ -24,7 +24,7 @@ from cplearn.data import augmentations, datasets, loaders, workers
 from cplearn.data.pixels import KINDS, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.methods import METHODS, build_method, method_class
+from cplearn.methods import METHODS, build_method_for, method_class
 from cplearn.precision import autocast, choose_precision
 from cplearn.training.bad_batches import BadImages, BadSteps, RunningStatistics, check_gradients
 from cplearn.training.folder_lock import FolderLock
@@ -42,6 +42,7 @@ from utils import (
     ArgumentParser,
     bool_flag,
     check_output_dir,
+    check_unread_path,
     expand_paths,
     expand_recipes,
     fraction,
@@ -203,8 +204,7 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
     with collectives.raise_on_all_ranks():
         num_workers = workers.default_workers(args.num_workers)
         dataset, views = find_images(args)
-    stop = lambda: signals.name is not None  # noqa: E731
-    cache = CacheOptions(args.cache, args.cache_dir, num_workers, stop, args.worker_timeout)
+    cache = CacheOptions(args.cache, args.cache_dir, num_workers, lambda: signals.name is not None, args.worker_timeout)
     images = open_pixels(dataset, views, cache)
     with collectives.raise_on_all_ranks():
         run = assemble(args, images, device, lock, signals)
@@ -247,12 +247,7 @@ def assemble(
         num_workers=workers.default_workers(args.num_workers, no_gain=device.type == "cpu" and images.kind != "none"),
         pin_memory=device.type == "cuda",
     )
-    method = build_method(args)
-    for size in sorted({view.size for view in views}):
-        backbones.check_image_size(method.backbone, args.arch, size)
-    if args.grad_checkpointing:
-        backbones.checkpoint_blocks(method.backbone, args.arch)
-    method.accum = args.accum
+    method = build_method_for(args, views)
     memory = check_memory(method, args, views, device)
     method.to(device)
     if args.compile:
@@ -337,8 +332,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Check the rules between flags; their types check the ranges, models and data sets the rest."""
-    if args.dataset == "digits" and args.data_path:
-        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
+    check_unread_path(args)
     implied = {True: "fp16", False: "fp32"}.get(args.use_fp16)
     if args.precision and implied and args.precision != implied:
         given = f"--use_fp16 {str(args.use_fp16).lower()}"

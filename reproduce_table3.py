@@ -28,7 +28,15 @@ from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES
 from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
-from utils import ArgumentParser, check_output_dir, expand_paths, expand_recipes, positive, seed_below
+from utils import (
+    ArgumentParser,
+    check_output_dir,
+    check_unread_path,
+    expand_paths,
+    expand_recipes,
+    positive,
+    seed_below,
+)
 
 # Flags of main_cplearn.py that the grid sets itself.
 GRIDS_OWN = ("--output_dir", "--seed", "--out_dim", "--method", "--epochs", "--batch_size_per_gpu", "--data_path")
@@ -180,8 +188,7 @@ def check_data(args: argparse.Namespace) -> None:
     """Raise `UserError` if the images are not there, or are not those of the paper's column."""
     if args.data_path is None and args.dataset != "digits":
         raise UserError("--data_path is missing: the folder with the images (or --dataset digits)")
-    if args.data_path is not None and args.dataset == "digits":
-        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
+    check_unread_path(args)
     if args.data_path is not None and not os.path.isdir(args.data_path):
         raise UserError(f"--data_path {args.data_path} is not a folder: check the path")
     if args.dataset in (None, "folder"):

@@ -7,6 +7,7 @@ from cplearn.files import check_output_dir
 from cplearn.flags import (
     ArgumentParser,
     bool_flag,
+    check_unread_path,
     expand_paths,
     expand_recipes,
     fraction,
@@ -23,6 +24,7 @@ __all__ = [
     "ArgumentParser",
     "bool_flag",
     "check_output_dir",
+    "check_unread_path",
     "cosine",
     "expand_paths",
     "expand_recipes",

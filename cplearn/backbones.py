@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -106,22 +106,29 @@ def check_weights(build: Callable[[], nn.Module], flag: str) -> None:
         )
 
 
+def bytes_kept(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd keeps of a forward pass, on any device, beside the tensors `own`."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage()._cdata, x)  # which keeps it alive, so that no other takes its place
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        forward()
+    known = {t.untyped_storage()._cdata for t in own}
+    return sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in known)
+
+
 def kept_for_gradient(backbone: nn.Module, size: int) -> int:
     """Return the bytes that autograd keeps of one image, from shapes alone; 0 if the backbone cannot tell them."""
     tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
     weights = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        return kept.setdefault(x.untyped_storage()._cdata, x)  # which keeps it alive, so that no other takes its place
-
+    image = torch.empty(1, 3, size, size, device="meta")
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            torch.func.functional_call(backbone, weights, torch.empty(1, 3, size, size, device="meta"))
+        return bytes_kept(lambda: torch.func.functional_call(backbone, weights, image), weights.values())
     except Exception:
         return 0
-    own = {t.untyped_storage()._cdata for t in weights.values()}
-    return sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in own)
 
 
 @torch.no_grad()

@@ -168,6 +168,12 @@ def check_path(flag: str, path: str) -> str:
     return path
 
 
+def check_unread_path(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a --data_path that nothing would read, because the digits come with scikit-learn."""
+    if args.dataset == "digits" and args.data_path:
+        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
+
+
 class _Ignored(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if int(os.environ.get("RANK", "0")) == 0:

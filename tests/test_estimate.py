@@ -1,18 +1,13 @@
 """`benchmarks/estimate.py`: what it counts, against the network's formula and the operations that really run."""
 
-import sys
-
+import estimate
 import pytest
+import random_jpegs
 import torch
 from helpers import ROOT
+from steps import flops_per_image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import estimate
-import random_jpegs
-from steps import flops_per_image
 
 import main_cplearn
 from cplearn.dictionary import streamed_loss

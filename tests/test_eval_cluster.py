@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_a_file_that_is_no_table_of_codes_is_kept(run, tmp_path):
     precious = tmp_path / "checkpoint.pth"
     checkpoints.write(precious, {"x": torch.zeros(3)})
     before = precious.read_bytes()
-    for path in (precious, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (precious, tmp_path, tmp_path / "pipe"):
         with pytest.raises(UserError, match=f"--out_csv {path} is there, and no table of codes"):
             eval_cluster.main(eval_flags(run, tmp_path / "out", "--out_csv", str(path)))
     assert precious.read_bytes() == before

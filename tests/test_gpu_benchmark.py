@@ -5,15 +5,12 @@ import subprocess
 import sys
 import time
 
-import pytest
-import torch
-from helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import gpu
 import gpu_fast
 import gpu_right
+import pytest
+import torch
+from helpers import ROOT
 
 SCRIPT = str(ROOT / "benchmarks" / "gpu.py")
 CPU = torch.device("cpu")

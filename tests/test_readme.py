@@ -3,9 +3,9 @@
 import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
+import estimate
 import pytest
 from helpers import ROOT
 
@@ -15,10 +15,6 @@ import run_with_submitit
 from cplearn import checkpoints
 from cplearn.data import imagenet100
 from cplearn.errors import UserError
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import estimate  # noqa: E402
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")], key=lambda p: str(p.relative_to(ROOT))

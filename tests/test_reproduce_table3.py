@@ -86,10 +86,16 @@ AGAIN = "--scale small --dataset digits --methods swav --out_dims 16"
 
 
 @pytest.mark.parametrize("flags", ["--status", f"{AGAIN} --epochs 3", f"{AGAIN} --minutes_per_cell 3"])
-@pytest.mark.parametrize("content", ['{"settings": {"table"', "[]", "{}", "\0\0"])
+@pytest.mark.parametrize("content", ['{"settings": {"table"', "[]", "{}", "\0\0", "[" * 100_000])
 def test_a_damaged_grid_is_not_taken_for_none(tmp_path, flags, content):
     (tmp_path / "grid.json").write_text(content)
     refuse(tmp_path / "grid.json", flags, "is damaged")
+
+
+def test_a_pipe_in_the_place_of_a_grid_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "grid.json")
+    with pytest.raises(UserError, match="grid.json cannot be read: is no regular file"):
+        reproduce_table3.main(["--output_dir", str(tmp_path), "--status"])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cplearn.distributed import alive
 from cplearn.distributed.collectives import local_world_size, world_size
 from cplearn.errors import LocalError, PeerError, UserError
-from cplearn.files import remove_quietly, write_text
+from cplearn.files import read_text, remove_quietly, write_text
 from cplearn.host import host_name, keep_freed_memory
 from cplearn.text import format_table
 
@@ -171,10 +171,10 @@ def _path_of(dist_url: str) -> Path:
 def _is_rendezvous(path: Path) -> bool:
     """Return whether the file is one that rank 0 wrote, if only its beginning, or empty, as mktemp makes them."""
     try:
-        content = path.read_bytes()
+        content = read_text(path)
     except OSError:
         return False
-    mark = f'{{"{_OURS}": '.encode()
+    mark = f'{{"{_OURS}": '
     return content.startswith(mark) or mark.startswith(content)
 
 

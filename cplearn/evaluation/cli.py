@@ -10,7 +10,7 @@ from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.evaluation.features import Features, Model, WeightsFile, load_model, read_weights
 from cplearn.files import append_json_line, check_output_dir
-from cplearn.flags import expand_paths, ignore_local_rank, nonnegative, positive, seed_below
+from cplearn.flags import check_unread_path, expand_paths, ignore_local_rank, nonnegative, positive, seed_below
 from cplearn.host import git_commit
 
 # What is fixed once features are kept.
@@ -55,8 +55,7 @@ def start(args: argparse.Namespace) -> torch.device:
         raise UserError("--load_features holds features of other weights already: leave out --pretrained_weights")
     if not args.pretrained_weights and not args.load_features:
         raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
-    if args.dataset == "digits" and args.data_path:
-        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
+    check_unread_path(args)
     given = [f"--{name}" for name in OF_FEATURES if getattr(args, name)]
     if args.load_features and given:
         raise UserError(f"{', '.join(given)} cannot change kept features: leave it out, or extract again")

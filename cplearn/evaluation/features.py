@@ -125,13 +125,12 @@ RECORDED = {"method": str, "arch": str, "patch_size": int, "image_size": int, "d
 
 def _recorded_flags(file: WeightsFile) -> argparse.Namespace:
     """Return the flags of the run that wrote a checkpoint. Raises `UserError` for a file that is none."""
-    flags, epoch, weights = (file.state.get(name) for name in ("args", "epoch", "model"))
-    wrong = "args" if not isinstance(flags, dict) else None
-    wrong = wrong or next((k for k, kind in RECORDED.items() if not isinstance(flags.get(k, b""), kind)), None)
-    wrong = wrong or ("epoch" if not isinstance(epoch, int) else None)
-    wrong = wrong or ("model" if not isinstance(weights, dict) else None)
+    kinds = {"args": dict, "epoch": int, "model": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(file.state.get(name), kind)]
+    flags = {} if wrong else file.state["args"]
+    wrong = wrong or [name for name, kind in RECORDED.items() if not isinstance(flags.get(name, b""), kind)]
     if wrong:
-        raise UserError(f"{file.path} records no usable {wrong} of its run: it was not written by main_cplearn.py")
+        raise UserError(f"{file.path} records no usable {wrong[0]} of its run: it was not written by main_cplearn.py")
     return argparse.Namespace(**{str(k): v for k, v in flags.items()})
 
 
@@ -201,7 +200,7 @@ def get_features(
     _check_classes([dataset.classes for dataset in data.values()], splits, labels_for)
     if model.random_init:
         train = data.get("train") or model.images("train")
-        calibrate_batch_norm(model, train, device, seed=args.seed, timeout=_timeout(args))
+        calibrate_batch_norm(model, train, device, seed=args.seed, timeout=args.worker_timeout)
     extracted = []
     for split, dataset in data.items():
         if collectives.is_main():
@@ -227,10 +226,6 @@ def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], lab
     if any(c != classes[0] for c in classes):
         differ = sorted(set(classes[0] or ()) ^ set(classes[-1] or ()))
         raise UserError(f"the class folders of {' and '.join(splits)} differ: {datasets.few(differ) or 'their order'}")
-
-
-def _timeout(args: argparse.Namespace) -> float:
-    return getattr(args, "worker_timeout", workers.WORKER_TIMEOUT)  # eval_collapse.py has no such flag
 
 
 @torch.no_grad()
@@ -317,7 +312,7 @@ def extract_features(
         device=device,
     )
     rows, codes = [], []
-    with workers.watched(loader, _timeout(args)) as batches:
+    with workers.watched(loader, args.worker_timeout) as batches:
         for pixels, _, _ in batches:
             x = color.normalize(color.to_float(pixels.to(device, non_blocking=True)))
             rows.append(backbone_features(model.backbone, x, n_last_blocks))

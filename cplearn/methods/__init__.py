@@ -4,7 +4,8 @@ import argparse
 
 from torch import nn
 
-from cplearn.backbones import build_backbone
+from cplearn.backbones import build_backbone, check_image_size, checkpoint_blocks
+from cplearn.data.augmentations import View
 from cplearn.errors import UserError
 from cplearn.methods.barlow_twins import BarlowTwins
 from cplearn.methods.cplearn import CPLearn
@@ -38,3 +39,14 @@ def build_method(args: argparse.Namespace) -> nn.Module:
         args.arch, patch_size=args.patch_size, image_size=args.image_size, drop_path_rate=args.drop_path_rate
     )
     return method_class(args.method).from_args(backbone, args)
+
+
+def build_method_for(args: argparse.Namespace, views: list[View]) -> nn.Module:
+    """Build a run's method as it trains on these views. Raises `UserError` for a size that its backbone cannot take."""
+    method = build_method(args)
+    for size in sorted({view.size for view in views}):
+        check_image_size(method.backbone, args.arch, size)
+    if args.grad_checkpointing:
+        checkpoint_blocks(method.backbone, args.arch)
+    method.accum = args.accum
+    return method

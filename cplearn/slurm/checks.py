@@ -43,7 +43,7 @@ def check_run(parsed: argparse.Namespace) -> None:
 
     The model is built without weights (torch's meta device), which takes neither time nor memory.
     """
-    from cplearn import backbones, checkpoints
+    from cplearn import checkpoints
     from cplearn.data import datasets
 
     if parsed.class_list:
@@ -56,18 +56,14 @@ def check_run(parsed: argparse.Namespace) -> None:
     import torch
 
     from cplearn.data import augmentations
-    from cplearn.methods import build_method
+    from cplearn.methods import build_method_for
 
     if not parsed.data_path or (parsed.class_list and parsed.dataset != "folder"):
         datasets.build_dataset(parsed.dataset, None, "train", parsed.class_list)
     views = augmentations.views_of(parsed)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that weights cannot be copied there
-        backbone = build_method(parsed).backbone
-        for size in sorted({view.size for view in views}):
-            backbones.check_image_size(backbone, parsed.arch, size)
-        if parsed.grad_checkpointing:
-            backbones.checkpoint_blocks(backbone, parsed.arch)
+        backbone = build_method_for(parsed, views).backbone
         if state is not None:
             checkpoints.load_backbone(backbone, state, weights)
 

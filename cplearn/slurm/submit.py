@@ -14,7 +14,6 @@ from pathlib import Path
 
 from cplearn.errors import UserError
 from cplearn.files import append_json_line, remove_quietly
-from cplearn.flags import ArgumentParser
 from cplearn.host import ROOT, git_commit, process_start
 from cplearn.slurm.job import Task
 from cplearn.slurm.status import FOLDER
@@ -88,11 +87,6 @@ class JobRequest:
         elif not self.resources.local:
             extra["--device"] = "cuda"  # a node whose GPUs are gone must fail, not run slowly
         return [*self.argv, *(x for flag, value in extra.items() if flag not in given for x in (flag, value))]
-
-
-def expand_recipes(argv: list[str]) -> list[str]:
-    """Write out @files, so that a job that waits in the queue runs what they say now."""
-    return ArgumentParser(add_help=False).parse_known_args(argv)[1]
 
 
 # --- submission -------------------------------------------------------------------------------------------

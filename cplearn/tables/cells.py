@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.files import read_json_lines, write_text
+from cplearn.files import read_json_lines, read_text, write_text
 from cplearn.host import git_commit
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.rows import Row, rows
@@ -58,13 +58,16 @@ class Cell:
     def _results_folder(self, *, random: bool) -> Path:
         return self.folder / ("random_init" if random else "trained")
 
+    def own_flags(self) -> dict[str, str | int]:
+        """Return what makes the cell this one, as flags of main_cplearn.py."""
+        return {"method": self.row.method, "out_dim": self.row.out_dim, "seed": self.seed}
+
     def differs(self) -> str:
         """Return where the checkpoint says something else than this cell, "" if nowhere or if there is none.
 
         The folder may hold another run: copied there, or trained by hand with other flags.
         """
-        said = checkpoint_args(self.folder / "checkpoint.pth")
-        cell = {"method": self.row.method, "out_dim": self.row.out_dim, "seed": self.seed}
+        said, cell = checkpoint_args(self.folder / "checkpoint.pth"), self.own_flags()
         if "--epochs" in self.train:
             last = max(i for i, flag in enumerate(self.train) if flag == "--epochs")
             cell["epochs"] = int(self.train[last + 1])
@@ -202,7 +205,7 @@ class Grid:
                     raise UserError(f"{cell.name}: {error}") from None
                 if stage.name != "train":
                     continue
-                for name, value in {"method": cell.row.method, "out_dim": cell.row.out_dim, "seed": cell.seed}.items():
+                for name, value in cell.own_flags().items():
                     if getattr(parsed, name) != value:
                         raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
                 flags = repr(sorted((vars(parsed) | {"output_dir": ""}).items()))
@@ -232,12 +235,12 @@ def read_object(path: Path) -> dict:
     Raises `UserError` for a damaged file: taken for none, what it keeps would be overwritten.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): restore a copy, or move it away to begin anew") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is damaged (no JSON object): restore a copy, or move it away to begin anew")

@@ -16,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from cplearn.errors import ExpectedError, Interrupted, UserError
 from cplearn.files import remove_quietly, write_text
+from cplearn.flags import expand_recipes
 from cplearn.host import ROOT, end_with_parent
-from cplearn.slurm.submit import JobRequest, Resources, expand_recipes, submit
+from cplearn.slurm.submit import JobRequest, Resources, submit
 from cplearn.tables.cells import Cell, Grid, Stage
 from cplearn.tables.status import CellState
 from cplearn.text import format_duration
@@ -250,7 +251,7 @@ def _submit_cell(cell: Cell, state: CellState, after: str, resources: Resources)
         else:
             needs = [f"afterok:{trained}"] * bool(trained)
             needs += [after] * bool(after) if not last else [f"afterany:{last}"] * (last != trained)
-            argv = expand_recipes(stage.flags)
+            argv = expand_recipes(stage.flags)  # a job that waits in the queue runs what they say now
             request = JobRequest(stage.script, argv, stage.place, resources, cell.name, ",".join(needs) or None)
             last = submit(request)
             submitted.append(last)

@@ -68,11 +68,8 @@ def _read_state(cell: Cell, grid_runs: bool) -> CellState:
     trained = (cell.folder / "trained.json").exists() and not differs
     missing, jobs = [], []
     for stage in cell.stages():
-        if (
-            trained
-            if stage.name == "train"
-            else not differs and stage.script in scripts[stage.name.startswith("random")]
-        ):
+        evaluated = not differs and stage.script in scripts[stage.name.startswith("random")]
+        if trained if stage.name == "train" else evaluated:
             continue
         folder = stage.place / FOLDER
         entries = [entry for entry in submissions(folder) if entry["script"] == stage.script]

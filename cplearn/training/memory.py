@@ -5,8 +5,9 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from cplearn.backbones import bytes_kept
 from cplearn.data.augmentations import View, by_size
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
@@ -62,24 +63,14 @@ def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[Vie
 
 def activation_bytes(backbone: nn.Module, size: int, precision: str) -> int:
     """Count what autograd keeps of one image of this size, by a forward pass of two on the CPU."""
-    seen: dict[int, int] = {}
-    own = {t.untyped_storage().data_ptr() for t in [*backbone.parameters(), *backbone.buffers()]}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(x)  # so that no other takes its place
-        return x
-
-    alive: list[Tensor] = []
+    own = [*backbone.parameters(), *backbone.buffers()]
     training = backbone.training
     backbone.eval()  # batch norm would ask the other ranks
     precision = "bf16" if precision == "fp16" else precision  # as large, and every CPU has it
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(torch.device("cpu"), precision):
-        backbone(torch.zeros(2, 3, size, size))
+    with autocast(torch.device("cpu"), precision):
+        kept = bytes_kept(lambda: backbone(torch.zeros(2, 3, size, size)), own)
     backbone.train(training)
-    return sum(seen.values()) // 2
+    return kept // 2
 
 
 def check_memory(method: nn.Module, args: argparse.Namespace, views: list[View], device: torch.device) -> Memory:

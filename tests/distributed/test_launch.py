@@ -131,6 +131,15 @@ def test_a_frozen_rank_is_named_by_the_other(tmp_path, frozen):
             rank.process.kill()
 
 
+def test_a_pipe_in_the_place_of_an_address_does_not_hang(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "meet")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="meet is there already, and not from an earlier start"):
+        launch.init(f"file://{tmp_path}/meet", "cpu", 0.02)
+    assert (tmp_path / "meet").is_fifo()
+
+
 def _work_long_alone(rank):
     """Rank 1 waits for rank 0 in a collective for longer than a rank may be silent; then rank 1 has ended, and rank 0
     works on."""
