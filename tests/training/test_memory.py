@@ -143,7 +143,7 @@ def settings(*flags):
 def _peak(rank, *flags):
     """Peak memory of a step beyond what was there before the method was built, and the estimate."""
     torch.set_num_threads(1)
-    main_cplearn.build_method(main_cplearn.parse_args(list(flags)))  # what is imported counts before
+    build_method(main_cplearn.parse_args(list(flags)))  # what is imported counts before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
