@@ -1,0 +1,11 @@
+"""CPLearn's package. `from cplearn import load_backbone, load_pretrained` for a trained network in your own code."""
+
+__all__ = ["load_backbone", "load_pretrained"]
+
+
+def __getattr__(name: str):
+    if name in __all__:  # on demand, for the head and the loss need none of what these import
+        from cplearn.evaluation import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

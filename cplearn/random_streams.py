@@ -4,7 +4,9 @@ No draw depends on which process makes it or when, so a run has no random state 
 """
 
 import math
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -71,3 +73,15 @@ def seed_everything(purpose: int, *key: int) -> None:
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
+
+
+@contextlib.contextmanager
+def kept_state() -> Iterator[None]:
+    """Give the caller's generators of torch, NumPy and Python back as they were."""
+    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        np.random.set_state(kept[1])
+        random.setstate(kept[2])

@@ -18,31 +18,53 @@ OF_FEATURES = ("random_init", "arch", "patch_size", "image_size", "dataset", "da
                "checkpoint_key")  # fmt: skip
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every evaluation, with DINO's names."""
+def add_weights_flags(parser: argparse.ArgumentParser):
+    """Add the flags that name a network, with DINO's names; return their group."""
     ignore_local_rank(parser)
     # fmt: off
     g = parser.add_argument_group("weights")
     g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
-    g.add_argument("--checkpoint_key", default=None, help="Network to evaluate where there are two (DINO): teacher (default) or student")
-    g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialization: the baseline every result needs")
+    g.add_argument("--checkpoint_key", default=None, help="Network to use where there are two (DINO): teacher (default) or student")
     g.add_argument("--arch", default=None, help="For weights that do not say (default: the checkpoint's)")
     g.add_argument("--patch_size", type=positive(int), default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
     g.add_argument("--image_size", type=positive(int), default=None, help="Pixels (default: the checkpoint's, or by data set)")
+    # fmt: on
+    return g
+
+
+def add_loader_flags(group, *, batch_size: int = 128) -> None:
+    """Add the flags of a loader of images to a group."""
+    # fmt: off
+    group.add_argument("--batch_size_per_gpu", type=positive(int), default=batch_size, help="Images per process and step")
+    group.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
+    group.add_argument("--worker_timeout", type=nonnegative(float), default=workers.WORKER_TIMEOUT, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
+    # fmt: on
+
+
+def add_run_flags(group) -> None:
+    """Add seed, device and rendezvous to a group."""
+    # fmt: off
+    group.add_argument("--seed", type=seed_below(2**31), default=0)
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
+    # fmt: on
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every evaluation."""
+    # fmt: off
+    g = add_weights_flags(parser)
+    g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialization: the baseline every result needs")
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: the checkpoint's)")
     g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/) (default: the checkpoint's)")
     g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's; '' for all folders)")
-    g.add_argument("--batch_size_per_gpu", type=positive(int), default=128, help="Images per process and step")
-    g.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
-    g.add_argument("--worker_timeout", type=nonnegative(float), default=workers.WORKER_TIMEOUT, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
+    add_loader_flags(g)
     g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
     g.add_argument("--load_features", default=None, metavar="DIR", help="Use the features kept there; no images and no weights are read")
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", default=None, help="Where results.jsonl goes (default: beside the weights)")
-    g.add_argument("--seed", type=seed_below(2**31), default=0)
-    g.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
+    add_run_flags(g)
     # fmt: on
 
 
@@ -92,6 +114,18 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
         if root.is_dir() and not any((root / name).is_dir() for name in ("val", "test")):
             raise UserError(f"--data_path {root} has no val or test folder: add one, or --split train")
     return model
+
+
+def open_network(args: argparse.Namespace, device: torch.device) -> Model:
+    """Load the network of --pretrained_weights for a command that brings its own images (`add_weights_flags` only).
+
+    Raises `UserError` if the flag is missing, or if the file has no such network.
+    """
+    if not args.pretrained_weights:
+        raise UserError("--pretrained_weights is missing: give a checkpoint, or backbone weights with --arch")
+    expand_paths(args, "pretrained_weights")
+    evaluation = {"random_init": False, "dataset": None, "data_path": None, "class_list": None, "load_features": None}
+    return open_model(argparse.Namespace(**{**evaluation, **vars(args)}), device)
 
 
 def effective_flags(args: argparse.Namespace, model: Model | None) -> dict[str, object]:
