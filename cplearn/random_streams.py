@@ -3,8 +3,8 @@
 No draw depends on which process makes it or when, so a run has no random state that would have to be saved.
 """
 
-import math
 import contextlib
+import math
 import random
 from collections.abc import Iterator
 
