@@ -66,6 +66,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--patch_size", type=positive(int), default=16, help="ViT patch in pixels; smaller is slower and better")
     g.add_argument("--drop_path_rate", type=fraction_below_one, default=0.1, help="Stochastic depth of a ViT")
     g.add_argument("--init_from", default=None, help="Start from the backbone weights of this file (ours, DINO's, timm's)")
+    g.add_argument("--freeze_backbone_epochs", type=nonnegative(int), default=0, help="Train the head alone for N epochs first, on the features of --init_from")
 
     g = p.add_argument_group("data and views")
     g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: folder with --data_path, else digits)")
@@ -109,7 +110,8 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--max_skipped_steps", type=nonnegative(int), default=20, help="Stop after more than N steps in a row without a finite loss and gradient")
     g.add_argument("--print_freq", type=positive(int), default=10, help="Steps between two readings of the loss")
     g.add_argument("--on_collapse", default="warn", choices=("warn", "stop"), help="After two epochs in a row whose verdict is not healthy: go on, or save and end with exit code 7")
-    g.add_argument("--knn_freq", type=nonnegative(int), default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none")
+    g.add_argument("--best_by", default="score", choices=("score", "knn", "none"), help="Keep checkpoint_best.pth, by the probe's label-free score or by the k-NN of --knn_freq")
+    g.add_argument("--knn_freq", type=nonnegative(int), default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none. Also before the first step")
     g.add_argument("--profile", action="store_true", help="Write a trace of 20 steps to profile.json and print the ten largest costs")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -127,7 +129,7 @@ def train_one_epoch(run: Run) -> dict:
     """
     args, method, optimizer, scaler = run.args, run.method, run.optimizer, run.scaler
     statistics, report = RunningStatistics(method), EpochReport(run)
-    run.model.train()
+    run.set_training()
     for batch in run.rest_of_epoch():
         lr = set_schedules(optimizer, run.step, run.steps_per_epoch, args)
         random_streams.seed_everything(random_streams.FOR_STEP, args.seed, run.step, collectives.rank())  # drop path
@@ -162,10 +164,13 @@ def train(run: Run) -> dict:
     writer = tensorboard_writer(args, run.step // run.steps_per_epoch)
     run.saved_at = time.monotonic()
     stop_if_asked(run)  # while it was built
+    if run.step == 0:
+        run.monitor.begin(run.method, run.device, args.batch_size_per_gpu)
     while run.step < run.last_step:
         record = train_one_epoch(run)
         if run.between_epochs:
-            record |= run.monitor.end_epoch(run.method, run.device, args.batch_size_per_gpu, record)
+            sound = run.bad_steps.in_a_row == 0
+            record |= run.monitor.end_epoch(run.method, run.device, args.batch_size_per_gpu, record, sound=sound)
         collectives.on_main(report_epoch, run, record, writer)
         if run.between_epochs:
             run.epoch = EpochState()
@@ -218,7 +223,6 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
             checkpoints.load_backbone(run.method.backbone, state, args.init_from)
     if not resumed:
         run.method.begin()
-    run.model = collectives.wrap(run.method, device)
     collectives.on_main(announce, run, launch.self_check(device))
     return run
 
@@ -272,7 +276,7 @@ def assemble(
         profile=StepProfile(args.profile, args.output_dir, device),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
         memory=memory,
-        monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq),
+        monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq, args.best_by),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
         bad_images=BadImages(dataset, args.max_bad_images, args.output_dir),
         lock=lock,
@@ -357,6 +361,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--accum {args.accum} does not divide --batch_size_per_gpu {args.batch_size_per_gpu}")
     if args.accum > 1 and args.method == "gedi_gen":
         raise UserError(f"--accum {args.accum} cannot split gedi_gen's sampling: leave it out")
+    if args.best_by == "knn" and not args.knn_freq:
+        raise UserError("--best_by knn needs --knn_freq N, epochs between two tests: add --knn_freq 1")
+    if args.freeze_backbone_epochs and not args.init_from:
+        raise UserError(
+            f"--freeze_backbone_epochs {args.freeze_backbone_epochs} would freeze random weights: add --init_from FILE"
+        )
+    if args.freeze_backbone_epochs > args.epochs:
+        raise UserError(f"--freeze_backbone_epochs {args.freeze_backbone_epochs} exceeds --epochs {args.epochs}")
     if args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: shorten the warm-up")
 

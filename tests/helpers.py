@@ -106,8 +106,10 @@ def spoil(monkeypatch, steps):
     color, calls = augmentations.color, []
 
     def spoiled(*args):
-        calls.append(1)
         x = color(*args)
+        if not torch.is_grad_enabled():  # the probe's
+            return x
+        calls.append(1)
         return x * float("nan") if len(calls) - 1 in steps else x  # once per step, for both views
 
     monkeypatch.setattr(augmentations, "color", spoiled)

@@ -78,7 +78,7 @@ class Method(nn.Module):
         for name, value in given.items():
             default = cls.settings()[name]
             kinds = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(type(default), ())
-            if kinds and value is not None and type(value) not in kinds:
+            if kinds and type(value) not in kinds:
                 raise UserError(
                     f"--{name} {value!r} is not a {type(default).__name__}: the flags of this run are damaged"
                 )

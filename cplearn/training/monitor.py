@@ -7,9 +7,11 @@ statistic and no random number, so a run with and without it comes to the same b
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cplearn import random_streams
 from cplearn.data import augmentations
@@ -125,32 +127,66 @@ class Probe:
         return [x[: len(kept)] for x in crops], augmentations.color_params(self.views, u[kept]), labels
 
     @torch.no_grad()
-    def measure(self, method: Method, device: torch.device, batch: int) -> "ProbeResult | None":
+    def measure(
+        self, method: Method, device: torch.device, batch: int, *, untrained: bool = False
+    ) -> "ProbeResult | None":
         """Compute features, embeddings and codes of both views, `batch` images at a time. Every rank must call it.
 
+        `untrained`: batch norms that have seen no batch yet are given the probe's statistics while it is measured.
         Returns None if some rank could not read any of its images.
         """
         if self._kept is None:
             self._kept = self._read()
-        crops, params, labels = self._kept
-        if not all(collectives.gather_objects(len(labels))):
+        labels = self._kept[-1]
+        counts = collectives.gather_objects(len(labels))
+        if not all(counts):
             return None
         training = method.training
         method.eval()
-        parts = []
-        for start in range(0, len(labels), batch):
-            rows = slice(start, start + batch)
-            images = augmentations.color_views([x[rows] for x in crops], params[rows], self.views, device)
-            features = forward_by_size(method.evaluated, images)
-            with torch.autocast(device.type, enabled=False):
-                embeddings = [method.embed(z) for z in features]
-                codes = [method.assign(h) for h in embeddings]
-                vectors = method.code_vectors(codes[0])
-            parts.append((features[0].float(), embeddings[0], vectors, *codes))
+        with _fresh_norms(method) if untrained else nullcontext([]) as norms:
+            if norms and min(counts) > 1:  # as many batches on each rank, none of one image
+                starts = range(0, min(counts) - 1, batch)
+                for images in self._images(starts, min(counts), batch, device):
+                    method.embed(method.evaluated(images[0]))
+            for norm in norms:
+                norm.eval()
+            parts = []
+            for images in self._images(range(0, len(labels), batch), len(labels), batch, device):
+                features = forward_by_size(method.evaluated, images)
+                with torch.autocast(device.type, enabled=False):
+                    embeddings = [method.embed(z) for z in features]
+                    codes = [method.assign(h) for h in embeddings]
+                    vectors = method.code_vectors(codes[0])
+                parts.append((features[0].float(), embeddings[0], vectors, *codes))
         method.train(training)
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
         rows = [None if x is None else collectives.gather_rows(x).cpu() for x in (*columns, labels.to(device))]
         return ProbeResult(*rows)
+
+    def _images(self, starts: range, count: int, batch: int, device: torch.device) -> Iterator[list[Tensor]]:
+        crops, params, _ = self._kept
+        for start in starts:
+            rows = slice(start, min(start + batch, count))
+            yield augmentations.color_views([x[rows] for x in crops], params[rows], self.views, device)
+
+
+@contextmanager
+def _fresh_norms(method: Method) -> Iterator[list[nn.Module]]:
+    """Let batch norms that have seen no batch take a plain average over those to come; at the end forget it."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in method.modules() if isinstance(m, kinds) and m.track_running_stats]
+    norms = [m for m in norms if m.num_batches_tracked == 0]
+    kept = [(m.momentum, [b.clone() for b in m.buffers(recurse=False)]) for m in norms]
+    for norm in norms:
+        norm.momentum = None
+        norm.train()
+    try:
+        yield norms
+    finally:
+        for norm, (momentum, buffers) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            for now, before in zip(norm.buffers(recurse=False), buffers, strict=True):
+                now.copy_(before)
 
 
 class ProbeResult:
@@ -172,27 +208,62 @@ class ProbeResult:
         return leave_one_out_knn(self.features, self.labels, k=k, temperature=temperature)
 
 
+# Numbers of the probe that are kept from before the first step, to stand beside those of later epochs.
+AT_START = ("score", "features_rank", "features_dimensions", "embedding_rank", "embedding_dimensions", "agreement",
+            "agreement_chance", "codes_used", "knn20")  # fmt: skip
+BEST = {"score": "probe_score", "knn": "probe_knn20"}  # what --best_by names, by its name in the log
+
+
 class Monitor:
-    """Code usage and probe of a run, and its verdict after each epoch."""
+    """Code usage and probe of a run, its verdict after each epoch, and which epoch was the best."""
 
     PATIENCE = 2  # alarms in a row, before --on_collapse stop does
 
     def __init__(
-        self, pixels: Pixels, views: list[augmentations.View], seed: int, steps_per_epoch: int, knn_freq: int = 0
+        self,
+        pixels: Pixels,
+        views: list[augmentations.View],
+        seed: int,
+        steps_per_epoch: int,
+        knn_freq: int = 0,
+        best_by: str = "none",
     ):
         self.usage, self.probe, self.knn_freq = CodeUsage(), Probe(pixels, views, seed, steps_per_epoch), knn_freq
         self.alarms = 0  # in a row
         self.last: dict[str, str] = {}  # verdict, and when it was found
+        self.start: dict[str, float] = {}  # of `AT_START`
+        self.best_by, self.best = best_by, {}  # its epoch, counted from 1, and value
+        self.improved = False  # by the last epoch
+
+    def begin(self, method: Method, device: torch.device, batch: int) -> None:
+        """Measure the probe before the first step: an untrained network, or the weights of --init_from.
+
+        Every rank must call it.
+        """
+        probed = self.probe.measure(method, device, batch, untrained=True)
+        if probed is not None:
+            self.start = collectives.on_main(self._at_start, probed)
+
+    def _at_start(self, probed: ProbeResult) -> dict[str, float]:
+        found = probed.metrics() | ({"knn20": probed.knn()} if self.knn_freq else {})
+        found = {name: found[name] for name in AT_START if name in found}
+        if "score" in found:
+            words = f"score {found['score']:.2f}, effective rank {found['features_rank']:.0f} (features), "
+            words += f"{found['embedding_rank']:.0f} (embedding)"
+            words += f", 20-NN {found['knn20']:.4f}" if "knn20" in found else ""
+            print(f"Before the first step: {words}", flush=True)
+        return found
 
     def add(self, usage: Tensor | None, images: int, skipped: Tensor) -> None:
         """Count the mean assignment of a step of so many images over all ranks, if the method has one."""
         if usage is not None:
             self.usage.add(usage, images, skipped)
 
-    def end_epoch(self, method: Method, device: torch.device, batch: int, record: dict) -> dict:
+    def end_epoch(self, method: Method, device: torch.device, batch: int, record: dict, *, sound: bool = True) -> dict:
         """Return numbers and verdict for the log of an epoch that is whole. Every rank must call it.
 
-        In an epoch in which the probe is not measured the last verdict stands, and is shown with its epoch.
+        In an epoch in which the probe is not measured the last verdict stands, and is shown with its epoch. The epoch
+        cannot be the best if its weights are not `sound`.
         """
         start = time.perf_counter()
         found, done = self.usage.average(), record["epoch"] + 1
@@ -212,7 +283,20 @@ class Monitor:
         if self.last:
             since = "" if self.last["epoch"] == str(done) else f" (epoch {self.last['epoch']})"
             found |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + since}
+        found |= self._compare(found, done, sound)
         return found | {"monitor_seconds": time.perf_counter() - start}
+
+    def _compare(self, found: dict, done: int, sound: bool) -> dict:
+        """Return the numbers at the start beside those found, and which epoch is the best so far."""
+        start = {f"start_{name}": value for name, value in self.start.items() if f"probe_{name}" in found}
+        value = found.get(BEST.get(self.best_by, ""), math.nan)
+        settled = sound and done >= self.probe.first
+        self.improved = settled and value > self.best.get("value", -math.inf)
+        if self.improved:
+            self.best = {"by": self.best_by, "epoch": done, "value": value}
+        if self.best:
+            start |= {"best_epoch": self.best["epoch"], f"best_{self.best['by']}": self.best["value"]}
+        return start
 
     def _verdict(
         self, method: Method, found: dict, probed: ProbeResult | None, knn: bool, done: int
@@ -234,9 +318,12 @@ class Monitor:
 
     def state(self) -> dict:
         """Return what a continuation needs, by its names in a checkpoint. Every rank must call it."""
-        return {"code_use": self.usage.state(), "alarms": self.alarms, "verdict": self.last}
+        return {"code_use": self.usage.state(), "alarms": self.alarms, "verdict": self.last, "start": self.start,
+                "best": self.best}  # fmt: skip
 
     def load(self, state: dict, device: torch.device) -> None:
         if "code_use" in state:  # not in checkpoints of the first versions
             self.usage.load(state["code_use"], device)
             self.alarms, self.last = state["alarms"], state["verdict"]
+            self.start, best = state.get("start", {}), state.get("best", {})  # younger still
+            self.best = best if best.get("by") == self.best_by else {}

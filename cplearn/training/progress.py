@@ -1,5 +1,6 @@
 """How far a run is: averages kept on the device, the state of an epoch, and a bar or plain lines."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -76,6 +77,9 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._start
 
 
+LONGEST = 1e9  # seconds, which no epoch takes
+
+
 @dataclass
 class EpochState:
     """How far the current epoch is, over all its parts if it was interrupted. Saved with the run."""
@@ -97,9 +101,12 @@ class EpochState:
         }
 
     def load(self, state: dict, device: torch.device) -> None:
+        """Raises KeyError, TypeError or ValueError for what no run writes."""
         self.meter.load(state["meter"], device)
         self.skipped, self.replaced, self.seconds = state["skipped"], state["replaced"], state["seconds"]
         self.waiting.seconds = state["waiting"]
+        if not (0 <= self.waiting.seconds < LONGEST and 0 <= self.seconds < LONGEST):
+            raise ValueError(f"an epoch of {self.seconds:g} s, {self.waiting.seconds:g} s of waiting")
 
 
 class DeferredRead:

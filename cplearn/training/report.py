@@ -174,6 +174,9 @@ def report_epoch(run: Run, record: dict, writer) -> None:
     if "verdict" in record:
         mark = "" if record["verdict"] == "healthy" else "WARNING: "
         print(f"  {mark}{record['verdict_line']}", flush=True)
+    if "probe_knn20" in record:
+        start = f" ({record['start_knn20']:.4f} before the first step)" if "start_knn20" in record else ""
+        print(f"  20-NN among the probe's images: {record['probe_knn20']:.4f}{start}", flush=True)
     if advice := loader_advice(record["data_wait"], run.loader.num_workers, run.device, run.images):
         print(f"  WARNING: {advice}", flush=True)
     append_json_line(Path(args.output_dir, "log.txt"), record)
@@ -215,7 +218,9 @@ def report_end(run: Run, record: dict) -> None:
     if run.bad_steps.in_a_row:
         print(f"WARNING: the last {run.bad_steps.in_a_row} steps were not finite and had to be left out")
     nothing = f"Nothing left to do in {folder}: step {run.step} is its last"
-    print(f"Done: {folder}/checkpoint.pth" if record else nothing)
+    best = run.monitor.best
+    kept = f"; checkpoint_best.pth is of epoch {best['epoch']}, by {best['by']}" if best else ""
+    print(f"Done: {folder}/checkpoint.pth{kept}" if record else nothing)
 
 
 def tensorboard_writer(args: argparse.Namespace, epoch: int):

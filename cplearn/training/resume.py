@@ -28,6 +28,7 @@ MAY_CHANGE_ON_RESUME = {
     "max_bad_images",
     "max_skipped_steps",
     "knn_freq",
+    "best_by",
     "on_collapse",
     "resume_force",
     "tensorboard",
@@ -63,7 +64,7 @@ def save(run: Run) -> None:
         )
     progress = run.epoch.state() | run.monitor.state() | {"in_a_row": run.bad_steps.in_a_row}
     collectives.on_main(_write, run, progress)
-    run.saved_at, run.saved_step = time.monotonic(), run.step
+    run.saved_at, run.saved_step, run.monitor.improved = time.monotonic(), run.step, False
 
 
 def _write(run: Run, progress: dict) -> None:
@@ -87,6 +88,8 @@ def _write(run: Run, progress: dict) -> None:
     run.lock.check()
     if run.args.saveckp_freq and rest == 0 and epoch % run.args.saveckp_freq == 0:  # first: a kill may come between
         checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
+    if run.monitor.improved:
+        checkpoints.save(folder / "checkpoint_best.pth", state)
     checkpoints.save_run(folder, state)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from cplearn.data import loaders, workers
 from cplearn.data.augmentations import View
 from cplearn.data.pixels import Pixels
+from cplearn.distributed import collectives
 from cplearn.methods.base import Method
 from cplearn.training.bad_batches import BadImages, BadSteps
 from cplearn.training.folder_lock import FolderLock
@@ -44,12 +45,32 @@ class Run:
     monitor: Monitor
     lock: FolderLock
     signals: StopSignals
+    frozen: bool | None = None  # the backbone, in this epoch; None before the first one
+    trained: list[nn.Parameter] = field(default_factory=list)  # of the backbone
     step: int = 0  # finished optimizer steps
     epoch: EpochState = field(default_factory=EpochState)
     outcomes: DeferredRead = field(default_factory=DeferredRead)  # of the last step, on their way to the host
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
     duration_told: bool = False  # how long it will take
+
+    def set_training(self) -> None:
+        """Set all to training, but the backbone in the epochs in which --freeze_backbone_epochs keeps it as it is.
+
+        What is frozen has no gradient, keeps nothing for one, and keeps its statistics. Called when an epoch begins.
+        """
+        backbone, epochs = self.method.backbone, self.args.freeze_backbone_epochs
+        frozen = self.step < epochs * self.steps_per_epoch
+        if self.frozen is None:
+            self.trained = [p for p in backbone.parameters() if p.requires_grad]
+        if frozen != self.frozen:
+            for p in self.trained:
+                p.requires_grad_(not frozen)
+            self.model = collectives.wrap(self.method, self.device)  # DDP waits for all that had a gradient when made
+            self.frozen = frozen
+        self.model.train()
+        if frozen:
+            backbone.eval()
 
     def close(self) -> None:
         """Stop the loader's processes, and let go of DDP.

@@ -21,6 +21,7 @@ from helpers import (
 
 import eval_cluster
 import eval_knn
+import main_cplearn
 from cplearn import checkpoints
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
@@ -191,3 +192,11 @@ def test_references_at_lambda_above_one_and_gedis_warning():
 def test_unknown_method():
     with pytest.raises(UserError, match="--method simclr is unknown: cplearn"):
         method_class("simclr")
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta", "0.25"), ("beta", None), ("n_ref", None), ("eps", [1e-8])])
+def test_a_damaged_flag_of_a_checkpoint_is_named(name, value):
+    args = main_cplearn.parse_args(["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40"])
+    setattr(args, name, value)
+    with pytest.raises(UserError, match=rf"--{name} .* is not a float: the flags of this run are damaged"):
+        build_method(args)

@@ -1,6 +1,7 @@
 """The use of codes over windows against a loop; the probe of a real run; that looking changes nothing."""
 
 import argparse
+import copy
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ from cplearn.data.pixels import Pixels
 from cplearn.errors import CollapseError, LocalError, UserError
 from cplearn.evaluation import collapse
 from cplearn.methods import build_method
-from cplearn.training.monitor import CodeUsage, Probe, ProbeResult
+from cplearn.training.monitor import CodeUsage, Monitor, Probe, ProbeResult
 
 NOT, SKIPPED = torch.tensor(False), torch.tensor(True)
 
@@ -299,3 +300,112 @@ def test_two_processes_look_together(tmp_path):
     # rank 0 has images 0, 2, 4, 6 of the probe, rank 1 the rest: rows come interleaved, without the broken one
     order = [0, 1, 2, 4, 3, 6, 5]
     assert torch.allclose(first, alone[order], atol=1e-5) and torch.equal(codes, codes_alone[order])
+
+
+# --- before the first step ---------------------------------------------------------------------------------
+
+
+def monitor_of(image_folder, *more):
+    """A monitor, its method, and all its images in both views."""
+    flags = ["--data_path", str(image_folder), "--arch", "resnet8bn_w8", "--image_size", "32", "--out_dim", "40",
+             "--device", "cpu", "--knn_freq", "1", *more]  # fmt: skip
+    args = main_cplearn.parse_args(flags)
+    dataset, views = main_cplearn.find_images(args)
+    torch.manual_seed(0)
+    return Monitor(Pixels(dataset, views), views, 0, 3, knn_freq=1, best_by="score"), build_method(args)
+
+
+def test_an_untrained_network_is_measured_with_the_statistics_of_the_probe(image_folder):
+    monitor, method = monitor_of(image_folder / "train")
+    before = copy.deepcopy(method.state_dict())
+    monitor.begin(method, torch.device("cpu"), batch=10**6)
+    assert same_weights(before, method.state_dict()) and method.training
+    assert all(m.momentum == 0.1 for m in method.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+    crops, params, labels = monitor.probe._kept
+    views = augmentations.color_views(crops, params, monitor.probe.views, torch.device("cpu"))
+    with torch.no_grad():  # one batch: what batch norm does in training, but for its unbiased variance
+        features = method.backbone(views[0])
+    assert monitor.start["features_rank"] == pytest.approx(collapse.rankme(features), rel=0.02)
+    method.load_state_dict(before)
+    unfair = monitor.probe.measure(method, torch.device("cpu"), 10**6).metrics()
+    assert monitor.start["score"] != unfair["score"]
+    again = monitor.probe.measure(method, torch.device("cpu"), 10**6, untrained=True)
+    assert again.metrics()["score"] == monitor.start["score"] and again.knn() == monitor.start["knn20"]
+
+
+def test_norms_that_have_seen_batches_keep_their_statistics(image_folder):
+    monitor, method = monitor_of(image_folder / "train")
+    method([torch.rand(16, 3, 32, 32)] * 2)
+    device = torch.device("cpu")
+    one, two = (monitor.probe.measure(method, device, 8, untrained=x).metrics() for x in (False, True))
+    assert one == two
+
+
+def test_the_start_stands_beside_later_numbers_and_survives_resuming(tmp_path, image_folder):
+    flags = ("--data_path", str(image_folder), "--epochs", "13", "--knn_freq", "1")
+    train(tmp_path / "whole", *flags, "--max_steps", "99")
+    for steps in ("1", "32", "99"):
+        train(tmp_path / "parts", *flags, "--max_steps", steps)
+    whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
+    starts = [{k: v for k, v in r.items() if k.startswith("start_")} for r in (*whole, parts[-1])]
+    assert set(starts[0]) >= {"start_score", "start_features_rank", "start_knn20"}
+    assert all(start == starts[0] for start in starts)
+    assert len(whole) == 13 and whole[-1]["best_epoch"] == parts[-1]["best_epoch"] >= 10
+
+
+def _start_of(rank, folder):
+    monitor, method = monitor_of(folder)
+    monitor.begin(method, torch.device("cpu"), batch=4)
+    return [monitor.start["features_rank"], monitor.start["knn20"]]
+
+
+@pytest.mark.dist
+def test_two_processes_measure_the_same_start(tmp_path, image_folder):
+    one, two = run_in_processes(tmp_path, _start_of, image_folder / "train")
+    assert one == two and one[0] > 1
+
+
+def test_init_from_is_measured_before_it_is_trained(tmp_path, image_folder):
+    flags = ("--data_path", str(image_folder), "--epochs", "2", "--knn_freq", "1", "--arch", "resnet8bn_w8")
+    train(tmp_path / "first", *flags)
+    train(tmp_path / "more", *flags, "--init_from", str(tmp_path / "first" / "checkpoint.pth"))
+    first, more = log_of(tmp_path / "first")[-1], log_of(tmp_path / "more")[0]
+    assert more["start_knn20"] == first["probe_knn20"]  # the backbone's norms keep what they have learnt
+
+
+# --- the best epoch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("by", "name"), [("score", "probe_score"), ("knn", "probe_knn20")])
+def test_the_best_epoch_is_kept(tmp_path, image_folder, by, name):
+    flags = ("--data_path", str(image_folder), "--epochs", "13", "--lr", "0.05", "--knn_freq", "1", "--best_by", by)
+    monitored = []
+    train(tmp_path, *flags, "--max_steps", "99", "--saveckp_freq", "1")
+    for record in log_of(tmp_path):
+        settled = record["step"] >= Probe.SETTLED
+        monitored.append(record[name] if settled else -math.inf)
+        if not settled:
+            assert "best_epoch" not in record
+            continue
+        best = int(np.argmax(monitored)) + 1  # the first of equals
+        assert (record["best_epoch"], record[f"best_{by}"]) == (best, max(monitored))
+    assert max(monitored) > -math.inf
+    kept = checkpoints.load(tmp_path / "checkpoint_best.pth")
+    assert kept["epoch"] == best
+    assert same_weights(kept["model"], checkpoints.load(tmp_path / f"checkpoint{best:04}.pth")["model"])
+
+
+def test_the_best_is_of_one_measure_and_may_be_left_out(tmp_path, image_folder):
+    flags = ("--data_path", str(image_folder), "--epochs", "11", "--knn_freq", "1", "--max_steps", "99")
+    train(tmp_path, *flags, "--best_by", "none")
+    assert not (tmp_path / "checkpoint_best.pth").exists() and "best_epoch" not in log_of(tmp_path)[-1]
+    with pytest.raises(UserError, match="--best_by knn needs --knn_freq"):
+        main_cplearn.parse_args(["--best_by", "knn"])
+
+
+def test_weights_of_skipped_steps_are_not_the_best(image_folder):
+    monitor, method = monitor_of(image_folder / "train")
+    record = {"epoch": 50, "train_entropy": 0.0}
+    device = torch.device("cpu")
+    assert "best_epoch" not in monitor.end_epoch(method, device, 16, record, sound=False) and not monitor.improved
+    assert monitor.end_epoch(method, device, 16, record)["best_epoch"] == 51 and monitor.improved

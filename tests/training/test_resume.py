@@ -189,6 +189,7 @@ def test_another_number_of_threads_is_said(tmp_path, image_folder, capsys):
         (lambda s: s.update(more=1), "was written by another version (keys more)"),
         (lambda s: s["progress"].pop("meter"), "does not say how far its run was (KeyError"),
         (lambda s: s["progress"].update(meter=7), "does not say how far its run was (TypeError"),
+        (lambda s: s["progress"].update(waiting=1e308), "does not say how far its run was (ValueError"),
         (lambda s: s["model"].update({"head.linear.weight": "x"}), "does not fit this model"),
         (lambda s: s["optimizer"].update(state=[]), "the optimizer state in"),
         (lambda s: s.update(bad_images={1: 2}), None),  # no such image: none to look at

@@ -1,0 +1,64 @@
+"""--freeze_backbone_epochs: the head alone first, in one process and two, across a resume."""
+
+import pytest
+import torch
+from helpers import SMALL, TORCHRUN, model_of, run_script, same_state, same_weights, train
+
+import main_cplearn
+from cplearn.errors import UserError
+
+FLAGS = ("--arch", "resnet8bn_w8", "--epochs", "3", "--drop_path_rate", "0.2")
+
+
+@pytest.fixture
+def start(tmp_path, image_folder):
+    """Weights of a backbone to go on from."""
+    train(tmp_path / "start", "--data_path", str(image_folder), *FLAGS)
+    return tmp_path / "start"
+
+
+def parts(state):
+    """The weights of the backbone, and all others."""
+    backbone = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    return backbone, {k: v for k, v in state.items() if k not in backbone}
+
+
+def test_the_backbone_stays_as_it_is_and_then_trains(tmp_path, image_folder, start):
+    """48 images in batches of 16: three steps per epoch. Weights and batch norm's statistics."""
+    common = ("--data_path", str(image_folder), *FLAGS, "--init_from", str(start / "checkpoint.pth"))
+    frozen = ("--freeze_backbone_epochs", "2")
+    train(tmp_path / "frozen", *common, *frozen, "--max_steps", "6")
+    train(tmp_path / "whole", *common, *frozen, "--max_steps", "7")
+    loaded, _ = parts(model_of(start))
+    backbone, head = parts(model_of(tmp_path / "frozen"))
+    assert same_weights(backbone, loaded)
+    train(tmp_path / "one", *common, *frozen, "--max_steps", "3")
+    assert not same_weights(head, parts(model_of(tmp_path / "one"))[1])  # the head trains all the while
+    backbone, _ = parts(model_of(tmp_path / "whole"))
+    changed = [k for k in loaded if not torch.equal(loaded[k], backbone[k])]
+    assert len(changed) == len(loaded)  # weights, biases, statistics: all of them, in one step
+    for steps in ("4", "6", "7"):  # within the frozen epochs, at their end, after it
+        train(tmp_path / "parts", *common, *frozen, "--max_steps", steps)
+    assert same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_freeze_and_thaw(tmp_path, image_folder, start):
+    flags = [*SMALL, *FLAGS, "--data_path", str(image_folder), "--init_from", str(start / "checkpoint.pth"),
+             "--freeze_backbone_epochs", "1", "--max_steps", "5"]  # fmt: skip
+    ended = run_script(*TORCHRUN, "main_cplearn.py", *flags, "--batch_size_per_gpu", "8", "--output_dir",
+                       str(tmp_path / "two"))  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    main_cplearn.main([*flags, "--output_dir", str(tmp_path / "one")])
+    one, two = model_of(tmp_path / "one"), model_of(tmp_path / "two")
+    for name, x in one.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            torch.testing.assert_close(two[name], x, rtol=1e-3, atol=1e-4)
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(UserError, match="--freeze_backbone_epochs 2 would freeze random weights: add --init_from"):
+        main_cplearn.parse_args(["--freeze_backbone_epochs", "2"])
+    with pytest.raises(UserError, match="--freeze_backbone_epochs 5 exceeds --epochs 4"):
+        main_cplearn.parse_args(["--freeze_backbone_epochs", "5", "--epochs", "4", "--init_from", "x.pth"])
