@@ -1,6 +1,5 @@
 """How far a run is: averages kept on the device, the state of an epoch, and a bar or plain lines."""
 
-import math
 import sys
 import time
 from dataclasses import dataclass, field
