@@ -61,6 +61,7 @@ function move(step) {
 
 // --- one image ------------------------------------------------------------------------------------------
 let opened = null;
+let goal = null; // where to go when the dialog is closed; else back to the image
 
 function show(button) {
   opened = button;
@@ -96,11 +97,15 @@ part("previous").addEventListener("click", () => step(-1));
 part("next").addEventListener("click", () => step(1));
 part("close").addEventListener("click", () => dialog.close());
 part("code").addEventListener("click", () => {
+  goal = document.getElementById("code-" + opened.dataset.code);
   dialog.close();
-  goTo(document.getElementById("code-" + opened.dataset.code));
 });
 dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-dialog.addEventListener("close", () => opened.focus({ preventScroll: true }));
+dialog.addEventListener("close", () => {
+  if (goal) goTo(goal);
+  else opened.focus({ preventScroll: true });
+  goal = null;
+});
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;

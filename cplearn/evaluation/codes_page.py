@@ -22,7 +22,7 @@ UNUSED_SHOWN = 500  # numbers of unused codes that are written out
 
 def render(gallery: Gallery, facts: dict[str, str], title: str, thumb: int) -> str:
     """Return the page. `facts`: what it is of, by name; `thumb`: pixels of a thumbnail."""
-    sizes = {"thumb": str(min(thumb, 112)), "widest": str(max(thumb, 64) * 3 // 2)}
+    sizes = {"thumb": str(min(thumb, 120) * 9 // 10), "widest": str(max(thumb, 64) * 3 // 2)}
     style = fill((HERE / "codes_page.css").read_text("utf-8"), sizes)
     script = (HERE / "codes_page.js").read_text("utf-8")
     data = gallery.data
@@ -30,6 +30,7 @@ def render(gallery: Gallery, facts: dict[str, str], title: str, thumb: int) -> s
         "policy": f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}",
         "title": text(title),
         "lead": _lead(gallery),
+        "about": _about(facts),
         "style": style,
         "script": script,
         "facts": "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items()),
@@ -59,14 +60,14 @@ def text(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """Return a probability, cosine or standardized output in four or five characters."""
+    """Return a probability, cosine or standardized output in three to six characters."""
     if abs(value) >= 0.001 or value == 0:
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.4f}"
     return f"{value:.0e}".replace("e-0", "e-")
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f}%" if 0 < value < 0.0995 else f"{100 * value:.0f}%"
+    return f"{100 * value:.1f}%" if 0 < value < 0.01 or 0.995 <= value < 1 else f"{100 * value:.0f}%"
 
 
 # --- the head of the page -----------------------------------------------------------------------------
@@ -82,33 +83,41 @@ def _lead(gallery: Gallery) -> str:
     )
 
 
+def _about(facts: dict[str, str]) -> str:
+    """Return in one line what the page is of; the details have all of it."""
+    named = {"method": "{}", "architecture": "{}", "image size": "{} px", "epoch": "epoch {}",
+             "sha256": "sha256 {:.12}", "images": "images: {}", "data": "data: {}"}  # fmt: skip
+    return text(" · ".join(form.format(facts[name]) for name, form in named.items() if name in facts))
+
+
 def _tiles(gallery: Gallery) -> str:
     data, use, base = gallery.data, gallery.use, gallery.baseline
     values = gallery.certainty.numpy()
-    random = lambda value: f"random init: {value}" if base else ""  # noqa: E731
+    low, middle, high = (number(x) for x in np.quantile(values, (0.05, 0.5, 0.95)))
+    uniform = f"uniform: {number(1 / data.out_dim)}" if gallery.certainty_name == "probability" else ""
     tiles = [
-        ("Codes used", f"{use.used:,}", f"of {data.out_dim:,}", random(f"{base.used:,}" if base else "")),
-        ("Perplexity", f"{use.perplexity:,.0f}", "codes, if used alike", random(f"{base.perplexity:,.0f}" if base else "")),
         (
-            gallery.certainty_name.capitalize(),
-            number(float(np.median(values))),
-            f"median; 5% to 95%: {number(np.quantile(values, 0.05))} to {number(np.quantile(values, 0.95))}",
-            f"uniform: {number(1 / data.out_dim)}" if gallery.certainty_name == "probability" else "",
+            "Codes used",
+            f"{use.used:,}",
+            f"of {data.out_dim:,}; unused: {data.out_dim - use.used:,}",
+            base and f"random init: {base.used:,}",
         ),
-    ]  # fmt: skip
+        (
+            "Perplexity",
+            f"{use.perplexity:,.0f}",
+            "codes, if used alike",
+            base and f"random init: {base.perplexity:,.0f}",
+        ),
+        (gallery.certainty_name.capitalize(), middle, f"median; 5% to 95%: {low} to {high}", uniform),
+    ]
     if use.purity is not None:
-        largest = np.bincount(data.labels.numpy()).max() / len(data.labels)
-        beside = f"{percent(base.purity)}, chance {percent(base.chance)}" if base else ""
-        tiles.append(
-            (
-                "Purity",
-                percent(use.purity),
-                f"random codes with the same counts: {percent(use.chance)}; largest class: {percent(largest)}",
-                random(beside),
-            )
-        )
+        largest = percent(np.bincount(data.labels.numpy()).max() / len(data.labels))
+        beside = f"random codes with the same counts: {percent(use.chance)}; largest class: {largest}"
+        of_base = base and f"random init: {percent(base.purity)}, its random codes: {percent(base.chance)}"
+        tiles.append(("Purity", percent(use.purity), beside, of_base))
     rows = (
-        f"<div><dt>{text(name)}</dt><dd><b>{text(value)}</b><small>{text(more)}</small><small>{text(other)}</small></dd></div>"
+        f"<div><dt>{text(name)}</dt>"
+        f"<dd><b>{text(value)}</b><small>{text(more)}</small><small>{text(other or '')}</small></dd></div>"
         for name, value, more, other in tiles
     )
     return f'<dl class="tiles">{"".join(rows)}</dl>'
@@ -134,9 +143,9 @@ def _notes(gallery: Gallery) -> str:
             "embeddings adapted to it), and by the cosine of the mean features of their images, less the mean of all."
         )
         notes.append(
-            "Purity is the share of the images that belong to the largest class of their code. It rises with the number "
-            "of codes for no good reason: codes with one image are pure. So read it beside random codes with the same "
-            "counts; on a card, the mark on the bar is that level for a code with as many images."
+            "Purity is the share of the images that belong to the largest class of their code. It rises with the "
+            "number of codes for no good reason: codes with one image are pure. So read it beside random codes with "
+            "the same counts; on a card, the mark on the bar is that level for a code with as many images."
         )
     if gallery.queries:
         notes.append("Nearest images are those with the largest cosine of the backbone's features.")
@@ -195,7 +204,8 @@ def _query(gallery: Gallery, query: Query) -> str:
     items = "".join(_image(gallery, i, number(c), [("cosine", number(c))]) for i, c in query.nearest)
     return (
         f'<section><h2>Nearest to {html.escape(name)}</h2><div class="query">'
-        f'<figure><img src="{_jpeg(query.jpeg)}" alt="{html.escape(name)}"><figcaption>the given image</figcaption></figure>'
+        f'<figure><img src="{_jpeg(query.jpeg)}" alt="{html.escape(name)}">'
+        "<figcaption>the given image</figcaption></figure>"
         f'<ul class="images">{items}</ul></div></section>'
     )
 
@@ -262,9 +272,9 @@ def _unused(codes: np.ndarray, out_dim: int) -> str:
     )
     listed = f"<details><summary>Their numbers</summary><p>{numbers}</p></details>" if len(free) else ""
     return (
-        f"<section><h2>Unused codes</h2><p>{len(free):,} of {out_dim:,} codes ({percent(len(free) / out_dim)}) were chosen "
-        f"by none of these {len(codes):,} images, {int((counts == 1).sum()):,} by one. Images per used code, from the most "
-        f"used ({curve[0]:,}) to the least:</p>"
+        f"<section><h2>Unused codes</h2><p>{len(free):,} of {out_dim:,} codes ({percent(len(free) / out_dim)}) were "
+        f"chosen by none of these {len(codes):,} images, {int((counts == 1).sum()):,} by one. Images per used code, "
+        f"from the most used ({curve[0]:,}) to the least:</p>"
         '<svg class="curve" viewBox="0 0 100 40" preserveAspectRatio="none" role="img" '
         f'aria-label="Images per used code, from {curve[0]} to {curve[-1]}"><path d="M0 40{points}V40Z"/></svg>{listed}'
         "</section>"
