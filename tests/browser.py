@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -64,6 +65,13 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def wait(self, expression: str, value, seconds: float = 10) -> None:
+        """Wait until an expression has this value: some events come after the key that caused them."""
+        end = time.monotonic() + seconds
+        while (found := self.run(expression)) != value:
+            assert time.monotonic() < end, f"{expression} is {found!r}, not {value!r}"
+            time.sleep(0.02)
 
     def press(self, *keys: str) -> None:
         """Press keys, one after the other; a text is typed."""

@@ -70,17 +70,20 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%" if 0 < value < 0.01 or 0.995 <= value < 1 else f"{100 * value:.0f}%"
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 # --- the head of the page -----------------------------------------------------------------------------
 
 
 def _lead(gallery: Gallery) -> str:
-    data, n = gallery.data, len(gallery.data.names)
+    data, images = gallery.data, counted(len(gallery.data.names), "image")
     if gallery.use is None:
-        return f"The images nearest to the given ones, among {n:,} images. These weights have no codes."
-    return (
-        f"The {len(gallery.codes):,} most used of {gallery.use.used:,} codes that {n:,} images chose, "
-        f"out of {data.out_dim:,}; with each, some of its images."
-    )
+        return f"The images nearest to the given ones, among {images}. These weights have no codes."
+    shown, used = len(gallery.codes), gallery.use.used
+    which = f"All {shown:,}" if shown == used else f"The {shown:,} most used of the {used:,}"
+    return f"{which} codes that {images} chose, out of {data.out_dim:,}; with each, some of its images."
 
 
 def _about(facts: dict[str, str]) -> str:
@@ -219,8 +222,7 @@ def _codes(gallery: Gallery) -> str:
 
 
 def _card(gallery: Gallery, code: Code) -> str:
-    images = f"{code.count:,} image{'s' * (code.count != 1)}"
-    about = [images, f"mean {gallery.certainty_name} {number(code.certainty)}"]
+    about = [counted(code.count, "image"), f"mean {gallery.certainty_name} {number(code.certainty)}"]
     bar = ""
     if code.classes:
         named = [f"{percent(count / code.count)} {name}" for name, count in code.classes]

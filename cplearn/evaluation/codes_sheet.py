@@ -7,7 +7,7 @@ from PIL import Image
 
 from cplearn.data.datasets import printable
 from cplearn.evaluation.codes import Code, Gallery, spread
-from cplearn.evaluation.codes_page import number, percent
+from cplearn.evaluation.codes_page import counted, number, percent
 
 INCH = 0.62  # side of an image
 LABEL, GAP, LINE = 1.35, 0.06, 0.17  # inches: room for the text of a row, between images, of a line of text
@@ -43,7 +43,7 @@ def draw_sheet(gallery: Gallery, rows: int, columns: int) -> bytes:
 
 
 def _label(code: Code) -> str:
-    lines = [f"code {code.number}", f"{code.count:,} images"]
+    lines = [f"code {code.number}", counted(code.count, "image")]
     if code.classes:
         name = printable(code.classes[0][0])
         lines.append(f"{percent(code.purity)} {name if len(name) <= 16 else name[:14] + '...'}")
