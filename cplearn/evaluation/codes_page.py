@@ -22,7 +22,7 @@ UNUSED_SHOWN = 500  # numbers of unused codes that are written out
 
 def render(gallery: Gallery, facts: dict[str, str], title: str, thumb: int) -> str:
     """Return the page. `facts`: what it is of, by name; `thumb`: pixels of a thumbnail."""
-    sizes = {"thumb": str(min(thumb, 120) * 9 // 10), "widest": str(max(thumb, 64) * 3 // 2)}
+    sizes = {"thumb": str(min(thumb, 120) * 19 // 20), "widest": str(max(thumb, 64) * 3 // 2)}
     style = fill((HERE / "codes_page.css").read_text("utf-8"), sizes)
     script = (HERE / "codes_page.js").read_text("utf-8")
     data = gallery.data
