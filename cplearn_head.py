@@ -21,6 +21,7 @@ numbers from `cplearn.dictionary.streamed_loss`. The method that trains a backbo
 """
 
 import math
+from collections.abc import Iterator
 from functools import reduce
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from cplearn.dictionary import DICTIONARIES
 from cplearn.dictionary.streamed_loss import block_size, streamed_loss
-from cplearn.dictionary.terms import LossSpec
+from cplearn.dictionary.terms import LossSpec, largest_probability
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
@@ -99,24 +100,42 @@ class CPLearnHead(nn.Module):
         return F.linear(h * (self.scale * self.kappa), self.dictionary.codes(dtype=h.dtype))
 
     @torch.no_grad()
+    def score_blocks(self, h: Tensor, block: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield <h_i, w_j>, a block of codes at a time, with the number of its first code: no (n, c) matrix.
+
+        Each block is overwritten by the next. Shape: h (n, f_h) -> (b, n) float32.
+        """
+        block = block or block_size(len(h), self.dictionary, h.device)
+        columns = h.float().T.contiguous()
+        read, room = self.dictionary.reader(block), columns.new_empty(block, len(h))
+        for start in range(0, self.dictionary.out_dim, block):
+            stop = min(start + block, self.dictionary.out_dim)
+            with torch.autocast(h.device.type, enabled=False):
+                scores = read(start, stop).scores(columns, room[: stop - start])
+            yield start, scores
+
+    @torch.no_grad()
     def assign(self, h: Tensor, block: int | None = None) -> Tensor:
-        """Return the index of each row's code, argmax_j <h_i, w_j>, a block of codes at a time: no (n, c) matrix.
+        """Return the index of each row's code, argmax_j <h_i, w_j>.
 
         Ties go to the lowest index. Shape: h (n, f_h) -> (n,) int64.
         """
-        block = block or block_size(len(h), self.dictionary, h.device)
-        with torch.autocast(h.device.type, enabled=False):
-            columns = h.float().T.contiguous()
-            best = columns.new_full((len(h),), -math.inf)
-            index = torch.zeros(len(h), dtype=torch.int64, device=h.device)
-            read, room = self.dictionary.reader(block), columns.new_empty(block, len(h))
-            for start in range(0, self.dictionary.out_dim, block):
-                stop = min(start + block, self.dictionary.out_dim)
-                value, j = read(start, stop).scores(columns, room[: stop - start]).max(dim=0)
-                better = value > best
-                best = torch.where(better, value, best)
-                index = torch.where(better, j + start, index)
+        best = h.new_full((len(h),), -math.inf, dtype=torch.float32)
+        index = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+        for start, scores in self.score_blocks(h, block):
+            value, j = scores.max(dim=0)
+            better = value > best
+            best = torch.where(better, value, best)
+            index = torch.where(better, j + start, index)
         return index
+
+    def certainty(self, h: Tensor, scale: float | None = None, block: int | None = None) -> Tensor:
+        """Return the probability of the code that `assign` chooses: the largest of softmax(`logits`), streamed.
+
+        `scale`: of the cosines, in place of the head's own. Shape: h (n, f_h) -> (n,) float32.
+        """
+        factor = self.kappa * (self.scale if scale is None else scale)
+        return largest_probability(factor * scores.T for _, scores in self.score_blocks(h, block))
 
     def loss(
         self, features: list[Tensor], beta: float = 0.25, *, n_global: int = 2

@@ -1,10 +1,15 @@
 """Images as people have them, for commands that need no labels: a folder, or one image."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from cplearn.data.datasets import EXTENSIONS, Folder, ImageDataset, printable
 from cplearn.errors import UserError
+from cplearn.random_streams import FOR_ORDER, random_stream
 
 
 class OneImage(Folder):
@@ -13,6 +18,23 @@ class OneImage(Folder):
     def __init__(self, path: Path):
         self.root, self.names, self.labels, self.classes = path.parent, [path.name], [-1], None
         self.where = str(path)
+
+
+class Sample(ImageDataset):
+    """Some images of a data set, drawn at random by a seed, in its order."""
+
+    def __init__(self, dataset: ImageDataset, count: int, seed: int):
+        drawn = random_stream(FOR_ORDER, seed).permutation(len(dataset))[:count]
+        self.dataset, self.rows = dataset, np.sort(drawn)
+        self.names = np.asarray(dataset.names)[self.rows]
+        self.labels = np.asarray(dataset.labels)[self.rows]
+        self.classes, self.where = dataset.classes, dataset.where
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
+        return self.dataset.read(int(self.rows[i]), reduction)
 
 
 def open_images(path: str, flag: str = "--images") -> ImageDataset:

@@ -4,6 +4,7 @@ Letters as in `streamed_loss.py`.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,20 @@ def join(tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     """
     top = tops.amax(0)
     return top, (totals * (tops - top).exp()).sum(0).log()
+
+
+def largest_probability(blocks: Iterable[Tensor]) -> Tensor:
+    """Return the largest entry of each row's softmax, from its logits a block of codes at a time.
+
+    Shape: (n, b) each, one at least -> (n,).
+    """
+    top = total = None
+    for logits in blocks:
+        best = logits.amax(1) if top is None else torch.maximum(top, logits.amax(1))
+        mass = (logits - best[:, None]).exp_().sum(1)
+        total = mass if top is None else total * (top - best).exp() + mass
+        top = best
+    return 1 / total
 
 
 def summarize(spec: LossSpec, t: Tensor, entropy: Tensor, views: int, log_mean: Tensor, usage: Tensor) -> tuple:

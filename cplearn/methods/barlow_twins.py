@@ -61,6 +61,7 @@ def all_rows(x: Tensor) -> Tensor:
 
 
 class BarlowTwins(Method):
+    CERTAINTY = "standardized output"
     REMEDIES = {"dimensional": "a larger --lambd"}
 
     def __init__(
@@ -107,6 +108,10 @@ class BarlowTwins(Method):
     def assign(self, embedding: Tensor) -> Tensor:
         """Return the largest standardized output. Barlow Twins is no clustering method: this is the paper's convention."""
         return self.norm(self.projector[-1](embedding)).argmax(1)
+
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return the largest standardized output itself: there is no softmax, so no probability."""
+        return self.norm(self.projector[-1](embedding)).amax(1)
 
     def references(self, n: int) -> ReferenceLosses:
         """Return `uniform`, outputs of independent images, C_jk of variance 1/N; and the floor: C has a rank below N."""

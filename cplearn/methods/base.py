@@ -6,9 +6,11 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cplearn.dictionary.terms import largest_probability
 from cplearn.distributed.batch_norm import running_buffers
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
@@ -35,7 +37,7 @@ class StepOutput(NamedTuple):
 class Method(nn.Module):
     """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
 
-    A method defines `add_flags`, `forward`, `embed`, `assign` and `references`; the other functions do nothing unless
+    A method defines `add_flags`, `forward`, `embed`, `assign`, `certainty` and `references`; the other functions do nothing unless
     it needs them. Its settings are keyword-only arguments of its constructor, whose defaults are those of the flags of
     the same names. The order of a step is `before_step`, `forward`, backward, `after_backward`, the optimizer's step,
     `after_step`.
@@ -47,6 +49,7 @@ class Method(nn.Module):
     out_dim: int
     # What to try against each kind of collapse, where there is more to say than `evaluation.collapse` has.
     REMEDIES: dict[str, str] = {}
+    CERTAINTY = "probability"  # what `certainty` returns, in words
 
     @classmethod
     def settings(cls) -> dict[str, object]:
@@ -123,6 +126,13 @@ class Method(nn.Module):
         """Return the code of each embedding. Shape: (n, d) -> (n,) int64."""
         raise NotImplementedError
 
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return how sure the method is of the code that `assign` chooses: its probability, where codes have one.
+
+        That is the softmax with which the loss predicts, at its temperature. Shape: (n, d) -> (n,), no (n, c) matrix.
+        """
+        raise NotImplementedError
+
     def predict(self, features: Tensor) -> Tensor:
         """Return the code of each image from the features of the evaluated backbone. Shape: (n, f) -> (n,) int64."""
         return self.assign(self.embed(features))
@@ -162,6 +172,16 @@ def check_out_dim(method: str, out_dim: int, weights: int, more: str = "") -> No
             f"--method {method} --out_dim {out_dim}{more}: {weights:,} weights take {4 * weights / 1e9:.0f} GB, "
             f"this machine has {have / 1e9:.0f} GB: make it smaller"
         )
+
+
+def linear_certainty(x: Tensor, weight: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Return the largest entry of softmax(scale * (x W^T + b)), a block of codes at a time.
+
+    Shape: (n, d), (c, d), (c,) -> (n,).
+    """
+    step = max(1, 2**22 // max(1, len(x)))
+    biases = (None,) * len(weight) if bias is None else bias.split(step)
+    return largest_probability(scale * F.linear(x, w, b) for w, b in zip(weight.split(step), biases, strict=False))
 
 
 def forward_by_size(backbone: nn.Module, views: list[Tensor], parts: int = 1) -> list[Tensor]:

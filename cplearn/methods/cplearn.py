@@ -133,6 +133,10 @@ class CPLearn(Method):
     def assign(self, embedding: Tensor) -> Tensor:
         return self.head.assign(embedding)
 
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return p of the code, the assignment of the loss: softmax(s kappa h W), with the head's own scale."""
+        return self.head.certainty(embedding)
+
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self.head.dictionary.select(codes)
 

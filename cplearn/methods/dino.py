@@ -20,7 +20,7 @@ from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
 from cplearn.flags import bool_flag, fraction, nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
 from cplearn.methods.soft_targets import soft_target_loss
 from cplearn.precision import float32
 from cplearn.schedules import cosine
@@ -196,6 +196,13 @@ class DINO(Method):
 
     def assign(self, embedding: Tensor) -> Tensor:
         return (embedding @ self._evaluated_head.prototypes().T).argmax(1)
+
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return p of the code as the student predicts, softmax(l / 0.1), from the head that is evaluated.
+
+        The teacher's center and lower temperature make its targets, whose largest entry need not be the code.
+        """
+        return linear_certainty(embedding, self._evaluated_head.prototypes(), 1 / self.STUDENT_TEMP)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self._evaluated_head.prototypes()[codes]

@@ -18,7 +18,7 @@ from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
 from cplearn.methods.cplearn import BETA_REMEDIES, forward_prior_warning, reference_losses
 from cplearn.precision import float32
 from cplearn_head import cplearn_loss, log_mean_probs, prior_forward
@@ -76,6 +76,11 @@ class GEDI(Method):
 
     def assign(self, embedding: Tensor) -> Tensor:
         return self.projector[-1](embedding).argmax(1)
+
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return p of the code, the assignment of the loss: softmax(logits / 0.1)."""
+        last = self.projector[-1]
+        return linear_certainty(embedding, last.weight, 1 / self.TEMPERATURE, last.bias)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self.projector[-1].weight[codes]

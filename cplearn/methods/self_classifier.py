@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
 from cplearn.precision import float32
 from cplearn_head import CPLearnHead
 
@@ -117,6 +117,12 @@ class SelfClassifier(Method):
         if self.frozen_head is not None:
             return self.frozen_head.assign(embedding)
         return (embedding @ F.normalize(self.classifier.weight, dim=1).T).argmax(1)
+
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return p of the code from the softmax over codes, at --row_temp; nothing is divided by a column's sum."""
+        if self.frozen_head is not None:
+            return self.frozen_head.certainty(embedding, scale=1 / self.row_temp)
+        return linear_certainty(embedding, F.normalize(self.classifier.weight, dim=1), 1 / self.row_temp)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         if self.frozen_head is not None:

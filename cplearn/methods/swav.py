@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
+from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
 from cplearn.methods.soft_targets import soft_target_loss
 from cplearn.precision import float32
 
@@ -136,6 +136,10 @@ class SwAV(Method):
     def assign(self, embedding: Tensor) -> Tensor:
         """Return the best prototype, without Sinkhorn."""
         return (embedding @ self.prototypes.weight.T).argmax(1)
+
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return p of the best prototype as the loss predicts, softmax(S / 0.1), without Sinkhorn."""
+        return linear_certainty(embedding, self.prototypes.weight, 1 / self.TEMPERATURE)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self.prototypes.weight[codes]
