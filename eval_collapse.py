@@ -3,16 +3,18 @@
     python eval_collapse.py --pretrained_weights output/digits/checkpoint.pth
     python eval_collapse.py --checkpoints output/a/checkpoint.pth output/b/checkpoint.pth --labels "c = 128" "c = 16384"
 
-Networks are in evaluation mode and see all images of the split; the first one at random initialization is drawn with
-them. Into --output_dir go one line per network in results.jsonl, and
+Networks are in evaluation mode and see all images of the split, or of a folder without train/ and val/; the first one
+at random initialization is drawn with them. Into --output_dir go one line per network in results.jsonl, whose numbers
+docs/collapse-numbers.md explains, and
 
     spectrum.png   singular values of the covariance of embeddings and representations (Fig. 6a, 13a, 14)
     mixture.png    entropy of a Gaussian mixture fitted to the representations (Fig. 6b, 13b, 15)
-    matrices.png   covariance of the embedding, and cosines of images in the order of their codes (Fig. 4, 8, 9)
+    matrices.png   covariance of embedding and representation, similar dimensions side by side
+    cosines.png    cosines of images, ordered and averaged by class and code (with matrices.png: Fig. 4, 8, 9)
     codes.png      use of the codes, and alignment of embeddings to their codes (Theorem 1)
     tsne.png       t-SNE of the representations, colored by class, or by code where there are no classes (Fig. 12c)
 
-each with a .csv of the same name (of the matrices: one per network and matrix). Covariances are centered and
+each with a .csv of the same name (of matrices and cosines: one per network and matrix). Covariances are centered and
 nothing is padded; the published scripts take second moments as they are, of vectors padded with zeros to one width.
 """
 

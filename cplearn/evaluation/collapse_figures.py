@@ -1,6 +1,5 @@
 """The paper's analysis figures of one or several networks, each with its numbers as CSV beside it."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,20 +74,25 @@ def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) 
 def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> None:
     """Plot the entropy of Gaussian mixtures of the representations against their number of components."""
     figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")
-    rows = []
+    rows, fitted = [], set()
     for i, (label, metrics) in enumerate(results.items()):
         entropies = [metrics[f"mixture{k}_entropy"] for k in components]
-        rows += [(label, k, e, metrics[f"mixture{k}_fit"]) for k, e in zip(components, entropies, strict=True)]
-        drawn = [math.nan if e is None else e for e in entropies]
-        axis.plot(components, drawn, marker="o", ms=4, label=as_text(label), **style(label, i))
-    axis.set(xscale="log", xlabel="components of the mixture", ylabel="entropy (nats a dimension)")
+        fits = [metrics[f"mixture{k}_fit"] for k in components]
+        rows += [(label, k, e, fit) for k, e, fit in zip(components, entropies, fits, strict=True)]
+        drawn = [(k, e, fit) for k, e, fit in zip(components, entropies, fits, strict=True) if e is not None]
+        fitted |= {k for k, _, _ in drawn}
+        look = style(label, i)
+        axis.plot([k for k, _, _ in drawn], [e for _, e, _ in drawn], label=as_text(label), **look)
+        for k, e, fit in drawn:
+            axis.plot(k, e, "o", ms=5, color=look["color"], mfc=look["color"] if fit == "ok" else "white")
+    axis.set(xscale="log", xlabel="components of the mixture (hollow: poor fit)", ylabel="entropy (nats per dimension)")
     axis.set_title("Gaussian mixture of the representations")
-    axis.set_xticks(components, [str(k) for k in components], minor=False)
+    axis.set_xticks(sorted(fitted), [str(k) for k in sorted(fitted)], minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save_figure(figure, out, "mixture")
-    write_csv(out / "mixture.csv", ("network", "components", "nats a dimension", "fit"), rows)
+    write_csv(out / "mixture.csv", ("network", "components", "nats per dimension", "fit"), rows)
 
 
 def plot_codes(out: Path, networks: list[Network]) -> None:

@@ -37,8 +37,10 @@ def plot_covariances(out: Path, networks: list[Network]) -> None:
             energy = f"energy off the diagonal {off:.1%} (chance {chance:.1%}), on it {1 - off:.1%}"
             axis.set_title(f"{as_text(network.label)}\n{energy}", fontsize=9)
             some = f"{len(order)}" if len(drawn) == len(order) else f"{len(drawn)} of {len(order)}"
-            axis.set_xlabel(f"{some} dimensions of the {kind}, similar ones together", fontsize=9)
+            axis.set_xlabel(f"{some} dimensions, similar ones together", fontsize=9)
             axis.set(xticks=[], yticks=[])
+            if not i:
+                axis.set_ylabel(kind, fontsize=11)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, extend="both")
     bar.set_label("covariance / mean variance (colors end at ±1)", fontsize=9)
     save_figure(figure, out, "matrices")
@@ -52,8 +54,9 @@ def similar_together(covariance: Tensor) -> np.ndarray:
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
-    deviation = covariance.diagonal().sqrt().clamp(min=1e-150)
-    distance = (1 - covariance / deviation / deviation[:, None]).clamp(0, 2).numpy()
+    deviation = covariance.diagonal().sqrt()
+    correlation = (covariance / deviation / deviation[:, None]).nan_to_num(0, 0, 0)  # of constant dimensions: none
+    distance = (1 - correlation).clamp(0, 2).numpy()
     return (
         leaves_list(linkage(squareform(distance, checks=False), "average")) if len(distance) > 1 else np.zeros(1, int)
     )
@@ -91,12 +94,13 @@ def plot_cosines(out: Path, networks: list[Network], some: np.ndarray) -> None:
 
 
 def in_order(network: Network, some: np.ndarray) -> np.ndarray:
-    """Return the order of these images by class, then by code, frequent codes first. Shape: int (m,) -> (m,)."""
+    """Return the order of these images by class, then by code, each class's frequent codes first. Shape: int (m,) -> (m,)."""
     labels = network.data.labels.numpy()[some]
     if network.data.codes is None:
         return np.argsort(labels, kind="stable")
     codes = network.data.codes.numpy()[some]
-    _, which, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    pairs = labels * (codes.max() + 1) + codes
+    _, which, counts = np.unique(pairs, return_inverse=True, return_counts=True)
     return np.lexsort((codes, -counts[which], labels))
 
 
@@ -134,7 +138,7 @@ def limit_of(matrices: list[Tensor]) -> float:
     values = torch.cat([m.abs().flatten() for m in matrices])
     largest = np.quantile(values[values.isfinite()].numpy(), 0.995) if values.isfinite().any() else 1.0
     digit = 10.0 ** np.floor(np.log10(max(largest, 0.01)))
-    return float(f"{min(1.0, np.ceil(largest / digit) * digit):.1g}")
+    return float(f"{np.clip(np.ceil(largest / digit) * digit, 0.01, 1):.1g}")
 
 
 def draw_images(axis, network: Network, cells: Tensor, order: np.ndarray, limit: float):
@@ -165,6 +169,7 @@ def draw_blocks(axis, network: Network, means: Tensor, groups: Tensor, names: li
     k = len(names)
     image = axis.imshow(means.numpy(), cmap=diverging(), vmin=-limit, vmax=limit, interpolation="nearest")
     axis.set_facecolor("0.85")  # of what has no pair
+    axis.tick_params(labelsize=8)
     if k <= MOST_BLOCKS:
         short = [as_text(name.rpartition(" (")[0]) for name in names]
         axis.set_xticks(range(k), short, rotation=90, fontsize=8)
@@ -176,7 +181,7 @@ def draw_blocks(axis, network: Network, means: Tensor, groups: Tensor, names: li
                 axis.text(
                     b,
                     a,
-                    f"{round(value, 2) + 0:.2f}".replace("0.", "."),
+                    two_digits(value).replace("0.", "."),
                     ha="center",
                     va="center",
                     fontsize=7,
@@ -185,15 +190,17 @@ def draw_blocks(axis, network: Network, means: Tensor, groups: Tensor, names: li
     own = means.diagonal().nanmean().item()
     other = means[~torch.eye(k, dtype=torch.bool)].nanmean().item()
     kind = "class" if network.data.classes else "code"
-    axis.set_title(f"means by {kind}: same {own:.2f}, other {other:.2f}", fontsize=9)
-    total = len(groups)
-    axis.set_xlabel(
-        f"{k} classes, all {total:,} images"
-        if network.data.classes
-        else f"{k} most used codes (images), {share:.0%} of {total:,} images",
-        fontsize=9,
-    )
+    axis.set_title(f"means by {kind}: same {two_digits(own)}, other {two_digits(other)}", fontsize=9)
+    counts, total = groups[groups >= 0].bincount(minlength=k), f"{len(groups):,} images"
+    classes = f"{k} classes of {counts.min():,} to {counts.max():,} images"
+    codes = f"{k} most used codes (images): {share:.0%} of {total}"
+    axis.set_xlabel(classes if network.data.classes else codes, fontsize=9)
     return image
+
+
+def two_digits(value: float) -> str:
+    """Return the number with two digits after the point, and no minus before a zero."""
+    return f"{round(value, 2) + 0:.2f}"
 
 
 def file_name(label: str, i: int) -> str:

@@ -9,8 +9,8 @@ from PIL import Image
 from cplearn.errors import WriteError
 from cplearn.files import create, remove_quietly
 
-# Ten colors that also the color-blind tell apart (Petroff 2021, arXiv:2107.02270), and the markers of ten more classes.
-COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+# Nine colors that also the color-blind tell apart (Paul Tol's "muted"), and black; ten more groups have other markers.
+COLORS = ("#332288", "#DDCC77", "#CC6677", "#88CCEE", "#117733", "#882255", "#44AA99", "#AA4499", "#999933", "#000000")
 MARKERS = ("o", "^")
 OTHER = "0.82"  # gray of what has no color of its own
 
