@@ -30,7 +30,7 @@ from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.evaluation import cli
-from cplearn.evaluation.collapse_figures import draw_figures
+from cplearn.evaluation.collapse_figures import check_figures, draw_figures
 from cplearn.evaluation.collapse_numbers import (
     IMAGES_PER_COMPONENT,
     Network,
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
             raise UserError(f"{flag} {path or repr(path)} does not exist: give the path of a checkpoint")
     args.pretrained_weights = paths[0]
     device = cli.start(args)
+    check_figures(Path(args.output_dir))
     networks, flags = load_networks(args, paths, device)
     if not collectives.is_main():
         return {}

@@ -14,7 +14,7 @@ from cplearn import checkpoints
 from cplearn.errors import UserError
 from cplearn.evaluation.collapse_figures import FIGURES
 from cplearn.evaluation.collapse_numbers import good_values
-from cplearn.evaluation.drawing import as_text
+from cplearn.evaluation.drawing import as_text, is_own_figure
 
 
 def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):
@@ -170,6 +170,23 @@ def test_text_for_figures():
 def test_wrong_flags_are_refused(run, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         eval_collapse.main([*eval_flags(run, tmp_path), *more])
+
+
+def test_only_earlier_figures_are_replaced(run, tmp_path):
+    mine, picture, common = tmp_path / "mine.png", tmp_path / "codes.png", ["--components", "--tsne_images", "0"]
+    Image.new("RGB", (9, 9)).save(mine)
+    before = mine.read_bytes()
+    picture.symlink_to("mine.png")
+    for _ in range(2):  # a link, then a file
+        with pytest.raises(UserError, match="codes.png is no figure of this command: name another folder"):
+            eval_collapse.main([*eval_flags(run, tmp_path), *common])
+        assert picture.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+        picture.unlink()
+        picture.write_bytes(before)
+    picture.unlink()
+    for _ in range(2):
+        eval_collapse.main([*eval_flags(run, tmp_path), *common, "--baseline", "false"])
+    assert mine.read_bytes() == before and is_own_figure(picture)
 
 
 def test_networks_are_named_by_what_tells_them_apart():

@@ -1,5 +1,6 @@
 """The paper's analysis figures of one or several networks, each with its numbers as CSV beside it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,9 +8,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cplearn.errors import UserError
 from cplearn.evaluation.collapse_matrices import plot_cosines, plot_covariances
 from cplearn.evaluation.collapse_numbers import Network, covariance_of
-from cplearn.evaluation.drawing import COLORS, MARKERS, OTHER, as_text, pyplot, save_figure, shortened, style
+from cplearn.evaluation.drawing import (
+    COLORS,
+    MARKERS,
+    OTHER,
+    as_text,
+    is_own_figure,
+    pyplot,
+    save_figure,
+    shortened,
+    style,
+)
 from cplearn.evaluation.features import Features
 from cplearn.files import write_csv
 
@@ -44,6 +56,14 @@ def draw_figures(
     if tsne_images:
         plot_tsne(out, networks, tsne_images, seed)
     return sorted(f"{name}.png" for name in FIGURES if (out / f"{name}.png").exists())
+
+
+def check_figures(out: Path) -> None:
+    """Raise `UserError` if a figure would replace a file that is no earlier one."""
+    for name in FIGURES:
+        path = out / f"{name}.png"
+        if os.path.lexists(path) and not is_own_figure(path):
+            raise UserError(f"--output_dir {out}: {name}.png is no figure of this command: name another folder")
 
 
 def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) -> None:

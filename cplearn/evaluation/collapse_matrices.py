@@ -94,7 +94,10 @@ def plot_cosines(out: Path, networks: list[Network], some: np.ndarray) -> None:
 
 
 def in_order(network: Network, some: np.ndarray) -> np.ndarray:
-    """Return the order of these images by class, then by code, each class's frequent codes first. Shape: int (m,) -> (m,)."""
+    """Return the order of these images by class, then by code, each class's frequent codes first.
+
+    Shape: int (m,) -> (m,).
+    """
     labels = network.data.labels.numpy()[some]
     if network.data.codes is None:
         return np.argsort(labels, kind="stable")
