@@ -79,7 +79,7 @@ def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) 
                 continue
             values = torch.linalg.eigvalsh(covariance_of(x)).flip(0).clamp(min=0)
             rows += [(network.label, kind, k + 1, f"{v:.6g}") for k, v in enumerate(values.tolist())]
-            share = values / values[0].clamp(min=1e-300)
+            share = (values / values[0].clamp(min=1e-300)).clamp(min=1e-12)  # below the axis, which has no 0
             label = f"{as_text(network.label)} (rank {results[network.label][rank]:.0f} of {x.shape[1]})"
             axis.plot(range(1, len(share) + 1), share, label=label, **style(network.label, i))
         axis.set(xscale="log", yscale="log", ylim=(1e-9, 2), xlabel="index", title=f"Covariance of the {kind}s")
