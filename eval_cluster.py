@@ -4,7 +4,7 @@
 
 NMI rises with the number of clusters for no good reason: on 5,000 images of 100 classes every image in a
 cluster of its own scores 0.70. So each table also has AMI and ARI (0 for chance), the same codes against
-shuffled labels, uniformly random codes, and singletons.
+shuffled labels, uniformly random codes, and singletons. Of a folder without train/ and val/ all images count.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     model = cli.open_model(args, device)
     if args.out_csv and model and model.method is None:
         raise UserError("--out_csv needs a checkpoint with a head: these weights assign no codes")
+    cli.take_all_if_undivided(args, model)
     (data,) = get_features(args, model, device, (args.split,))
     if not collectives.is_main():
         return {}

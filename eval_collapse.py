@@ -3,22 +3,24 @@
     python eval_collapse.py --pretrained_weights output/digits/checkpoint.pth
     python eval_collapse.py --checkpoints output/a/checkpoint.pth output/b/checkpoint.pth --labels "c = 128" "c = 16384"
 
-Networks are in evaluation mode and see all images of the split; the first one at random initialization is drawn with
-them. Into --output_dir go one line per network in results.jsonl, and
+Networks are in evaluation mode and see all images of the split, or of a folder without train/ and val/; the first one
+at random initialization is drawn with them. Into --output_dir go one line per network in results.jsonl, whose numbers
+docs/collapse-numbers.md explains, and
 
     spectrum.png   singular values of the covariance of embeddings and representations (Fig. 6a, 13a, 14)
     mixture.png    entropy of a Gaussian mixture fitted to the representations (Fig. 6b, 13b, 15)
-    matrices.png   covariance of the embedding, and cosines of images in the order of their codes (Fig. 4, 8, 9)
+    matrices.png   covariance of embedding and representation, similar dimensions side by side
+    cosines.png    cosines of images, ordered and averaged by class and code (with matrices.png: Fig. 4, 8, 9)
     codes.png      use of the codes, and alignment of embeddings to their codes (Theorem 1)
     tsne.png       t-SNE of the representations, colored by class, or by code where there are no classes (Fig. 12c)
 
-each with a .csv of the same name (of the matrices: one per network and matrix). Covariances are centered and
+each with a .csv of the same name (of matrices and cosines: one per network and matrix). Covariances are centered and
 nothing is padded; the published scripts take second moments as they are, of vectors padded with zeros to one width.
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,11 +30,22 @@ from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.evaluation import cli
-from cplearn.evaluation.collapse_figures import draw_figures
-from cplearn.evaluation.collapse_numbers import Network, collapse_metrics, mixture_entropy, scaled
+from cplearn.evaluation.collapse_figures import check_figures, draw_figures
+from cplearn.evaluation.collapse_numbers import (
+    IMAGES_PER_COMPONENT,
+    Network,
+    collapse_metrics,
+    components_for,
+    good_values,
+    mixture_entropy,
+    scaled,
+)
 from cplearn.evaluation.features import Model, get_features, read_weights
 from cplearn.flags import check_path
 from utils import ArgumentParser, bool_flag, format_table, positive
+
+COMPONENTS = (10, 20, 50, 100, 200, 500, 1000)  # of the mixtures
+WIDTH = 80  # of a terminal
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -42,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", nargs="+", default=None, help="Their names in figures and results (default: their folders)")
     parser.add_argument("--baseline", type=bool_flag, default=True, help="Also the first network at random initialization")
     parser.add_argument("--split", default="val", choices=("val", "train"), help="Images to look at")
-    parser.add_argument("--components", type=positive(int), nargs="*", default=[10, 20, 50, 100, 200, 500, 1000], help="Sizes of the mixtures; none to leave them out")
+    parser.add_argument("--components", type=positive(int), nargs="*", default=None, help=f"Sizes of the mixtures; none to leave them out (default: those of {' '.join(map(str, COMPONENTS))} for which there are {IMAGES_PER_COMPONENT} images per component)")
     parser.add_argument("--mc_samples", type=int, default=10_000, help="Samples of each mixture, for its entropy")
     parser.add_argument("--shown_images", type=int, default=500, help="Images in the drawn matrix of cosines (numbers are of all)")
     parser.add_argument("--tsne_images", type=int, default=2000, help="Images in the t-SNE; 0 to leave it out")
@@ -62,24 +75,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
             raise UserError(f"{flag} {path or repr(path)} does not exist: give the path of a checkpoint")
     args.pretrained_weights = paths[0]
     device = cli.start(args)
+    check_figures(Path(args.output_dir))
     networks, flags = load_networks(args, paths, device)
     if not collectives.is_main():
         return {}
+    components = choose_components(args.components, len(networks[0].data.features))
     results = {}
     for network, own_flags in zip(networks, flags, strict=True):
-        metrics = collapse_metrics(network) | mixture_metrics(args, network)
+        metrics = collapse_metrics(network) | mixture_metrics(args, network, components)
         results[network.label] = metrics
         cli.write_result(own_flags, "eval_collapse", {"label": network.label, **metrics}, network.data, args.split)
     figures = draw_figures(
         Path(args.output_dir),
         networks,
         results,
-        components=args.components,
+        components=components,
         shown_images=args.shown_images,
         tsne_images=args.tsne_images,
         seed=args.seed,
     )
-    report(results, args.components)
+    report(results)
     print(f"Figures in {args.output_dir}: {', '.join(figures)}")
     return results
 
@@ -124,6 +139,8 @@ def load_networks(
             changed["dump_features"] = None
         own = argparse.Namespace(**vars(args) | changed)
         model = cli.open_model(own, device, first if path == first.path else None)
+        cli.take_all_if_undivided(own, model)
+        args.split = own.split
         networks.append(analyze(own, model, label, device))
         flags.append(cli.effective_flags(own, model))
         if networks[-1].data.source["data"] != networks[0].data.source["data"]:
@@ -164,25 +181,59 @@ def analyze(args: argparse.Namespace, model: Model, label: str, device: torch.de
     return Network(label, data, embedding, torch.cat(cosines), chance)
 
 
-def mixture_metrics(args: argparse.Namespace, network: Network) -> dict[str, float | str | None]:
-    """Fit the Gaussian mixtures of --components to the representations; return entropy and fit of each."""
+def choose_components(asked: list[int] | None, images: int) -> list[int]:
+    """Return the sizes of the mixtures: those asked for, or the default ones that so many images allow."""
+    if asked is not None:
+        return asked
+    components = components_for(COMPONENTS, images)
+    if len(components) < len(COMPONENTS):
+        left_out = ", ".join(map(str, COMPONENTS[len(components) :]))
+        print(f"No mixtures of {left_out}: {images:,} images are fewer than {IMAGES_PER_COMPONENT} per component")
+    return components
+
+
+def mixture_metrics(args: argparse.Namespace, network: Network, components: list[int]) -> dict[str, float | str | None]:
+    """Fit Gaussian mixtures of these sizes to the representations; return entropy and fit of each."""
     metrics = {}
-    for k in args.components:
+    for k in components:
         print(f"{network.label}: mixture of {k} ...", flush=True)
         entropy, fit = mixture_entropy(scaled(network.data.features), k, samples=args.mc_samples, seed=args.seed)
         metrics |= {f"mixture{k}_entropy": entropy, f"mixture{k}_fit": fit}
     return metrics
 
 
-def report(results: dict[str, dict], components: list[int]) -> None:
-    """Print the numbers, one column per network, and what is to be said of the mixtures."""
+def report(results: dict[str, dict]) -> None:
+    """Print the numbers, one column per network and which values are good, then what is to be said of the mixtures."""
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    shown = [name for name in names if not name.endswith("_fit")]
-    print(format_table([(name, *(r.get(name) for r in results.values())) for name in shown], ("", *results)))
+    fits = [name for name in names if name.endswith("_fit")]
+    rows = [(name, *(r.get(name) for r in results.values()), good_values(name)) for name in names if name not in fits]
+    for table in tables_of_width(rows, list(results)):
+        print(table)
+    print("What each is, and what to expect: docs/collapse-numbers.md")
     for label, metrics in results.items():
-        for k in components:
-            if metrics[f"mixture{k}_fit"] != "ok":
-                print(f"{label}: mixture of {k}: {metrics[f'mixture{k}_fit']}")
+        for name in fits:
+            if metrics[name] != "ok":
+                print(f"{label}: mixture of {name.removeprefix('mixture').removesuffix('_fit')}: {metrics[name]}")
+
+
+def tables_of_width(rows: list[tuple], labels: list[str], width: int = WIDTH) -> Iterator[str]:
+    """Return the numbers as one table, or as several if that is too wide; networks of long names are numbered.
+
+    `rows`: name, one value per network, and a last word.
+    """
+    heads = [label if len(label) <= 11 else f"({i + 1})" for i, label in enumerate(labels)]
+    for head, label in zip(heads, labels, strict=True):
+        if head != label:
+            yield f"{head} {label}"
+    start = 0
+    while start < len(labels):
+        for stop in range(len(labels), start, -1):
+            part = [(row[0], *row[1 + start : 1 + stop], row[-1]) for row in rows]
+            table = format_table(part, ("", *heads[start:stop], "good is"))
+            if table.index("\n") <= width:
+                break
+        yield table
+        start = stop
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 python eval_knn.py --pretrained_weights output/digits/checkpoint.pth
 torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
+
+Images of val/ are classified by those of train/; in a folder of classes without these two, each image by all others.
 """
 
 import argparse
@@ -30,14 +32,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = get_args_parser().parse_args(argv)
     device = cli.start(args)
     model = cli.open_model(args, device)
-    train, val = get_features(args, model, device, ("train", "val"), labels_for="eval_knn.py")
+    one_set = cli.is_undivided(args, model)
+    splits = ("all",) if one_set else ("train", "val")
+    sets = get_features(args, model, device, splits, labels_for="eval_knn.py")
+    train, val = sets[0], sets[-1]
     if not collectives.is_main():
         return {}
-    metrics = knn(train.features, train.labels, val.features, val.labels, ks=args.nb_knn, temperature=args.temperature)
+    if one_set:
+        print("No train/ and no val/: each image is classified by all others (leave-one-out)")
+    metrics = knn(
+        train.features,
+        train.labels,
+        val.features,
+        val.labels,
+        ks=args.nb_knn,
+        temperature=args.temperature,
+        leave_one_out=one_set,
+    )
     ks = [name.removesuffix("_top1") for name in metrics if name.endswith("_top1")]
     rows = [(k.removeprefix("knn"), metrics[f"{k}_top1"], metrics[f"{k}_top5"]) for k in ks]
     print(format_table(rows, ("k", "top-1", "top-5")))
-    cli.write_result(cli.effective_flags(args, model), "eval_knn", metrics, val)
+    cli.write_result(cli.effective_flags(args, model), "eval_knn", metrics, val, splits[-1])
     return metrics
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
 from cplearn.data import augmentations, loaders, workers
+from cplearn.data.datasets import printable
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
@@ -179,6 +180,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = get_args_parser().parse_args(argv)
     device = cli.start(args)
     model = cli.open_model(args, device)
+    if cli.is_undivided(args, model):
+        where = f"--data_path {printable(model.data_path)}" if model else f"--load_features {args.load_features}"
+        raise UserError(
+            f"{where} is one set of images, eval_linear.py needs two with labels: train/CLASS/ and val/CLASS/ below it"
+        )
     fill_in_defaults(args, model)
     splits = ("val",) if args.augment else ("train", "val")
     data = get_features(args, model, device, splits, args.n_last_blocks, labels_for="eval_linear.py")

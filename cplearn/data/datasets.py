@@ -338,10 +338,13 @@ def _torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
 
 
 def find_split(root: Path, split: str) -> Path:
-    """Return `root/train`, `root/val` (or `root/test`) where they exist; `root` itself for pre-training otherwise.
+    """Return `root/train`, `root/val` (or `root/test`) where they exist; `root` itself for "all", and for "train" where
+    there is no such folder.
 
     Raises `UserError` if an evaluation asks for a split that is not there.
     """
+    if split == "all":
+        return root
     for name in ("train",) if split == "train" else ("val", "test"):
         if os.path.isdir(root / name):
             return root / name

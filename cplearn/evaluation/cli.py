@@ -8,7 +8,7 @@ import torch
 from cplearn.data import datasets, workers
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation.features import Features, Model, WeightsFile, load_model, read_weights
+from cplearn.evaluation.features import Features, Model, WeightsFile, has_features, load_model, read_weights
 from cplearn.files import append_json_line, check_output_dir
 from cplearn.flags import check_unread_path, expand_paths, ignore_local_rank, nonnegative, positive, seed_below
 from cplearn.host import git_commit
@@ -57,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialization: the baseline every result needs")
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: the checkpoint's)")
-    g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/) (default: the checkpoint's)")
+    g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/); of one without them, eval_cluster.py, eval_collapse.py and eval_knn.py take all images (default: the checkpoint's)")
     g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's; '' for all folders)")
     add_loader_flags(g)
     g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
@@ -109,11 +109,32 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--image_size {size}: --arch {model.arch} cannot take such images: {reason}") from None
-    if getattr(args, "split", None) == "val" and model.dataset == "folder":
+    if getattr(args, "split", None) == "val" and model.dataset == "folder" and not is_undivided(args, model):
         root = Path(model.data_path or "")
         if root.is_dir() and not any((root / name).is_dir() for name in ("val", "test")):
             raise UserError(f"--data_path {root} has no val or test folder: add one, or --split train")
     return model
+
+
+def is_undivided(args: argparse.Namespace, model: Model | None) -> bool:
+    """Return whether the images are one set: a folder without train/, val/ and test/, or features kept of one."""
+    if model is None:
+        kept = [split for split in ("train", "val", "all") if has_features(args.load_features, split, 1)]
+        return kept == ["all"]
+    root = Path(model.data_path or "")
+    divided = any((root / name).is_dir() for name in ("train", "val", "test"))
+    return model.dataset == "folder" and root.is_dir() and not divided
+
+
+def take_all_if_undivided(args: argparse.Namespace, model: Model | None) -> None:
+    """Set --split to "all", and say so, where there is nothing to split."""
+    if args.split == "all" or not is_undivided(args, model):
+        return
+    args.split = "all"
+    if model is not None and collectives.is_main():
+        print(
+            f"{datasets.printable(model.data_path)} has no train/ and no val/: all of its images are used", flush=True
+        )
 
 
 def open_network(args: argparse.Namespace, device: torch.device) -> Model:

@@ -1,7 +1,9 @@
 """Numbers of a finished network: those of `collapse.py`, and the paper's analysis of covariances, codes and entropy."""
 
 import math
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,35 @@ from torch import Tensor
 
 from cplearn.evaluation import collapse
 from cplearn.evaluation.features import Features
+
+IMAGES_PER_COMPONENT = 10  # of a mixture; with fewer, its fit says more of single images than of their distribution
+
+# Which values are good, for a table; docs/collapse-numbers.md says what each number is. K: components of a mixture.
+GOOD = {
+    "images": "",
+    "features_dim": "",
+    "features_rank": "high",
+    "features_dimensions": "high",
+    "features_cosine": "low; 1: collapse",
+    "features_off_diagonal": "low",
+    "embedding_dim": "",
+    "embedding_rank": "high",
+    "embedding_dimensions": "high; 1: collapse",
+    "embedding_cosine": "near 0",
+    "embedding_off_diagonal": "near its chance",
+    "embedding_off_diagonal_chance": "",
+    "same_code_cos2": "above other_code",
+    "other_code_cos2": "near 0",
+    "out_dim": "",
+    "codes_used": "high",
+    "codes_perplexity": "high; 1: collapse",
+    "block_mean": "",
+    "block_max": "near block_mean",
+    "within_code": "below 1, not 0",
+    "code_cosine": "above its chance",
+    "code_cosine_chance": "",
+    "mixtureK_entropy": "high",
+}
 
 
 @dataclass
@@ -69,6 +100,20 @@ def block_energy(x: Tensor, codes: Tensor) -> dict[str, float | None]:
     }
 
 
+def block_cosines(x: Tensor, groups: Tensor, n_groups: int) -> Tensor:
+    """Return the mean cosine of two different images, for each pair of groups; NaN where there is no such pair.
+
+    Images of group -1 do not count. Shape: (n, d), int64 (n,) -> float64 (n_groups, n_groups).
+    """
+    inside = groups >= 0
+    u, groups = F.normalize(x[inside].double(), dim=1), groups[inside]
+    sums = torch.zeros(n_groups, x.shape[1], dtype=u.dtype).index_add_(0, groups, u)
+    own = torch.zeros(n_groups, dtype=u.dtype).index_add_(0, groups, u.square().sum(1))  # of images with themselves
+    counts = groups.bincount(minlength=n_groups).double()
+    pairs = counts[:, None] * counts - counts.diag()
+    return (sums @ sums.T - own.diag()) / pairs.masked_fill(pairs == 0, float("nan"))
+
+
 def collapse_metrics(network: Network) -> dict[str, float | int | None]:
     """Measure how far a network is from collapse; the names that a run logs mean the same here."""
     x, h, codes = network.data.features, network.embedding, network.data.codes
@@ -104,6 +149,16 @@ def collapse_metrics(network: Network) -> dict[str, float | int | None]:
     }
 
 
+def good_values(name: str) -> str:
+    """Return which values of a number are good, in a few words; "" where that is no question."""
+    return GOOD[re.sub(r"^mixture\d+_", "mixtureK_", name)]
+
+
+def components_for(sizes: Sequence[int], images: int) -> list[int]:
+    """Return the sizes of mixtures that so many images allow."""
+    return [k for k in sizes if IMAGES_PER_COMPONENT * k <= images]
+
+
 def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) -> tuple[float | None, str]:
     """Fit a Gaussian mixture with diagonal covariances; return its entropy per dimension (nats), and how the fit went.
 
@@ -128,7 +183,9 @@ def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) 
         return None, "entropy not finite"
     if not model.converged_:
         return entropy, "stopped before it converged"
-    return entropy, "ok" if len(x) >= 10 * components else f"only {len(x) / components:.1f} images per component"
+    return entropy, "ok" if len(
+        x
+    ) >= IMAGES_PER_COMPONENT * components else f"only {len(x) / components:.1f} images per component"
 
 
 def scaled(features: Tensor) -> np.ndarray:

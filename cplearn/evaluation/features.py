@@ -222,7 +222,10 @@ def _load_splits(folder: str, splits: tuple[str, ...], n_last_blocks: int, label
 
 def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], labels_for: str | None) -> None:
     if labels_for and not all(classes):
-        raise UserError(f"{labels_for} needs labels, but these images do not lie in class folders")
+        raise UserError(
+            f"{labels_for} needs labels, but these images do not lie in class folders: sort them into train/CLASS/ and "
+            "val/CLASS/ below --data_path"
+        )
     if any(c != classes[0] for c in classes):
         differ = sorted(set(classes[0] or ()) ^ set(classes[-1] or ()))
         raise UserError(f"the class folders of {' and '.join(splits)} differ: {datasets.few(differ) or 'their order'}")

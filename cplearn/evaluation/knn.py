@@ -15,11 +15,13 @@ def knn(
     *,
     ks: Sequence[int],
     temperature: float,
+    leave_one_out: bool = False,
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy for each k; k is capped at the number of training images.
 
     Each test image takes its k neighbors of largest cosine (exact search); each votes for its class with
-    weight exp(cosine / temperature). Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
+    weight exp(cosine / temperature). With `leave_one_out`, train and test are the same images, and none is its own
+    neighbor. Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
     """
     import faiss
 
@@ -28,10 +30,15 @@ def knn(
     n_classes = int(max(train_labels.max(), test_labels.max())) + 1
     index = faiss.IndexFlatIP(train.shape[1])
     index.add(train)
-    ks = sorted({min(k, len(train)) for k in ks})
+    own = int(leave_one_out)
+    ks = sorted({min(k, len(train) - own) for k in ks})
     hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
     for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
-        cosine, neighbor = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1]))
+        cosine, neighbor = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1] + own))
+        if own:  # to the end, where no k reaches it
+            itself = neighbor == torch.arange(start, start + len(neighbor))[:, None]
+            order = itself.int().argsort(dim=1, stable=True)
+            cosine, neighbor = cosine.gather(1, order), neighbor.gather(1, order)
         labels, truth = train_labels[neighbor], test_labels[start : start + 4096]
         for k in ks:
             hits[k] += count_hits(cosine[:, :k], labels[:, :k], truth, n_classes, temperature)

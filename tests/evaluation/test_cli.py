@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from helpers import eval_flags, last_result, run_in_processes, train
+from helpers import eval_flags, last_result, run_in_processes, train, write_images
 
 import eval_cluster
 import eval_collapse
@@ -74,6 +74,39 @@ def test_a_folder_without_val_is_told_of_the_train_split(run, tmp_path, image_fo
     shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
     with pytest.raises(UserError, match="data has no val or test folder: add one, or --split train"):
         script.main(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
+
+
+def test_class_folders_without_splits_are_evaluated_whole(run, tmp_path, image_folder, capsys):
+    data, kept = image_folder / "train", tmp_path / "kept"
+    flags = eval_flags(run, tmp_path, "--data_path", str(data))
+    rows = eval_cluster.main([*flags, "--kmeans_redo", "1", "--shuffles", "1", "--dump_features", str(kept)])
+    assert rows["singletons"]["used_codes"] == 48 and last_result(tmp_path)["split"] == "all"
+    assert f"{data} has no train/ and no val/: all of its images are used\n" in capsys.readouterr().out
+
+    metrics = eval_knn.main([*flags, "--nb_knn", "5", "100"])
+    assert set(metrics) == {"knn5_top1", "knn5_top5", "knn47_top1", "knn47_top5"}  # of 48, less the image itself
+    assert "each image is classified by all others" in capsys.readouterr().out and metrics["knn5_top1"] < 1
+    assert last_result(tmp_path)["split"] == "all"
+    again = ["--load_features", str(kept), "--output_dir", str(tmp_path), "--device", "cpu"]
+    assert eval_knn.main([*again, "--nb_knn", "5", "100"]) == metrics
+    assert eval_cluster.main([*again, "--kmeans_redo", "1", "--shuffles", "1"]) == rows
+    for given in (flags, again):
+        with pytest.raises(
+            UserError, match="one set of images, eval_linear.py needs two with labels: train/CLASS/ and"
+        ):
+            eval_linear.main([*given, "--augment", "false"])
+
+
+def test_a_flat_folder_has_codes_but_no_classes(run, tmp_path, capsys):
+    write_images(tmp_path / "flat", 9)
+    flags = eval_flags(run, tmp_path, "--data_path", str(tmp_path / "flat"))
+    assert list(eval_cluster.main(flags)) == ["codes"]
+    assert "9 images, no classes" in capsys.readouterr().out
+    eval_cluster.main([*flags, "--random_init", "--split", "train"])
+    with pytest.raises(UserError, match="eval_knn.py needs labels, .*: sort them into train/CLASS/ and val/CLASS/"):
+        eval_knn.main(flags)
+    with pytest.raises(UserError, match="flat is one set of images, eval_linear.py needs two with labels"):
+        eval_linear.main(flags)
 
 
 def test_the_rank_that_a_launcher_adds_is_in_no_result(run, tmp_path):

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from helpers import randn
 
-from cplearn.evaluation.collapse_numbers import block_energy, mixture_entropy, off_diagonal_energy
+from cplearn.evaluation.collapse_numbers import (
+    block_cosines,
+    block_energy,
+    components_for,
+    mixture_entropy,
+    off_diagonal_energy,
+)
 
 
 def test_off_diagonal_energy():
@@ -33,6 +39,25 @@ def test_block_energy_is_that_of_the_whole_matrix(d):
     assert found["other_code_cos2"] == pytest.approx(squares[~same].mean().item())
     assert block_energy(x, torch.arange(40))["same_code_cos2"] is None
     assert block_energy(x, torch.zeros(40))["other_code_cos2"] is None
+
+
+def test_block_cosines_are_a_loop_over_pairs():
+    x, groups = randn(14, 5), torch.tensor([0, 0, 0, 1, 1, 2, -1, -1, 0, 1, 1, 3, 3, 3])
+    found = block_cosines(x, groups, 5)
+    for a in range(5):
+        for b in range(5):
+            pairs = [(i, j) for i in range(14) for j in range(14) if i != j and groups[i] == a and groups[j] == b]
+            if pairs:
+                mean = np.mean([F.cosine_similarity(x[i], x[j], dim=0).item() for i, j in pairs])
+                assert found[a, b].item() == pytest.approx(mean)
+            else:
+                assert found[a, b].isnan()
+    assert found[2, 2].isnan() and found[4].isnan().all() and found[2, 3].isfinite()
+
+
+def test_a_component_has_ten_images():
+    assert components_for((10, 20, 50), 199) == [10] and components_for((10, 20, 50), 200) == [10, 20]
+    assert components_for((10,), 99) == []
 
 
 def test_mixture_entropy_of_a_gaussian_is_the_closed_form():

@@ -48,3 +48,12 @@ def test_leave_one_out_is_the_knn_of_each_image_among_the_others(k):
         one = knn(features[others], labels[others], features[[i]], labels[[i]], ks=[k], temperature=0.07)
         hits += one[f"knn{min(k, 29)}_top1"]
     assert leave_one_out_knn(features, labels, k=k) == pytest.approx(hits / 30)
+    searched = knn(features, labels, features, labels, ks=[k], temperature=0.07, leave_one_out=True)
+    assert searched[f"knn{min(k, 29)}_top1"] == pytest.approx(hits / 30)
+
+
+def test_no_image_votes_for_itself_where_all_are_at_the_same_place():
+    """Whichever of them the search returns; a class of its own is then never hit."""
+    features, labels = torch.ones(9, 4), torch.arange(9)
+    found = knn(features, labels, features, labels, ks=[1, 3], temperature=0.07, leave_one_out=True)
+    assert found["knn1_top1"] == found["knn3_top1"] == 0
