@@ -100,7 +100,7 @@ def augmented_batches(
     the class. Raises `UserError` if the training images have other classes than those of the evaluation."""
     dataset = model.images("train")
     if dataset.classes != classes:
-        raise UserError(f"{model.data_path}: the class folders of train and val differ")
+        raise UserError(f"{model.data_path}: the classes of train and val differ")
     flip_p = 0.0 if model.dataset in ("digits", "svhn") else 0.5
     view = augmentations.View(model.image_size, scale=(0.08, 1.0), flip_p=flip_p)
     loader = loaders.train_loader(

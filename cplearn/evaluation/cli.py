@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cplearn.data import datasets, workers
+from cplearn.data import datasets, sources, workers
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.evaluation.features import Features, Model, WeightsFile, load_model, read_weights
@@ -56,9 +56,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g = add_weights_flags(parser)
     g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialization: the baseline every result needs")
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: the checkpoint's)")
-    g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/) (default: the checkpoint's)")
-    g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's; '' for all folders)")
+    g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)}, or hf:PATH (default: the checkpoint's)")
+    g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/), with train.txt and val.txt, or with tar or parquet files of both (default: the checkpoint's)")
+    g.add_argument("--class_list", default=None, help="File of classes to use (default: the checkpoint's; '' for all)")
     add_loader_flags(g)
     g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
     g.add_argument("--load_features", default=None, metavar="DIR", help="Use the features kept there; no images and no weights are read")
@@ -71,7 +71,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def start(args: argparse.Namespace) -> torch.device:
     """Check the flags, fill in --output_dir, join the process group, try to write. Every evaluation calls it first."""
     expand_paths(args, "pretrained_weights", "data_path", "output_dir", "dump_features", "load_features")
-    if args.class_list:  # '' stands for all folders
+    if args.dataset:
+        args.dataset = sources.absolute_name(args.dataset)
+    if args.class_list:  # '' stands for all classes
         expand_paths(args, "class_list")
     if args.pretrained_weights and args.load_features:
         raise UserError("--load_features holds features of other weights already: leave out --pretrained_weights")
@@ -111,7 +113,7 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
         raise UserError(f"--image_size {size}: --arch {model.arch} cannot take such images: {reason}") from None
     if getattr(args, "split", None) == "val" and model.dataset == "folder":
         root = Path(model.data_path or "")
-        if root.is_dir() and not any((root / name).is_dir() for name in ("val", "test")):
+        if root.is_dir() and not sources.has_split(str(root), "val"):
             raise UserError(f"--data_path {root} has no val or test folder: add one, or --split train")
     return model
 
