@@ -168,18 +168,13 @@ def has_split(data_path: str, split: str) -> bool:
 def _shards(folder: Path, split: str | None = None) -> Place | None:
     """Return the tar or parquet files of a folder: all, those with the name of a split, or ("") those without any.
 
-    None if there are none, or if the folder has images or other folders: then these are what it is for. Raises
+    None if there are none, or if images lie beside them or in folders beside them, whose archives they may be. Raises
     `UserError` for files of both kinds, and where all belong to other splits.
     """
-    try:
-        with os.scandir(folder) as entries:
-            visible = [(x.name, x.is_dir()) for x in entries if not x.name.startswith(".")]
-    except OSError:
+    files, folders = _visible(folder)
+    shards = {name: kind_of(name) for name in files if kind_of(name) in ("tar", "parquet")}
+    if not shards or _any_image(files) or any(_any_image(_visible(folder / name)[0]) for name in folders):
         return None
-    files = {name: kind_of(name) for name, is_dir in visible if not is_dir}
-    if any(is_dir for _, is_dir in visible) or any(os.path.splitext(x)[1].lower() in EXTENSIONS for x in files):
-        return None
-    shards = {name: kind for name, kind in files.items() if kind in ("tar", "parquet")}
     if split:
         shards = {name: kind for name, kind in shards.items() if split in _words(name)}
     elif split == "":
@@ -194,6 +189,20 @@ def _shards(folder: Path, split: str | None = None) -> Place | None:
     if len(set(shards.values())) > 1:
         raise UserError(f"{printable(folder)} holds tar and parquet files: move one kind away")
     return Place(next(iter(shards.values())), folder, sorted(shards)) if shards else None
+
+
+def _visible(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of files and folders that lie in a folder; none if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(x.name, x.is_dir()) for x in entries if not x.name.startswith(".")]
+    except OSError:
+        return [], []
+    return [name for name, is_folder in found if not is_folder], [name for name, is_folder in found if is_folder]
+
+
+def _any_image(names: list[str]) -> bool:
+    return any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in names)
 
 
 def _words(name: str) -> set[str]:
