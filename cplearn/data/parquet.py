@@ -22,7 +22,7 @@ SUFFIXES = (".parquet",)
 IMAGE_COLUMNS = ("image", "img")  # the usual names, where several columns could be meant
 KEPT_GROUPS = 2  # row groups that a process keeps, for images read in order
 KEPT_FILES = 4
-SMALL_GROUP = 2**20  # bytes of a row group that may be read for one image
+SMALL_GROUP = 2**17  # bytes of a row group that may be read for one image
 FORMAT = 1  # of the file of unpacked images
 
 

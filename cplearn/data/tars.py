@@ -6,7 +6,7 @@ import stat
 import tarfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -80,16 +80,20 @@ class _Index:
                 with open_regular(root / one) as file:
                     status = os.fstat(file.fileno())
                     self.stamps.append((one, status.st_size, status.st_mtime_ns))
-                    self._add(k, one, scan_shard(file))
+                    self._add(k, one, scan_shard(file, lambda k=k: self._tell(root, k)))
             except (OSError, ValueError, tarfile.TarError) as error:
                 damaged.append(f"{one} ({getattr(error, 'strerror', None) or error})")
-            if time.monotonic() - self.said >= datasets.SAY_AFTER:
-                self.said = time.monotonic()
-                say(f"Still scanning {printable(root)}, {k + 1} of {len(shards)} shards, {len(self.names):,} images")
         if damaged:
             raise UserError(
                 f"{printable(root)} has {len(damaged)} tar shards that cannot be used: {few(damaged)}; "
                 "get them again, or move them away"
+            )
+
+    def _tell(self, root: Path, shard: int) -> None:
+        if time.monotonic() - self.said >= datasets.SAY_AFTER:
+            self.said = time.monotonic()
+            say(
+                f"Still scanning {printable(root)}, in shard {shard + 1}, {len(self.names):,} images in those before it"
             )
 
     def _add(self, k: int, shard: str, entries: Iterator[Entry]) -> None:
@@ -121,15 +125,17 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def scan_shard(file: BinaryIO) -> Iterator[Entry]:
+def scan_shard(file: BinaryIO, tell: Callable[[], None] = lambda: None) -> Iterator[Entry]:
     """Yield the images of a tar file in their order; what is hidden, a link, a folder or sparse is left out.
 
+    `tell` is called for every file in it, for a line on progress.
     Raises ValueError, TarError or OSError with the reason for a file that is damaged, cut or compressed.
     """
     if os.pread(file.fileno(), 8, 0).startswith(COMPRESSED):
         raise ValueError("compressed: decompress it, images hardly get smaller by it")
     images, labels = [], {}
     for member in _members(file):
+        tell()
         name = os.path.normpath(member.name).lstrip("/")
         if any(part.startswith(".") and part != ".." for part in name.split("/")):
             continue
