@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, datasets, loaders, sources, workers
+from cplearn.data import augmentations, cachefile, datasets, loaders, sources, workers
 from cplearn.data.pixels import KINDS, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -102,7 +102,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--resume_force", nargs="+", default=[], metavar="FLAG", help="Resume although these flags differ from the checkpoint's, e.g. lr (or processes, data)")
     g.add_argument("--seed", type=nonnegative(int), default=0, help="Of weights, order of images, and views")
     g.add_argument("--cache", default=None, choices=KINDS, help="Decode images once: into memory that all processes of a machine share, or a file that later runs find. Changes no pixel (default: ram for what is small, else none)")
-    g.add_argument("--cache_dir", default="~/.cache/cplearn", help="Folder of --cache disk")
+    g.add_argument("--cache_dir", default=cachefile.FOLDER, help="Folder of --cache disk, and of images copied out of parquet")
     g.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes per process (default: 10, or fewer with fewer cores); 0 for none")
     g.add_argument("--worker_timeout", type=nonnegative(float), default=600.0, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
     g.add_argument("--max_bad_images", type=fraction, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from cplearn.errors import UserError, WriteError
 from cplearn.files import remove_quietly
 
+FOLDER = "~/.cache/cplearn"  # unless --cache_dir names another
 HEAD = 4096  # bytes of the file before what it holds: a key, and how long it is
 
 
@@ -30,7 +31,7 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
                 if expected > 0.95 * free:
                     raise UserError(
                         f"{what} take about {expected / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB left: "
-                        f"choose another --cache_dir, or {other}"
+                        f"make room, choose another --cache_dir, or {other}"
                     )
                 file.truncate(0)
                 write(file)

@@ -1,5 +1,6 @@
 """Image files that lie inside others (tar shards, parquet, Arrow): what their data sets share. Names and labels."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -45,10 +46,12 @@ class Names(Sequence):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        i = i % len(self)
+        i = operator.index(i) % len(self)  # also of NumPy and torch
         return self.bytes[self.ends[i] : self.ends[i + 1]].tobytes().decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:

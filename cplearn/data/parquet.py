@@ -15,7 +15,6 @@ from cplearn.data.cachefile import HEAD, make_once
 from cplearn.data.datasets import few, printable
 from cplearn.data.encoded import MOST_BYTES, EncodedImages, Names, number_labels
 from cplearn.data.tars import open_regular
-from cplearn.distributed import collectives
 from cplearn.errors import Interrupted, UserError
 
 SUFFIXES = (".parquet",)
@@ -133,12 +132,11 @@ class Parquet(EncodedImages):
 
     def _unpack(self, file: BinaryIO, sizes: np.ndarray, path: Path, stop: Callable[[], bool]) -> None:
         """Write an index (offset and size of each image; 0 bytes for one that is missing) and the images."""
-        if collectives.is_main():
-            print(
-                f"Parquet is read by row groups of {sizes.mean() / 1e6:.1f} MB: copying {sizes.sum() / 1e9:.2f} GB of "
-                f"images to {path}, once (--cache disk decodes them instead)",
-                flush=True,
-            )
+        print(
+            f"Parquet is read by row groups of {sizes.mean() / 1e6:.1f} MB: copying {sizes.sum() / 1e9:.2f} GB of images "
+            f"to {path}, once (--cache disk decodes them instead)",
+            flush=True,
+        )
         place = np.zeros((len(self), 2), np.int64)
         offset, said = file.seek(HEAD + place.nbytes), time.monotonic()
         for i in range(len(self)):
