@@ -133,8 +133,8 @@ class Parquet(EncodedImages):
     def _unpack(self, file: BinaryIO, sizes: np.ndarray, path: Path, stop: Callable[[], bool]) -> None:
         """Write an index (offset and size of each image; 0 bytes for one that is missing) and the images."""
         print(
-            f"Parquet is read by row groups of {sizes.mean() / 1e6:.1f} MB: copying {sizes.sum() / 1e9:.2f} GB of images "
-            f"to {path}, once (--cache disk decodes them instead)",
+            f"Parquet is read by row groups of {sizes.mean() / 1e6:.1f} MB: copying {sizes.sum() / 1e9:.2f} GB of "
+            f"images to {path}, once (--cache disk decodes them instead)",
             flush=True,
         )
         place = np.zeros((len(self), 2), np.int64)
