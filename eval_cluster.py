@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             shuffles=args.shuffles,
         )
     else:
-        print("No class folders, so no agreement with classes: only the use of the codes is reported")
+        print("No labels, so no agreement with classes: only the use of the codes is reported")
         rows = {} if data.codes is None else {"codes": usage(data.codes.numpy())}
     header = ("clustering", "NMI", "AMI", "ARI", "Hungarian", "used", "perplexity")
     print(format_table([(name, *(row.get(c) for c in COLUMNS)) for name, row in rows.items()], header))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, loaders, workers
+from cplearn.data import augmentations, cachefile, loaders, workers
 from cplearn.data.datasets import printable
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
@@ -101,9 +101,11 @@ def augmented_batches(
     the class. Raises `UserError` if the training images have other classes than those of the evaluation."""
     dataset = model.images("train")
     if dataset.classes != classes:
-        raise UserError(f"{model.data_path}: the class folders of train and val differ")
+        raise UserError(f"{model.data_path}: the classes of train and val differ")
     flip_p = 0.0 if model.dataset in ("digits", "svhn") else 0.5
     view = augmentations.View(model.image_size, scale=(0.08, 1.0), flip_p=flip_p)
+    with collectives.raise_on_all_ranks():
+        dataset.allow_any_order(cachefile.FOLDER, lambda: False)
     loader = loaders.train_loader(
         Pixels(dataset, [view]),
         [view],

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, datasets, loaders, workers
+from cplearn.data import augmentations, cachefile, datasets, loaders, sources, workers
 from cplearn.data.pixels import KINDS, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -69,9 +69,9 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--freeze_backbone_epochs", type=nonnegative(int), default=0, help="Train the head alone for N epochs first, on the features of --init_from")
 
     g = p.add_argument_group("data and views")
-    g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: folder with --data_path, else digits)")
-    g.add_argument("--data_path", default=None, help="Folder of images, with or without train/ and class folders; or of the downloaded data set")
-    g.add_argument("--class_list", default=None, help="File of class folders to use, e.g. the bundled imagenet100.txt")
+    g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)}, or hf:PATH, a copy that the datasets package saved (default: folder with --data_path, else digits)")
+    g.add_argument("--data_path", default=None, help="Folder of images, with or without train/ and class folders; a list of paths (.txt); tar shards or parquet, a file or a folder of them (docs/data.md); or the downloaded data set's folder")
+    g.add_argument("--class_list", default=None, help="File of classes to use, e.g. the bundled imagenet100.txt")
     g.add_argument("--augmentation", default=None, help=f"One of {', '.join(augmentations.RECIPES)} (default: by data set)")
     g.add_argument("--image_size", type=positive(int), default=None, help="Global crop in pixels (default: 224, or 32 for the small data sets)")
     g.add_argument("--local_image_size", type=positive(int), default=None, help="Local crop in pixels (default: 96 at 224, in proportion otherwise)")
@@ -103,7 +103,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--resume_force", nargs="+", default=[], metavar="FLAG", help="Resume although these flags differ from the checkpoint's, e.g. lr (or processes, data)")
     g.add_argument("--seed", type=nonnegative(int), default=0, help="Of weights, order of images, and views")
     g.add_argument("--cache", default=None, choices=KINDS, help="Decode images once: into memory that all processes of a machine share, or a file that later runs find. Changes no pixel (default: ram for what is small, else none)")
-    g.add_argument("--cache_dir", default="~/.cache/cplearn", help="Folder of --cache disk")
+    g.add_argument("--cache_dir", default=cachefile.FOLDER, help="Folder of --cache disk, and of images copied out of parquet")
     g.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes per process (default: 10, or fewer with fewer cores); 0 for none")
     g.add_argument("--worker_timeout", type=nonnegative(float), default=600.0, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
     g.add_argument("--max_bad_images", type=fraction, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
@@ -229,9 +229,9 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
 
 def find_images(args: argparse.Namespace) -> tuple[datasets.ImageDataset, list[augmentations.View]]:
     """Return the data set and the views to cut from its images."""
-    dataset = datasets.build_dataset(args.dataset, args.data_path, "train", args.class_list)
+    dataset = sources.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     if args.knn_freq and not dataset.classes:
-        raise UserError(f"--knn_freq {args.knn_freq} needs labels, but these images do not lie in class folders")
+        raise UserError(f"--knn_freq {args.knn_freq} needs labels, but these images have none")
     views = augmentations.views_of(args)
     return dataset, views
 
@@ -311,16 +311,16 @@ def fill_defaults(args: argparse.Namespace) -> None:
     expand_paths(args, "data_path", "output_dir", "init_from", "class_list", "cache_dir")
     if args.dataset is None:
         args.dataset = "folder" if args.data_path else "digits"
-    if args.dataset not in datasets.DATASETS:
-        raise UserError(f"--dataset {args.dataset} is unknown: {', '.join(datasets.DATASETS)}")
+    args.dataset = sources.absolute_name(args.dataset)
+    sources.check_name(args.dataset)
     if args.data_path is not None:  # an evaluation started elsewhere has to find it
         args.data_path = os.path.abspath(args.data_path)
     if args.class_list and os.path.isfile(args.class_list):
         args.class_list = os.path.abspath(args.class_list)
     if args.augmentation is None:
-        args.augmentation = datasets.RECIPE[args.dataset]
+        args.augmentation = datasets.RECIPE.get(args.dataset, "dino")
     if args.image_size is None:
-        args.image_size = datasets.NATIVE_SIZE[args.dataset]
+        args.image_size = datasets.NATIVE_SIZE.get(args.dataset, 224)
     unit = args.patch_size if backbones.is_vit(args.arch) else 1
     if args.local_image_size is None:
         args.local_image_size = max(1, round(args.image_size * 96 / 224 / max(1, unit))) * max(1, unit)

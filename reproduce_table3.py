@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--seeds", nargs="+", type=seed_below(2**31), default=[0])
     g.add_argument("--epochs", type=positive(int), default=None, help="Instead of the recipe's")
     g.add_argument("--minutes_per_cell", type=positive(float), default=None, help="As many epochs for every cell as its slowest can train in this time, by a few timed steps of each (without the evaluations)")
-    g.add_argument("--data_path", default=None, help="Images in train/ and val/ (or test/) class folders, or the downloaded data set's folder")
+    g.add_argument("--data_path", default=None, help="Images in train/ and val/ (or test/) class folders, lists, tar shards or parquet (docs/data.md), or the downloaded data set's folder")
     g.add_argument("--dataset", default=None, help="As in main_cplearn.py (default: folder). Tables 1 and 4: cifar10, cifar100 and svhn name the paper's column")
     g.add_argument("--train_flags", default="", metavar="'FLAGS'", help="More flags of main_cplearn.py for every cell, in quotes")
     g = p.add_argument_group("launch")
@@ -79,6 +79,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     expand_paths(args, "output_dir", "data_path")
     args.output_dir = os.path.abspath(args.output_dir)
     args.data_path = os.path.abspath(args.data_path) if args.data_path is not None else None
+    if args.dataset and args.dataset.startswith("hf:"):
+        args.dataset = "hf:" + os.path.abspath(os.path.expanduser(args.dataset.removeprefix("hf:")))
     if rest and args.launcher != "slurm":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.epochs and args.minutes_per_cell:
@@ -186,19 +188,26 @@ def print_status(folder: Path) -> None:
 
 def check_data(args: argparse.Namespace) -> None:
     """Raise `UserError` if the images are not there, or are not those of the paper's column."""
-    if args.data_path is None and args.dataset != "digits":
+    from cplearn.data import sources  # loads torch
+
+    local_copy = (args.dataset or "").startswith(sources.PREFIX)
+    if args.data_path is None and args.dataset != "digits" and not local_copy:
         raise UserError("--data_path is missing: the folder with the images (or --dataset digits)")
     check_unread_path(args)
     if args.data_path is not None and not os.path.isdir(args.data_path):
         raise UserError(f"--data_path {args.data_path} is not a folder: check the path")
     if args.dataset in (None, "folder"):
-        train, *held_out = (Path(args.data_path, split) for split in ("train", "val", "test"))
-        if not train.is_dir() or not any(split.is_dir() for split in held_out):
+        train = sources.find_split(Path(args.data_path), "train")
+        flat = train.kind == "folder" and train.root == Path(args.data_path)
+        if flat or not sources.has_split(args.data_path, "val"):
             raise UserError(
-                f"--data_path {args.data_path} needs train/ and val/ (or test/), each with class folders "
-                "(torchvision's files: --dataset cifar10)"
+                f"--data_path {args.data_path} needs train/ and val/ (or test/), each with class folders, or lists, tar "
+                "or parquet files of both with labels (torchvision's files: --dataset cifar10)"
             )
-        classes = len([x for x in train.iterdir() if x.is_dir()])
+        if train.kind == "folder":
+            classes = len([x for x in train.root.iterdir() if x.is_dir()])
+        else:
+            classes = len(train.open().classes or [])
         if args.table != 3 and args.scale == "paper" and classes != 10:
             raise UserError(
                 f"--table {args.table}: {args.data_path} has {classes} classes, CIFAR-10 has 10: name --dataset"

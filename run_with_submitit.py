@@ -99,8 +99,10 @@ def check_flags(args: argparse.Namespace, rest: list[str]) -> Path:
     checks.check_run(parsed)
     data_path = checks.path_of(parsed, "data_path")
     if args.then and os.path.exists(data_path) and parsed.dataset == "folder":
-        if not any(os.path.isdir(os.path.join(data_path, split)) for split in ("val", "test")):
-            raise UserError(f"--then eval needs a val or test folder with classes in --data_path {data_path}")
+        from cplearn.data import sources  # loads torch
+
+        if not sources.has_split(data_path, "val"):
+            raise UserError(f"--then eval needs a val or test split with classes in --data_path {data_path}")
     return checks.output_dir_of(args.script, rest, parsed)
 
 

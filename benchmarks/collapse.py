@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_cplearn
 from cplearn import errors
-from cplearn.data import augmentations, color, datasets
+from cplearn.data import augmentations, color, sources
 from cplearn.dictionary.terms import LossSpec
 from cplearn.evaluation import collapse
 from cplearn.files import read_json_lines
@@ -178,7 +178,7 @@ def curvature(args: argparse.Namespace) -> None:
     flags = main_cplearn.parse_args([*COMMON.split(), "--out_dim", "512"])
     torch.manual_seed(args.seeds[0])
     method = build_method(flags).eval()
-    dataset = datasets.build_dataset("digits", None, "train", None)
+    dataset = sources.build_dataset("digits", None, "train", None)
     pixels = torch.stack([augmentations.eval_pixels(dataset[i][0], 32) for i in range(256)])
     method.train()  # statistics of this batch
     with torch.no_grad():

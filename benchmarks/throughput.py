@@ -32,7 +32,7 @@ from measure import seconds
 from steps import TrainingStep, dino_step, plain_step
 
 from cplearn import backbones, errors
-from cplearn.data import augmentations, color, datasets, loaders, workers
+from cplearn.data import augmentations, color, datasets, loaders, sources, workers
 from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
 from cplearn.evaluation.knn import knn
 from cplearn.flags import ArgumentParser, positive
@@ -105,7 +105,7 @@ def bench_views(args: argparse.Namespace) -> None:
             "dino", size=224, local_size=96, n_local=n_local, global_scale=(0.4, 1.0) if n_local else (0.14, 1.0),
             local_scale=(0.05, 0.4),
         )  # fmt: skip
-        dataset = datasets.Folder(datasets.find_split(Path(args.data_path), "train"))
+        dataset = sources.build_dataset("folder", args.data_path, "train")
         source = loaders.ViewDataset(Pixels(dataset, views), views, seed=0)
         items = [(0, i) for i in range(min(args.images, len(dataset)))]
         dino = dino_transforms(n_local)
@@ -138,7 +138,7 @@ def bench_cifar(args: argparse.Namespace) -> None:
     from torchvision.transforms import v2
 
     torch.set_num_threads(1)
-    root = datasets.find_split(Path(args.data_path), "train")
+    root = sources.find_split(Path(args.data_path), "train").root
     dataset, peer_data = datasets.Folder(root), tv.ImageFolder(str(root))
     views = augmentations.build_views(
         "cifar_strong", size=32, local_size=14, n_local=0, global_scale=(0.14, 1.0), local_scale=(0.05, 0.4)
@@ -239,7 +239,7 @@ def bench_evaluation(args: argparse.Namespace) -> None:
     ]
     from torchvision import transforms as T
 
-    dataset = datasets.Folder(datasets.find_split(Path(args.data_path), "train"))
+    dataset = sources.build_dataset("folder", args.data_path, "train")
     backbone = backbones.build_backbone("vit_small", patch_size=16, image_size=224).eval()
     transform = T.Compose([T.Resize(256, interpolation=T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(),
                            T.Normalize(color.MEAN, color.STD)])  # fmt: skip

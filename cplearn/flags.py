@@ -169,9 +169,11 @@ def check_path(flag: str, path: str) -> str:
 
 
 def check_unread_path(args: argparse.Namespace) -> None:
-    """Raise `UserError` for a --data_path that nothing would read, because the digits come with scikit-learn."""
-    if args.dataset == "digits" and args.data_path:
-        raise UserError(f"--data_path {args.data_path} is not read with --dataset digits: leave one of them out")
+    """Raise `UserError` for a --data_path that nothing would read: the digits need none, hf:PATH has its own."""
+    if args.data_path and args.dataset and (args.dataset == "digits" or args.dataset.startswith("hf:")):
+        raise UserError(
+            f"--data_path {args.data_path} is not read with --dataset {args.dataset}: leave one of them out"
+        )
 
 
 class _Ignored(argparse.Action):

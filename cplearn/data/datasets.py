@@ -1,4 +1,4 @@
-"""Where images come from: folders, CIFAR, SVHN, and the digits that ship with scikit-learn.
+"""What a data set is; folders of images, CIFAR, SVHN, and the digits that ship with scikit-learn.
 
 A data set here is an `ImageDataset`: `len`, `ds[i] -> (PIL image in RGB, label)`, `classes` (a list of names, or None
 when there are no labels; the label is then -1), `names` (one string an image) and `where` (for the start-up line).
@@ -8,9 +8,11 @@ import errno
 import hashlib
 import heapq
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -63,31 +65,12 @@ class ImageDataset(Dataset):
         """Return width and height, as its header has them."""
         return self.read(i)[0].size
 
+    def allow_any_order(self, cache_folder: str, stop: Callable[[], bool]) -> None:
+        """Prepare, before images are read in any order, what can be read fast in its own only."""
+
     def stamps(self) -> list:
         """Return what tells the images from others: names, and sizes and times of their files."""
         return [str(name) for name in self.names]
-
-
-def build_dataset(name: str, data_path: str | None, split: str, class_list: str | None = None) -> Dataset:
-    """Build a data set. Raises `UserError` for an unknown name, or a folder that is missing, empty or incomplete."""
-    if name not in DATASETS:
-        raise UserError(f"--dataset {name} is unknown: {', '.join(DATASETS)}")
-    if class_list and name != "folder":
-        raise UserError(f"--class_list {class_list} only goes with --dataset folder, not with {name}")
-    if name == "digits":
-        return Digits(split)
-    if data_path is None:
-        raise UserError(f"--dataset {name} needs --data_path: the folder it lies in")
-    try:
-        os.stat(os.path.join(data_path, "."))
-        os.listdir(data_path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        line = f"--data_path {printable(data_path)} is not a folder that can be read ({reason}): check path and rights"
-        raise UserError(line) from None
-    if name == "folder":
-        return Folder(find_split(Path(data_path), split), read_class_list(class_list) if class_list else None)
-    return _torchvision_dataset(name, data_path, split)
 
 
 class Digits(ImageDataset):
@@ -151,12 +134,7 @@ class Folder(ImageDataset):
         return read_image(self.root / str(self.names[i]), reduction), int(self.labels[i])
 
     def size_of(self, i: int) -> tuple[int, int]:
-        path = self.root / str(self.names[i])
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                return image.size
-        except Exception as error:
-            raise LocalError(f"cannot read the image {printable(path)}: {error}") from None
+        return image_size(self.root / str(self.names[i]))
 
     def stamps(self) -> list:
         return [(str(name), *_size_and_time(self.root / str(name))) for name in self.names]
@@ -217,20 +195,21 @@ def scan(root: Path, tops: list[str]) -> list[str]:
                     special += 1
         if time.monotonic() - said >= SAY_AFTER:
             said = time.monotonic()
-            _say(f"Still scanning {printable(root)}, {len(images):,} images")
+            say(f"Still scanning {printable(root)}, {len(images):,} images")
     if unreadable:
         raise UserError(
             f"{printable(root)} has {len(unreadable)} folders that cannot be read: {few(sorted(unreadable))}; "
             "correct their rights or names, or move them away"
         )
     if twice:
-        _say(f"{printable(root)}: {twice} links to folders were left out, whose images count already")
+        say(f"{printable(root)}: {twice} links to folders were left out, whose images count already")
     if special:
-        _say(f"{printable(root)}: {special} pipes, sockets or devices with an image's name were left out")
+        say(f"{printable(root)}: {special} pipes, sockets or devices with an image's name were left out")
     return sorted(images)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line, on the first process only."""
     if collectives.is_main():
         print(line, flush=True)
 
@@ -259,15 +238,29 @@ def few(names: list[str]) -> str:
 # --- one image --------------------------------------------------------------------------------------------
 
 
-def read_image(path: Path, reduction: Callable[[int, int], int] | None = None) -> Image.Image:
+def image_size(path: Path | str, content: Callable[[], bytes] | None = None) -> tuple[int, int]:
+    """Return width and height from the header of an image file. Raises `LocalError`."""
+    try:
+        with Image.open(BytesIO(content()) if content else path, formats=FORMATS) as image:
+            return image.size
+    except Exception as error:
+        raise LocalError(f"cannot read the image {printable(path)}: {error}") from None
+
+
+def read_image(
+    path: Path | str,
+    reduction: Callable[[int, int], int] | None = None,
+    content: Callable[[], bytes] | None = None,
+) -> Image.Image:
     """Read the first frame of an image file as 8-bit RGB, not turned by its EXIF orientation (as torchvision and DINO).
 
     With `reduction`, smaller by the factor (1, 2, 4 or 8) that it gives for width and height: a JPEG is then decoded at
-    that size, which is faster, other files are averaged. Raises `LocalError` with the reason for whatever cannot be
+    that size, which is faster, other files are averaged. Where the image lies inside another file, `path` only names
+    it and `content` returns its bytes. Raises `LocalError` with the reason for whatever cannot be
     decoded whole, or is larger than `MAX_PIXELS`, and `WorkerError` where it is not the file's fault.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(BytesIO(content()) if content else path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header, nothing is decoded yet
                 raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
             factor = reduction(*image.size) if reduction else 1
@@ -278,6 +271,7 @@ def read_image(path: Path, reduction: Callable[[int, int], int] | None = None) -
             return rgb.reduce(factor) if factor > 1 else rgb
     except Exception as error:  # a damaged file can make Pillow raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {str(path)!r}", "")
+        reason = re.sub(" <_io.BytesIO.*?>", "", reason)
         reason = reason.strip(" :") or type(error).__name__
         line = f"cannot read the image {printable(path)}: {reason}"
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILES_FAULT:
@@ -317,7 +311,8 @@ class _TorchvisionDataset(ImageDataset):
         return image, int(label)
 
 
-def _torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
+def torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
+    """Return CIFAR or SVHN from torchvision's files. Raises `UserError` if they are not there."""
     from torchvision import datasets  # at most of a second, and only for these
 
     train = split == "train"
@@ -335,24 +330,6 @@ def _torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
             "nothing is downloaded here: get it once with torchvision's download=True"
         ) from None
     return _TorchvisionDataset(inner, classes, f"{name} in {data_path}, {'train' if train else 'test'} split")
-
-
-def find_split(root: Path, split: str) -> Path:
-    """Return `root/train`, `root/val` (or `root/test`) where they exist; `root` itself for "all", and for "train" where
-    there is no such folder.
-
-    Raises `UserError` if an evaluation asks for a split that is not there.
-    """
-    if split == "all":
-        return root
-    for name in ("train",) if split == "train" else ("val", "test"):
-        if os.path.isdir(root / name):
-            return root / name
-    if split == "train":
-        return root
-    raise UserError(
-        f"--data_path {printable(root)} has no val or test folder: an evaluation needs train/ and val/ below it"
-    )
 
 
 def read_class_list(path: str) -> list[str]:

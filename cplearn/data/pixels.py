@@ -3,11 +3,9 @@
 A cache changes no pixel: images are reduced when they are decoded (`augmentations.reduction`) with it and without.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 import weakref
@@ -23,14 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from cplearn.data import workers
 from cplearn.data.augmentations import View, reduction, to_pixels
+from cplearn.data.cachefile import HEAD, make_once, write_head
 from cplearn.distributed import collectives
-from cplearn.errors import Interrupted, LocalError, UserError, WorkerError, WriteError
-from cplearn.files import remove_quietly
+from cplearn.errors import Interrupted, LocalError, UserError, WorkerError
 from cplearn.host import available_memory, system_id
 
 KINDS = ("none", "ram", "disk")
 SMALL = 2 * 2**30  # bytes of pixels up to which they are kept in memory by default
-HEAD = 4096  # bytes of the file before its index
 FORMAT = 1
 SHARED_MEMORY = hasattr(os, "memfd_create")  # else each process keeps a cache of its own in memory
 
@@ -130,6 +127,8 @@ def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> P
     small = collectives.on_main(lambda: expected <= min(SMALL, available_memory() // 8))
     kind = kind or ("ram" if small else "none")
     if kind == "none":
+        with collectives.raise_on_all_ranks():
+            dataset.allow_any_order(options.folder, options.stop)
         return plain
     machine = system_id() if kind == "disk" or SHARED_MEMORY else f"rank {collectives.rank()}"
     builder = collectives.gather_objects(machine).index(machine)
@@ -155,7 +154,8 @@ def _in_memory(plain: Pixels, options: CacheOptions, expected: int) -> CachedPix
     else:
         descriptor, path = tempfile.mkstemp()
     with open(descriptor, "r+b", closefd=False) as file:
-        _write(file, plain, options, "")
+        _write(file, plain, options)
+        write_head(file, "")
     cached = CachedPixels(plain.dataset, plain.views, "ram", path, descriptor)
     if not SHARED_MEMORY:
         os.unlink(path)
@@ -165,27 +165,9 @@ def _in_memory(plain: Pixels, options: CacheOptions, expected: int) -> CachedPix
 def _on_disk(plain: Pixels, options: CacheOptions, expected: int) -> CachedPixels:
     """Write the pixels into a file that later runs on the same images find, by a hash of what it is made from."""
     key = content_key(plain)
-    folder = Path(options.folder).expanduser()
-    path = folder / f"pixels_{key[:20]}.bin"
-    partial = path.with_suffix(".partial")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process; whoever comes second finds the file made
-            if not _is_whole(path, key):
-                free = shutil.disk_usage(folder).free + file.seek(0, os.SEEK_END)
-                if expected > 0.95 * free:
-                    raise UserError(
-                        f"--cache disk: {len(plain):,} images take about {expected / 1e9:.1f} GB, and {folder} has "
-                        f"{free / 1e9:.1f} GB left: choose another --cache_dir, or --cache none"
-                    )
-                file.truncate(0)
-                _write(file, plain, options, key)
-                os.replace(partial, path)
-    except OSError as error:
-        raise WriteError(f"--cache disk: {path} could not be written: {error.strerror}; see --cache_dir") from None
-    finally:
-        remove_quietly(partial)
+    path = Path(options.folder).expanduser() / f"pixels_{key[:20]}.bin"
+    what = f"--cache disk: {len(plain):,} images"
+    make_once(path, key, expected, what, lambda file: _write(file, plain, options), "--cache none")
     return CachedPixels(plain.dataset, plain.views, "disk", str(path))
 
 
@@ -196,17 +178,8 @@ def content_key(plain: Pixels) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _is_whole(path: Path, key: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            head = json.loads(file.read(HEAD).rstrip(b"\0"))
-        return head["key"] == key and path.stat().st_size == head["bytes"]
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _write(file, plain: Pixels, options: CacheOptions, key: str) -> None:
-    """Decode all images in parallel and write head, index and pixels."""
+def _write(file, plain: Pixels, options: CacheOptions) -> None:
+    """Decode all images in parallel and write index and pixels; room for the head is before them."""
     index = np.zeros((len(plain), 3), np.int64)
     workers.check_workers(options.num_workers, 0)  # arrays go through pipes
     loader = DataLoader(
@@ -234,13 +207,9 @@ def _write(file, plain: Pixels, options: CacheOptions, key: str) -> None:
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 print(f"Decoding images once: {done:,} of {len(plain):,}, {said - start:.0f} s", flush=True)
-    total = file.tell()
-    file.seek(0)
-    file.write(json.dumps({"key": key, "bytes": total}).encode().ljust(HEAD, b"\0"))
+    file.seek(HEAD)
     file.write(index)
     file.flush()
-    if key:
-        os.fsync(file.fileno())
 
 
 class _Arrays(Dataset):

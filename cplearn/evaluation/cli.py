@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cplearn.data import datasets, workers
+from cplearn.data import datasets, sources, workers
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.evaluation.features import Features, Model, WeightsFile, has_features, load_model, read_weights
@@ -56,9 +56,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g = add_weights_flags(parser)
     g.add_argument("--random_init", action="store_true", help="Evaluate the same model at random initialization: the baseline every result needs")
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)} (default: the checkpoint's)")
-    g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/); of one without them, eval_cluster.py, eval_collapse.py and eval_knn.py take all images (default: the checkpoint's)")
-    g.add_argument("--class_list", default=None, help="File of class folders to use (default: the checkpoint's; '' for all folders)")
+    g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)}, or hf:PATH (default: the checkpoint's)")
+    g.add_argument("--data_path", default=None, help="Folder with train/ and val/ (or test/), with train.txt and val.txt, or with tar or parquet files of both; of one set without splits, eval_cluster.py, eval_collapse.py and eval_knn.py take all images (default: the checkpoint's)")
+    g.add_argument("--class_list", default=None, help="File of classes to use (default: the checkpoint's; '' for all)")
     add_loader_flags(g)
     g.add_argument("--dump_features", default=None, metavar="DIR", help="Keep the extracted features in this folder")
     g.add_argument("--load_features", default=None, metavar="DIR", help="Use the features kept there; no images and no weights are read")
@@ -71,7 +71,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def start(args: argparse.Namespace) -> torch.device:
     """Check the flags, fill in --output_dir, join the process group, try to write. Every evaluation calls it first."""
     expand_paths(args, "pretrained_weights", "data_path", "output_dir", "dump_features", "load_features")
-    if args.class_list:  # '' stands for all folders
+    if args.dataset:
+        args.dataset = sources.absolute_name(args.dataset)
+    if args.class_list:  # '' stands for all classes
         expand_paths(args, "class_list")
     if args.pretrained_weights and args.load_features:
         raise UserError("--load_features holds features of other weights already: leave out --pretrained_weights")
@@ -111,19 +113,17 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
         raise UserError(f"--image_size {size}: --arch {model.arch} cannot take such images: {reason}") from None
     if getattr(args, "split", None) == "val" and model.dataset == "folder" and not is_undivided(args, model):
         root = Path(model.data_path or "")
-        if root.is_dir() and not any((root / name).is_dir() for name in ("val", "test")):
+        if root.is_dir() and not sources.has_split(str(root), "val"):
             raise UserError(f"--data_path {root} has no val or test folder: add one, or --split train")
     return model
 
 
 def is_undivided(args: argparse.Namespace, model: Model | None) -> bool:
-    """Return whether the images are one set: a folder without train/, val/ and test/, or features kept of one."""
+    """Return whether the images are one set without splits, or features kept of one."""
     if model is None:
         kept = [split for split in ("train", "val", "all") if has_features(args.load_features, split, 1)]
         return kept == ["all"]
-    root = Path(model.data_path or "")
-    divided = any((root / name).is_dir() for name in ("train", "val", "test"))
-    return model.dataset == "folder" and root.is_dir() and not divided
+    return model.dataset == "folder" and sources.is_undivided(model.data_path or "")
 
 
 def take_all_if_undivided(args: argparse.Namespace, model: Model | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cplearn import backbones, checkpoints, random_streams
-from cplearn.data import augmentations, color, datasets, loaders, workers
+from cplearn.data import augmentations, color, datasets, loaders, sources, workers
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.methods import build_method
@@ -62,7 +62,7 @@ class Model:
 
     def images(self, split: str):
         """Return the data set of a split. Raises `UserError` if it is not there."""
-        return datasets.build_dataset(self.dataset, self.data_path, split, self.class_list)
+        return sources.build_dataset(self.dataset, self.data_path, split, self.class_list)
 
 
 def load_model(args: argparse.Namespace, device: torch.device, file: WeightsFile | None = None) -> Model:
@@ -93,7 +93,7 @@ def _run_model(args: argparse.Namespace, file: WeightsFile) -> Model:
     if data_path is None and dataset is None:
         data_path, dataset = run.data_path, run.dataset
     dataset = dataset or "folder"
-    if class_list is None and dataset == run.dataset == "folder":
+    if class_list is None and dataset == run.dataset:
         class_list = run.class_list
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, run.seed)  # --random_init: where the run started from
     method, network = build_method(run), args.checkpoint_key or "teacher"
@@ -223,12 +223,12 @@ def _load_splits(folder: str, splits: tuple[str, ...], n_last_blocks: int, label
 def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], labels_for: str | None) -> None:
     if labels_for and not all(classes):
         raise UserError(
-            f"{labels_for} needs labels, but these images do not lie in class folders: sort them into train/CLASS/ and "
-            "val/CLASS/ below --data_path"
+            f"{labels_for} needs labels, but these images have none: sort them into train/CLASS/ and val/CLASS/ below "
+            "--data_path (or give lists with a label per line)"
         )
     if any(c != classes[0] for c in classes):
         differ = sorted(set(classes[0] or ()) ^ set(classes[-1] or ()))
-        raise UserError(f"the class folders of {' and '.join(splits)} differ: {datasets.few(differ) or 'their order'}")
+        raise UserError(f"the classes of {' and '.join(splits)} differ: {datasets.few(differ) or 'their order'}")
 
 
 @torch.no_grad()

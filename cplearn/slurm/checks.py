@@ -44,7 +44,7 @@ def check_run(parsed: argparse.Namespace) -> None:
     The model is built without weights (torch's meta device), which takes neither time nor memory.
     """
     from cplearn import checkpoints
-    from cplearn.data import datasets
+    from cplearn.data import datasets, sources
 
     if parsed.class_list:
         datasets.read_class_list(parsed.class_list)
@@ -58,8 +58,9 @@ def check_run(parsed: argparse.Namespace) -> None:
     from cplearn.data import augmentations
     from cplearn.methods import build_method_for
 
-    if not parsed.data_path or (parsed.class_list and parsed.dataset != "folder"):
-        datasets.build_dataset(parsed.dataset, None, "train", parsed.class_list)
+    local_copy = parsed.dataset.startswith(sources.PREFIX)
+    if not local_copy and (not parsed.data_path or (parsed.class_list and parsed.dataset != "folder")):
+        sources.build_dataset(parsed.dataset, None, "train", parsed.class_list)
     views = augmentations.views_of(parsed)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that weights cannot be copied there

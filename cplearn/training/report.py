@@ -53,7 +53,7 @@ def announce(run: Run, lines: list[str]) -> None:
         "torch": torch.__version__,
         "commit": git_commit(),
     }
-    if args.data_path is None:
+    if args.data_path is None and args.dataset == "digits":
         print(
             "WARNING: no --data_path, so this trains on the handwritten digits bundled with scikit-learn. "
             "For your own images: --data_path FOLDER"

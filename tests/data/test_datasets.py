@@ -15,7 +15,8 @@ from PIL import Image
 import eval_knn
 import eval_linear
 from cplearn.data import datasets
-from cplearn.data.datasets import Digits, Folder, build_dataset, from_printable, printable, read_class_list
+from cplearn.data.datasets import Digits, Folder, from_printable, printable, read_class_list
+from cplearn.data.sources import build_dataset
 from cplearn.errors import UserError, exit_status
 
 

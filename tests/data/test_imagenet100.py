@@ -5,7 +5,7 @@ import os
 import pytest
 from helpers import write_images
 
-from cplearn.data import datasets
+from cplearn.data import datasets, sources
 from cplearn.data.datasets import read_class_list
 from cplearn.data.imagenet100 import link_imagenet100, main
 from cplearn.errors import UserError
@@ -29,8 +29,8 @@ def test_the_imagenet100_tree_is_links_to_the_listed_classes(imagenet, tmp_path,
     said = capsys.readouterr().out
     main(command)  # again: nothing to do
     assert capsys.readouterr().out == said
-    made = datasets.build_dataset("folder", str(tmp_path / "out"), "train")
-    listed = datasets.build_dataset("folder", str(imagenet), "train", "imagenet100.txt")
+    made = sources.build_dataset("folder", str(tmp_path / "out"), "train")
+    listed = sources.build_dataset("folder", str(imagenet), "train", "imagenet100.txt")
     assert len(made) == 100 and list(made.names) == list(listed.names) and made.classes == listed.classes
     assert f"train: 100 classes, {datasets.fingerprint(listed)}" in said
     assert (tmp_path / "out/val" / made.classes[7]).resolve() == imagenet / "val" / made.classes[7]

@@ -6,9 +6,10 @@ import torchvision.transforms.v2  # noqa: F401  now, as it takes longer than a d
 from helpers import write_images
 
 from cplearn.data.augmentations import build_views
-from cplearn.data.datasets import Folder, build_dataset
+from cplearn.data.datasets import Folder
 from cplearn.data.loaders import BatchSampler, train_loader
 from cplearn.data.pixels import Pixels
+from cplearn.data.sources import build_dataset
 from cplearn.errors import UserError
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 import main_cplearn
 from cplearn.data import pixels as pixels_module
 from cplearn.data.augmentations import build_views
-from cplearn.data.datasets import Folder, build_dataset
+from cplearn.data.datasets import Folder
 from cplearn.data.pixels import CachedPixels, CacheOptions, Pixels, content_key, open_pixels
+from cplearn.data.sources import build_dataset
 from cplearn.errors import Interrupted, LocalError, UserError, WriteError
 
 VIEWS = build_views("dino", size=16, local_size=8, n_local=1, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))

@@ -100,7 +100,7 @@ def test_images_without_classes(run, tmp_path, capsys):
     with pytest.raises(UserError, match="eval_knn.py needs labels"):
         eval_knn.main(common)
     rows = eval_cluster.main(common)
-    assert set(rows) == {"codes"} and "No class folders" in capsys.readouterr().out
+    assert set(rows) == {"codes"} and "No labels" in capsys.readouterr().out
 
 
 def test_kept_features_of_two_models_do_not_mix(run, tmp_path, image_folder):
@@ -124,7 +124,7 @@ def test_wrong_data_is_noticed_before_anything_is_extracted(run, tmp_path, image
         for name in names:
             write_images(tmp_path / "less" / split / name, 2)
     write_images(tmp_path / "less" / "val" / "cow", 2)
-    with pytest.raises(UserError, match="class folders of train and val differ: bee, cow"):
+    with pytest.raises(UserError, match="the classes of train and val differ: bee, cow"):
         eval_knn.main(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "less")))
     with pytest.raises(UserError, match="--dump_features /proc/x cannot be written"):
         eval_knn.main(eval_flags(run, tmp_path, "--dump_features", "/proc/x"))

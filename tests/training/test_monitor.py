@@ -11,7 +11,7 @@ from helpers import log_of, model_of, run_in_processes, same_weights, train
 
 import main_cplearn
 from cplearn import checkpoints
-from cplearn.data import augmentations, datasets
+from cplearn.data import augmentations, sources
 from cplearn.data.datasets import ImageDataset
 from cplearn.data.pixels import Pixels
 from cplearn.errors import CollapseError, LocalError, UserError
@@ -195,7 +195,7 @@ def test_the_probe_sees_the_weights_of_its_epoch(tmp_path, image_folder):
     state = checkpoints.load(tmp_path / "checkpoint.pth")
     method = build_method(argparse.Namespace(**state["args"]))
     checkpoints.load_into(method, state["model"], "it")
-    dataset = datasets.build_dataset("folder", str(image_folder), "train", None)
+    dataset = sources.build_dataset("folder", str(image_folder), "train", None)
     views = augmentations.build_views(
         state["args"]["augmentation"],
         size=32,

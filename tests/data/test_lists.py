@@ -1,0 +1,132 @@
+"""Lists of paths: separators, labels, odd names, and lines that lie."""
+
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from helpers import write_images
+
+from cplearn.data import datasets
+from cplearn.data.datasets import Folder, fingerprint
+from cplearn.data.lists import Listed, read_list
+from cplearn.data.sources import build_dataset, open_images
+from cplearn.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path):
+    """000.jpg .. 005.jpg in a folder."""
+    write_images(tmp_path / "images", 6)
+    return tmp_path
+
+
+def listed(folder, text: str | bytes, name: str = "list.txt"):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder / name
+
+
+def test_paths_alone(images, monkeypatch):
+    path = listed(images, f"images/003.jpg\n\nimages/000.jpg\n{images}/images/001.jpg")
+    monkeypatch.chdir("/")  # relative to the list, not to where one is
+    data, folder = open_images(str(path)), Folder(images / "images")
+    assert list(data.names) == ["images/003.jpg", "images/000.jpg", f"{images}/images/001.jpg"]
+    assert data.classes is None and list(data.labels) == [-1] * 3 and data.where == str(path)
+    for i, j in enumerate((3, 0, 1)):
+        assert np.array_equal(np.asarray(data[i][0]), np.asarray(folder[j][0]))
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "labels"),
+    [
+        ("a b.jpg\tgolden owl\nc\t.jpg\telk\n", ["a b.jpg", "c\t.jpg"], ["golden owl", "elk"]),
+        ("\ufeffa.jpg\t1\r\nb.jpg\t0\r\n", ["a.jpg", "b.jpg"], ["1", "0"]),
+        ("a.jpg 1\nb c.JPEG  0\n", ["a.jpg", "b c.JPEG"], ["1", "0"]),  # as lists of ImageNet have it
+        ("a.jpg 1\nb.jpg\n", ["a.jpg 1", "b.jpg"], None),
+        ("a 1.jpg\nb 2.jpg\n", ["a 1.jpg", "b 2.jpg"], None),
+        ("#1.jpg\n a.jpg \n", ["#1.jpg", " a.jpg "], None),
+    ],
+)
+def test_separators(text, names, labels, tmp_path):
+    assert read_list(listed(tmp_path, text)) == (names, labels)
+
+
+def test_labels_and_class_list(images):
+    path = listed(images, "".join(f"images/00{k}.jpg\t{x}\n" for k, x in enumerate([10, 9, 10, 2, 9, 9])))
+    data = open_images(str(path))
+    assert data.classes == ["2", "9", "10"] and list(data.labels) == [2, 1, 2, 0, 1, 1]
+    chosen = listed(images, "10\n2\n", "classes")
+    data = build_dataset("folder", str(path), "train", str(chosen))
+    assert data.classes == ["10", "2"] and list(data.labels) == [0, 0, 1]
+    assert list(data.names) == ["images/000.jpg", "images/002.jpg", "images/003.jpg"]
+    assert np.array_equal(np.asarray(data[1][0]), np.asarray(Folder(images / "images")[2][0]))
+    with pytest.raises(UserError, match="has no labels for --class_list to choose by"):
+        build_dataset("folder", str(listed(images, "images/000.jpg\n")), "train", str(chosen))
+    assert open_images(str(listed(images, "images/000.jpg\tx\nimages/001.jpg\tx\n"))).classes is None  # one is none
+
+
+def test_names_of_any_bytes(images):
+    odd = os.fsdecode(b"caf\xe9 \xff.jpg")
+    shutil.copy(images / "images" / "000.jpg", images / odd)
+    data = open_images(str(listed(images, os.fsencode(f"{odd}\towl\nimages/001.jpg\telk\n"))))
+    assert data.names[0] == odd and data[0][0].size == (40, 36) and data.classes == ["elk", "owl"]
+    assert fingerprint(data) and data.stamps()[0][:2] == (odd, os.path.getsize(images / odd))
+
+
+def test_lists_that_lie(images, capsys):
+    os.mkfifo(images / "pipe.jpg")
+    (images / "zero.jpg").symlink_to("/dev/zero")
+    cases = [
+        ("", "is empty: write one path per line"),
+        ("\n \r\n", "is empty: write one path per line"),
+        ("images/000.jpg\0\n", "holds NUL bytes: save it as plain text"),
+        ("images/000.jpg\n".encode("utf-16"), "holds NUL bytes: save it as plain text, in UTF-8"),
+        ("images/000.jpg\t1\nimages/001.jpg\n\nimages/002.jpg\t\n", r"but 2 lines have none \(line 2, 4\)"),
+        ("\t1\n", r"but 1 lines have none \(line 1\)"),
+        ("images/000.jpg\nnope.jpg\n", "1 of 2 lines name no file: nope.jpg; paths are relative"),
+        (
+            "images/000.jpg 1\nnope\n",
+            "2 of 2 lines name no file: images/000.jpg 1, nope; .* a tab comes before a label",
+        ),
+        ("images\n", "1 of 1 lines name no file: images;"),
+        ("pipe.jpg\nzero.jpg\n", "2 of 2 lines name no file: pipe.jpg, zero.jpg"),
+        ("../../../../nowhere.jpg\n", "1 of 1 lines name no file"),
+        ("x" * 5000 + "\n", "1 of 1 lines name no file: xxx"),
+        ("a\x1b[31mb\n", r"name no file: a\\x1b\[31mb;"),
+        ("images/000.jpg\nimages/000.jpg\n", r"names 1 images more than once \(images/000.jpg\): leave one of each"),
+    ]
+    for text, words in cases:
+        with pytest.raises(UserError, match=words) as found:
+            open_images(str(listed(images, text)))
+        assert "\n" not in str(found.value) and len(str(found.value)) < 700
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_no_list(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="pipe.txt is no image"):
+        open_images(str(tmp_path / "pipe.txt"))
+    with pytest.raises(UserError, match="the list .*pipe.txt cannot be read"):
+        Listed(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="is not a folder that can be read"):
+        build_dataset("folder", str(tmp_path / "nowhere.txt"), "train")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="is not a folder that can be read"):
+        build_dataset("folder", str(tmp_path / "gone.txt"), "train")
+
+
+def test_a_hundred_thousand_lines(images, monkeypatch, capsys):
+    """Hard links to six images."""
+    (images / "many").mkdir()
+    for k in range(1000):
+        os.link(images / "images" / f"00{k % 6}.jpg", images / "many" / f"{k}.jpg")
+    lines = [f"many/{'./' * (k // 1000)}{k % 1000}.jpg\t{k % 7}\n" for k in range(100_000)]
+    path = listed(images, "".join(lines))
+    monkeypatch.setattr(datasets, "SAY_AFTER", 0.05)
+    start = time.process_time()
+    data = open_images(str(path))
+    assert time.process_time() - start < 5 and len(data) == 100_000
+    assert data.names[99_999].endswith("/999.jpg") and data.labels[99_999] == 99_999 % 7
+    assert f"Still looking for the files of {path}, " in capsys.readouterr().out
+    write_images(images / "many", 1)
