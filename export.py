@@ -70,19 +70,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     kind.check(model)
     model = common.at_image_size(model)
     options = {"with_preprocessing": True} if args.with_preprocessing else {}
-    with common.write_errors(target), common.workspace(target) as folder:
+    with common.write_errors(target, kind.PACKAGES), common.workspace(target) as folder:
         new = folder / f"export{kind.SUFFIX}"
         if not kind.SUFFIX:
             new.mkdir()
         kind.write(model, new, **options)
         difference, notes = kind.verify(model, new, **options)
         common.move_into_place(new, target, folder=not kind.SUFFIX)
-    pixels, batches = f"{model.image_size} x {model.image_size} pixels", " and ".join(map(str, common.BATCHES))
-    print(f"{printable(target)}: {model.arch}, {pixels}, {model.backbone.num_features} features")
-    print(f"Loaded back with {kind.LIBRARY} and compared on random images in batches of {batches}:")
-    print(f"the largest difference is {difference:.1e} of the largest feature (allowed: {common.TOLERANCE:.0e})")
+    size = f"{model.image_size} x {model.image_size} pixels"
+    print(f"{printable(target)}: {model.arch}, {size}, {model.backbone.num_features} features")
+    print(
+        f"Loaded back with {kind.LIBRARY} and compared on {kind.COMPARED}: the largest difference is {difference:.1e}"
+    )
+    print(f"of the largest number (allowed: {common.TOLERANCE:.0e})")
     for note in notes:
-        print(note[:1].upper() + note[1:])
+        print(note)
     print(f"In Python: {kind.usage(printable(target))}")
     return {"out": str(target), "difference": difference}
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ from cplearn.host import git_commit
 
 TOLERANCE = 1e-5  # largest difference that passes, in units of the largest absolute value of our features
 BATCHES = (1, 3)  # of random images that are compared
+ON_IMAGES = "random images in batches of {} and {}".format(*BATCHES)
 MARKER = "cplearn_export.json"  # in a folder that this command wrote; a file carries the same as metadata
 
 
@@ -129,12 +130,16 @@ def workspace(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def write_errors(target: Path) -> Iterator[None]:
-    """Turn whatever a library raises where a disk fails into a `WriteError`, and keep what is one already."""
+def write_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
+    """Turn whatever a library raises where a disk fails into a `WriteError`, and versions that do not fit each other
+    into a `UserError`."""
     try:
         yield
     except ExpectedError:
         raise
+    except ImportError as error:
+        names = " ".join(sorted({name.partition(".")[0] for name in packages}))
+        raise UserError(f"the installed versions do not fit ({error}): pip install --upgrade {names}") from None
     except Exception as error:
         full = shutil.disk_usage(target.absolute().parent).free < 2**20
         if not full and not isinstance(error, OSError):

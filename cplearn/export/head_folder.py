@@ -19,7 +19,8 @@ from cplearn_head import CPLearnHead
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "head", "codes.py", "", ("safetensors.torch",)
 SOURCE = Path(__file__).with_name("codes.py")
-FEATURES = 256  # random ones that are compared
+NOISE = 256  # random features that are compared, beside those of random images
+COMPARED = f"the features of {max(common.BATCHES)} random images and {NOISE} random ones"
 
 
 def check(model: Model) -> None:
@@ -79,13 +80,13 @@ def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
     if digest.hexdigest() != about["checksum"]:
         raise WriteError("codes.py draws another dictionary than the checkpoint's: nothing was kept")
     real = model.backbone(color.normalize(common.random_pixels(max(common.BATCHES), model.image_size)))
-    noise = torch.randn(FEATURES, real.shape[1], generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(NOISE, real.shape[1], generator=torch.Generator().manual_seed(1))
     features = torch.cat([real, real.mean(0) + noise * real.std()])
     ours = copy.deepcopy(model.method.head).double()(features.double())
     theirs = torch.from_numpy(written["embed"](head, about, features.numpy()))
     difference = common.check_difference(common.relative_difference(ours, theirs), LIBRARY)
     equal = int((torch.from_numpy(written["assign"](folder, features.numpy())) == model.method.predict(features)).sum())
-    return difference, [f"dictionary by its checksum; {equal} of {len(features)} codes as ours in float32"]
+    return difference, [f"The dictionary has its checksum; {equal} of {len(features)} codes are ours in float32"]
 
 
 def usage(path: Path) -> str:

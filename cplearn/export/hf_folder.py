@@ -13,6 +13,7 @@ from cplearn.evaluation.pretrained import EvalTransform
 from cplearn.export import common
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "hf", "transformers", "", ("transformers", "safetensors.torch")
+COMPARED = common.ON_IMAGES
 
 # Names as in Hugging Face's files of ViTs, which both its version 4 and its version 5 read.
 OUTSIDE = {
@@ -149,7 +150,7 @@ def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
     if theirs.shape != ours.shape:
         raise WriteError(f"its image processor makes {tuple(theirs.shape)} of an image, not {tuple(ours.shape)}")
     gray = float(((ours - theirs).abs() * torch.tensor(common.description(model, NAME)["std"])[:, None, None]).max())
-    return difference, [f"its image processor's pixels differ by up to {255 * gray:.1f} of 255 on a test image"]
+    return difference, [f"The image processor's pixels differ by up to {255 * gray:.1f} of 255 on a test image"]
 
 
 def usage(path: Path) -> str:

@@ -17,6 +17,7 @@ from cplearn.evaluation.features import Model
 from cplearn.export import common
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "onnx", "onnxruntime", ".onnx", ("onnx", "onnxscript", "onnxruntime")
+COMPARED = common.ON_IMAGES
 OPSET = 18
 LARGEST = 1_900_000_000  # bytes; an ONNX file holds 2 GiB
 
@@ -106,7 +107,7 @@ def verify(model: Model, path: Path, with_preprocessing: bool = False) -> tuple[
     shape = (
         f"input `pixels` (batch, 3, {size}, {size}), {kind}; output `features` (batch, {model.backbone.num_features})"
     )
-    return common.compare(model, load(path), prepare, LIBRARY), [f"opset {OPSET}; {shape}"]
+    return common.compare(model, load(path), prepare, LIBRARY), [f"Opset {OPSET}; {shape}"]
 
 
 def usage(path: Path) -> str:

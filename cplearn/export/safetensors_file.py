@@ -10,6 +10,7 @@ from cplearn.evaluation.pretrained import load_backbone
 from cplearn.export import common
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "safetensors", "load_backbone", ".safetensors", ("safetensors.torch",)
+COMPARED = common.ON_IMAGES
 
 
 def check(model: Model) -> None:
@@ -35,8 +36,7 @@ def write(model: Model, path: Path) -> None:
 
 def verify(model: Model, path: Path) -> tuple[float, list[str]]:
     """Load it with `load_backbone`, which takes everything from the file. Raises `WriteError` for other features."""
-    loaded, _, width = load_backbone(str(path))
-    return common.compare(model, loaded, common.normalized, LIBRARY), [f"{width} features"]
+    return common.compare(model, load_backbone(str(path)).model, common.normalized, LIBRARY), []
 
 
 def usage(path: Path) -> str:
