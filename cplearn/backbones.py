@@ -81,6 +81,7 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
             if not refused:
                 raise
             del options[refused[0]]
+    model.timm_options = {name: value for name, value in options.items() if name != "drop_path_rate"}  # for an export
     # Measured, because a few models report the width before their last layer.
     model.num_features = check_image_size(model, f"timm:{name}", image_size)
     return convert_batch_norm(model).to(memory_format=torch.channels_last)  # for convolutions

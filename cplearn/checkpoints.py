@@ -9,6 +9,7 @@ import argparse
 import errno
 import hashlib
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -26,6 +27,7 @@ from cplearn.files import create, remove_quietly
 from cplearn.flags import ArgumentParser
 
 FORMAT = "cplearn-1"
+EXPORTED = "cplearn-export-1"  # what the files of export.py say of themselves
 
 # What DINO's checkpoints pickle besides tensors: its parsed flags, and under submitit the paths among them. Both are
 # plain data: unpickling them runs no code of the file's choosing.
@@ -129,7 +131,9 @@ def _flush_folder(folder: Path) -> None:
 
 
 def load_file(path: str | Path, classes: list[type] = ()) -> dict:
-    """Load any file that torch saved, on the CPU, executing nothing from it. Raises `UserError` with the reason.
+    """Load any file that torch saved, or a .safetensors, on the CPU, executing nothing from it.
+
+    Raises `UserError` with the reason.
 
     Zip files, which is all that torch has written since 1.6, are checked against their CRC-32 first: torch itself
     does not, and would hand out weights with flipped bits. `classes` may be in the file besides tensors and plain
@@ -183,6 +187,8 @@ def _check_archive(file: BinaryIO, path: str | Path) -> None:
 
 def _load(file: BinaryIO, path: str | Path, classes: list[type]) -> dict:
     try:
+        if str(path).endswith(".safetensors"):
+            return _load_safetensors(file, path)
         if file.read(2) == b"PK":
             _check_archive(file, path)
         file.seek(0)
@@ -203,6 +209,40 @@ def _load(file: BinaryIO, path: str | Path, classes: list[type]) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     return state
+
+
+def _load_safetensors(file: BinaryIO, path: str | Path) -> dict:
+    """Return the tensors as `state_dict`, and what the file says of them as `metadata`."""
+    try:
+        from safetensors.torch import load as parse
+    except ImportError:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
+    metadata = safetensors_metadata(file, path)
+    file.seek(0)
+    content = file.read()
+    tensors = parse(content)
+    expected = metadata.get("data_sha256")  # the format itself has no checksum
+    if expected and expected != safetensors_data_hash(content):
+        raise UserError(f"{path} is damaged: its checksum is wrong; use another copy")
+    return {"state_dict": tensors, "metadata": metadata}
+
+
+def safetensors_metadata(file: BinaryIO, path: str | Path) -> dict[str, str]:
+    """Return the texts in the header of a .safetensors file. Raises `UserError` if it has no such header."""
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(length)) if length < 2**27 else None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is truncated or no .safetensors file: use another copy")
+    metadata = header.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def safetensors_data_hash(content: bytes) -> str:
+    """Return the SHA-256 of a .safetensors file's tensors, whatever its metadata."""
+    return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def is_ours(state: dict) -> bool:

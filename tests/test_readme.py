@@ -21,7 +21,8 @@ PAGES = sorted(
 )
 RECIPES = sorted(ROOT.glob("recipes/*.txt"))
 FILES = ROOT / "docs" / "files.md"
-EVALUATIONS = ("eval_knn.py", "eval_linear.py", "eval_cluster.py", "eval_collapse.py", "visualize_codes.py")
+EVALUATIONS = ("eval_knn.py", "eval_linear.py", "eval_cluster.py", "eval_collapse.py")
+TAKE_AWAY = ("extract_features.py", "visualize_attention.py", "visualize_codes.py", "export.py", "plot_runs.py")
 
 
 def commands(text: str) -> list[str]:

@@ -264,15 +264,21 @@ def reduction(views: list[View], width: int, height: int) -> int:
     return 1
 
 
+def eval_resize(size: int) -> int | None:
+    """Return the shorter side before the center crop of an evaluation; None where images are resized to a square."""
+    return None if size < 96 else round(size * 256 / 224)
+
+
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
     """Make the fixed view of every evaluation: shorter side to 256/224 of `size`, center crop (DINO); small images
     (size below 96) are only resized, because their border matters. Shape: PIL image -> uint8 (3, size, size)."""
     from torchvision.transforms.v2 import functional as tvf  # takes a second, which --help does not need
 
-    if size < 96:
+    shorter_side = eval_resize(size)
+    if shorter_side is None:
         image = tvf.resize(image, [size, size], interpolation=BICUBIC)
     else:
-        image = tvf.resize(image, [round(size * 256 / 224)], interpolation=BICUBIC)
+        image = tvf.resize(image, [shorter_side], interpolation=BICUBIC)
         image = tvf.center_crop(image, [size, size])
     return tvf.pil_to_tensor(image)
 

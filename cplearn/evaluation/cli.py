@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cplearn import checkpoints
 from cplearn.data import datasets, sources, workers
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -145,8 +146,12 @@ def open_network(args: argparse.Namespace, device: torch.device) -> Model:
     if not args.pretrained_weights:
         raise UserError("--pretrained_weights is missing: give a checkpoint, or backbone weights with --arch")
     expand_paths(args, "pretrained_weights")
-    evaluation = {"random_init": False, "dataset": None, "data_path": None, "class_list": None, "load_features": None}
-    return open_model(argparse.Namespace(**{**evaluation, **vars(args)}), device)
+    file = read_weights(args.pretrained_weights)
+    evaluation = {"random_init": False, "dataset": None, "data_path": None, "class_list": None, "load_features": None,
+                  "seed": 0}  # fmt: skip
+    if not checkpoints.is_ours(file.state):
+        evaluation["dataset"] = "folder"  # weights that name no images take 224 pixels
+    return open_model(argparse.Namespace(**{**evaluation, **vars(args)}), device, file)
 
 
 def effective_flags(args: argparse.Namespace, model: Model | None) -> dict[str, object]:

@@ -135,21 +135,27 @@ def _recorded_flags(file: WeightsFile) -> argparse.Namespace:
 
 
 def _bare_model(args: argparse.Namespace, file: WeightsFile) -> Model:
-    """Build a backbone alone, for weights that do not say what they belong to."""
-    if args.arch is None:
+    """Build a backbone alone, for weights that do not say what they belong to, or say it as export.py does."""
+    said = _exported_flags(file)
+    for name in ("arch", "patch_size"):
+        given = getattr(args, name)
+        if given is not None and said.get(name, given) != given:
+            raise UserError(f"--{name} {given}, but {file.path} is of {said[name]}: leave the flag out")
+    arch = args.arch or said.get("arch")
+    if arch is None:
         raise UserError(f"{file.path} does not say its architecture: add --arch (and --patch_size)")
-    patch_size = args.patch_size or 16
+    patch_size = args.patch_size or said.get("patch_size", 16)
     dataset = args.dataset or ("folder" if args.data_path else "digits")
-    image_size = args.image_size or datasets.NATIVE_SIZE.get(dataset, 224)
+    image_size = args.image_size or said.get("image_size") or datasets.NATIVE_SIZE.get(dataset, 224)
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
-    backbone = backbones.build_backbone(args.arch, patch_size=patch_size, image_size=image_size)
+    backbone = backbones.build_backbone(arch, patch_size=patch_size, image_size=image_size)
     if not args.random_init:
         checkpoints.load_backbone(backbone, file.state, file.path, args.checkpoint_key or "teacher")
     return Model(
         backbone=backbone,
         method=None,
         method_name=None,
-        arch=args.arch,
+        arch=arch,
         patch_size=patch_size,
         image_size=image_size,
         dataset=dataset,
@@ -157,10 +163,23 @@ def _bare_model(args: argparse.Namespace, file: WeightsFile) -> Model:
         class_list=args.class_list,
         weights=file.path,
         weights_sha256=file.sha256,
-        epoch=None,
+        epoch=said.get("epoch"),
         random_init=args.random_init,
         network=None,
     )
+
+
+def _exported_flags(file: WeightsFile) -> dict[str, str | int]:
+    """Return what a .safetensors of export.py says of its weights, by the flags' names; {} for other files."""
+    metadata = file.state.get("metadata")
+    if not isinstance(metadata, dict) or metadata.get("format") != checkpoints.EXPORTED:
+        return {}
+    said = {
+        name: metadata[name] for name in ("patch_size", "image_size", "epoch") if metadata.get(name, "null") != "null"
+    }
+    if "arch" not in metadata or not all(value.isdecimal() for value in said.values()):
+        raise UserError(f"{file.path} says nothing usable of its weights: export them again")
+    return {"arch": metadata["arch"], **{name: int(value) for name, value in said.items()}}
 
 
 # --- features -------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cplearn import random_streams
+from cplearn import checkpoints, random_streams
 from cplearn.data import augmentations, color, datasets
-from cplearn.evaluation.features import Model, load_model
+from cplearn.evaluation.features import Model, load_model, read_weights
 
 
 class Pretrained(NamedTuple):
@@ -51,12 +51,14 @@ def load_pretrained(
 
     Raises `UserError` if the file is damaged, unsafe, or does not fit. Needs no process group and no parser.
     """
+    file = read_weights(str(weights))
+    dataset = None if checkpoints.is_ours(file.state) else "folder"  # weights that name no images take 224 pixels
     flags = argparse.Namespace(
         pretrained_weights=str(weights), arch=arch, patch_size=patch_size, image_size=image_size, data_path=None,
-        dataset=None, class_list=None, random_init=False, checkpoint_key=checkpoint_key, seed=0,
+        dataset=dataset, class_list=None, random_init=False, checkpoint_key=checkpoint_key, seed=0,
     )  # fmt: skip
     with random_streams.kept_state():
-        return load_model(flags, torch.device(device))
+        return load_model(flags, torch.device(device), file)
 
 
 def load_backbone(weights: str, **options) -> Pretrained:

@@ -1,0 +1,1 @@
+"""Trained networks for other libraries, one file per format. `export.py` is the command."""

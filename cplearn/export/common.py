@@ -1,0 +1,246 @@
+"""What every format shares: what it says of the network, where it is written, and the comparison with ours."""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cplearn import backbones
+from cplearn.checkpoints import EXPORTED
+from cplearn.data import augmentations, color
+from cplearn.data.datasets import printable
+from cplearn.errors import ExpectedError, UserError, WriteError
+from cplearn.evaluation.features import Model
+from cplearn.files import create, read_json
+from cplearn.host import git_commit
+
+TOLERANCE = 1e-5  # largest difference that passes, in units of the largest absolute value of our features
+BATCHES = (1, 3)  # of random images that are compared
+ON_IMAGES = "random images in batches of {} and {}".format(*BATCHES)
+MARKER = "cplearn_export.json"  # in a folder that this command wrote; a file carries the same as metadata
+
+
+# --- what is said of the network ------------------------------------------------------------------------
+
+
+def at_image_size(model: Model) -> Model:
+    """Return the model with the position embeddings of a ViT of ours resampled for the image size that is asked for.
+
+    That is what it does itself at every forward pass; other libraries do it in other ways.
+    """
+    if not backbones.is_vit(model.arch) or model.backbone.patch_embed.img_size[0] == model.image_size:
+        return model
+    backbone = backbones.build_backbone(model.arch, patch_size=model.patch_size, image_size=model.image_size)
+    backbone.load_state_dict(backbone.adapt_state_dict(model.backbone.state_dict()))
+    return replace(model, backbone=backbone.eval().requires_grad_(False))
+
+
+def description(model: Model, to: str) -> dict[str, object]:
+    """Return what is known of the weights and their images, as plain values: the metadata of every format."""
+    return {
+        "format": EXPORTED,
+        "to": to,
+        "arch": model.arch,
+        "patch_size": model.patch_size if backbones.is_vit(model.arch) else None,
+        "image_size": model.image_size,
+        "resize": augmentations.eval_resize(model.image_size),  # shorter side before the center crop; None: to a square
+        "interpolation": "bicubic",
+        "mean": list(color.MEAN),
+        "std": list(color.STD),
+        "num_features": model.backbone.num_features,
+        "method": model.method_name,
+        "network": model.network,
+        "epoch": model.epoch,
+        "weights_sha256": model.weights_sha256,
+        "commit": git_commit(),
+    }
+
+
+def plain_weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return a module's state on the CPU, each tensor in memory of its own and in its usual order."""
+    state = module.state_dict()
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    return {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+
+
+# --- packages of others ---------------------------------------------------------------------------------
+
+
+def need(package: str, to: str) -> ModuleType:
+    """Import a package that only exports need. Raises `UserError` with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        top = package.partition(".")[0]
+        missing = (getattr(error, "name", None) or top).partition(".")[0]
+        hint = "pip install " + top if missing == top else f"pip install --upgrade {top} {missing}"
+        raise UserError(f"--to {to} needs the package {top} ({error}): {hint}") from None
+
+
+# --- where it is written ----------------------------------------------------------------------------------
+
+
+def check_target(target: Path, *, folder: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Check before any work that the export can be written there.
+
+    Raises `UserError` for a link, for a path that other libraries cannot read, where something else is, and where
+    nothing can be written.
+    """
+    name = printable(target)
+    try:
+        str(target.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out {name} is not UTF-8, which other libraries need: choose another name") from None
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"--out {name}: the folder it goes to does not exist: create it first")
+    if target.is_symlink():
+        raise UserError(f"--out {name} is a link, through which nothing is written: remove it")
+    if os.path.lexists(target):
+        mode = target.stat().st_mode
+        right_kind = stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)
+        if not right_kind or not is_ours(target):
+            raise UserError(f"--out {name} is there, and no earlier export of this kind: choose another name")
+    try:
+        with workspace(target):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {name} cannot be written: {error.strerror}; choose another folder") from None
+
+
+@contextlib.contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """Give a new folder beside the target, on the same disk; it is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.absolute().parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def write_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
+    """Turn whatever a library raises where a disk fails into a `WriteError`, and versions that do not fit each other
+    into a `UserError`."""
+    try:
+        yield
+    except ExpectedError:
+        raise
+    except ImportError as error:
+        names = " ".join(sorted({name.partition(".")[0] for name in packages}))
+        raise UserError(f"the installed versions do not fit ({error}): pip install --upgrade {names}") from None
+    except Exception as error:
+        full = shutil.disk_usage(target.absolute().parent).free < 2**20
+        if not full and not isinstance(error, OSError):
+            raise
+        reason = "no space left on the disk" if full else (getattr(error, "strerror", None) or str(error))
+        raise WriteError(f"{printable(target)} could not be written: {reason}; run again with more space") from None
+
+
+def move_into_place(new: Path, target: Path, folder: bool) -> None:
+    """Put what is complete under its name, in place of an earlier export."""
+    if not folder:
+        os.replace(new, target)
+        return
+    new.chmod(0o777 & ~_umask())
+    old = new.with_name("old")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with create(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def mark_folder(folder: Path, described: dict[str, object]) -> None:
+    """Write the description beside the other files, with their names: what a later export may replace."""
+    names = sorted(path.name for path in folder.iterdir())
+    write_json(folder / MARKER, {**described, "files": [*names, MARKER]})
+
+
+def is_marked_folder(folder: Path, to: str) -> bool:
+    """Return whether a folder is an earlier export of this kind, and holds nothing else."""
+    marker = read_json(folder / MARKER)
+    names = marker.get("files")
+    if marker.get("format") != EXPORTED or marker.get("to") != to or not isinstance(names, list):
+        return False
+    return all(path.name in names and not path.is_dir() for path in folder.iterdir())
+
+
+# --- the comparison ---------------------------------------------------------------------------------------
+
+
+def random_pixels(n: int, size: int) -> Tensor:
+    """Return random images, always the same. Shape: -> (n, 3, size, size) in 0..1."""
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    return color.normalize(pixels)
+
+
+def sample_image() -> Image.Image:
+    """Return a smooth image of 4:3, always the same, to try a library's preprocessing on."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+
+
+@torch.inference_mode()
+def compare(
+    model: Model, features: Callable[[Tensor], Tensor], prepare: Callable[[Tensor], Tensor], library: str
+) -> float:
+    """Return the largest difference between a library's features and ours, relative to our largest absolute feature.
+
+    `prepare` turns pixels in 0..1 into what the library's network takes. Raises `WriteError` if it exceeds `TOLERANCE`.
+    """
+    worst = 0.0
+    for n in BATCHES:
+        pixels = random_pixels(n, model.image_size)
+        worst = max(worst, relative_difference(model.backbone(color.normalize(pixels)), features(prepare(pixels))))
+    return check_difference(worst, library)
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return max |ours - theirs| / max |ours|; infinity for other shapes and for NaN."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    difference = float((ours.double() - theirs.double()).abs().max() / ours.double().abs().max().clamp(min=1e-30))
+    return difference if difference == difference else float("inf")
+
+
+def check_difference(difference: float, library: str) -> float:
+    """Return it. Raises `WriteError` if it exceeds `TOLERANCE`: nothing is kept then."""
+    if not difference <= TOLERANCE:
+        raise WriteError(
+            f"{library} computes other features from the exported file (largest difference {difference:.1e} of our "
+            f"largest feature, allowed is {TOLERANCE:.0e}): nothing was kept; try another version of {library}"
+        )
+    return difference

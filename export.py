@@ -1,0 +1,93 @@
+"""Write a trained network for another library, load it back there, and compare: the same features, or no file.
+
+    python export.py output/pictures/checkpoint.pth --to timm
+
+timm, hf (Hugging Face) and head are folders, safetensors and onnx are files; all say how images are prepared. The file
+is compared with the checkpoint on random images before this ends: docs/export.md.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cplearn import errors
+from cplearn.data.datasets import printable
+from cplearn.errors import UserError
+from cplearn.evaluation import cli
+from cplearn.export import common, head_folder, hf_folder, onnx_file, safetensors_file, timm_folder
+from utils import ArgumentParser, expand_paths
+
+FORMATS = {kind.NAME: kind for kind in (timm_folder, safetensors_file, hf_folder, onnx_file, head_folder)}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = ArgumentParser(prog="export.py", description=__doc__)
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="The same as --pretrained_weights")
+    parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="timm: folder for create_model. safetensors: file for load_backbone. hf: folder for ViTModel. onnx: file for onnxruntime. head: folder with projector, dictionary's seed and NumPy code")
+    parser.add_argument("--out", default=None, help="File or folder to write (default: beside the checkpoint, named after it)")
+    parser.add_argument("--with_preprocessing", action="store_true", help="With --to onnx: take pixels in 0..1 and normalize inside the network")
+    cli.add_weights_flags(parser)
+    # fmt: on
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse, and fill in --pretrained_weights and --out. Raises `UserError` for what does not go together."""
+    args = get_args_parser().parse_args(argv)
+    if args.checkpoint is not None and args.pretrained_weights is not None:
+        raise UserError(f"CKPT {args.checkpoint} and --pretrained_weights are the same: give one of them")
+    args.pretrained_weights = args.checkpoint if args.pretrained_weights is None else args.pretrained_weights
+    if args.pretrained_weights is None:
+        raise UserError("the checkpoint is missing: python export.py CKPT --to FORMAT")
+    expand_paths(args, "pretrained_weights", "out")
+    if args.with_preprocessing and args.to != "onnx":
+        raise UserError(
+            f"--with_preprocessing goes with --to onnx; --to {args.to} says it in files of its own: leave it out"
+        )
+    suffix = FORMATS[args.to].SUFFIX
+    if args.out is None:
+        source = Path(args.pretrained_weights)
+        network = f"_{args.checkpoint_key}" if args.checkpoint_key else ""
+        args.out = str(source.with_name(f"{source.stem}{network}{suffix or '_' + args.to}"))
+    elif suffix and not args.out.endswith(suffix):
+        raise UserError(f"--out {printable(args.out)} must end in {suffix}, by which its readers know it")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
+    """Export; return the path and the largest relative difference."""
+    args = parse_args(argv)
+    kind, target = FORMATS[args.to], Path(args.out)
+    for package in kind.PACKAGES:
+        common.need(package, args.to)
+    if not Path(args.pretrained_weights).is_file():
+        cli.open_network(args, torch.device("cpu"))  # which says what is wrong with it, before anything about --out
+    common.check_target(target, folder=not kind.SUFFIX, is_ours=kind.is_earlier)
+    model = cli.open_network(args, torch.device("cpu"))
+    kind.check(model)
+    model = common.at_image_size(model)
+    options = {"with_preprocessing": True} if args.with_preprocessing else {}
+    with common.write_errors(target, kind.PACKAGES), common.workspace(target) as folder:
+        new = folder / f"export{kind.SUFFIX}"
+        if not kind.SUFFIX:
+            new.mkdir()
+        kind.write(model, new, **options)
+        difference, notes = kind.verify(model, new, **options)
+        common.move_into_place(new, target, folder=not kind.SUFFIX)
+    size = f"{model.image_size} x {model.image_size} pixels"
+    print(f"{printable(target)}: {model.arch}, {size}, {model.backbone.num_features} features")
+    print(
+        f"Loaded back with {kind.LIBRARY} and compared on {kind.COMPARED}: the largest difference is {difference:.1e}"
+    )
+    print(f"of the largest number (allowed: {common.TOLERANCE:.0e})")
+    for note in notes:
+        print(note)
+    print(f"In Python: {kind.usage(printable(target))}")
+    return {"out": str(target), "difference": difference}
+
+
+if __name__ == "__main__":
+    errors.run_script(main)

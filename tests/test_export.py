@@ -1,0 +1,353 @@
+"""Exports, loaded back by the libraries themselves as a user does, against the checkpoint."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, train
+from PIL import Image
+
+import eval_knn
+import export
+from cplearn import checkpoints, load_backbone
+from cplearn.errors import UserError, WriteError
+from cplearn.evaluation.pretrained import EvalTransform, load_pretrained
+from cplearn.export import common, hf_folder, timm_folder
+
+timm = pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory, image_folder) -> Path:
+    """The checkpoint of two steps of a ViT-Ti/8 at 32 pixels. To be read only."""
+    out = tmp_path_factory.mktemp("vit")
+    train(out, "--arch", "vit_tiny", "--patch_size", "8", "--data_path", str(image_folder), "--max_steps", "2")
+    return out / "checkpoint.pth"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def pixels(n: int, size: int) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n))
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape and ours.abs().max() > 0.1
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+def photo(width: int = 333, height: int = 250) -> Image.Image:
+    rng = np.random.default_rng(5)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+# --- timm --------------------------------------------------------------------------------------------------
+
+
+def test_timm_by_folder_and_by_name(vit, tmp_path, no_network, capsys):
+    result = export.main([str(vit), "--to", "timm", "--out", str(tmp_path / "net")])
+    assert result["difference"] <= 1e-5 and f'timm.create_model("local-dir:{tmp_path}/net"' in capsys.readouterr().out
+    ours, transform, _ = load_backbone(str(vit))
+    options = {"patch_size": 8, "img_size": 32, "num_classes": 0}
+    overlay = {"file": str(tmp_path / "net" / "model.safetensors"), "custom_load": False}
+    models = [timm.create_model("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **options)]
+    if timm_folder.knows_folders():
+        models.append(timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True))
+        with torch.no_grad():
+            assert models[-1].eval()(pixels(1, 64)).shape == (1, 192)  # other sizes, as in training here
+        assert timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True, num_classes=5).head.out_features == 5
+        config = timm.data.resolve_data_config({}, model=models[-1])
+        assert torch.allclose(timm.data.create_transform(**config)(photo()), transform(photo()), atol=1e-5)
+    with torch.no_grad():
+        for model in models:
+            assert apart(ours(pixels(2, 32)), model.eval()(pixels(2, 32))) < 1e-5
+
+
+@pytest.mark.parametrize("size", [32, 95, 96, 128, 160, 224, 225, 384])
+def test_timm_prepares_images_as_we_do(vit, size):
+    model = replace(load_pretrained(str(vit)), image_size=size)
+    cfg = timm_folder.preprocessing(model)
+    transform = timm.data.create_transform((3, size, size), is_training=False, **cfg)
+    ours = EvalTransform(size)(photo())
+    assert ours.std() > 0.3 and torch.allclose(transform(photo()), ours, atol=1e-5)
+
+
+def test_a_timm_network_with_batch_norm_keeps_its_keys(tmp_path, image_folder):
+    train(tmp_path, "--arch", "timm:resnet10t", "--data_path", str(image_folder), "--max_steps", "2")
+    export.main([str(tmp_path / "checkpoint.pth"), "--to", "timm"])
+    config = json.loads((tmp_path / "checkpoint_timm" / "config.json").read_text())
+    model = timm.create_model(config["architecture"], num_classes=0)
+    weights = checkpoints.load_file(tmp_path / "checkpoint_timm" / "model.safetensors")["state_dict"]
+    model.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        ours = load_backbone(str(tmp_path / "checkpoint.pth")).model
+        assert apart(ours(pixels(2, 32)), model.eval()(pixels(2, 32))) < 1e-5
+    assert config["num_features"] == 512 and "img_size" not in config["model_args"]
+
+
+# --- Hugging Face ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_hugging_face(vit, tmp_path, no_network, size):
+    transformers = pytest.importorskip("transformers")
+    flags = ["--image_size", str(size), "--out", str(tmp_path / "net")]
+    assert export.main([str(vit), "--to", "hf", *flags])["difference"] <= 1e-5
+    model = transformers.ViTModel.from_pretrained(tmp_path / "net", add_pooling_layer=False).eval()
+    ours, transform, _ = load_backbone(str(vit), image_size=size)
+    with torch.no_grad():  # at 224 the position embeddings are those that our forward pass interpolates
+        theirs = model(pixel_values=pixels(2, size)).last_hidden_state[:, 0]
+        assert apart(ours(pixels(2, size)), theirs) < 1e-5
+    new = int(transformers.__version__.partition(".")[0]) >= 5
+    options = {"backend": "pil"} if new else {"use_fast": False}
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "net", **options)
+    got = torch.as_tensor(processor(images=photo(), return_tensors="np")["pixel_values"])[0]
+    assert torch.allclose(got, transform(photo()), atol=1e-5)  # 341 - 224 is 1 more than a multiple of 4
+    assert model.config.image_size == size and model.config.layer_norm_eps == 1e-6
+
+
+# --- safetensors -------------------------------------------------------------------------------------------
+
+
+def test_safetensors_says_what_it_is(run, tmp_path, no_network):
+    out = tmp_path / "w.safetensors"
+    export.main(["--pretrained_weights", str(run / "checkpoint.pth"), "--to", "safetensors", "--out", str(out)])
+    from safetensors import safe_open
+
+    with safe_open(out, "pt") as file:
+        said = file.metadata()
+        assert set(file.keys()) == set(load_backbone(str(run / "checkpoint.pth")).model.state_dict())
+    whole = load_pretrained(str(run / "checkpoint.pth"))
+    assert said["arch"] == "resnet8_w8" and said["image_size"] == "32" and said["epoch"] == "2"
+    assert said["weights_sha256"] == whole.weights_sha256 and json.loads(said["mean"]) == [0.485, 0.456, 0.406]
+    alone = load_pretrained(str(out))
+    assert (alone.arch, alone.image_size, alone.epoch) == ("resnet8_w8", 32, 2)
+    assert torch.equal(alone.backbone(pixels(2, 32)), whole.backbone(pixels(2, 32)))
+    with pytest.raises(UserError, match="--arch resnet8_w16, but .* is of resnet8_w8"):
+        load_backbone(str(out), arch="resnet8_w16")
+
+
+def test_an_evaluation_reads_safetensors(run, tmp_path, image_folder):
+    export.main([str(run / "checkpoint.pth"), "--to", "safetensors", "--out", str(tmp_path / "w.safetensors")])
+    flags = ["--data_path", str(image_folder), "--nb_knn", "5", "--num_workers", "0", "--device", "cpu"]
+    of = [
+        eval_knn.main(["--pretrained_weights", str(path), "--output_dir", str(tmp_path), *flags])
+        for path in (run / "checkpoint.pth", tmp_path / "w.safetensors")
+    ]
+    assert of[0] == of[1]
+
+
+def test_damaged_safetensors_are_refused(run, tmp_path):
+    out = tmp_path / "w.safetensors"
+    export.main([str(run / "checkpoint.pth"), "--to", "safetensors", "--out", str(out)])
+    content = bytearray(out.read_bytes())
+    content[-5] ^= 1
+    out.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: its checksum is wrong"):
+        load_backbone(str(out))
+    for damaged in (content[:-20], content[:50], b"", b"\xff" * 99, b"\x02" + bytes(7) + b"[]"):
+        out.write_bytes(damaged)
+        with pytest.raises(UserError, match="truncated or no"):
+            load_backbone(str(out))
+
+
+def test_bare_safetensors_need_an_arch(vit, tmp_path):
+    export.main([str(vit), "--to", "timm", "--out", str(tmp_path / "net")])
+    path = str(tmp_path / "net" / "model.safetensors")
+    with pytest.raises(UserError, match="does not say its architecture"):
+        load_backbone(path)
+    model, transform, width = load_backbone(path, arch="vit_tiny", patch_size=8)
+    assert transform.size == 224 and width == 192
+
+
+# --- ONNX --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source", ["run", pytest.param("vit", marks=pytest.mark.slow)]
+)  # tracing a ViT takes 30 s of CPU
+def test_onnx_with_any_batch(source, request, tmp_path, no_network):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    given = request.getfixturevalue(source)
+    weights = given if source == "vit" else given / "checkpoint.pth"
+    out = tmp_path / "net.onnx"
+    export.main([str(weights), "--to", "onnx", "--out", str(out), "--with_preprocessing"])
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    said = session.get_modelmeta().custom_metadata_map
+    assert said["input"] == "0..1" and said["image_size"] == "32" and json.loads(said["std"]) == [0.229, 0.224, 0.225]
+    ours = load_backbone(str(weights)).model
+    mean, std = (torch.tensor(json.loads(said[name])).view(1, 3, 1, 1) for name in ("mean", "std"))
+    for n in (1, 5):
+        x = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
+        (theirs,) = session.run(["features"], {"pixels": x.numpy()})
+        assert apart(ours((x - mean) / std), torch.from_numpy(theirs)) < 1e-5
+    from cplearn.export import onnx_file
+
+    assert onnx_file.is_earlier(out) and not onnx_file.is_earlier(weights)
+
+
+# --- the head ----------------------------------------------------------------------------------------------
+
+
+def docs_code() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), flags=re.DOTALL)
+    return code
+
+
+@pytest.mark.parametrize("more", [[], ["--dictionary", "hadamard", "--activation", "tanh", "--embed_dim", "24"]])
+def test_codes_by_the_lines_of_the_document(more, tmp_path, image_folder):
+    train(tmp_path, "--data_path", str(image_folder), "--max_steps", "4", "--out_dim", "100", *more)
+    export.main([str(tmp_path / "checkpoint.pth"), "--to", "head"])
+    (tmp_path / "lines.py").write_text(docs_code())
+    lines = runpy.run_path(str(tmp_path / "lines.py"))
+    model = load_pretrained(str(tmp_path / "checkpoint.pth"))
+    real = model.backbone(pixels(3, 32))  # all alike: a code or two
+    features = real.mean(0) + real.std() * torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    numbers = lines["assign"](tmp_path / "checkpoint_head", features.numpy(), block=7)
+    assert len(set(numbers.tolist())) > 5
+    assert numbers.tolist() == model.method.predict(features).tolist()
+    assert (tmp_path / "checkpoint_head" / "codes.py").read_text() == docs_code()
+    about = json.loads((tmp_path / "checkpoint_head" / "head.json").read_text())
+    h = lines["embed"](load_numpy(tmp_path / "checkpoint_head"), about, features.numpy())
+    w = lines["dictionary"](load_numpy(tmp_path / "checkpoint_head"), about, 0, 100)
+    logits = model.method.head.logits(model.method.embed(features))
+    assert np.allclose(about["logit_scale"] * h @ w.T, logits.numpy(), atol=1e-4)
+
+
+def load_numpy(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "head.safetensors")
+
+
+def test_teacher_and_student(tmp_path, image_folder):
+    more = ["--method", "dino", "--lr", "0.1"]
+    train(tmp_path, "--data_path", str(image_folder), "--max_steps", "2", *more)
+    for flags, name in (([], "checkpoint"), (["--checkpoint_key", "student"], "checkpoint_student")):
+        export.main([str(tmp_path / "checkpoint.pth"), "--to", "safetensors", *flags])
+        ours = load_backbone(str(tmp_path / "checkpoint.pth"), checkpoint_key=name.partition("_")[2] or None).model
+        assert torch.equal(load_backbone(f"{tmp_path}/{name}.safetensors").model(pixels(2, 32)), ours(pixels(2, 32)))
+    weights = [(tmp_path / f"checkpoint{x}.safetensors").read_bytes() for x in ("", "_student")]
+    assert weights[0] != weights[1]
+    with pytest.raises(UserError, match="--to head is for --method cplearn.*of --method dino"):
+        export.main([str(tmp_path / "checkpoint.pth"), "--to", "head"])
+
+
+# --- what is refused, and what is left ---------------------------------------------------------------------
+
+
+def test_other_features_leave_nothing_behind(vit, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    right = hf_folder.renamed
+
+    def wrong(state):  # query for key, as one might
+        swap = {"query": "key", "key": "query"}
+        return {re.sub(r"\b(query|key)\b", lambda m: swap[m[0]], k): v for k, v in right(state).items()}
+
+    export.main([str(vit), "--to", "hf", "--out", str(tmp_path / "net")])
+    kept = (tmp_path / "net" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(hf_folder, "renamed", wrong)
+    for name in ("net", "other"):
+        with pytest.raises(WriteError, match=r"transformers computes other features .*largest difference \d"):
+            export.main([str(vit), "--to", "hf", "--out", str(tmp_path / name)])
+    assert os.listdir(tmp_path) == ["net"] and (tmp_path / "net" / "model.safetensors").read_bytes() == kept
+
+
+def test_a_difference_is_relative_and_sees_nan():
+    ours = torch.tensor([[1.0, -4.0]])
+    assert common.relative_difference(ours, ours + 0.5) == pytest.approx(0.125)
+    assert common.relative_difference(ours, ours[:, :1]) == float("inf")
+    assert common.relative_difference(ours, ours * float("nan")) == float("inf")
+
+
+def test_only_an_earlier_export_is_replaced(run, tmp_path):
+    weights = str(run / "checkpoint.pth")
+    for to, name in (("head", "net"), ("safetensors", "net.safetensors")):
+        out = tmp_path / name
+        for _ in range(2):
+            export.main([weights, "--to", to, "--out", str(out)])
+        with pytest.raises(UserError, match="no earlier export of this kind|must end in"):
+            export.main([weights, "--to", "timm" if to == "head" else "onnx", "--out", str(out)])
+    (tmp_path / "net" / "mine.txt").write_text("mine")
+    os.symlink(tmp_path / "net.safetensors", tmp_path / "link.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "empty").mkdir()
+    checkpoints.write(tmp_path / "w.safetensors", {"x": torch.zeros(2)})
+    before = (tmp_path / "w.safetensors").read_bytes()
+    for to, name, words in (
+        ("head", "net", "no earlier export"),
+        ("head", "empty", "no earlier export"),
+        ("safetensors", "link.safetensors", "is a link"),
+        ("safetensors", "pipe.safetensors", "no earlier export"),
+        ("safetensors", "w.safetensors", "no earlier export"),
+        ("safetensors", "nowhere/w.safetensors", "the folder it goes to does not exist"),
+        ("safetensors", "w.bin", "must end in .safetensors"),
+        ("head", os.fsdecode(b"\xe9"), "is not UTF-8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export.main([weights, "--to", to, "--out", str(tmp_path / name)])
+    assert (tmp_path / "net" / "mine.txt").exists() and (tmp_path / "w.safetensors").read_bytes() == before
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--to", "timm"], "timm has no resnet8_w8 .*use --to safetensors or --to onnx"),
+        (["--to", "hf"], "--to hf is for vit_tiny, vit_small, vit_base.*resnet8_w8 is not"),
+        (["--to", "flax"], "--to: invalid choice: 'flax'"),
+        ([], "required: --to"),
+        (["--to", "head", "--with_preprocessing"], "--with_preprocessing goes with --to onnx"),
+        (["--to", "head", "--pretrained_weights", "x"], "are the same: give one of them"),
+        (["--to", "head", "--out", ""], "--out '' is empty"),
+        (["--to", "head", "--arch", "vit_tiny"], "was trained with resnet8_w8"),
+        (["--to", "head", "--checkpoint_key", "student"], "has no such network"),
+        (["--to", "head", "--out", "/proc/head"], "--out /proc/head cannot be written"),
+        (["--to", "safetensors", "--image_size", "2"], "--image_size 2: --arch resnet8_w8 cannot take such images"),
+    ],
+)
+def test_wrong_flags(run, flags, words):
+    before = sorted(os.listdir(run))
+    with pytest.raises(UserError, match=words):
+        export.main([str(run / "checkpoint.pth"), *flags])
+    assert sorted(os.listdir(run)) == before
+
+
+def test_wrong_weights(run, tmp_path):
+    with pytest.raises(UserError, match="the checkpoint is missing"):
+        export.main(["--to", "head"])
+    with pytest.raises(UserError, match="nowhere.pth does not exist"):
+        export.main([str(tmp_path / "nowhere.pth"), "--to", "head"])
+    weights = checkpoints.backbone_weights(checkpoints.load(run / "checkpoint.pth"))
+    checkpoints.write(tmp_path / "bare.pth", {"state_dict": weights})
+    with pytest.raises(UserError, match="bare.pth does not say its architecture"):
+        export.main([str(tmp_path / "bare.pth"), "--to", "safetensors"])
+    with pytest.raises(UserError, match="--to head: .*bare.pth is a backbone alone"):
+        export.main([str(tmp_path / "bare.pth"), "--to", "head", "--arch", "resnet8_w8"])
+    shutil.copy(run / "log.txt", tmp_path / "text.pth")
+    with pytest.raises(UserError, match="text.pth is (refused|truncated)"):
+        export.main([str(tmp_path / "text.pth"), "--to", "head"])
+    assert sorted(os.listdir(tmp_path)) == ["bare.pth", "text.pth"]
+
+
+def test_a_missing_package_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="--to onnx needs the package onnxruntime .*: pip install onnxruntime"):
+        export.main([str(run / "checkpoint.pth"), "--to", "onnx", "--out", str(tmp_path / "x.onnx")])
+    assert os.listdir(tmp_path) == []
