@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import eval_flags, run_in_processes, train, write_images
+from helpers import ROOT, eval_flags, run_in_processes, train, write_images
 from PIL import Image
 
 import eval_knn
@@ -252,8 +253,9 @@ def test_only_files_of_this_command_are_replaced(run, tmp_path, image_folder):
         assert (tmp_path / name).read_bytes() != before
 
 
-def on_rank(rank, arguments):
-    extract_features.main(arguments)
+def on_rank(rank, *commands):
+    for arguments in commands:
+        extract_features.main(arguments)
     return rank
 
 
@@ -261,7 +263,11 @@ def on_rank(rank, arguments):
 def test_two_processes_write_one_file(run, tmp_path, image_folder):
     images = image_folder / "train"
     one = extract(run / "checkpoint.pth", images, tmp_path / "one.npz")
-    run_in_processes(tmp_path, on_rank, flags(run / "checkpoint.pth", images, tmp_path / "two.npz"))
+    first = images / one["names"][0]  # of one image the second process has nothing
+    commands = [flags(run / "checkpoint.pth", images, tmp_path / "two.npz"),
+                flags(run / "checkpoint.pth", first, tmp_path / "first.npy")]  # fmt: skip
+    run_in_processes(tmp_path, on_rank, *commands)
+    np.testing.assert_allclose(np.load(tmp_path / "first.npy"), one["features"][:1], rtol=1e-4, atol=1e-6)
     with np.load(tmp_path / "two.npz") as two:
         assert np.array_equal(one["features"], two["features"]) and np.array_equal(one["names"], two["names"])
         assert np.array_equal(one["codes"], two["codes"])
@@ -368,3 +374,21 @@ def test_a_network_of_one_size_cannot_keep_the_aspect(tmp_path, photos):
     with pytest.raises(UserError, match="--tokens patches is for ViTs"):
         extract(tmp_path / "levit.pth", photos, tmp_path / "f.npz", "--arch", "timm:levit_128s", "--image_size", "224",
                 "--tokens", "patches")  # fmt: skip
+
+
+def test_the_page_runs_as_written(vit_run, tmp_path, photos, monkeypatch):
+    """Every block of Python in docs/features.md, on files of the names it uses."""
+    monkeypatch.chdir(tmp_path)
+    extract(vit_run, photos, tmp_path / "features.npz")
+    extract(vit_run, photos, tmp_path / "patches.npz", "--tokens", "patches", "--keep_aspect")
+    for name, image in zip(("a.jpg", "b.jpg"), sorted(photos.rglob("*.jpg")), strict=False):
+        shutil.copy(image, tmp_path / name)
+    (tmp_path / "output" / "pictures").mkdir(parents=True)
+    shutil.copy(vit_run, tmp_path / "output" / "pictures" / "checkpoint.pth")
+    shutil.copy(vit_run, tmp_path / "checkpoint.pth")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "features.md").read_text(), re.MULTILINE | re.DOTALL)
+    text = "".join(blocks).replace("/path/to/cplearn", str(ROOT)).replace('"vit_small"', '"backbone"')
+    names = {}
+    exec(text.replace("224, 224", "32, 32"), names)
+    assert len(blocks) == 5 and names["codes"].shape == (2,) and names["width"] == 64
+    assert [x.shape[:2] for x in names["maps"]] == [(2, 2)] * 4 + [(2, 5)] * 2

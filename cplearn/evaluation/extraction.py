@@ -181,16 +181,18 @@ def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) ->
             failures: dict[int, str] = {}
             with collectives.raise_on_all_ranks():
                 if first + rank < len(missing):
-                    failures = _make(job, parts, missing[first + rank], batches, args.batch_size_per_gpu)
+                    failures = _make(job, parts, missing[first + rank], batches, args.batch_size_per_gpu, bar)
             for one in collectives.gather_objects(failures):
                 found |= one
                 for reason in one.values() if collectives.is_main() else ():
                     print(f"WARNING: left out: {reason}", file=sys.stderr, flush=True)
-            bar.update(sum(len(parts.samples(k)) for k in missing[first : first + world]))
+            others = [k for r, k in enumerate(missing[first : first + world]) if r != rank]
+            bar.update(sum(len(parts.samples(k)) for k in others))
             _check(found, len(dataset), args.max_bad_images)
 
 
-def _make(job: Extraction, parts: Parts, k: int, batches: Iterator, batch_size: int) -> dict[int, str]:
+def _make(job: Extraction, parts: Parts, k: int, batches: Iterator, batch_size: int, bar: tqdm) -> dict[int, str]:
+    """Write part k from the loader's next batches; return the reasons for images that have no row, by sample."""
     rows: dict[int, Rows] = {}
     failures: dict[int, str] = {}
     for _ in range(-(-len(parts.samples(k)) // batch_size)):
@@ -198,6 +200,7 @@ def _make(job: Extraction, parts: Parts, k: int, batches: Iterator, batch_size: 
         failures |= failed
         for group in groups:
             rows.update(zip(group.samples, job.run(group.pixels), strict=True))
+        bar.update(len(failed) + sum(len(group.samples) for group in groups))
     parts.write(k, job.stack(rows), failures)
     return failures
 
