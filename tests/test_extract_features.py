@@ -145,6 +145,10 @@ def test_weights_without_a_head(tmp_path, photos, run, capsys):
     torch.save(checkpoints.backbone_weights(checkpoints.load(run / "checkpoint.pth")), tmp_path / "plain.pth")
     found = extract(tmp_path / "plain.pth", photos, tmp_path / "f.npz", "--arch", "resnet8_w8", "--image_size", "32")
     assert found.keys() == {"features", "names", "source"} and found["features"].shape == (6, 8)
+    assert (
+        extract(tmp_path / "plain.pth", photos, tmp_path / "g.npz", "--arch", "resnet8_w8")["source"]["image_size"]
+        == 224
+    )
     assert "no head in these weights" in capsys.readouterr().out
 
 

@@ -66,6 +66,7 @@ def test_a_checkpoint_as_dino_writes_it(tmp_path, image_folder):
         torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found["student"], found["teacher"], atol=1e-2)
     assert torch.equal(features_of(load_backbone(tmp_path / "dino.pth", **common), image_folder), found["teacher"])
+    assert load_backbone(tmp_path / "dino.pth", arch="vit_tiny").transform.size == 224  # as such weights are trained
 
 
 def test_weights_of_timm(tmp_path, image_folder):
@@ -140,6 +141,8 @@ def test_wrong_files(run, tmp_path):
         load_backbone("/nowhere.pth")
     with pytest.raises(UserError, match="was trained with resnet8_w8: leave the flag out"):
         load_backbone(run / "checkpoint.pth", arch="resnet18")
+    with pytest.raises(UserError, match="--checkpoint_key student: .* has no such network"):
+        load_backbone(run / "checkpoint.pth", checkpoint_key="student")
     torch.save({"a": torch.zeros(1)}, tmp_path / "plain.pth")
     with pytest.raises(UserError, match="does not say its architecture"):
         load_backbone(tmp_path / "plain.pth")
