@@ -87,6 +87,21 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     return convert_batch_norm(model).to(memory_format=torch.channels_last)  # for convolutions
 
 
+def resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a timm ViT with its position embeddings resampled for the image size of this one."""
+    old, new = state.get("pos_embed"), getattr(backbone, "pos_embed", None)
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if grid is None or not (isinstance(old, Tensor) and isinstance(new, Tensor) and old.dim() == new.dim() == 3):
+        return state
+    prefix = 0 if getattr(backbone, "no_embed_class", False) else getattr(backbone, "num_prefix_tokens", 0)
+    side = math.isqrt(max(0, old.shape[1] - prefix))
+    if old.shape == new.shape or old.shape[2] != new.shape[2] or side * side != old.shape[1] - prefix:
+        return state  # fits, or is of another network
+    from timm.layers import resample_abs_pos_embed
+
+    return {**state, "pos_embed": resample_abs_pos_embed(old, list(grid), num_prefix_tokens=prefix)}
+
+
 def check_weights(build: Callable[[], nn.Module], flag: str) -> None:
     """Check that this machine can hold a module's weights once, before it is made: on torch's meta device, without any.
 

@@ -15,13 +15,14 @@ import pathlib
 import pickle
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from cplearn import errors
+from cplearn import backbones, errors
 from cplearn.errors import ReadError, UserError, WriteError
 from cplearn.files import create, remove_quietly
 from cplearn.flags import ArgumentParser
@@ -304,7 +305,7 @@ def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
 
 def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teacher") -> None:
     """Load the backbone's weights of any file `backbone_weights` knows, resampled for its image size if need be."""
-    adapt = getattr(backbone, "adapt_state_dict", dict)
+    adapt = getattr(backbone, "adapt_state_dict", None) or partial(backbones.resample_positions, backbone)
     load_into(backbone, adapt(backbone_weights(state, key)), what)
 
 

@@ -77,11 +77,17 @@ def seed_everything(purpose: int, *key: int) -> None:
 
 @contextlib.contextmanager
 def kept_state() -> Iterator[None]:
-    """Give the caller's generators of torch, NumPy and Python back as they were."""
+    """Give the caller's generators of torch (GPUs' too), NumPy and Python back as they were."""
+    on_gpus = torch.cuda.is_initialized()
     kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    of_gpus = torch.cuda.get_rng_state_all() if on_gpus else []
     try:
         yield
     finally:
         torch.set_rng_state(kept[0])
         np.random.set_state(kept[1])
         random.setstate(kept[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
+        else:  # not begun when we came: their seed is the CPU's
+            torch.cuda.manual_seed_all(torch.initial_seed())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cplearn.data.color import ORDERS, color
 from cplearn.data.datasets import MAX_PIXELS
-from cplearn.errors import UserError
+from cplearn.errors import LocalError, UserError
 from cplearn.host import physical_memory
 from cplearn.random_streams import FOR_VIEWS, random_bits, seed_of
 
@@ -281,6 +281,23 @@ def eval_pixels(image: Image.Image, size: int) -> Tensor:
         image = tvf.resize(image, [shorter_side], interpolation=BICUBIC)
         image = tvf.center_crop(image, [size, size])
     return tvf.pil_to_tensor(image)
+
+
+LONGEST = 16  # sides that `aspect_pixels` takes: a longer image would be more patches than memory holds
+
+
+def aspect_pixels(image: Image.Image, size: int, multiple: int = 1) -> Tensor:
+    """Make a view of the whole image: shorter side `size`, both sides cut (around the center) to a multiple.
+
+    Raises `LocalError` for a longer side of more than 16 times the shorter one.
+    Shape: PIL image -> uint8 (3, H, W), of which the shorter is `size`, if that is a multiple.
+    """
+    from torchvision.transforms.v2 import functional as tvf
+
+    if max(image.size) > LONGEST * min(image.size):
+        raise LocalError(f"{image.width} x {image.height} pixels are more than {LONGEST} to 1, too long to keep")
+    pixels = tvf.pil_to_tensor(tvf.resize(image, [size], interpolation=BICUBIC))
+    return tvf.center_crop(pixels, [side - side % multiple for side in pixels.shape[1:]])
 
 
 # --- second half: color ------------------------------------------------------------------------------

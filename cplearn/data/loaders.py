@@ -1,16 +1,19 @@
 """Which process reads which image when: batches of views for training, fixed views for evaluations."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cplearn.data import workers
 from cplearn.data.augmentations import COLOR, View, color_params, cut_views, draw, empty_views, eval_pixels
+from cplearn.data.datasets import printable
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError
@@ -98,10 +101,17 @@ class ViewDataset(Dataset):
 
 
 class EvalDataset(Dataset):
-    """The fixed evaluation view: uint8 pixels, label, index."""
+    """The fixed evaluation view, or another `view` (RGB image -> uint8 pixels): pixels, label, index."""
 
-    def __init__(self, dataset: Dataset, image_size: int, num_workers: int = 0):
-        self.dataset, self.image_size, self.names = dataset, image_size, dataset.names
+    def __init__(
+        self,
+        dataset: Dataset,
+        image_size: int,
+        num_workers: int = 0,
+        view: Callable[[Image.Image], Tensor] | None = None,
+    ):
+        self.dataset, self.names = dataset, dataset.names
+        self.view = view or partial(eval_pixels, size=image_size)
         self.reading = workers.reading_table(num_workers)
 
     def __len__(self) -> int:
@@ -111,7 +121,33 @@ class EvalDataset(Dataset):
         workers.note(self.reading, i)
         image, label = self.dataset[i]
         workers.note(self.reading, -1)
-        return eval_pixels(image, self.image_size), label, i
+        return self.view(image), label, i
+
+
+class Group(NamedTuple):
+    """Images of equal size out of a batch."""
+
+    samples: list[int]
+    pixels: Tensor  # uint8 (k, 3, H, W)
+
+
+class SkippingDataset(EvalDataset):
+    """Batches of samples -> (groups of equal size, reasons by sample for those that cannot be read)."""
+
+    def __getitems__(self, samples: list[int]) -> tuple[list[Group], dict[int, str]]:
+        by_size: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        failures = {}
+        for i in samples:
+            try:
+                pixels, _, _ = self[i]
+            except LocalError as error:
+                reason, name = str(error).partition("; repair it")[0], printable(str(self.names[i]))
+                failures[i] = reason if name in reason else f"{name}: {reason}"
+                continue
+            by_size.setdefault(tuple(pixels.shape), []).append((i, pixels))
+        workers.note(self.reading, -1)
+        groups = [Group([i for i, _ in rows], torch.stack([x for _, x in rows])) for rows in by_size.values()]
+        return groups, failures
 
 
 def train_loader(
@@ -155,19 +191,41 @@ def eval_loader(
     """
     workers.check_workers(num_workers, batch_size * 3 * image_size**2)
     mine = range(collectives.rank(), len(dataset), collectives.world_size())
+    images = EvalDataset(dataset, image_size, num_workers)
+    return _frozen_loader(images, num_workers, device, batch_size=batch_size, sampler=mine)
+
+
+def skipping_loader(
+    dataset: Dataset,
+    view: Callable[[Image.Image], Tensor],
+    batches: Sequence[Sequence[int]],
+    *,
+    batch_bytes: int,
+    num_workers: int,
+    device: torch.device,
+) -> DataLoader:
+    """Load these batches of samples as `SkippingDataset` has them: images that cannot be read are named, not raised.
+
+    `batch_bytes`: what a batch usually takes. Raises `UserError` for workers that this machine has no room for.
+    """
+    workers.check_workers(num_workers, batch_bytes)
+    images = SkippingDataset(dataset, 0, num_workers, view)
+    return _frozen_loader(images, num_workers, device, batch_sampler=batches, collate_fn=_as_it_is)
+
+
+def _frozen_loader(images: EvalDataset, num_workers: int, device: torch.device, **batches) -> DataLoader:
     return DataLoader(
-        EvalDataset(dataset, image_size, num_workers),
-        batch_size=batch_size,
-        sampler=mine,
+        images,
         num_workers=num_workers,
         worker_init_fn=workers.start_worker,
         persistent_workers=num_workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
+        **batches,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch):
     return batch
 
 

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import torch
 
-from cplearn import checkpoints
 from cplearn.data import datasets, sources, workers
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation.features import Features, Model, WeightsFile, has_features, load_model, read_weights
+from cplearn.evaluation.features import (
+    Features,
+    Model,
+    WeightsFile,
+    has_features,
+    load_model,
+    no_data_flags,
+    read_weights,
+)
 from cplearn.files import append_json_line, check_output_dir
 from cplearn.flags import check_unread_path, expand_paths, ignore_local_rank, nonnegative, positive, seed_below
 from cplearn.host import git_commit
@@ -28,7 +35,7 @@ def add_weights_flags(parser: argparse.ArgumentParser):
     g.add_argument("--checkpoint_key", default=None, help="Network to use where there are two (DINO): teacher (default) or student")
     g.add_argument("--arch", default=None, help="For weights that do not say (default: the checkpoint's)")
     g.add_argument("--patch_size", type=positive(int), default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
-    g.add_argument("--image_size", type=positive(int), default=None, help="Pixels (default: the checkpoint's, or by data set)")
+    g.add_argument("--image_size", type=positive(int), default=None, help="Pixels (default: the checkpoint's; for weights that do not say 224, or the data set's own)")
     # fmt: on
     return g
 
@@ -102,9 +109,6 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
         return None
     file = file or read_weights(args.pretrained_weights)
     model = load_model(args, device, file)
-    key = args.checkpoint_key
-    if key and model.network is None and not isinstance(file.state.get(key), dict):
-        raise UserError(f"--checkpoint_key {key}: {file.path} has no such network: leave it out")
     size = model.image_size
     try:
         with torch.no_grad():
@@ -147,11 +151,8 @@ def open_network(args: argparse.Namespace, device: torch.device) -> Model:
         raise UserError("--pretrained_weights is missing: give a checkpoint, or backbone weights with --arch")
     expand_paths(args, "pretrained_weights")
     file = read_weights(args.pretrained_weights)
-    evaluation = {"random_init": False, "dataset": None, "data_path": None, "class_list": None, "load_features": None,
-                  "seed": 0}  # fmt: skip
-    if not checkpoints.is_ours(file.state):
-        evaluation["dataset"] = "folder"  # weights that name no images take 224 pixels
-    return open_model(argparse.Namespace(**{**evaluation, **vars(args)}), device, file)
+    flags = {**no_data_flags(file), "load_features": None, "seed": 0, **vars(args)}
+    return open_model(argparse.Namespace(**flags), device, file)
 
 
 def effective_flags(args: argparse.Namespace, model: Model | None) -> dict[str, object]:

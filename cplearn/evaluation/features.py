@@ -31,6 +31,12 @@ def read_weights(path: str) -> WeightsFile:
     return WeightsFile(path, *checkpoints.load_file_and_hash(path, checkpoints.DINO_CLASSES))
 
 
+def no_data_flags(file: WeightsFile) -> dict[str, object]:
+    """Return the data flags for who brings images of their own: weights that say nothing then stand for 224 pixels."""
+    dataset = None if checkpoints.is_ours(file.state) else "folder"
+    return {"random_init": False, "dataset": dataset, "data_path": None, "class_list": None}
+
+
 @dataclass(frozen=True)
 class Model:
     """A frozen backbone in eval mode, the method around it if the file had one, and what file and flags say of them."""
@@ -74,6 +80,9 @@ def load_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
     file = file or read_weights(args.pretrained_weights)
     build = _run_model if checkpoints.is_ours(file.state) else _bare_model
     model = build(args, file)
+    key = args.checkpoint_key
+    if key and model.network is None and not isinstance(file.state.get(key), dict):
+        raise UserError(f"--checkpoint_key {key}: {file.path} has no such network: leave it out")
     if backbones.is_vit(model.arch) and model.image_size % model.patch_size:
         raise UserError(f"--image_size {model.image_size} is not a multiple of the patch size {model.patch_size}")
     (model.method or model.backbone).to(device).eval().requires_grad_(False)

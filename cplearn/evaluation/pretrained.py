@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cplearn import checkpoints, random_streams
+from cplearn import random_streams
 from cplearn.data import augmentations, color, datasets
-from cplearn.evaluation.features import Model, load_model, read_weights
+from cplearn.evaluation.features import Model, load_model, no_data_flags, read_weights
 
 
 class Pretrained(NamedTuple):
@@ -49,13 +49,13 @@ def load_pretrained(
 ) -> Model:
     """Load a checkpoint of main_cplearn.py with its head, or backbone weights of DINO or timm (then name `arch`).
 
-    Raises `UserError` if the file is damaged, unsafe, or does not fit. Needs no process group and no parser.
+    `image_size` is the checkpoint's, or 224, unless given. Needs no process group and no parser.
+    Raises `UserError` if the file is damaged, unsafe, or does not fit.
     """
     file = read_weights(str(weights))
-    dataset = None if checkpoints.is_ours(file.state) else "folder"  # weights that name no images take 224 pixels
     flags = argparse.Namespace(
-        pretrained_weights=str(weights), arch=arch, patch_size=patch_size, image_size=image_size, data_path=None,
-        dataset=dataset, class_list=None, random_init=False, checkpoint_key=checkpoint_key, seed=0,
+        pretrained_weights=file.path, arch=arch, patch_size=patch_size, image_size=image_size,
+        checkpoint_key=checkpoint_key, seed=0, **no_data_flags(file),
     )  # fmt: skip
     with random_streams.kept_state():
         return load_model(flags, torch.device(device), file)

@@ -22,8 +22,8 @@ class FolderLock:
 
     BEAT, QUIET = 10.0, 45.0  # seconds
 
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder) / ".lock"
+    def __init__(self, folder: str | Path, flag: str = "--output_dir"):
+        self.path, self.flag = Path(folder) / ".lock", flag
         self._stop = threading.Event()
 
     def __enter__(self) -> "FolderLock":
@@ -93,7 +93,7 @@ class FolderLock:
             alive = _mtime(self.path) not in (first, None)  # None: it was given back meanwhile
         if alive:
             raise UserError(
-                f"{self.path.parent} is in use by {_describe(other)}: stop it, or choose another --output_dir"
+                f"{self.path.parent} is in use by {_describe(other)}: stop it, or choose another {self.flag}"
             )
 
     def _remove(self, other: dict) -> None:

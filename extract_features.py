@@ -1,0 +1,114 @@
+"""Features of a folder of images, for use elsewhere: no labels needed, any number of images.
+
+python extract_features.py --pretrained_weights output/pictures/checkpoint.pth --images ~/pictures --out features.npz
+torchrun --nproc_per_node=8 extract_features.py --pretrained_weights CHECKPOINT --images LIST.txt --out features.parquet
+
+Killed, it goes on where it was: the same command again.
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from cplearn import errors
+from cplearn.data import datasets
+from cplearn.data.sources import open_images
+from cplearn.distributed import collectives, launch
+from cplearn.errors import UserError
+from cplearn.evaluation import cli, extraction, feature_files
+from cplearn.evaluation.feature_files import Parts
+from cplearn.training.folder_lock import FolderLock
+from utils import ArgumentParser, check_output_dir, expand_paths, fraction
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = ArgumentParser(prog="extract_features.py", description=__doc__)
+    cli.add_weights_flags(parser)
+    g = parser.add_argument_group("images")
+    g.add_argument("--images", default=None, help="Folder (with its sub-folders), one image, or a text file of paths")
+    g.add_argument("--max_bad_images", type=fraction, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are named and left out")
+    cli.add_loader_flags(g)
+    g = parser.add_argument_group("features")
+    g.add_argument("--out", default=None, help="File to write: .npz, .parquet, or .npy (features alone, names in a .json beside it)")
+    g.add_argument("--tokens", choices=extraction.TOKENS, default="cls", help="cls: what the backbone gives (the pooled feature, if it is no ViT); mean or all of the patch tokens of a ViT")
+    g.add_argument("--keep_aspect", action="store_true", help="The whole image, its shorter side --image_size, instead of a square from its center")
+    g = parser.add_argument_group("run")
+    cli.add_run_flags(g)
+    # fmt: on
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_args_parser().parse_args(argv)
+    for flag in ("images", "out"):
+        if not getattr(args, flag):
+            raise UserError(f"--{flag} is missing: {'a folder of images' if flag == 'images' else 'features.npz, say'}")
+    expand_paths(args, "pretrained_weights", "images", "out")
+    out = Path(args.out)
+    device = launch.init(args.dist_url, args.device)
+    collectives.on_main(feature_files.check_out, out)
+    collectives.on_main(check_output_dir, str(out.parent), "--out")
+    model = cli.open_network(args, device)
+    dataset = open_images(args.images, "--images")
+    job = extraction.Extraction(model, device, args.tokens, args.keep_aspect, head=out.suffix != ".npy")
+    identity = job.identity(dataset, args.images)
+    collectives.check_same(identity)
+    if collectives.on_main(is_done, out, identity):
+        if collectives.is_main():
+            print(f"{out} is there already, of the same weights and images: remove it to extract again")
+        return
+    parts = Parts(out)
+    collectives.on_main(parts.make_folder)
+    with FolderLock(parts.folder, "--out"):
+        collectives.on_main(begin, parts, job, identity, dataset, args.batch_size_per_gpu)
+        parts.read_plan()
+        extraction.extract(job, dataset, parts, args)
+        if collectives.is_main():
+            source = job.source(identity, parts, dataset.names)
+            count = feature_files.assemble(out, parts, dataset.names, source)
+            parts.remove()
+            print(summary(out, count, job, source))
+    if collectives.is_main():
+        parts.folder.rmdir()
+
+
+def is_done(out: Path, identity: dict[str, object]) -> bool:
+    """Return whether the file is there, and what this command would write."""
+    source = feature_files.source_of(out) if out.exists() else None
+    return source is not None and identity.items() <= source.items()
+
+
+def begin(parts: Parts, job: extraction.Extraction, identity: dict, dataset, batch_size: int) -> None:
+    """Start the parts, or go on with those that are there. Raises `UserError` for too little space on the disk."""
+    parts.open(identity, len(dataset), job.part_size(len(dataset), batch_size))
+    parts.read_plan()
+    missing = sum(len(parts.samples(k)) for k in parts.missing())
+    head = "" if job.method is None else f", embedding and code of {job.method.out_dim}"
+    what = {"cls": "feature", "mean": "mean of the patch tokens", "patches": "patch tokens"}[job.tokens]
+    print(f"Extracting {what}{head}: {datasets.summary(dataset)}", flush=True)
+    if missing < len(dataset):
+        print(f"Going on: {len(dataset) - missing:,} images are done already", flush=True)
+    need, free = job.row_bytes * (missing + len(dataset)), shutil.disk_usage(parts.folder).free
+    if need > free:
+        raise UserError(
+            f"--out {parts.folder.parent}: the features take {need / 1e9:.1f} GB while they are written, "
+            f"{free / 1e9:.1f} GB are free: free some space, or choose another disk"
+        )
+
+
+def summary(out: Path, count: int, job: extraction.Extraction, source: dict) -> str:
+    """Return the last line: what the file holds."""
+    left_out = f", {len(source['unreadable'])} left out (they are named in it)" if source["unreadable"] else ""
+    width = job.model.backbone.num_features
+    if out.suffix == ".npy":
+        return f"{out}: {count:,} images{left_out}, {width} numbers each; names in {feature_files.sidecar(out).name}"
+    head = "no head in these weights, so no embedding and no codes"
+    if job.method is not None:
+        head = f"embedding of {job.empty['embedding'].shape[1]}, codes of {job.method.out_dim}"
+    return f"{out}: {count:,} images{left_out}, features of {width} numbers, {head}"
+
+
+if __name__ == "__main__":
+    errors.run_script(main)
