@@ -22,7 +22,6 @@ from cplearn.errors import UserError
 from cplearn.evaluation import attention, cli
 from cplearn.evaluation import attention_figures as figures
 from cplearn.evaluation.features import Model
-from cplearn.files import check_output_dir
 from cplearn.host import git_commit
 from utils import ArgumentParser, expand_paths, format_table, positive
 
@@ -43,7 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--threshold", type=_share, default=None, help="Draw masks too: the fewest patches that hold this share of the attention (DINO draws 0.6)")
     g.add_argument("--pca", action="store_true", help="Color patch tokens by their first three principal components over all images given")
     g.add_argument("--pca_foreground", action="store_true", help="The same of the foreground alone: patches on the attended side of the first component")
-    g.add_argument("--tile", type=positive(int), default=160, help="Pixels of a picture in the sheet")
+    g.add_argument("--tile", type=_tile, default=160, help="Pixels of a picture in the sheet")
     g.add_argument("--save_maps", action="store_true", help="Write attention.npz, too")
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", default=None, help="Where pictures go (default: attention/ beside the weights)")
@@ -56,6 +55,13 @@ def _share(text: str) -> float:
     value = positive(float)(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
+    return value
+
+
+def _tile(text: str) -> int:
+    value = positive(int)(text)
+    if not 32 <= value <= 2048:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 32 and at most 2048")
     return value
 
 
@@ -124,12 +130,11 @@ def draw(images: Pass, out: figures.OutputFolder, args: argparse.Namespace, page
         colors = attention.PatchColors(lambda: (seen for *_, seen in images), foreground=args.pca_foreground)
     sheet = figures.Sheet(args.tile, title(images.model), args.threshold)
     for one, image, seen in images:
-        named = figures.with_mean(seen.attention)
+        named = figures.by_name(seen.attention * tokens_of(seen))
         whole = figures.Seen(
             one.name,
             figures.photo_of(image, one.view, max(FILE_SIDE, one.view.width, one.view.height)),
             named,
-            tokens_of(seen),
             {k: attention.mass_mask(x, args.threshold) for k, x in named.items()} if args.threshold else None,
             colors.of(seen.tokens) if colors else None,
         )
@@ -216,7 +221,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     planned = [*pages, *(f"{one.folder}/{name}.png" for one in chosen for name in names)]
     folder = args.output_dir or str(Path(args.pretrained_weights).parent / "attention")
     out = figures.OutputFolder(folder, [*planned, *(["attention.npz"] if args.save_maps else [])])
-    check_output_dir(folder)
     out.open()
     records = draw(Pass(model, dataset, chosen, device), out, args, pages)
     record = {"arch": model.arch, **model.source(), "image_size": model.image_size, "commit": git_commit()}

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cplearn.data.datasets import printable
 from cplearn.errors import UserError
 from cplearn.evaluation.attention import View
-from cplearn.files import read_json, remove_quietly, write_bytes, write_text
+from cplearn.files import check_output_dir, read_json, remove_quietly, write_bytes, write_text
 
 COLORS = "inferno"  # of attention: black is none
+SCALE = 3.0  # even shares of attention that the brightest color stands for at least: noise must not look like structure
 COLOR_SHARE = 0.7  # of an overlay; the rest is the photo in gray
 LEVELS = 2.0  # standard deviations of a component from gray to a full color
+OUTSIDE = (0.17, 0.04, 0.27)  # of a mask: a color that photos rarely have
+GRAY = "#333333"  # of text
 ROWS = 12  # of a sheet; more images make more sheets
 
 
@@ -27,8 +29,7 @@ class Seen:
 
     name: str
     photo: Image.Image  # the part that the network sees
-    maps: dict[str, Tensor]  # (h, w) by name: mean, head 1, head 2 ...
-    tokens: int  # all that attention is shared among
+    maps: dict[str, Tensor]  # (h, w) by name (mean, head 1, head 2 ...), in even shares
     masks: dict[str, Tensor] | None  # bool (h, w), with a threshold
     components: Tensor | None  # (h, w, 3) in standard deviations; NaN for what is background
 
@@ -41,21 +42,24 @@ def photo_of(image: Image.Image, view: View, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
-def overlay(photo: Image.Image, attention: Tensor) -> Image.Image:
-    """Lay attention over a photo in gray; its largest value has the brightest color. Shape: attention (h, w)."""
+def overlay(photo: Image.Image, shares: Tensor) -> Image.Image:
+    """Lay attention over a photo in gray; its largest value, `SCALE` at least, has the brightest color.
+
+    Shape: shares (h, w), attention as multiples of an even share.
+    """
     import matplotlib
 
-    values = _enlarged(attention / attention.max().clamp(min=1e-30), photo.size, Image.Resampling.BICUBIC)
+    values = _enlarged(shares / shares.max().clamp(min=SCALE), photo.size, Image.Resampling.BICUBIC)
     colors = matplotlib.colormaps[COLORS](values.clip(0, 1))[..., :3]
     gray = np.asarray(photo.convert("L"))[..., None] / 255
     return _image(COLOR_SHARE * colors + (1 - COLOR_SHARE) * gray)
 
 
 def cut_out(photo: Image.Image, mask: Tensor) -> Image.Image:
-    """Darken what is outside a mask. Shape: mask bool (h, w)."""
+    """Show what is inside a mask; outside, the photo is dark and violet. Shape: mask bool (h, w)."""
     inside = _enlarged(mask.float(), photo.size, Image.Resampling.NEAREST)[..., None] > 0.5
     gray = np.asarray(photo.convert("L"))[..., None] / 255
-    return _image(np.where(inside, np.asarray(photo) / 255, 0.25 * gray))
+    return _image(np.where(inside, np.asarray(photo) / 255, 0.3 * gray + OUTSIDE))
 
 
 def component_colors(scores: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -75,7 +79,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
 def pictures(seen: Seen) -> dict[str, Image.Image]:
     """Return all pictures of one image by their names: image, mean, head1 ..., mask_mean, mask_head1 ..., pca."""
     found = {"image": seen.photo}
-    found |= {_file(name): overlay(seen.photo, attention) for name, attention in seen.maps.items()}
+    found |= {_file(name): overlay(seen.photo, shares) for name, shares in seen.maps.items()}
     for name, mask in (seen.masks or {}).items():
         found[f"mask_{_file(name)}"] = cut_out(seen.photo, mask)
     if seen.components is not None:
@@ -103,70 +107,70 @@ class Sheet:
 
     def __init__(self, tile: int, title: str, threshold: float | None):
         self.tile, self.title, self.threshold = tile, title, threshold
-        self.rows: list[tuple[Image.Image, list[str]]] = []
+        self.rows: list[Image.Image] = []
         self.headings: list[str] = []
         self.font, self.small = _font(max(10, tile // 11)), _font(max(9, tile // 13))
 
     def add(self, seen: Seen) -> None:
         """Draw one image's row. Its photo should be `tile` pixels long."""
-        drawn = pictures(seen)
-        maps = list(seen.maps)
+        drawn, maps = pictures(seen), list(seen.maps)
         self.headings = ["image", *maps, *(["components"] if "pca" in drawn else [])]
-        lines = [[drawn["image"], *(drawn[_file(name)] for name in maps), drawn.get("pca")]]
-        if seen.masks is not None:
-            lines.append([None, *(drawn[f"mask_{_file(name)}"] for name in maps), None])
-        captions = [printable(seen.name), *(f"{float(m.max()) * seen.tokens:.1f}×" for m in seen.maps.values())]
-        height = max(picture.height for picture in drawn.values())
-        row = Image.new("RGB", (self._left(len(self.headings)), len(lines) * (height + self.GAP)), "white")
-        for k, line in enumerate(lines):
-            for i, picture in enumerate(line[: len(self.headings)]):
-                if picture is not None:
-                    x = self._left(i) + (self.tile - picture.width) // 2
-                    row.paste(picture, (x, k * (height + self.GAP)))
-        self.rows.append((row, captions))
+        captions = [printable(seen.name), *(f"{float(shares.max()):.1f}×" for shares in seen.maps.values())]
+        high, line, step = seen.photo.height, round(1.7 * self.small.size), self.tile + self.GAP
+        masks = [f"mask_{_file(name)}" for name in maps] if seen.masks is not None else []
+        row = Image.new("RGB", (self._left(len(self.headings)), high + line + bool(masks) * (high + self.GAP)), "white")
+        pen = ImageDraw.Draw(row)
+        for i, name in enumerate(["image", *map(_file, maps), *(["pca"] if "pca" in drawn else [])]):
+            row.paste(drawn[name], (self._left(i) + (self.tile - seen.photo.width) // 2, 0))
+        for i, text in enumerate(captions):
+            self._center(pen, i, high + line // 2 - 1, _fit(text, self.small, self.tile))
+        for i, name in enumerate(masks):
+            row.paste(drawn[name], (self._left(i + 1) + (self.tile - seen.photo.width) // 2, high + line))
+        if masks:
+            text = f"{self.threshold:.0%} of the\nattention"
+            pen.multiline_text((step - self.GAP, high + line + high // 2), text, GRAY, self.small, "rm", align="right")
+        self.rows.append(row)
+
+    def _center(self, pen: ImageDraw.ImageDraw, column: int, y: int, text: str) -> None:
+        pen.text((self._left(column) + self.tile // 2, y), text, GRAY, self.small, anchor="mm")
 
     def _left(self, column: int) -> int:
         return self.GAP + column * (self.tile + self.GAP)
 
     def draw(self) -> Image.Image:
         """Return the sheet."""
-        head, line, caption = (round(1.7 * font.size) for font in (self.font, self.small, self.small))
-        legend = self._legend_lines()
-        width = self.rows[0][0].width
-        height = head + sum(row.height + caption for row, _ in self.rows) + (len(legend) + 1) * line + 2 * self.GAP
-        sheet = Image.new("RGB", (width, height), "white")
+        head, line = round(2 * self.font.size), round(1.7 * self.small.size)
+        legend = self._legend()
+        height = head + sum(row.height + self.GAP for row in self.rows) + (len(legend) + 1) * line + self.GAP
+        sheet = Image.new("RGB", (self.rows[0].width, height), "white")
         pen, y = ImageDraw.Draw(sheet), head
         for i, text in enumerate(self.headings):
             pen.text((self._left(i) + self.tile // 2, head // 2), text, "black", self.font, anchor="mm")
-        for row, captions in self.rows:
+        for row in self.rows:
             sheet.paste(row, (0, y))
-            y += row.height
-            for i, text in enumerate(captions):
-                place = (self._left(i) + self.tile // 2, y + caption // 2 - self.GAP // 2)
-                pen.text(place, _fit(text, self.small, self.tile), "#333333", self.small, anchor="mm")
-            y += caption
-        y += self.GAP
+            y += row.height + self.GAP
         self._bar(sheet, pen, y, line)
         for i, text in enumerate(legend):
-            pen.text((self.GAP, y + (i + 1.5) * line), text, "#333333", self.small, anchor="lm")
+            pen.text((self.GAP, y + (i + 1.5) * line), text, GRAY, self.small, anchor="lm")
         return sheet
 
     def _bar(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, y: int, line: int) -> None:
-        """Draw the scale of colors and what its ends mean."""
+        """Draw the scale of colors and say what its ends are."""
         import matplotlib
 
-        colors = matplotlib.colormaps[COLORS](np.linspace(0, 1, self.tile))[None, :, :3].repeat(line // 2, 0)
-        pen.text((self.GAP, y + line // 2), "0", "#333333", self.small, anchor="lm")
+        colors = matplotlib.colormaps[COLORS](np.linspace(0, 1, self.tile // 2))[None, :, :3].repeat(line // 2, 0)
+        pen.text((self.GAP, y + line // 2), "0", GRAY, self.small, anchor="lm")
         x = self.GAP + round(self.small.getlength("0 "))
         sheet.paste(_image(colors), (x, y + line // 4))
-        text = "the picture's largest attention, N×: N times an even share among all tokens"
-        pen.text((x + self.tile + self.GAP, y + line // 2), text, "#333333", self.small, anchor="lm")
+        text = f"the largest attention in the picture (N×), at least {SCALE:.0f}×; 1× is an even share among all tokens"
+        x += self.tile // 2 + self.GAP
+        pen.text((x, y + line // 2), _fit(text, self.small, sheet.width - x), GRAY, self.small, anchor="lm")
 
-    def _legend_lines(self) -> list[str]:
-        masks = f"second line: the fewest patches with {self.threshold:.0%} of the attention" if self.threshold else ""
+    def _legend(self) -> list[str]:
+        masks = f"{self.threshold:.0%} of the attention: the fewest patches that hold it" if self.threshold else ""
         with_components = "components" in self.headings
         pca = "components: the first three of all patch tokens, in red, green, blue" if with_components else ""
-        width = (self.tile + self.GAP) * len(self.headings) - self.GAP
+        width = self._left(len(self.headings)) - 2 * self.GAP
         return [_fit(text, self.small, width) for text in (masks, pca, self.title) if text]
 
 
@@ -179,7 +183,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Return the text, or its end behind dots if it is too wide."""
-    text = text[-300:]
+    text = text[-300:]  # each try below measures the whole
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"…{text}") > width:
@@ -210,13 +214,14 @@ class OutputFolder:
                     raise UserError(f"--output_dir {printable(path)}: {printable(name)} {what}: choose another folder")
 
     def open(self) -> None:
-        """List what is going to be written, so that it may be replaced if this call is killed."""
+        """Create the folder and list what is going to be written, which may be replaced if this call is killed."""
+        check_output_dir(str(self.path))
         self._list({}, sorted({*self.planned, *self.earlier}))
 
     def picture(self, name: str, image: Image.Image) -> None:
         """Write a PNG."""
         content = io.BytesIO()
-        image.save(content, "PNG", optimize=True)
+        image.save(content, "PNG")
         self.write(name, content.getvalue())
 
     def write(self, name: str, content: bytes) -> None:
@@ -252,12 +257,7 @@ def folder_name(number: int, name: str) -> str:
     return f"{number:04}_" + "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)[-50:]
 
 
-def map_names(heads: int) -> list[str]:
-    """Return the names of the maps: the mean, then each head."""
-    return ["mean", *(f"head {i + 1}" for i in range(heads))]
-
-
-def with_mean(attention: Tensor) -> dict[str, Tensor]:
+def by_name(attention: Tensor) -> dict[str, Tensor]:
     """Return the maps by name, the mean of all heads first. Shape: (heads, h, w) -> (h, w) each."""
-    stacked = torch.cat([attention.mean(0, keepdim=True), attention])
-    return dict(zip(map_names(len(attention)), stacked, strict=True))
+    heads = {f"head {i + 1}": one for i, one in enumerate(attention)}
+    return {"mean": attention.mean(0), **heads}
