@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from cplearn import errors, random_streams
 from cplearn.data import datasets, sources
@@ -78,7 +79,9 @@ def choose(dataset, args: argparse.Namespace) -> list[int]:
     """Return which images to draw, in their order. Raises `UserError` if there are too many to mean all of them."""
     if args.sample is None:
         if len(dataset) > MOST:
-            raise UserError(f"--images {args.images} holds {len(dataset):,} images: add --sample 16, for instance")
+            raise UserError(
+                f"--images {datasets.printable(args.images)} holds {len(dataset):,} images: add --sample 16, for instance"
+            )
         return list(range(len(dataset)))
     order = random_streams.random_stream(random_streams.FOR_ORDER, args.seed).permutation(len(dataset))
     return sorted(order[: args.sample].tolist())
@@ -98,15 +101,17 @@ def check_images(dataset, chosen: list[int], model: Model, keep_aspect: bool) ->
 
 def check_network(model: Model, keep_aspect: bool, device: torch.device) -> int:
     """Return the number of heads. Raises `UserError` for a network without such attention, or one for squares only."""
-    size = model.image_size
-    square = attention.last_block(model.backbone, torch.zeros(1, 3, size, size, device=device), model.arch)
+    attention.check_attention(model.backbone, model.arch)
+    height = width = model.image_size
     if keep_aspect:
-        longer = size + attention.patch_of(model.backbone)[1]
-        try:
-            attention.last_block(model.backbone, torch.zeros(1, 3, size, longer, device=device), model.arch)
-        except (RuntimeError, AssertionError, ValueError):
-            raise UserError(f"--keep_aspect: --arch {model.arch} takes square images only: leave it out") from None
-    return square.attention.shape[1]
+        width += attention.patch_of(model.backbone)[1]
+    try:
+        return attention.last_block(model.backbone, torch.zeros(1, 3, height, width, device=device), model.arch).heads
+    except (RuntimeError, AssertionError) as error:  # the square it has taken already
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--keep_aspect: --arch {model.arch} takes square images only: leave it out ({reason})"
+        ) from None
 
 
 class Pass:
@@ -116,7 +121,7 @@ class Pass:
         self.model, self.dataset, self.chosen, self.device = model, dataset, chosen, device
 
     def __iter__(self) -> Iterator[tuple[Chosen, Image.Image, attention.LastBlock]]:
-        for one in self.chosen:
+        for one in tqdm(self.chosen, unit="image", leave=False, disable=None):  # None: quiet without a terminal
             image = self.dataset.read(one.index)[0]
             x = attention.network_input(one.view.pixels(image), self.device)
             seen = attention.last_block(self.model.backbone, x, self.model.arch)
@@ -226,7 +231,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     record = {"arch": model.arch, **model.source(), "image_size": model.image_size, "commit": git_commit()}
     out.close({**record, "flags": vars(args), "images": records})
     report(records, heads)
-    print(f"Wrote {', '.join(pages)} and the pictures of {len(chosen)} images to {datasets.printable(folder)}")
+    print(
+        f"Wrote {', '.join(pages)} and the pictures of {len(chosen)} image{'s' * (len(chosen) > 1)} to {datasets.printable(folder)}"
+    )
     return records
 
 

@@ -75,6 +75,10 @@ class LastBlock(NamedTuple):
     prefix: Tensor  # float32 (n, heads, p): to itself, then to registers and the like; with `attention` it sums to 1
     tokens: Tensor  # (n, h, w, f): the patches after the last norm
 
+    @property
+    def heads(self) -> int:
+        return self.attention.shape[-3]
+
 
 class _QueriesAndKeys(TorchFunctionMode):
     """Records what attention is computed from, and does not compute it."""

@@ -127,7 +127,7 @@ class Sheet:
         for i, name in enumerate(masks):
             row.paste(drawn[name], (self._left(i + 1) + (self.tile - seen.photo.width) // 2, high + line))
         if masks:
-            text = f"{self.threshold:.0%} of the\nattention"
+            text = f"{100 * self.threshold:g}% of the\nattention"
             pen.multiline_text((step - self.GAP, high + line + high // 2), text, GRAY, self.small, "rm", align="right")
         self.rows.append(row)
 
@@ -167,7 +167,7 @@ class Sheet:
         pen.text((x, y + line // 2), _fit(text, self.small, sheet.width - x), GRAY, self.small, anchor="lm")
 
     def _legend(self) -> list[str]:
-        masks = f"{self.threshold:.0%} of the attention: the fewest patches that hold it" if self.threshold else ""
+        masks = f"{100 * self.threshold:g}% of the attention: the fewest patches that hold it" if self.threshold else ""
         with_components = "components" in self.headings
         pca = "components: the first three of all patch tokens, in red, green, blue" if with_components else ""
         width = self._left(len(self.headings)) - 2 * self.GAP
