@@ -44,7 +44,7 @@ def create(path: Path) -> BinaryIO:
     return open(path, "xb")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Whole or not at all. Raises `WriteError`."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
@@ -60,6 +60,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
     finally:
         remove_quietly(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all. Raises `WriteError`."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

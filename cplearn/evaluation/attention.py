@@ -1,0 +1,259 @@
+"""What a ViT looks at: the attention of its CLS token in the last block, its patch tokens, and views of any shape."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cplearn.data import color
+from cplearn.data.augmentations import BICUBIC
+from cplearn.data.datasets import MAX_PIXELS
+from cplearn.errors import UserError
+
+WITH_ATTENTION = "vit_tiny, vit_small, vit_base and timm's ViTs that have one (timm:vit_*, deit*, beit*, eva*)"
+
+# --- views --------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """How an image becomes a network's input: resized, then cut from the center. All in pixels of the resized image."""
+
+    resized: tuple[int, int]  # width, height
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Shape: RGB image -> uint8 (3, height, width)."""
+        from torchvision.transforms.v2 import functional as tvf  # takes a second, which --help does not need
+
+        image = tvf.resize(image, list(self.resized[::-1]), interpolation=BICUBIC)
+        return tvf.pil_to_tensor(image.crop((self.left, self.top, self.left + self.width, self.top + self.height)))
+
+    def region(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom of what is seen, in pixels of the image itself."""
+        x, y = (a / b for a, b in zip(image.size, self.resized, strict=True))
+        return self.left * x, self.top * y, (self.left + self.width) * x, (self.top + self.height) * y
+
+
+def plan_view(image_size: tuple[int, int], size: int, patch: tuple[int, int], *, keep_aspect: bool = False) -> View:
+    """Plan the view of an image (width, height): the square one of every evaluation, or the whole image.
+
+    The whole one has a shorter side of `size`, and loses what is left of the longer one after whole patches (height,
+    width). Raises `UserError` if it has too many pixels.
+    """
+    short, long = sorted(image_size)
+    if keep_aspect:
+        width, height = (size if side == short else round(size * side / short) for side in image_size)
+        if width * height > MAX_PIXELS:
+            raise UserError(
+                f"--keep_aspect makes {width} x {height} pixels of an image of {image_size[0]} x {image_size[1]}, more "
+                f"than {MAX_PIXELS:,}: leave it out, or take that image away"
+            )
+        across, down = width - width % patch[1], height - height % patch[0]
+    else:  # as `augmentations.eval_pixels`
+        across = down = size
+        shorter = round(size * 256 / 224)
+        width, height = (shorter if side == short else int(shorter * side / short) for side in image_size)
+        if size < 96:
+            width = height = size
+    return View((width, height), round((width - across) / 2), round((height - down) / 2), across, down)
+
+
+# --- attention ----------------------------------------------------------------------------------------
+
+
+class LastBlock(NamedTuple):
+    """What the last block of a ViT makes of n images with h x w patches."""
+
+    attention: Tensor  # float32 (n, heads, h, w): of the CLS token to each patch
+    prefix: Tensor  # float32 (n, heads, p): to itself, then to registers and the like; with `attention` it sums to 1
+    tokens: Tensor  # (n, h, w, f): the patches after the last norm
+
+    @property
+    def heads(self) -> int:
+        return self.attention.shape[-3]
+
+
+class _QueriesAndKeys(TorchFunctionMode):
+    """Records what attention is computed from, and does not compute it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+        query = named["query"]
+        scale = query.shape[-1] ** -0.5 if named.get("scale") is None else named["scale"]
+        self.calls.append((query, named["key"], named.get("attn_mask"), scale))
+        return named["value"]
+
+
+def check_attention(backbone: nn.Module, arch: str) -> None:
+    """Raise `UserError` for a network without a CLS token that attends to patches in its last block."""
+    blocks = getattr(backbone, "blocks", None)
+    if (
+        getattr(backbone, "cls_token", None) is None
+        or not getattr(backbone, "num_prefix_tokens", 0)
+        or not (isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks))
+        or not hasattr(blocks[-1], "attn")
+        or not hasattr(getattr(backbone, "patch_embed", None), "dynamic_feat_size")
+    ):
+        raise UserError(f"--arch {arch} has no CLS token that attends to patches: {WITH_ATTENTION}")
+
+
+def patch_of(backbone: nn.Module) -> tuple[int, int]:
+    """Return height and width of a patch in pixels."""
+    return tuple(backbone.patch_embed.feat_ratio(as_scalar=False))
+
+
+@torch.no_grad()
+def last_block(backbone: nn.Module, x: Tensor, arch: str = "of this network") -> LastBlock:
+    """Run a ViT of ours or timm's, and return the attention of the CLS token in its last block and the patch tokens.
+
+    The network computes what it always does. The attention is that of the CLS token alone, from queries and keys as the
+    block itself makes them (with norms, rotary positions and biases): memory grows with the patches, not their square.
+    Shape: x float32 (n, 3, H, W), normalized. Raises `UserError` for a network whose last block is of another kind.
+    """
+    check_attention(backbone, arch)
+    attn, inputs = backbone.blocks[-1].attn, []
+    hook = attn.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
+    try:
+        tokens = backbone.forward_features(x)
+    finally:
+        hook.remove()
+    h, w = backbone.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
+    p = backbone.num_prefix_tokens
+    calls = _calls(attn, *inputs[0]) if len(inputs) == 1 else []
+    if len(calls) != 1 or calls[0][0].shape[-2] != p + h * w or calls[0][1].shape[-2] != p + h * w:
+        raise UserError(f"--arch {arch} attends in another way than a plain ViT in its last block: {WITH_ATTENTION}")
+    row = _first_row(*calls[0])
+    return LastBlock(row[..., p:].unflatten(-1, (h, w)), row[..., :p], tokens[:, p:].unflatten(1, (h, w)))
+
+
+def _calls(attn: nn.Module, args: tuple, kwargs: dict) -> list[tuple[Tensor, Tensor, Tensor | None, float]]:
+    """Return queries, keys, bias and scale of each attention that a module computes of its inputs."""
+    fused = getattr(attn, "fused_attn", None)
+    with _QueriesAndKeys() as recorded:
+        try:
+            if fused is not None:  # TIMM_FUSED_ATTN=0 would write the attention out
+                attn.fused_attn = True
+            attn(*args, **kwargs)
+        finally:
+            if fused is not None:
+                attn.fused_attn = fused
+    return recorded.calls
+
+
+def _first_row(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return the first token's attention. Shape: (n, heads, N, d) twice -> float32 (n, heads, N)."""
+    scores = (query[:, :, :1] * scale) @ key.transpose(-2, -1)
+    if bias is not None:
+        bias = bias.expand(*scores.shape[:2], query.shape[-2], scores.shape[-1])[:, :, :1]
+        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
+    return scores.float().softmax(-1)[:, :, 0]
+
+
+def mass_mask(attention: Tensor, share: float) -> Tensor:
+    """Return the smallest set of patches whose attention is at least this share of that to all patches (DINO).
+
+    Shape: (..., h, w) -> bool (..., h, w).
+    """
+    values, order = attention.flatten(-2).double().sort(dim=-1, descending=True, stable=True)
+    before = values.cumsum(-1) - values
+    kept = before < share * values.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter_(-1, order, kept).view(attention.shape)
+
+
+# --- components of patch tokens -----------------------------------------------------------------------
+
+
+class Components(NamedTuple):
+    """The first principal components of patch tokens, and their standard deviations."""
+
+    mean: Tensor  # float64 (f,)
+    vectors: Tensor  # float64 (f, 3); zeros for those that the tokens do not have
+    deviations: Tensor  # float64 (3,)
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """Return how far tokens lie along each component, in its standard deviations. Shape: (..., f) -> (..., 3)."""
+        centered = tokens.cpu().double() - self.mean
+        return centered @ self.vectors / self.deviations.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+class TokenStatistics:
+    """Mean and covariance of tokens that come in parts, so that the tokens of all images need not be kept."""
+
+    def __init__(self, width: int):
+        self.count = 0
+        self.sum, self.products = torch.zeros(width).double(), torch.zeros(width, width).double()
+        self.weight, self.weighted = 0.0, torch.zeros(width).double()
+
+    def add(self, tokens: Tensor, weights: Tensor) -> None:
+        """Shape: tokens (m, f), weights (m,): how much each is attended to."""
+        tokens, weights = tokens.cpu().double(), weights.cpu().double()
+        self.count += len(tokens)
+        self.sum += tokens.sum(0)
+        self.products += tokens.T @ tokens
+        self.weight += float(weights.sum())
+        self.weighted += weights @ tokens
+
+    def components(self) -> Components:
+        """Return the first three components. The sign of each is such that what is attended to is positive."""
+        mean = self.sum / max(1, self.count)
+        values, vectors = torch.linalg.eigh(self.products / max(1, self.count) - torch.outer(mean, mean))
+        width = min(3, len(values))
+        values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+        toward = (self.weighted / self.weight if self.weight else mean) - mean
+        vectors = vectors * torch.where(toward @ vectors < 0, -1.0, 1.0)
+        there = values > 1e-9 * values[0].clamp(min=1e-30)
+        vectors, deviations = vectors * there, values.clamp(min=0).sqrt()
+        return Components(mean, F.pad(vectors, (0, 3 - width)), F.pad(deviations, (0, 3 - width)))
+
+
+class PatchColors:
+    """Components of the patch tokens of all images, or of their foreground: what lies on the attended side of the
+    first component."""
+
+    def __init__(self, passes: Callable[[], Iterable[LastBlock]], *, foreground: bool = False):
+        """`passes`: returns the last block of each image, one at a time; called once, or twice for the foreground.
+
+        Shape: attention (heads, h, w), tokens (h, w, f).
+        """
+        self.whole = None
+        self.components = self._of(passes())
+        if foreground:
+            self.whole = self.components
+            self.components = self._of(passes())
+
+    def _of(self, blocks: Iterable[LastBlock]) -> Components:
+        statistics = None
+        for seen in blocks:
+            statistics = statistics or TokenStatistics(seen.tokens.shape[-1])
+            kept = self.is_foreground(seen.tokens)
+            statistics.add(seen.tokens[kept], seen.attention.mean(0)[kept])
+        return statistics.components()
+
+    def is_foreground(self, tokens: Tensor) -> Tensor:
+        """Shape: (h, w, f) -> bool (h, w), all True without a foreground."""
+        if self.whole is None:
+            return torch.ones(tokens.shape[:-1], dtype=torch.bool)
+        return self.whole.scores(tokens)[..., 0] > 0
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Return standard deviations along each component, NaN for background. Shape: (h, w, f) -> (h, w, 3)."""
+        return self.components.scores(tokens).masked_fill(~self.is_foreground(tokens)[..., None], torch.nan)
+
+
+def network_input(pixels: Tensor, device: torch.device) -> Tensor:
+    """Shape: uint8 (3, H, W) -> float32 (1, 3, H, W), normalized, on the device."""
+    return color.normalize(color.to_float(pixels[None].to(device)))
