@@ -46,10 +46,15 @@ def create(path: Path) -> BinaryIO:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all. Raises `WriteError`."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Whole or not at all. Raises `WriteError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with create(temporary) as f:
-            f.write(text.encode("utf-8", "surrogateescape"))
+            f.write(content)
         os.replace(temporary, path)
     except OSError as error:
         raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
