@@ -12,6 +12,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a
 VERDICTS = {"healthy": "#8fd0a8", "stuck at uniform": "#b0b0b0", "representation": "#c1272d", "cluster": "#ee8833",
             "dimensional": "#7a3fa0", "intracluster": "#2f5fb3"}  # fmt: skip
 OTHER = "#e6d84a"  # a verdict of another version
+SMALL = {"fontsize": 7, "color": "0.35"}
 SOFTWARE = "plot_runs.py"  # in the file, so that it is known as ours
 
 
@@ -21,14 +22,17 @@ def draw(runs: Sequence[RunLog], axis: str) -> bytes:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     panels = [p for p in PANELS if any(run.points(axis, f, positive=p.log) for run in runs for f in p.curves)]
     rows, tall = math.ceil(len(panels) / 3), 0.5 + 0.22 * len(runs)
-    figure = plt.figure(figsize=(13, tall + 2.6 * rows + 0.3), layout="constrained")
-    grid = figure.add_gridspec(rows + 1, 3, height_ratios=[tall, *[2.6] * rows])
+    figure = plt.figure(figsize=(11, tall + 2.3 * rows + 0.5), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, 3, height_ratios=[tall, *[2.3] * rows])
     draw_verdicts(figure.add_subplot(grid[0, :]), runs, axis)
     for k, panel in enumerate(panels):
         draw_panel(figure.add_subplot(grid[1 + k // 3, k % 3]), panel, runs, axis)
+    handles = [Line2D([], [], color=color, lw=3, label=as_text(run.name)) for run, color in _colored(runs)]
+    figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(4, len(runs))), fontsize=9, frameon=False)
     content = io.BytesIO()
     figure.savefig(content, dpi=90, metadata={"Software": SOFTWARE})
     plt.close(figure)
@@ -36,7 +40,7 @@ def draw(runs: Sequence[RunLog], axis: str) -> bytes:
 
 
 def draw_verdicts(axes, runs: Sequence[RunLog], axis: str) -> None:
-    """Draw one row per run, colored by the verdict of each epoch; the names of the runs are the legend."""
+    """Draw one row per run, colored by the verdict of each epoch, with the color of the run before it."""
     from matplotlib.patches import Patch
 
     shown = set()
@@ -44,16 +48,19 @@ def draw_verdicts(axes, runs: Sequence[RunLog], axis: str) -> None:
         for start, end, verdict in spans(run, axis):
             axes.barh(i, end - start, left=start, height=0.8, color=VERDICTS.get(verdict, OTHER))
             shown.add(verdict)
-    axes.set_yticks(range(len(runs)), [as_text(run.name) for run in runs], fontsize=8)
-    for label, color in zip(axes.get_yticklabels(), _cycle(len(runs)), strict=True):
-        label.set(color=color, fontweight="bold")
+    axes.set_yticks(range(len(runs)), ["▬"] * len(runs))
+    for label, (_, color) in zip(axes.get_yticklabels(), _colored(runs), strict=True):
+        label.set_color(color)
+    axes.tick_params(axis="y", length=0)
     axes.set(ylim=(len(runs) - 0.4, -0.6), xlim=(0, None))
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(f"Verdict, over {axis}", fontsize=10, loc="left")
     names = [*(x for x in VERDICTS if x in shown), *sorted(shown - VERDICTS.keys())]
     handles = [Patch(color=VERDICTS.get(x, OTHER), label=as_text(x)) for x in names]
     if handles:
-        axes.legend(handles=handles, fontsize=8, ncols=len(handles), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+        axes.legend(
+            handles=handles, fontsize=8, ncols=len(handles), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
+        )
 
 
 def spans(run: RunLog, axis: str) -> list[tuple[float, float, str]]:
@@ -76,7 +83,7 @@ def draw_panel(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
     shown = [run for run in runs if any(run.points(axis, field, positive=panel.log) for field in panel.curves)]
-    for run, color in zip(runs, _cycle(len(runs)), strict=True):
+    for run, color in _colored(runs):
         for field, style in zip(panel.curves, ("-", "--"), strict=False):
             points = run.points(axis, field, positive=panel.log)
             axes.plot(*zip(*points, strict=True) if points else ((), ()), style, color=color, lw=1.4,
@@ -88,34 +95,39 @@ def draw_panel(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
         for name, style in zip(panel.curves.values(), ("-", "--"), strict=True):
             axes.plot([], [], style, color="0.3", lw=1.2, label=name or "measured")
         axes.legend(fontsize=7, framealpha=0.6)
-    for field, name in panel.references.items():
-        _draw_level(axes, name, _levels(shown, field))
-    low, high = axes.get_ylim()
-    for field, name in panel.far.items():
-        levels = _levels(shown, field)
-        if all(low <= y <= high for y in levels):
-            _draw_level(axes, name, levels)
-        elif len(levels) == 1:
-            up = levels[0] > high
-            axes.text(0.99, 0.97 if up else 0.03, f"{name}: {short(levels[0])} {'↑' if up else '↓'}", fontsize=7,
-                      color="0.4", ha="right", va="top" if up else "bottom", transform=axes.transAxes)  # fmt: skip
+    draw_levels(axes, panel, shown, axis)
     axes.set_xlim(0, None)
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title(panel.title + (f" ({names[0]})" if len(panel.curves) == 1 and names else ""), fontsize=10, loc="left")
+    axes.set_title(
+        panel.title + (f" ({names[0]})" if len(panel.curves) == 1 and names else ""), fontsize=10, loc="left"
+    )
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
 
 
+def draw_levels(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
+    """Draw the reference values as dotted lines, or name them at the edge beyond which they lie."""
+    near = [(name, y) for field, name in panel.references.items() for y in _levels(runs, field)]
+    for _, y in near:
+        axes.axhline(y, color="0.5", lw=0.9, ls=":")
+    low, high = axes.get_ylim()
+    far = [(name, y) for field, name in panel.far.items() for y in _levels(runs, field)]
+    for name, y in near + [level for level in far if low <= level[1] <= high]:
+        axes.axhline(y, color="0.5", lw=0.9, ls=":")
+        # Its name stands at the end from which the curves are further away.
+        curves = [run.points(axis, next(iter(panel.curves))) for run in runs]
+        first, last = (min(abs(curve[k][1] - y) for curve in curves if curve) for k in (0, -1))
+        at = {"x": 0.01, "ha": "left"} if first > last else {"x": 0.99, "ha": "right"}
+        axes.text(s=f"{name} {short(y)}", y=y, va="bottom", transform=axes.get_yaxis_transform(), **at, **SMALL)
+    for outside, y, va, arrow in (([x for x in far if x[1] > high], 0.97, "top", "↑"),
+                                  ([x for x in far if x[1] < low], 0.03, "bottom", "↓")):  # fmt: skip
+        words = "  ".join(f"{name} {short(level)} {arrow}" for name, level in outside[:3])
+        axes.text(0.99, y, words, ha="right", va=va, transform=axes.transAxes, **SMALL)
+
+
 def _levels(runs: Sequence[RunLog], field: str) -> list[float]:
     return sorted({round(y, 6) for run in runs if (y := run.last(field)) is not None})
-
-
-def _draw_level(axes, name: str, levels: list[float]) -> None:
-    for y in levels:
-        axes.axhline(y, color="0.5", lw=0.9, ls=":")
-        axes.annotate(f"{name} {short(y)}", (0.01, y), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
-                      va="bottom")  # fmt: skip
 
 
 def short(y: float) -> str:
@@ -123,8 +135,8 @@ def short(y: float) -> str:
     return f"{y:,.0f}" if abs(y) >= 100 else f"{y:.3g}"
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
+def _colored(runs: Sequence[RunLog]) -> list[tuple[RunLog, str]]:
+    return [(run, COLORS[i % len(COLORS)]) for i, run in enumerate(runs)]
 
 
 def as_text(name: str) -> str:
