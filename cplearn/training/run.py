@@ -20,6 +20,7 @@ from cplearn.training.monitor import Monitor
 from cplearn.training.progress import DeferredRead, EpochState
 from cplearn.training.run_control import StopSignals
 from cplearn.training.step_profile import StepProfile
+from cplearn.training.writers import Writers
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Run:
     monitor: Monitor
     lock: FolderLock
     signals: StopSignals
+    writers: Writers = field(init=False)  # once the training begins
     step: int = 0  # finished optimizer steps
     epoch: EpochState = field(default_factory=EpochState)
     outcomes: DeferredRead = field(default_factory=DeferredRead)  # of the last step, on their way to the host
