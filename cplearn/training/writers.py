@@ -7,7 +7,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cplearn.distributed import collectives
@@ -87,33 +87,28 @@ class WeightsAndBiases:
                     self.run = _start(args, mode)
                 break
             except Exception as error:  # whatever it may be
-                self._warn(
-                    "did not start", error, "the numbers are kept for later" if mode is None else "it is left out"
-                )
-        if self.run is not None:
-            print(f"Weights & Biases: run {self.run.id}, {self.folder if self.run.offline else self.run.url}", flush=True)
+                _end_process()  # it would hold on to the run's id
+                self._warn("did not start", error, "left out" if mode else "its numbers are kept for `wandb sync`")
+        if self.run is not None and not self.run.disabled:
+            where = self.folder if self.run.offline else self.run.url
+            print(f"Weights & Biases: run {self.run.id}, {where}", flush=True)
 
     def write(self, numbers: dict[str, float], epoch: int) -> None:
         try:
-            if self.run is not None:
-                self.run.log(
-                    numbers, step=epoch + 1
-                )  # finished epochs; of those that are trained again the first count
+            if self.run is not None:  # of epochs that are trained again the first numbers stay
+                self.run.log(numbers, step=epoch + 1)
         except Exception as error:
             self.run = None
-            self._warn("failed", error, "it is left out from here on")
+            self._warn("failed", error, "left out from here on")
 
     def close(self, code: int) -> None:
-        import wandb
-
         try:
             with self._kept_inside():
                 if self.run is not None:
                     self.run.finish(exit_code=code)
         except Exception as error:
-            self._warn("could not send everything", error, f"wandb sync {self.folder}/run-* sends it later")
-        finally:
-            wandb.teardown()  # of its process
+            self._warn("could not send everything", error, f"`wandb sync {self.folder}/run-*` sends it")
+        _end_process()
 
     def _warn(self, what: str, error: Exception, then: str) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -131,6 +126,13 @@ class WeightsAndBiases:
             sys.stdin = stdin
             for name in missing:
                 os.environ.pop(name, None)
+
+
+def _end_process() -> None:
+    """End the process that Weights & Biases has beside this one, whatever state it is in."""
+    if "wandb" in sys.modules:
+        with suppress(Exception):
+            sys.modules["wandb"].teardown()
 
 
 def _start(args: argparse.Namespace, mode: str | None):
