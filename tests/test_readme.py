@@ -21,7 +21,7 @@ PAGES = sorted(
 )
 RECIPES = sorted(ROOT.glob("recipes/*.txt"))
 FILES = ROOT / "docs" / "files.md"
-EVALUATIONS = ("eval_knn.py", "eval_linear.py", "eval_cluster.py", "eval_collapse.py")
+EVALUATIONS = ("eval_knn.py", "eval_linear.py", "eval_cluster.py", "eval_collapse.py", "plot_runs.py")
 
 
 def commands(text: str) -> list[str]:

@@ -123,7 +123,7 @@ def draw_levels(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
     for outside, y, va, arrow in (([x for x in far if x[1] > high], 0.97, "top", "↑"),
                                   ([x for x in far if x[1] < low], 0.03, "bottom", "↓")):  # fmt: skip
         words = "  ".join(f"{name} {short(level)} {arrow}" for name, level in outside[:3])
-        axes.text(0.99, y, words, ha="right", va=va, transform=axes.transAxes, **SMALL)
+        axes.text(0.5, y, words, ha="center", va=va, transform=axes.transAxes, **SMALL)
 
 
 def _levels(runs: Sequence[RunLog], field: str) -> list[float]:
