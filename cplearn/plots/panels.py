@@ -14,7 +14,7 @@ class Panel:
     curves: dict[str, str]  # field -> what it is called beside the others; the second one is dashed
     references: dict[str, str] = field(default_factory=dict)  # levels that the axis reaches: field -> name
     far: dict[str, str] = field(default_factory=dict)  # levels that are only named at the edge if they lie outside
-    log: bool = False
+    log: bool = False  # where the values span a factor of ten
     percent: bool = False
     help: str = ""
 
@@ -24,7 +24,7 @@ PANELS = (
     Panel("Loss", {"train_loss": ""}, {"loss_uniform": "uniform", "loss_floor": "floor"}, {"loss_one_code": "one code"}, help="Between what uniform assignments have and what it cannot fall below"),
     Panel("Way from uniform to floor", {"uniform_to_floor": ""}, percent=True, help="The loss, for runs whose reference values differ"),
     Panel("Perplexity of the codes", {"usage_perplexity": ""}, far={"out_dim": "codes"}, log=True, help="How many codes are in use, weighted by use, in windows of 20 steps"),
-    Panel("Codes used", {"codes_used": "in 20 steps", "probe_codes_used": "by the probe"}, far={"out_dim": "codes"}, log=True, help="Codes that got an image"),
+    Panel("Codes used", {"codes_used": "in 20 steps", "probe_codes_used": "by the probe"}, far={"out_dim": "codes"}, help="Codes that got half an image or more"),
     Panel("Information", {"information": ""}, help="Nats that an assignment tells about its image"),
     Panel("Effective rank", {"probe_features_rank": "features", "probe_embedding_rank": "embedding"}, help="RankMe of the probe: in how many directions its vectors go"),
     Panel("Cosine of two images", {"probe_features_cosine": "features", "probe_embedding_cosine": "embedding"}, help="Mean over the probe; 1 if all images are the same to the network"),

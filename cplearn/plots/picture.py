@@ -88,7 +88,8 @@ def draw_panel(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
             points = run.points(axis, field, positive=panel.log)
             axes.plot(*zip(*points, strict=True) if points else ((), ()), style, color=color, lw=1.4,
                       marker="o" if len(points) < 12 else None, ms=3)  # fmt: skip
-    if panel.log:
+    values = [y for run in shown for field in panel.curves for _, y in run.points(axis, field, positive=panel.log)]
+    if panel.log and max(values) >= 10 * min(values):
         axes.set_yscale("log")
     names = [name for name in panel.curves.values() if name]
     if len(panel.curves) > 1:

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from helpers import ROOT, children_of, log_of, same_state, train
+from helpers import ROOT, children_of, log_of, run_in_processes, same_state, train
 
 from cplearn.errors import UserError
 from cplearn.training import writers
@@ -215,3 +216,15 @@ def test_a_folder_named_wandb_is_no_package(tmp_path, monkeypatch):
 def test_a_project_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="--wandb_project 'a/b' must be 1 to 128 characters without"):
         train(tmp_path, "--wandb", "--wandb_project", "a/b")
+
+
+def _write(rank, out):
+    with writers.Writers(flags(Path(out)), 0) as opened:
+        opened.write(RECORD)
+
+
+@pytest.mark.dist
+def test_only_the_first_process_writes(tmp_path):
+    run_in_processes(tmp_path, _write, str(tmp_path / "out"))
+    (content,) = written(tmp_path / "out")
+    assert b"1.0625" in content
