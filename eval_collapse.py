@@ -42,6 +42,7 @@ from cplearn.evaluation.collapse_numbers import (
 )
 from cplearn.evaluation.features import Model, get_features, read_weights
 from cplearn.flags import check_path
+from cplearn.text import names_of
 from utils import ArgumentParser, bool_flag, format_table, positive
 
 COMPONENTS = (10, 20, 50, 100, 200, 500, 1000)  # of the mixtures
@@ -146,16 +147,6 @@ def load_networks(
         if networks[-1].data.source["data"] != networks[0].data.source["data"]:
             raise UserError(f"{label} was trained on other data than {labels[0]}: name one with --data_path")
     return networks, flags
-
-
-def names_of(paths: list[str]) -> list[str]:
-    """Name each checkpoint by its folder, with as much of its path as tells them apart."""
-    parts = [Path(path).expanduser().absolute().parts for path in paths]
-    for depth in range(2, max(map(len, parts)) + 1):
-        names = ["/".join(p[-depth:-1]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{i + 1}: {Path(path).name}" for i, path in enumerate(paths)]
 
 
 @torch.inference_mode()

@@ -32,12 +32,13 @@ from cplearn.training.memory import check_memory
 from cplearn.training.monitor import Monitor
 from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
 from cplearn.training.progress import EpochState
-from cplearn.training.report import EpochReport, announce, report_end, report_epoch, tensorboard_writer
+from cplearn.training.report import EpochReport, announce, report_end, report_epoch
 from cplearn.training.resume import resume, save
 from cplearn.training.run import Run
 from cplearn.training.run_control import StopSignals
 from cplearn.training.step_profile import StepProfile
 from cplearn.training.votes import act_on_votes, count, stop_if_asked, vote
+from cplearn.training.writers import Writers, check_writers
 from utils import (
     ArgumentParser,
     bool_flag,
@@ -114,6 +115,8 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--knn_freq", type=nonnegative(int), default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none. Also before the first step")
     g.add_argument("--profile", action="store_true", help="Write a trace of 20 steps to profile.json and print the ten largest costs")
     g.add_argument("--tensorboard", action="store_true", help="Also write TensorBoard events (needs the tensorboard package)")
+    g.add_argument("--wandb", action="store_true", help="Also log to Weights & Biases, offline where there is no network (needs the wandb package)")
+    g.add_argument("--wandb_project", default="cplearn", help="Its project there")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     g.add_argument("--dist_url", default="env://", help="Rendezvous of the processes; torchrun needs no other")
     g.add_argument("--dist_timeout", type=positive(float), default=5.0, help="Minutes to wait for all processes at the start")
@@ -161,7 +164,6 @@ def train_one_epoch(run: Run) -> dict:
 def train(run: Run) -> dict:
     """Train until `last_step`, or until a signal. Return the last epoch's log record."""
     args, record = run.args, {}
-    writer = tensorboard_writer(args, run.step // run.steps_per_epoch)
     run.saved_at = time.monotonic()
     stop_if_asked(run)  # while it was built
     if run.step == 0:
@@ -171,7 +173,7 @@ def train(run: Run) -> dict:
         if run.between_epochs:
             sound = run.bad_steps.in_a_row == 0
             record |= run.monitor.end_epoch(run.method, run.device, args.batch_size_per_gpu, record, sound=sound)
-        collectives.on_main(report_epoch, run, record, writer)
+        collectives.on_main(report_epoch, run, record)
         if run.between_epochs:
             run.epoch = EpochState()
             save(run)
@@ -190,11 +192,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.batch_size_per_gpu * collectives.world_size() < 2:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
+    collectives.on_main(check_writers, args)
     collectives.on_main(check_output_dir, args.output_dir)
     with StopSignals() as signals, FolderLock(args.output_dir) as lock:
         run = build(args, device, lock, signals)
         try:
-            return train(run)
+            with Writers(args, run.step // run.steps_per_epoch) as run.writers:
+                return train(run)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
             raise workers.worker_error(error, run.loader) or error from None
         finally:

@@ -1,8 +1,9 @@
-"""Text for people: tables, durations, cells of a spreadsheet, and output that nobody may be reading."""
+"""Text for people: tables, durations, names, cells of a spreadsheet, and output that nobody may be reading."""
 
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TextIO
 
 
@@ -38,6 +39,21 @@ def _csv_cell(text: str) -> str:
     except ValueError:
         return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
     return text
+
+
+def printable(name: object) -> str:
+    """Return a name in one line of proper text, what is none as in a Python string: \\udce9, \\n, \\\\."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def names_of(paths: Sequence[str | Path]) -> list[str]:
+    """Name each file by its folder, with as much of its path as tells them apart."""
+    parts = [Path(path).expanduser().absolute().parts for path in paths]
+    for depth in range(2, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:-1]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i + 1}: {Path(path).name}" for i, path in enumerate(paths)]
 
 
 class LastingStream:

@@ -57,7 +57,7 @@ def test_commands_parse(command, monkeypatch):
         assert args.status or run_with_submitit.check_flags(args, rest)
     elif script == "reproduce_table3.py":
         reproduce_table3.parse_args(flags)
-    elif script in EVALUATIONS:
+    elif script in (*EVALUATIONS, *TAKE_AWAY):
         importlib.import_module(script[:-3]).get_args_parser().parse_args(flags)
     elif script == "cplearn.data.imagenet100":
         imagenet100.get_args_parser().parse_args(flags)
@@ -77,7 +77,7 @@ def test_commands_parse(command, monkeypatch):
 
 def test_commands_of_every_script_are_shown():
     shown = {split(command)[0] for page in PAGES for command in commands(page.read_text())}
-    assert {"main_cplearn.py", "run_with_submitit.py", "reproduce_table3.py", *EVALUATIONS} <= shown
+    assert {"main_cplearn.py", "run_with_submitit.py", "reproduce_table3.py", *EVALUATIONS, *TAKE_AWAY} <= shown
     assert {"cplearn.data.imagenet100", "cplearn.checkpoints"} <= shown
     assert "torchrun main_cplearn.py --arch vit_small --out_dim 131072" in (ROOT / "README.md").read_text()
 

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.host import ROOT
+from cplearn.text import printable
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 
@@ -217,11 +218,6 @@ def say(line: str) -> None:
 # --- names as text --------------------------------------------------------------------------------------
 # A file's name is any bytes but 0 and /. Python holds bytes that are not UTF-8 as lone surrogates, which no output
 # takes; a line end would break a line in two.
-
-
-def printable(name: str | Path) -> str:
-    """Return a name in one line of proper text, what is none as in a Python string: \\udce9, \\n, \\\\."""
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def from_printable(text: str) -> str:

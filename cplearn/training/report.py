@@ -1,6 +1,5 @@
-"""What a run says and keeps of itself: at start-up, while an epoch runs, after it; TensorBoard."""
+"""What a run says and keeps of itself: at start-up, while an epoch runs, after it."""
 
-import argparse
 import json
 import math
 import os
@@ -14,7 +13,6 @@ from torch import Tensor
 from cplearn.data import datasets
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
-from cplearn.errors import UserError
 from cplearn.files import append_json_line, write_text
 from cplearn.host import git_commit
 from cplearn.methods.base import StepOutput
@@ -138,6 +136,7 @@ class EpochReport:
             "loss_uniform": uniform,
             "loss_one_code": references.one_code if math.isfinite(references.one_code) else None,
             "loss_floor": floor,
+            "out_dim": run.method.out_dim,
             "uniform_to_floor": (uniform - values["loss"]) / max(uniform - floor, 1e-9),
             "skipped_steps": epoch.skipped,
             "replaced_images": epoch.replaced,
@@ -150,8 +149,8 @@ class EpochReport:
         }
 
 
-def report_epoch(run: Run, record: dict, writer) -> None:
-    """Write one line on the terminal, one in log.txt, and TensorBoard events if asked for."""
+def report_epoch(run: Run, record: dict) -> None:
+    """Write one line on the terminal, one in log.txt, and the numbers wherever else they are asked for."""
     run.lock.check()
     args = run.args
     remaining = (run.last_step - record["step"]) * record["seconds"] / record["steps"]
@@ -180,11 +179,7 @@ def report_epoch(run: Run, record: dict, writer) -> None:
     if advice := loader_advice(record["data_wait"], run.loader.num_workers, run.device, run.images):
         print(f"  WARNING: {advice}", flush=True)
     append_json_line(Path(args.output_dir, "log.txt"), record)
-    if writer is not None:
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, record["epoch"])
-        writer.flush()
+    run.writers.write(record)
 
 
 LONG_WAIT = 0.2  # share of the time, above which waiting for images is worth a word
@@ -221,14 +216,3 @@ def report_end(run: Run, record: dict) -> None:
     best = run.monitor.best
     kept = f"; checkpoint_best.pth is of epoch {best['epoch']}, by {best['by']}" if best else ""
     print(f"Done: {folder}/checkpoint.pth{kept}" if record else nothing)
-
-
-def tensorboard_writer(args: argparse.Namespace, epoch: int):
-    """Return a TensorBoard writer on rank 0 with --tensorboard, else None. Raises `UserError` without the package."""
-    if not args.tensorboard or not collectives.is_main():
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=epoch)

@@ -32,6 +32,8 @@ MAY_CHANGE_ON_RESUME = {
     "on_collapse",
     "resume_force",
     "tensorboard",
+    "wandb",
+    "wandb_project",
     "profile",
     "grad_checkpointing",
     "device",

@@ -21,6 +21,7 @@ from cplearn.training.monitor import Monitor
 from cplearn.training.progress import DeferredRead, EpochState
 from cplearn.training.run_control import StopSignals
 from cplearn.training.step_profile import StepProfile
+from cplearn.training.writers import Writers
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Run:
     monitor: Monitor
     lock: FolderLock
     signals: StopSignals
+    writers: Writers = field(init=False)  # once the training begins
     frozen: bool | None = None  # the backbone, in this epoch; None before the first one
     trained: list[nn.Parameter] = field(default_factory=list)  # of the backbone
     step: int = 0  # finished optimizer steps

@@ -1,0 +1,1 @@
+"""Pictures of runs, from their logs alone. Standard library and matplotlib."""

@@ -1,0 +1,89 @@
+"""Plot what runs have logged: loss between its reference values, verdicts, use of codes, rank, k-NN, speed.
+
+    python plot_runs.py output/digits
+    python plot_runs.py output/a output/b output/c --labels "c = 1024" "c = 4096" "c = 16384" --out output/sizes
+
+Writes a page (HTML, needs nothing but a browser) and a picture (PNG), --csv also the numbers. Only `log.txt` is read,
+so runs may still train; run it again for newer epochs.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cplearn import errors, files
+from cplearn.errors import UserError
+from cplearn.flags import check_path
+from cplearn.plots import page, picture, runs
+from utils import ArgumentParser, check_output_dir, expand_paths
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = ArgumentParser(prog="plot_runs.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Output folder of main_cplearn.py, or its log.txt")
+    parser.add_argument("--labels", nargs="+", default=None, help="Names of the runs (default: their folders)")
+    parser.add_argument("--x", default="epochs", choices=runs.AXES, help="What training is measured in (the page can switch)")
+    parser.add_argument("--out", default=None, metavar="NAME", help="Write NAME.html and NAME.png, only one of them if NAME ends so, or plots.* in the folder NAME (default: in the first run's)")
+    parser.add_argument("--csv", default=None, metavar="FILE", help="Also write the numbers: one row per run and epoch")
+    # fmt: on
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Plot; return the files."""
+    args = get_args_parser().parse_args(argv)
+    expand_paths(args, "out", "csv")
+    found = runs.read_runs(args.runs, args.labels)
+    paths = outputs(args)
+    for path in paths:
+        if path.suffix == ".html":
+            read = max(len(run.verdicts) for run in found)
+            note = f"{len(found)} run{'s' * (len(found) > 1)}, up to {read} epochs, as of {time.strftime('%Y-%m-%d %H:%M')}"
+            files.write_text(path, page.page(found, args.x, note))
+        elif path.suffix == ".png":
+            files.write_bytes(path, picture.draw(found, args.x))
+    if args.csv:
+        files.write_csv(Path(args.csv), *runs.csv_table(found))
+        paths.append(Path(args.csv))
+    print(f"Wrote {', '.join(map(str, paths))}")
+    return paths
+
+
+def outputs(args: argparse.Namespace) -> list[Path]:
+    """Return the files to write, --csv apart. Raises `UserError` for what cannot be written, or is somebody else's."""
+    if args.out is None:
+        first = Path(args.runs[0]).expanduser()
+        base = (first if first.is_dir() else first.parent) / "plots"
+    else:
+        base = Path(args.out) / "plots" if os.path.isdir(args.out) or args.out.endswith("/") else Path(args.out)
+    paths = [base] if base.suffix in (".html", ".png") else [base.with_name(base.name + x) for x in (".html", ".png")]
+    marks = {".html": b'content="plot_runs.py"', ".png": picture.SOFTWARE.encode()}
+    check_output_dir(str(base.parent), "--out")
+    for path in paths:
+        check_own(path, "--out", marks[path.suffix])
+    if args.csv:
+        check_output_dir(str(Path(args.csv).parent), "--csv")
+        check_own(Path(args.csv), "--csv", b"run," + ",".join(runs.AXES).encode())
+    return paths
+
+
+def check_own(path: Path, flag: str, mark: bytes) -> None:
+    """Raise `UserError` if there is a file that this script has not written: it does not hold `mark` near its start."""
+    if not os.path.lexists(check_path(flag, str(path))):
+        return
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{flag} {path} is a link or no file, through which nothing is written: choose another name")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2000)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; choose another name") from None
+    if start and mark not in start:
+        raise UserError(f"{flag} {path} is there and was not written by plot_runs.py: choose another name")
+
+
+if __name__ == "__main__":
+    errors.run_script(main)
