@@ -46,16 +46,6 @@ def create(path: Path) -> BinaryIO:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Whole or not at all. Raises `WriteError`."""
-    write_bytes(path, text.encode("utf-8", "surrogateescape"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all. Raises `WriteError`."""
-    write_bytes(path, text.encode("utf-8", "surrogateescape"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all. Raises `WriteError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with create(temporary) as f:
