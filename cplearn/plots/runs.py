@@ -87,29 +87,29 @@ def epochs(records: list[dict]) -> list[dict]:
         epoch = _number(record.get("epoch"))
         if epoch is None or epoch != int(epoch):
             continue
-        place = (epoch, record.get("start") is not True)  # a record from before training comes first
-        while kept and _place(kept[-1]) >= place:
+        while kept and kept[-1]["epoch"] >= epoch:
             kept.pop()
         kept.append(record)
     return kept
 
 
-def _place(record: dict) -> tuple[float, bool]:
-    return record["epoch"], record.get("start") is not True
-
-
-def _before_training(record: dict) -> bool:
-    return record.get("start") is True or record["epoch"] < 0
+def _before_training(records: list[dict]) -> list[dict]:
+    """Return the probe's numbers from before the first step as a record of their own, if the log has them."""
+    found = next((r for r in records if any(name.startswith("start_") for name in r)), {})
+    start = {f"probe_{k.removeprefix('start_')}": v for k, v in found.items() if k.startswith("start_")}
+    return [{"epoch": -1, "step": 0, "seconds": 0.0, **start}] if start else []
 
 
 def _run(name: str, records: list[dict]) -> RunLog:
+    start = _before_training(records)
+    records = start + records
     hours, seconds = [], 0.0
     for record in records:
         seconds += sum(_number(record.get(field)) or 0.0 for field in ("seconds", "monitor_seconds"))
-        hours.append(seconds / 3600 if "seconds" in record or _before_training(record) else None)
+        hours.append(seconds / 3600 if "seconds" in record else None)
     axes = {
-        "epochs": [0.0 if _before_training(r) else r["epoch"] + 1.0 for r in records],
-        "steps": [0.0 if _before_training(r) else _number(r.get("step")) for r in records],
+        "epochs": [r["epoch"] + 1.0 for r in records],
+        "steps": [_number(r.get("step")) for r in records],
         "hours": hours,
     }
     return RunLog(
@@ -118,7 +118,7 @@ def _run(name: str, records: list[dict]) -> RunLog:
         values={field: [_number(r.get(field)) for r in records] for field in (*CURVES, *LEVELS)},
         verdicts=[_text(r.get("verdict")) for r in records],
         verdict_lines=[_text(r.get("verdict_line")) for r in records],
-        start=bool(records) and _before_training(records[0]),
+        start=bool(start),
     )
 
 
