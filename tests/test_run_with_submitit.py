@@ -120,5 +120,5 @@ def test_defaults_of_the_site_come_from_sbatchs_variables(monkeypatch, tmp_path,
 
 def test_evaluations_that_could_not_run_are_refused_before_pre_training(tmp_path, image_folder):
     flat = image_folder / "train"
-    with pytest.raises(UserError, match="--then eval needs a val or test folder with classes in --data_path"):
+    with pytest.raises(UserError, match="--then eval needs a val or test split with classes in --data_path"):
         run_with_submitit.main(["--dry_run", "--then", "eval", "--data_path", str(flat)])
