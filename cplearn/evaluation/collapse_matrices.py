@@ -195,7 +195,8 @@ def draw_blocks(axis, network: Network, means: Tensor, groups: Tensor, names: li
     kind = "class" if network.data.classes else "code"
     axis.set_title(f"means by {kind}: same {two_digits(own)}, other {two_digits(other)}", fontsize=9)
     counts, total = groups[groups >= 0].bincount(minlength=k), f"{len(groups):,} images"
-    classes = f"{k} classes of {counts.min():,} to {counts.max():,} images"
+    least, most = counts.min(), counts.max()
+    classes = f"{k} classes of {least:,}{f' to {most:,}' if most > least else ''} images"
     codes = f"{k} most used codes (images): {share:.0%} of {total}"
     axis.set_xlabel(classes if network.data.classes else codes, fontsize=9)
     return image
