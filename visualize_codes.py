@@ -18,7 +18,8 @@ from cplearn import errors
 from cplearn.data import datasets, sources
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation import cli, codes
+from cplearn.evaluation import cli
+from cplearn.evaluation import code_gallery as codes
 from cplearn.evaluation.codes_page import render
 from cplearn.evaluation.codes_sheet import draw_sheet
 from cplearn.evaluation.features import Features, Model, calibrate_batch_norm, extract_features

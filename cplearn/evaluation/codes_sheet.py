@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from cplearn.data.datasets import printable
-from cplearn.evaluation.codes import Code, Gallery, spread
+from cplearn.evaluation.code_gallery import Code, Gallery, spread
 from cplearn.evaluation.codes_page import counted, number, percent
 
 INCH = 0.62  # side of an image

@@ -10,7 +10,8 @@ import torch
 from browser import PROGRAM, Browser
 from PIL import Image
 
-from cplearn.evaluation import codes, codes_page
+from cplearn.evaluation import code_gallery as codes
+from cplearn.evaluation import codes_page
 from cplearn.evaluation.codes_sheet import draw_sheet
 from cplearn.evaluation.features import Features
 

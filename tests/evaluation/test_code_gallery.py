@@ -10,7 +10,7 @@ from PIL import Image
 
 from cplearn.data import sources
 from cplearn.data.datasets import Digits
-from cplearn.evaluation import codes
+from cplearn.evaluation import code_gallery as codes
 from cplearn.evaluation.features import Features
 
 
