@@ -67,8 +67,8 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     """Build any timm model: pooled features, random weights; `img_size` and drop path for models that take them."""
     import timm
 
-    if not timm.is_model(name):
-        raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}{_near(name)}")
+    if not timm.is_model(name) or "." in name:  # after a point stands the name of somebody's weights
+        raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}{_near(name.split('.')[0])}")
     options = {"drop_path_rate": drop_path_rate, "img_size": image_size, "dynamic_img_size": True}
     while True:
         try:
@@ -77,7 +77,7 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
             model = build()
             break
         except TypeError as error:
-            refused = [k for k in options if k in str(error)]
+            refused = [k for k in options if f"'{k}'" in str(error)]
             if not refused:
                 raise
             del options[refused[0]]

@@ -53,6 +53,7 @@ def test_resnet8_equals_the_table_written_out():
         ("resnet18", 512),
         ("timm:resnet10t", 512),
         ("timm:vit_tiny_patch16_224", 192),
+        ("timm:xcit_nano_12_p16_224", 128),  # takes its size, but no other one later
     ],
 )
 def test_other_backbones(arch, width):
@@ -70,6 +71,7 @@ def test_resnet18_has_the_known_size():
     [
         ("vit_huge", 224, "--arch vit_huge is unknown: vit_tiny, vit_small"),
         ("timm:vit_smal_patch16", 224, "unknown to timm"),
+        ("timm:vit_tiny_patch16_224.nobody", 224, "unknown to timm .*; did you mean timm:vit_tiny_patch16_224"),
         ("vit_small", 100, "--image_size 100 is not a multiple of --patch_size 16: use 96"),
     ],
 )

@@ -40,7 +40,7 @@ def run(folder, code, *launcher):
 @pytest.mark.slow
 def test_the_plain_loop(folder, tmp_path):
     code = block(PAGE, "Plain PyTorch")
-    assert len(code.splitlines()) <= 36 and code.count("cplearn") == 1  # one import
+    assert len(code.splitlines()) <= 32 and code.count("cplearn") == 1  # one import
     assert code in (ROOT / "README.md").read_text()
     ended = run(folder, code.replace("range(20)", "range(4)"))
     assert ended.returncode == 0, ended.stderr
