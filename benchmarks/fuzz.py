@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +56,8 @@ EVALUATION = ["--num_workers", "0", "--device", "cpu"]
 HEAVY = ("timm", "torchvision.transforms.v2.functional", "sklearn.datasets", "sklearn.metrics", "sklearn.manifold",
          "sklearn.mixture", "sklearn.linear_model", "matplotlib.pyplot", "cplearn.methods", "submitit")  # fmt: skip
 SCRIPTS = ("main_cplearn", "eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "reproduce_table3",
-           "run_with_submitit")  # fmt: skip
+           "run_with_submitit", "extract_features", "visualize_attention", "visualize_codes", "export",
+           "plot_runs")  # fmt: skip
 # Flags whose hostile values would do just what they say: read this terminal, wait, or ask the network's name service.
 LEFT_OUT = {"--help", "--dist_url", "--then", "--local"}
 
@@ -90,10 +92,20 @@ class Place:
                 folder.mkdir(parents=True)
                 for i in range(8):
                     Image.fromarray(np.full((16, 16, 3), 40 * k + i, np.uint8)).save(folder / f"{i}.png")
-        self.checkpoint = root / "run" / "checkpoint.pth"
-        code, said, _ = self.run("main_cplearn", [*RUN, "--output_dir", str(self.checkpoint.parent)])
-        if code:
-            raise RuntimeError(f"not even the plain command works: {said}")
+        self.checkpoint, self.vit = root / "run" / "checkpoint.pth", root / "vit" / "checkpoint.pth"
+        for path, more in ((self.checkpoint, []), (self.vit, ["--arch", "timm:test_vit"])):
+            code, said, _ = self.run("main_cplearn", [*RUN, *more, "--output_dir", str(path.parent)])
+            if code:
+                raise RuntimeError(f"not even the plain command works: {said}")
+
+    def fresh(self) -> Path:
+        """Return where a command may write, and remove what the one before has left there."""
+        for path in self.root.glob("out*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return self.root / "out"
 
     def run(self, script: str, argv: Sequence[str]) -> tuple[int, str, float]:
         """Run a command in a process of its own; return its exit code (-1: it hung), what it said and how long."""
@@ -178,9 +190,20 @@ def base_flags(script: str, place: Place, out: Path) -> list[str]:
         return ["--output_dir", str(out), "--scale", "small", "--dataset", "digits", "--epochs", "2"]
     if script == "run_with_submitit":
         return ["--dry_run", "--cpu", "--nodes", "1", "--ngpus", "1", "--output_dir", str(out), *RUN]
+    if script == "plot_runs":
+        return [str(place.checkpoint.parent), "--out", str(out)]
+    weights = ["--pretrained_weights", str(place.vit if script == "visualize_attention" else place.checkpoint)]
+    images = ["--images", str(place.images)]
+    if script == "export":
+        return [*weights, "--to", "safetensors", "--out", str(out.with_suffix(".safetensors"))]
+    if script == "extract_features":
+        return [*weights, *images, "--out", str(out.with_suffix(".npz")), *EVALUATION]
+    if script == "visualize_attention":
+        return [*weights, *images, "--output_dir", str(out), "--device", "cpu"]
+    if script == "visualize_codes":
+        return [*weights, *images, "--output_dir", str(out), *EVALUATION]
     more = {"eval_linear": ["--epochs", "1", "--augment", "false"], "eval_collapse": ["--tsne_images", "0"]}
-    weights = ["--pretrained_weights", str(place.checkpoint), "--output_dir", str(out)]
-    return [*weights, *EVALUATION, *more.get(script, [])]
+    return [*weights, "--output_dir", str(out), *EVALUATION, *more.get(script, [])]
 
 
 def hostile_flags(rng: random.Random, script: str, place: Place, marker: Path) -> list[str]:
@@ -206,10 +229,13 @@ def hostile_flags(rng: random.Random, script: str, place: Place, marker: Path) -
 def fuzz_flags(place: Place, count: int, seed: int) -> list[tuple[str, str, list[str], str]]:
     """Try hostile flags. Returns (part, script, flags, problem or "") of each."""
     rng, found = random.Random(seed), []
+    for script in SCRIPTS:
+        code, said, _ = place.run(script, base_flags(script, place, place.fresh()))
+        if code:
+            raise RuntimeError(f"not even the plain command of {script}.py works: {said}")
     for k in range(count):
         script = rng.choice(("main_cplearn", "main_cplearn", "run_with_submitit", *SCRIPTS))
-        out, marker = place.root / "out", place.root / "home" / "marker"
-        shutil.rmtree(out, ignore_errors=True)
+        out, marker = place.fresh(), place.root / "home" / "marker"
         argv = [*base_flags(script, place, out), *hostile_flags(rng, script, place, marker)]
         found.append(try_one(place, "flags", script, argv, marker))
         show(k, count)
@@ -228,7 +254,7 @@ def try_one(place: Place, part: str, script: str, argv: list[str], marker: Path)
 
 
 # Flags that name where a command writes; below their values anything may change that is not there before.
-WRITES = ("--output_dir", "--dump_features", "--out_csv", "--cache_dir", "--output")
+WRITES = ("--output_dir", "--dump_features", "--out_csv", "--cache_dir", "--output", "--out", "--csv")
 
 
 def fingerprint(place: Place, argv: list[str]) -> list[tuple]:
@@ -333,6 +359,14 @@ def file_commands(place: Place) -> list[tuple[str, Callable[[Path], Path], Calla
 
         return make
 
+    def shard(out: Path) -> Path:
+        out.mkdir()
+        with tarfile.open(out / "0.tar", "w") as file:
+            file.add(place.images / "train", ".")
+        return out / "0.tar"
+
+    small = [*RUN, "--dataset", "folder", "--batch_size_per_gpu", "4"]
+    paths = "".join(f"{path}\tant\n" for path in sorted((place.images / "train").rglob("*.png")))
     longer = [*RUN, "--max_steps", "2"]
     lock = json.dumps({"host": "elsewhere", "system": "x", "pid": 7, "started": "1"})
     listing = "class0\nclass1\n"
@@ -361,8 +395,18 @@ def file_commands(place: Place) -> list[tuple[str, Callable[[Path], Path], Calla
          lambda out: ["--output_dir", str(out), "--status"]),
         ("run_with_submitit", written("jobs.jsonl", jobs), lambda out: ["--status", str(out)]),
         ("main_cplearn", written("list.txt", listing), lambda out: [
-            *RUN, "--dataset", "folder", "--data_path", str(place.images), "--class_list", str(out / "list.txt"),
-            "--batch_size_per_gpu", "4", "--output_dir", str(out / "run")]),
+            *small, "--data_path", str(place.images), "--class_list", str(out / "list.txt"), "--output_dir",
+            str(out / "run")]),
+        ("main_cplearn", written("train.txt", paths), lambda out: [
+            *small, "--data_path", str(out / "train.txt"), "--output_dir", str(out / "run")]),
+        ("main_cplearn", shard, lambda out: [*small, "--data_path", str(out), "--output_dir", str(out / "run")]),
+        ("plot_runs", copy_of("log.txt"), lambda out: [str(out)]),
+        ("export", copy_of("checkpoint.pth"), lambda out: [str(out / "checkpoint.pth"), "--to", "head"]),
+        ("extract_features", copy_of("checkpoint.pth"), lambda out: [
+            "--pretrained_weights", str(out / "checkpoint.pth"), "--images", str(place.images), "--out",
+            str(out / "f.npz"), *EVALUATION]),
+        ("visualize_codes", copy_of("checkpoint.pth"), lambda out: [
+            "--pretrained_weights", str(out / "checkpoint.pth"), "--images", str(place.images), *EVALUATION]),
         ("main_cplearn", written("recipe.txt", "--lr 0.001\n--beta 0.25 # a comment\n"),
          lambda out: [*RUN, f"@{out / 'recipe.txt'}", "--output_dir", str(out / "run")]),
     ]  # fmt: skip
