@@ -22,6 +22,7 @@ class ReferenceLosses(NamedTuple):
     uniform: float  # every assignment uniform: nothing learnt yet, or representation collapse
     one_code: float  # every image on one and the same code: cluster collapse
     floor: float  # lower bound for a batch of n images
+    aligned: float | None = None  # each image on one code, in equal use; None where that is not a known state
 
 
 class StepOutput(NamedTuple):

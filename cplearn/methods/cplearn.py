@@ -21,28 +21,61 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
     """Return reference values of `cplearn_loss` for a batch mean over n images and c = out_dim codes.
 
     Reverse KL: with h the mean entropy of the assignments, CE >= h and the entropy of p-bar is at most
-    min(log c, h + log n); minimizing over h gives the floor min(1, beta) * max(0, log(c / n)), which is
-    attained when n divides c. Forward: the prior alone is at least log c; one code costs infinity in the
-    limit of hard assignments.
+    min(log c, h + log n); minimizing over h gives the floor min(1, beta) * max(0, log(c / n)). Assignments attain it
+    when n divides c, embeddings cannot with fewer images than codes. `aligned`: every image on one code, as many codes
+    as can be in equal use. Forward: the prior alone is at least log c; hard assignments leave codes out, which costs
+    infinity.
     """
     log_c = math.log(out_dim)
     if prior == "forward":
         return ReferenceLosses(uniform=(beta + 1) * log_c, one_code=math.inf, floor=log_c)
-    return ReferenceLosses(beta * log_c, log_c, min(1.0, beta) * max(0.0, math.log(out_dim / n)))
+    aligned = max(0.0, math.log(out_dim / n))
+    return ReferenceLosses(beta * log_c, log_c, min(1.0, beta) * aligned, aligned)
+
+
+def regime(beta: float, out_dim: int, n: int) -> str:
+    """Say in which of two ways a run with the reverse prior can have a loss below that of uniform assignments.
+
+    One code per image costs log(c / n), uniform assignments beta log c. So codes are worth choosing if
+    n > c^(1 - beta); with fewer images an image does better to spread over codes of its own, which no other image of
+    the batch uses.
+    """
+    least = out_dim ** (1 - min(1.0, beta))
+    if n >= least:
+        return f"clustered: one code per image is better than uniform, as {n} images >= c^(1 - beta) = {least:.4g}"
+    edge = 1 - math.log(n) / math.log(out_dim)
+    return (
+        f"spread: one code per image is worse than uniform, as {n} images < c^(1 - beta) = {least:.4g}; images share no "
+        f"codes in a batch. --beta above {edge:.2f}, a batch of {math.ceil(least):,} or --prior_buffer "
+        f"{math.ceil(least / n) - 1} would change that"
+    )
 
 
 # --- the method --------------------------------------------------------------------------------------
 
 
+def forward_prior_threshold(out_dim: int) -> float:
+    """Return the beta above which the forward prior has a trap: the same assignment for all images, a share d spread
+    evenly and the rest on one code, with a loss below that of uniform assignments.
+
+    That is beta H(d) + CE(uniform, p(d)) < (beta + 1) log c, for the best d (by a grid).
+    """
+    d = torch.linspace(0.0005, 1, 2000, dtype=torch.float64)[:-1] * (1 - 1 / out_dim)
+    log_one, log_rest = torch.log1p(-d), (d / (out_dim - 1)).log()
+    entropy = -(1 - d) * log_one - d * log_rest
+    prior = -(log_one + (out_dim - 1) * log_rest) / out_dim
+    log_c = math.log(out_dim)
+    return ((prior - log_c) / (log_c - entropy)).min().item()
+
+
 def forward_prior_warning(beta: float, out_dim: int) -> str | None:
-    """Warn of a trap in beta * CE(p, p) + CE(uniform, mean p): the same assignment for all images, half on one code and the
-    rest spread evenly, has a lower loss than the uniform one if about beta log c > 1 (RESULTS.md). The reverse prior
-    has none for beta < 1."""
-    if beta * math.log(out_dim) <= 1:
+    """Warn of the trap of the forward prior. The reverse prior has none for beta < 1."""
+    threshold = forward_prior_threshold(out_dim)
+    if beta <= threshold:
         return None
     return (
-        f"with the forward prior and --beta {beta:g}, putting all images half on one code lowers the loss: a --beta below "
-        f"1 / log(out_dim) = {1 / math.log(out_dim):.2g} does not have this trap"
+        f"with the forward prior and --beta {beta:g}, all images partly on one code have a lower loss than uniform "
+        f"assignments: a --beta below {threshold:.3f} does not have this trap at --out_dim {out_dim}"
     )
 
 
@@ -104,7 +137,7 @@ class CPLearn(Method):
     def add_flags(cls, parser) -> None:
         # fmt: off
         add = cls.flag_group(parser, "CPLearn")
-        add("beta", type=nonnegative(float), help="Weight of the invariance term. Above 1 all images drift to one code; smaller for more codes or weaker augmentation")
+        add("beta", type=nonnegative(float), help="Weight of the invariance term. Above 1 a run can fall to a few codes. Small for features, larger for clusters (docs/losses.md)")
         add("activation", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see results/cifar10_logit_scale.md for a comparison")
         add("embed_dim", type=positive(int), help="Width f_h of the embedding and the codes (default: the backbone's width, as in the paper's equations; the published code uses 2048)")
         add("n_ref", type=positive(float), help="Logit scale: sqrt(n_ref) * log((1 - eps (c-1)) / eps). 1 is the theory, 64 the published code. Change it if the start-up warns about the logits")
@@ -114,7 +147,7 @@ class CPLearn(Method):
         add("prior_buffer", type=nonnegative(int), help="Steps whose mean assignments are kept and averaged into the prior's batch mean; 0 for none. Its effect: results/prior_buffer.md")
         add("dictionary", choices=tuple(DICTIONARIES), help="Random signs (the paper's), or sign-flipped Hadamard blocks: orthogonal inside a block of embed_dim codes, and several times faster")
         add("dictionary_seed", type=nonnegative(int), help="Seed of the frozen codes, apart from --seed")
-        add("loss_form", choices=(*FORMS, "plain"), help="How the loss is computed, with the same result to rounding: stored keeps the logits, recomputed saves memory, triton is for GPUs (not yet timed on one), plain is the definition. auto is stored up to 1 GiB of logits, then recomputed")
+        add("loss_form", choices=(*FORMS, "plain"), help="How the loss is computed, with the same result to rounding: stored keeps the logits, recomputed saves memory, triton is for GPUs (not yet timed on one), plain is the definition (in float32 the least exact). auto is stored up to 1 GiB of logits, then recomputed")
         add("loss_precision", choices=("auto", "fp32", "tf32", "bf16"), help="Inputs of the loss's products on a GPU: tf32 (and bf16, in --loss_form triton) round the embeddings, the codes are exact. Sums are fp32 always. auto is tf32 beside a backbone in 16 bits (error: docs/losses.md), else fp32")
         # fmt: on
 
@@ -150,10 +183,12 @@ class CPLearn(Method):
 
         With a prior buffer the floor is that of all its images, were they as they are now: a guide and no bound.
         """
+        return reference_losses(self.spec.beta, self.out_dim, self._population(n), self.spec.prior)
+
+    def _population(self, n: int) -> int:
+        """Return how many images the prior's mean runs over, for n per rank."""
         population = n * collectives.world_size() if self.spec.prior_group == "global" else n
-        if self.buffer is not None:
-            population *= 1 + len(self.buffer.ring)
-        return reference_losses(self.spec.beta, self.head.dictionary.out_dim, population, self.spec.prior)
+        return population * (1 + len(self.buffer.ring)) if self.buffer is not None else population
 
     def describe(self, n: int) -> dict[str, float | str]:
         """Return derived values that decide a run, for n images per rank."""
@@ -166,7 +201,16 @@ class CPLearn(Method):
             "loss_uniform": refs.uniform,
             "loss_one_code": refs.one_code if math.isfinite(refs.one_code) else "unbounded",
             "loss_floor": refs.floor,
+            **self._aligned(n, refs),
             "dictionary": f"{self.head.dictionary.GENERATOR} seed {self.head.dictionary.seed} sha256 {self.head.dictionary.checksum()[:12]}",
+        }
+
+    def _aligned(self, n: int, references: ReferenceLosses) -> dict[str, float | str]:
+        if references.aligned is None:
+            return {}
+        return {
+            "loss_aligned": references.aligned,
+            "regime": regime(self.spec.beta, self.out_dim, self._population(n)),
         }
 
     def warnings(self) -> list[str]:
@@ -183,7 +227,9 @@ class CPLearn(Method):
         if self.spec.prior == "forward" and (trap := forward_prior_warning(self.spec.beta, self.out_dim)):
             found.append(trap)
         if self.spec.beta > 1:
-            found.append(f"--beta {self.spec.beta:g} is above 1: collapse to one code is then a growing direction")
+            found.append(
+                f"--beta {self.spec.beta:g} is above 1: near uniform assignments a step towards the same codes for all images then grows"
+            )
         if self.buffer is not None and self.buffer.ring.nbytes > 2**28:
             found.append(f"--prior_buffer keeps {self.buffer.ring.nbytes / 2**20:.0f} MiB, also in every checkpoint")
         return found

@@ -31,7 +31,7 @@ UNNAMED = {"barlow_twins": 2048, "swav": 3000}
 # The flags of a method at --scale small (what was tried is in results/methods.md).
 SMALL_FLAGS: dict[str, Callable[[int], str]] = {
     "cplearn": lambda c: "--beta 0.5" if c <= 128 else "--beta 0.25",  # the direction of the paper's Table 7
-    # Below 1 / log c, or it falls to one code; the rate of the paper's Table 6, or it ends below the untrained network.
+    # Below the trap of the forward prior; the rate of the paper's Table 6, or it ends below the untrained network.
     "gedi": lambda c: f"--beta {0.9 / math.log(c):.2f} --lr 0.0004",
     "gedi_gen": lambda c: f"--beta {0.9 / math.log(c):.2f} --lr 0.0004",
     "dino": lambda c: "--momentum_teacher 0.99",  # a dozen epochs are too few for 0.996
@@ -42,12 +42,12 @@ SMALL_FLAGS: dict[str, Callable[[int], str]] = {
 # Where the paper is silent, or is not followed: printed under every table.
 CHOICES = {
     1: "sizes of Barlow Twins and SwAV are the published ResNet-18 code's; GEDI's is the number of classes, with the "
-    "beta of CPLearn's Table 7, which is above 1 / log c. The head is the equations' (--n_ref 1, embed_dim = f), tanh.",
+    "beta of CPLearn's Table 7. The head is the equations' (--n_ref 1, embed_dim = f), tanh.",
     2: "head, size of Barlow Twins and SwAV, and GEDI's prior (sum, beta 0.1) are the published code's. One optimizer "
     "for all, as the paper's text has it; the code trains the others with LARS. Self-Classifier has CPLearn's frozen "
     "head, as the sizes in the paper's Table 8 say. The paper's NMI of SwAV is not of its prototypes.",
     3: "crops, width, activation and logit scale are not in the paper: DINO's crops for all, this project's head. GEDI "
-    "has CPLearn's beta (0.25), above 1 / log c at every size, where its prior lets all images fall to one code.",
+    "has CPLearn's beta (0.25): above c = 800 its prior then lets all images fall to one code (docs/losses.md).",
     4: "the head is the equations' (--n_ref 1, embed_dim = f).",
     9: "c = 512: the paper names no size, and its value at beta = 1 is Table 2's for c = f. The head is the published "
     "code's.",

@@ -136,6 +136,7 @@ class EpochReport:
             "loss_uniform": uniform,
             "loss_one_code": references.one_code if math.isfinite(references.one_code) else None,
             "loss_floor": floor,
+            "loss_aligned": references.aligned,
             "out_dim": run.method.out_dim,
             "uniform_to_floor": (uniform - values["loss"]) / max(uniform - floor, 1e-9),
             "skipped_steps": epoch.skipped,

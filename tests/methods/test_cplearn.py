@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from cplearn.backbones import ResNet8
 from cplearn.dictionary.terms import LossSpec
 from cplearn.methods.base import forward_by_size
-from cplearn.methods.cplearn import CPLearn, forward_prior_warning, reference_losses
+from cplearn.methods.cplearn import (
+    CPLearn,
+    forward_prior_threshold,
+    forward_prior_warning,
+    reference_losses,
+    regime,
+)
 from cplearn_head import cplearn_loss
 
 
@@ -109,7 +115,15 @@ def test_warnings_name_the_remedy():
 
 
 @pytest.mark.parametrize(
-    "c, beta, trap", [(128, 0.5, True), (4096, 0.25, True), (128, 0.15, False), (4096, 0.1, False)]
+    "c, beta, trap",
+    [
+        (128, 0.5, True),
+        (128, 0.39, True),
+        (128, 0.34, False),
+        (128, 0.25, False),
+        (4096, 0.25, True),
+        (4096, 0.17, False),
+    ],
 )
 def test_the_forward_prior_has_a_trap_and_the_reverse_prior_has_none(c, beta, trap):
     """The same assignment for every image: a share on one code, the rest even."""
@@ -120,6 +134,40 @@ def test_the_forward_prior_has_a_trap_and_the_reverse_prior_has_none(c, beta, tr
         return cplearn_loss([p.log()] * 2, LossSpec(beta, prior=prior))[0].item()
 
     shares = [k / 100 for k in range(5, 96)]
-    assert (min(loss(x, "forward") for x in shares) < loss(1 / c, "forward") - 1e-3) == trap
+    assert (min(loss(x, "forward") for x in shares) < loss(1 / c, "forward") - 1e-4) == trap
     assert (forward_prior_warning(beta, c) is not None) == trap
     assert min(loss(x, "reverse") for x in shares) > loss(1 / c, "reverse")
+
+
+@pytest.mark.parametrize("c, known", [(128, 0.368), (512, 0.272), (4096, 0.188), (16384, 0.154), (131072, 0.120)])
+def test_where_the_trap_of_the_forward_prior_begins(c, known):
+    assert forward_prior_threshold(c) == pytest.approx(known, abs=6e-4)
+
+
+def aligned_loss(n, c, beta):
+    """The loss of n images on a code each, in equal use."""
+    p = torch.full((n, c), 1e-300, dtype=torch.float64)
+    p[torch.arange(n), torch.arange(n) % c] = 1
+    return cplearn_loss([p.log()] * 2, LossSpec(beta))[0].item()
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "beta"), [(8, 64, 0.25), (40, 64, 0.25), (8, 64, 0.6), (64, 64, 0.25), (128, 64, 0.1)]
+)
+def test_aligned_against_uniform(n, c, beta):
+    """The reference is what the loss gives, and the regime says which of the two states is lower."""
+    refs = reference_losses(beta, c, n)
+    assert refs.aligned == pytest.approx(aligned_loss(n, c, beta), abs=1e-9)
+    assert regime(beta, c, n).startswith("clustered" if refs.aligned <= refs.uniform else "spread")
+    assert reference_losses(beta, c, n, "forward").aligned is None
+
+
+def test_the_regime_names_what_would_change_it():
+    line = regime(0.25, 131072, 512)
+    assert "c^(1 - beta) = 6889" in line and "--beta above 0.47, a batch of 6,889 or --prior_buffer 13" in line
+    assert regime(0.48, 131072, 512).startswith("clustered") and regime(0.46, 131072, 512).startswith("spread")
+    assert regime(0.25, 131072, 6889).startswith("clustered") and regime(0.25, 131072, 512 * 14).startswith("clustered")
+    assert regime(0.25, 131072, 512 * 13).startswith("spread") and regime(2.0, 128, 4).startswith("clustered")
+    described = make_method(beta=0.25).describe(2)
+    assert described["loss_aligned"] == reference_losses(0.25, make_method().out_dim, 2).aligned and described["regime"]
+    assert "regime" not in make_method(prior="forward").describe(2)
