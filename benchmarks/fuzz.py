@@ -58,8 +58,9 @@ HEAVY = ("timm", "torchvision.transforms.v2.functional", "sklearn.datasets", "sk
 SCRIPTS = ("main_cplearn", "eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "reproduce_table3",
            "run_with_submitit", "extract_features", "visualize_attention", "visualize_codes", "export",
            "plot_runs")  # fmt: skip
-# Flags whose hostile values would do just what they say: read this terminal, wait, or ask the network's name service.
-LEFT_OUT = {"--help", "--dist_url", "--then", "--local"}
+# Flags whose hostile values would do just what they say: read this terminal, wait, ask the network's name service, or
+# compile for a minute.
+LEFT_OUT = {"--help", "--dist_url", "--then", "--local", "--compile"}
 
 NUMBERS = ["", " ", "-1", "0", "-0", "1e309", "nan", "-inf", "1e-320", "1e300", "9" * 40, "4294967296", "0x10", "1_0",
            "1,5", "\u0967\u0968", "1/0", "--1", "2147483648", "18446744073709551616", "0.5", "3", "33"]  # fmt: skip
@@ -265,7 +266,7 @@ def fingerprint(place: Place, argv: list[str]) -> list[tuple]:
     paths = [
         x
         for x in paths
-        if not x.is_dir() and not any(str(x).startswith(f"{y}/") and y != str(place.place) for y in told)
+        if not x.is_dir() and not any(str(x).startswith((f"{y}/", f"{y}.")) and y != str(place.place) for y in told)
     ]
     if str(place.place) in told:  # told to write beside what is there
         paths = [x for x in paths if x.parent != place.place or x.name in place.names]

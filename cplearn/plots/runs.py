@@ -95,8 +95,8 @@ def epochs(records: list[dict]) -> list[dict]:
 
 def _before_training(records: list[dict]) -> list[dict]:
     """Return the probe's numbers from before the first step as a record of their own, if the log has them."""
-    found = next((r for r in records if any(name.startswith("start_") for name in r)), {})
-    start = {f"probe_{k.removeprefix('start_')}": v for k, v in found.items() if k.startswith("start_")}
+    found = {k: v for record in records for k, v in record.items() if k.startswith("start_")}
+    start = {f"probe_{name.removeprefix('start_')}": value for name, value in found.items()}
     return [{"epoch": -1, "step": 0, "seconds": 0.0, **start}] if start else []
 
 

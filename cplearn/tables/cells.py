@@ -53,7 +53,9 @@ class Cell:
 
     def results(self, *, random: bool = False) -> list[dict]:
         """Return the lines of results.jsonl of the trained network, or of the untrained one."""
-        return read_json_lines(self._results_folder(random=random) / "results.jsonl")
+        lines = read_json_lines(self._results_folder(random=random) / "results.jsonl")
+        kinds = {"script": str, "weights_sha256": str, "metrics": dict}
+        return [line for line in lines if all(isinstance(line.get(name), kind) for name, kind in kinds.items())]
 
     def _results_folder(self, *, random: bool) -> Path:
         return self.folder / ("random_init" if random else "trained")

@@ -66,8 +66,8 @@ def read_measures(results: list[dict]) -> dict[str, float]:
             if result["script"] == script:
                 value = result["metrics"]
                 for key in path:
-                    value = (value or {}).get(key)
-                if value is not None:
+                    value = value.get(key) if isinstance(value, dict) else None
+                if isinstance(value, int | float):
                     measures[name] = value if name in COUNTS else 100 * value
     return measures
 

@@ -288,7 +288,8 @@ class Monitor:
 
     def _compare(self, found: dict, done: int, sound: bool) -> dict:
         """Return the numbers at the start beside those found, and which epoch is the best so far."""
-        start = {f"start_{name}": value for name, value in self.start.items() if f"probe_{name}" in found}
+        probed = "probe_images" in found
+        start = {f"start_{name}": value for name, value in self.start.items()} if probed else {}
         value = found.get(BEST.get(self.best_by, ""), math.nan)
         settled = sound and done >= self.probe.first
         self.improved = settled and value > self.best.get("value", -math.inf)

@@ -9,7 +9,7 @@ import pytest
 import reproduce_table3
 from cplearn import checkpoints
 from cplearn.tables.cells import Grid
-from cplearn.tables.report import caveats, collect, write
+from cplearn.tables.report import caveats, collect, read_measures, write
 from cplearn.tables.status import describe, record_trained, snapshot
 
 
@@ -133,6 +133,17 @@ def test_a_table_without_a_cells_arguments(grid, tmp_path):
     (grid.cells[0].folder / "args.json").write_text("{damaged")
     write(grid, snapshot(grid))
     assert "Setting: without args.json cplearn_c128_s0; network resnet8;" in (tmp_path / "table3.md").read_text()
+
+
+@pytest.mark.parametrize("lie", [{"script": [1]}, {"metrics": 7}, {"metrics": {"knn20_top1": "much"}},
+                                 {"weights_sha256": None}, {"metrics": {"codes": [1]}}])  # fmt: skip
+def test_results_that_lie_count_for_nothing(grid, lie):
+    path = grid.cells[0].folder / "trained" / "results.jsonl"
+    lines = [json.loads(line) | lie for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    describe(grid.cells[0], snapshot(grid)[grid.cells[0].name])
+    assert read_measures(grid.cells[0].results()) == {} and read_measures(grid.cells[1].results()) != {}
+    write(grid, snapshot(grid))
 
 
 def test_a_failure_that_says_nothing(grid):
