@@ -21,10 +21,10 @@ $(STAMP): pyproject.toml
 demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (2 to 4 minutes on 2 CPU cores)
 	$(BIN)/python demo.py --output_dir output/demo
 
-test: venv  ## Run the quick tests (CPU, no network; about 10 minutes on 2 cores)
+test: venv  ## Run the quick tests (CPU, no network; about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slurm and not slow"
 
-test-all: venv  ## Run all tests but those for Slurm (about 25 minutes on 2 cores)
+test-all: venv  ## Run all tests but those for Slurm (about 35 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slurm"
 
 test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 20 minutes; skipped where there is none)
