@@ -23,7 +23,9 @@ def build_optimizer(method: nn.Module, args: argparse.Namespace) -> torch.optim.
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=True),
         "adam": lambda: torch.optim.Adam(groups, lr=0.0, fused=True),
         "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)),
-        "lars": lambda: Lars(groups, lr=0.0, momentum=0.9),
+        # Matrices are adapted at any weight decay, as in DINO; timm by itself would not without one. Its ratio has
+        # |g| + decay |w| where DINO's has |g + decay w|.
+        "lars": lambda: Lars([{**g, "always_adapt": g["decay"]} for g in groups], lr=0.0, momentum=0.9),
     }
     return kinds[args.optimizer]()
 

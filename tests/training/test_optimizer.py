@@ -31,3 +31,24 @@ def test_gradients_are_clipped_one_parameter_at_a_time():
     assert module.weight.grad.norm().item() == pytest.approx(3.0) and module.bias.grad[0].item() == pytest.approx(0.1)
     clip_gradients(module, norms, 0)
     assert module.weight.grad.norm().item() == pytest.approx(3.0)
+
+
+def test_lars_adapts_matrices_without_weight_decay():
+    """You et al. 2017 as in DINO: g * 0.001 |w| / |g| for matrices, plain momentum for vectors."""
+    args = main_cplearn.parse_args([*SMALL, "--optimizer", "lars", "--weight_decay", "0", "--weight_decay_end", "0"])
+    torch.manual_seed(0)
+    method = torch.nn.Linear(5, 3)
+    optimizer = build_optimizer(method, args)
+    own = {name: p.detach().clone() for name, p in method.named_parameters()}
+    momentum = {name: torch.zeros_like(p) for name, p in own.items()}
+    for step in range(3):
+        lr = set_schedules(optimizer, step, 10, args)
+        for name, p in method.named_parameters():
+            p.grad = torch.randn_like(p)
+            ratio = 0.001 * own[name].norm() / p.grad.norm() if name == "weight" else 1.0
+            momentum[name] = 0.9 * momentum[name] + ratio * p.grad
+            own[name] -= lr * momentum[name]
+        optimizer.step()
+    for name, p in method.named_parameters():
+        torch.testing.assert_close(p.detach(), own[name], rtol=1e-6, atol=1e-8)
+    assert lr > 0
