@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
 from cplearn.data import augmentations, cachefile, loaders, workers
-from cplearn.data.datasets import printable
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError, WriteError
 from cplearn.evaluation import cli
 from cplearn.evaluation.features import Features, Model, backbone_features, get_features, has_features
+from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, cosine, format_table, positive
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> this rank's (features, labels) of its steps

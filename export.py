@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from cplearn import errors
-from cplearn.data.datasets import printable
 from cplearn.errors import UserError
 from cplearn.evaluation import cli
 from cplearn.export import common, head_folder, hf_folder, onnx_file, safetensors_file, timm_folder
+from cplearn.text import printable
 from utils import ArgumentParser, expand_paths
 
 FORMATS = {kind.NAME: kind for kind in (timm_folder, safetensors_file, hf_folder, onnx_file, head_folder)}

@@ -17,13 +17,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from cplearn import errors, random_streams
-from cplearn.data import datasets, sources
+from cplearn.data import sources
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.evaluation import attention, cli
 from cplearn.evaluation import attention_figures as figures
 from cplearn.evaluation.features import Model
 from cplearn.host import git_commit
+from cplearn.text import printable
 from utils import ArgumentParser, expand_paths, format_table, positive
 
 MOST = 1000  # images that are drawn without being asked for by number
@@ -80,7 +81,7 @@ def choose(dataset, args: argparse.Namespace) -> list[int]:
     if args.sample is None:
         if len(dataset) > MOST:
             raise UserError(
-                f"--images {datasets.printable(args.images)} holds {len(dataset):,} images: add --sample 16, for instance"
+                f"--images {printable(args.images)} holds {len(dataset):,} images: add --sample 16, for instance"
             )
         return list(range(len(dataset)))
     order = random_streams.random_stream(random_streams.FOR_ORDER, args.seed).permutation(len(dataset))
@@ -146,7 +147,7 @@ def draw(images: Pass, out: figures.OutputFolder, args: argparse.Namespace, page
         for name, picture in figures.pictures(whole).items():
             out.picture(f"{one.folder}/{name}.png", picture)
         sheet.add(dataclasses.replace(whole, photo=figures.photo_of(image, one.view, args.tile)))
-        records.append({"image": datasets.printable(one.name), "folder": one.folder, **numbers(seen)})
+        records.append({"image": printable(one.name), "folder": one.folder, **numbers(seen)})
         if args.save_maps:
             maps[one.name] = seen
         if len(records) % figures.ROWS == 0 or len(records) == len(images.chosen):
@@ -164,7 +165,7 @@ def tokens_of(seen: attention.LastBlock) -> int:
 
 def title(model: Model) -> str:
     """Return what a sheet is of, in one line."""
-    trained = "random initialization" if model.random_init else f"{datasets.printable(Path(model.weights).name)}"
+    trained = "random initialization" if model.random_init else f"{printable(Path(model.weights).name)}"
     epochs = f", epoch {model.epoch}" if model.epoch is not None and not model.random_init else ""
     patch = "x".join(str(x) for x in sorted(set(attention.patch_of(model.backbone))))
     return f"{model.arch}, patches of {patch} px, images of {model.image_size} px, {trained}{epochs}"
@@ -195,7 +196,7 @@ def packed(maps: dict[str, attention.LastBlock], keep_aspect: bool) -> bytes:
     With --keep_aspect shapes differ: attention_0, attention_1 ... (heads, h, w) instead of attention.
     """
     seen = list(maps.values())
-    arrays = {"names": np.array([datasets.printable(name) for name in maps])}
+    arrays = {"names": np.array([printable(name) for name in maps])}
     arrays["prefix"] = torch.stack([x.prefix for x in seen]).numpy()
     if keep_aspect:
         arrays |= {f"attention_{i}": x.attention.numpy() for i, x in enumerate(seen)}
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     out.close({**record, "flags": vars(args), "images": records})
     report(records, heads)
     print(
-        f"Wrote {', '.join(pages)} and the pictures of {len(chosen)} image{'s' * (len(chosen) > 1)} to {datasets.printable(folder)}"
+        f"Wrote {', '.join(pages)} and the pictures of {len(chosen)} image{'s' * (len(chosen) > 1)} to {printable(folder)}"
     )
     return records
 

@@ -27,6 +27,7 @@ from cplearn.evaluation.pretrained import EvalTransform
 from cplearn.files import check_output_dir, write_bytes
 from cplearn.flags import check_path
 from cplearn.host import git_commit
+from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, expand_paths, format_table, positive
 
 PAGE, SHEET = "codes.html", "codes.png"
@@ -93,7 +94,7 @@ def check_flags(args: argparse.Namespace) -> None:
     args.neighbours = [check_path("--neighbours", path) for path in args.neighbours]
     for path in args.neighbours:
         if os.path.isdir(path) or not os.path.exists(path):
-            raise UserError(f"--neighbours {datasets.printable(path)} is no image file: give files, not folders")
+            raise UserError(f"--neighbours {printable(path)} is no image file: give files, not folders")
     if args.images and args.split:
         raise UserError(f"--split {args.split} is of the checkpoint's own data: leave it out with --images")
     images = (args.codes + 2 + len(args.neighbours)) * args.per_code
@@ -227,7 +228,7 @@ def facts_of(args: argparse.Namespace, model: Model, data: Features, of_all: int
         "hash of their names": data.source["data_hash"],
         "commit": git_commit(),
     }
-    return {name: datasets.printable(str(value)) for name, value in facts.items() if value is not None}
+    return {name: printable(str(value)) for name, value in facts.items() if value is not None}
 
 
 # --- what is written --------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def write_all(args: argparse.Namespace, gallery: codes.Gallery, facts: dict[str,
         written[SHEET] = draw_sheet(gallery, *args.sheet)
     for name, content in written.items():
         write_bytes(folder / name, content)
-        print(f"{datasets.printable(folder / name)}: {len(content) / 1e6:.1f} MB")
+        print(f"{printable(folder / name)}: {len(content) / 1e6:.1f} MB")
 
 
 def numbers_of(gallery: codes.Gallery) -> dict[str, object]:

@@ -46,7 +46,7 @@ from cplearn.data import datasets  # noqa: E402
 from cplearn.errors import LocalError, UserError  # noqa: E402
 from cplearn.host import git_commit  # noqa: E402
 from cplearn.precision import choose_precision  # noqa: E402
-from cplearn.text import format_table  # noqa: E402
+from cplearn.text import format_table, from_printable  # noqa: E402
 from cplearn.training.folder_lock import FolderLock  # noqa: E402
 from cplearn.training.resume import save  # noqa: E402
 from cplearn.training.run_control import StopSignals  # noqa: E402
@@ -411,9 +411,7 @@ def stress_images(folder: Path, images: int, rng: random.Random) -> list[tuple]:
         if any(finish(start(out, 1, *more))):
             raise RuntimeError(f"training on damaged images ended; see {folder}/said.txt")
         outs.append(out)
-        listed = {
-            datasets.from_printable(line.split("\t")[0]) for line in (out / "bad_images.txt").read_text().splitlines()
-        }
+        listed = {from_printable(line.split("\t")[0]) for line in (out / "bad_images.txt").read_text().splitlines()}
         if not listed <= {str(n) for n in dataset.names} or len(listed) > unreadable:
             raise RuntimeError(f"{out}/bad_images.txt lists {len(listed)} files, {unreadable} are unreadable")
     replaced = sum(record["replaced_images"] for record in weights_and_log(outs[0])[1])

@@ -41,9 +41,25 @@ def _csv_cell(text: str) -> str:
     return text
 
 
+# --- names ---------------------------------------------------------------------------------------------
+# A file's name is any bytes but 0 and /. Python holds bytes that are not UTF-8 as lone surrogates, which no output
+# takes; a line end would break a line in two.
+
+
 def printable(name: object) -> str:
     """Return a name in one line of proper text, what is none as in a Python string: \\udce9, \\n, \\\\."""
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def from_printable(text: str) -> str:
+    """Return the name that `printable` was given."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+def few(names: list[str]) -> str:
+    """Return the first of some names for a message, the middle of long ones left out."""
+    short = [name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}" for name in map(printable, names[:5])]
+    return ", ".join(short) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def names_of(paths: Sequence[str | Path]) -> list[str]:
@@ -54,6 +70,9 @@ def names_of(paths: Sequence[str | Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{i + 1}: {Path(path).name}" for i, path in enumerate(paths)]
+
+
+# --- output ----------------------------------------------------------------------------------------------
 
 
 class LastingStream:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.host import ROOT
-from cplearn.text import printable
+from cplearn.text import few, printable
 
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 
@@ -213,22 +213,6 @@ def say(line: str) -> None:
     """Print a line, on the first process only."""
     if collectives.is_main():
         print(line, flush=True)
-
-
-# --- names as text --------------------------------------------------------------------------------------
-# A file's name is any bytes but 0 and /. Python holds bytes that are not UTF-8 as lone surrogates, which no output
-# takes; a line end would break a line in two.
-
-
-def from_printable(text: str) -> str:
-    """Return the name that `printable` was given."""
-    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
-
-
-def few(names: list[str]) -> str:
-    """Return the first of some names for a message, the middle of long ones left out."""
-    short = [name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}" for name in map(printable, names[:5])]
-    return ", ".join(short) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # --- one image --------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from cplearn.data.datasets import ImageDataset, few, image_size, printable, read_image, say
+from cplearn.data.datasets import ImageDataset, image_size, read_image, say
 from cplearn.errors import UserError
+from cplearn.text import few, printable
 
 MOST_BYTES = 2**30  # of an encoded image: above the pixels that may be decoded (`datasets.MAX_PIXELS`)
 

@@ -4,10 +4,10 @@ import os
 
 import numpy as np
 
-from cplearn.data.datasets import few, printable
 from cplearn.data.encoded import MOST_BYTES, EncodedImages, Names, number_labels
 from cplearn.data.parquet import label_texts
 from cplearn.errors import UserError
+from cplearn.text import few, printable
 
 PREFIX = "hf:"
 

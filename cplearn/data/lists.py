@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cplearn.data import datasets
-from cplearn.data.datasets import EXTENSIONS, Folder, few, printable, say
+from cplearn.data.datasets import EXTENSIONS, Folder, say
 from cplearn.data.encoded import Names, check_unique, number_labels
 from cplearn.errors import UserError
 from cplearn.files import read_text
+from cplearn.text import few, printable
 
 SUFFIXES = (".txt", ".tsv", ".lst")
 

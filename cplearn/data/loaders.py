@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cplearn.data import workers
 from cplearn.data.augmentations import COLOR, View, color_params, cut_views, draw, empty_views, eval_pixels
-from cplearn.data.datasets import printable
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError
 from cplearn.random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
+from cplearn.text import printable
 
 # --- loading ---------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from typing import BinaryIO
 import numpy as np
 
 from cplearn.data.cachefile import HEAD, make_once
-from cplearn.data.datasets import few, printable
 from cplearn.data.encoded import MOST_BYTES, EncodedImages, Names, number_labels
 from cplearn.data.tars import open_regular
 from cplearn.errors import Interrupted, UserError
+from cplearn.text import few, printable
 
 SUFFIXES = (".parquet",)
 IMAGE_COLUMNS = ("image", "img")  # the usual names, where several columns could be meant

@@ -16,14 +16,13 @@ from cplearn.data.datasets import (
     Digits,
     Folder,
     ImageDataset,
-    few,
-    printable,
     read_class_list,
     torchvision_dataset,
 )
 from cplearn.data.hugging_face import PREFIX, HuggingFace
 from cplearn.errors import UserError
 from cplearn.random_streams import FOR_ORDER, random_stream
+from cplearn.text import few, printable
 
 # What a split may be called, the usual name first. Hugging Face's test splits often hide their labels.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}

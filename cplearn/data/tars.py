@@ -13,9 +13,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from cplearn.data import datasets
-from cplearn.data.datasets import EXTENSIONS, few, printable, say
+from cplearn.data.datasets import EXTENSIONS, say
 from cplearn.data.encoded import MOST_BYTES, EncodedImages, Names, check_unique, number_labels
 from cplearn.errors import UserError
+from cplearn.text import few, printable
 
 # Compressed ones are known, to be refused: an image in them could only be reached through all before it.
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from cplearn.data.datasets import printable
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.host import allow_open_files, available_memory, free_shared_memory, leave_signals_to_parent
+from cplearn.text import printable
 
 WORKER_TIMEOUT = 600.0  # seconds, the default of --worker_timeout
 AHEAD = 2  # batches that torch lets each worker make ahead

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cplearn.data.datasets import printable
 from cplearn.errors import UserError
 from cplearn.evaluation.attention import View
 from cplearn.files import check_output_dir, read_json, remove_quietly, write_bytes, write_text
+from cplearn.text import printable
 
 COLORS = "inferno"  # of attention: black is none
 SCALE = 3.0  # even shares of attention that the brightest color stands for at least: noise must not look like structure

@@ -20,6 +20,7 @@ from cplearn.evaluation.features import (
 from cplearn.files import append_json_line, check_output_dir
 from cplearn.flags import check_unread_path, expand_paths, ignore_local_rank, nonnegative, positive, seed_below
 from cplearn.host import git_commit
+from cplearn.text import printable
 
 # What is fixed once features are kept.
 OF_FEATURES = ("random_init", "arch", "patch_size", "image_size", "dataset", "data_path", "class_list", "dump_features",
@@ -137,9 +138,7 @@ def take_all_if_undivided(args: argparse.Namespace, model: Model | None) -> None
         return
     args.split = "all"
     if model is not None and collectives.is_main():
-        print(
-            f"{datasets.printable(model.data_path)} has no train/ and no val/: all of its images are used", flush=True
-        )
+        print(f"{printable(model.data_path)} has no train/ and no val/: all of its images are used", flush=True)
 
 
 def open_network(args: argparse.Namespace, device: torch.device) -> Model:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cplearn.data.datasets import printable
 from cplearn.evaluation.code_gallery import Code, Gallery, Query
+from cplearn.text import printable
 
 HERE = Path(__file__).parent
 UNUSED_SHOWN = 500  # numbers of unused codes that are written out

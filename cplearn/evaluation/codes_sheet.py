@@ -5,9 +5,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from cplearn.data.datasets import printable
 from cplearn.evaluation.code_gallery import Code, Gallery, spread
 from cplearn.evaluation.codes_page import counted, number, percent
+from cplearn.text import printable
 
 INCH = 0.62  # side of an image
 LABEL, GAP, LINE = 1.35, 0.06, 0.17  # inches: room for the text of a row, between images, of a line of text

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cplearn.data.datasets import printable
 from cplearn.errors import UserError, WriteError
 from cplearn.files import create, read_json, remove_quietly, write_text
+from cplearn.text import printable
 
 SUFFIXES = (".npz", ".npy", ".parquet")
 SCRIPT = "extract_features"  # how a file says that it is one of these

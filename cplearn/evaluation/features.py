@@ -13,6 +13,7 @@ from cplearn.data import augmentations, color, datasets, loaders, sources, worke
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.methods import build_method
+from cplearn.text import few
 
 # --- the model -----------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ def _check_classes(classes: list[list[str] | None], splits: tuple[str, ...], lab
         )
     if any(c != classes[0] for c in classes):
         differ = sorted(set(classes[0] or ()) ^ set(classes[-1] or ()))
-        raise UserError(f"the classes of {' and '.join(splits)} differ: {datasets.few(differ) or 'their order'}")
+        raise UserError(f"the classes of {' and '.join(splits)} differ: {few(differ) or 'their order'}")
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from torch import Tensor
 from cplearn import backbones
 from cplearn.checkpoints import EXPORTED
 from cplearn.data import augmentations, color
-from cplearn.data.datasets import printable
 from cplearn.errors import ExpectedError, UserError, WriteError
 from cplearn.evaluation.features import Model
 from cplearn.files import create, read_json
 from cplearn.host import git_commit
+from cplearn.text import printable
 
 TOLERANCE = 1e-5  # largest difference that passes, in units of the largest absolute value of our features
 BATCHES = (1, 3)  # of random images that are compared

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cplearn.data.datasets import printable
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import running_buffers
 from cplearn.errors import LocalError, NonFiniteError, UserError, WriteError
 from cplearn.files import write_text
+from cplearn.text import printable
 
 # --- steps that are not finite -------------------------------------------------------------------------
 

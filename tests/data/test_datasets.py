@@ -15,9 +15,10 @@ from PIL import Image
 import eval_knn
 import eval_linear
 from cplearn.data import datasets
-from cplearn.data.datasets import Digits, Folder, from_printable, printable, read_class_list
+from cplearn.data.datasets import Digits, Folder, read_class_list
 from cplearn.data.sources import build_dataset
 from cplearn.errors import UserError, exit_status
+from cplearn.text import from_printable, printable
 
 
 def test_class_folders(image_folder):
