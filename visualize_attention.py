@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cplearn import errors, random_streams
-from cplearn.data import sources
+from cplearn import errors
+from cplearn.data import color, sources
+from cplearn.data.datasets import ImageDataset
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.evaluation import attention, cli
@@ -76,27 +77,26 @@ class Chosen(NamedTuple):
     view: attention.View
 
 
-def choose(dataset, args: argparse.Namespace) -> list[int]:
-    """Return which images to draw, in their order. Raises `UserError` if there are too many to mean all of them."""
-    if args.sample is None:
-        if len(dataset) > MOST:
-            raise UserError(
-                f"--images {printable(args.images)} holds {len(dataset):,} images: add --sample 16, for instance"
-            )
-        return list(range(len(dataset)))
-    order = random_streams.random_stream(random_streams.FOR_ORDER, args.seed).permutation(len(dataset))
-    return sorted(order[: args.sample].tolist())
+def choose(dataset: ImageDataset, args: argparse.Namespace) -> ImageDataset:
+    """Return the images to draw. Raises `UserError` if there are too many to mean all of them."""
+    if args.sample is not None:
+        return sources.Sample(dataset, args.sample, args.seed)
+    if len(dataset) > MOST:
+        raise UserError(
+            f"--images {printable(args.images)} holds {len(dataset):,} images: add --sample 16, for instance"
+        )
+    return dataset
 
 
-def check_images(dataset, chosen: list[int], model: Model, keep_aspect: bool) -> list[Chosen]:
+def check_images(dataset: ImageDataset, model: Model, keep_aspect: bool) -> list[Chosen]:
     """Decode every image once and plan its view. Raises `LocalError` for one that cannot be read."""
     patch = attention.patch_of(model.backbone)
     found = []
-    for k, i in enumerate(chosen):
+    for i in range(len(dataset)):
         size = dataset.read(i)[0].size
         view = attention.plan_view(size, model.image_size, patch, keep_aspect=keep_aspect)
         name = str(dataset.names[i])
-        found.append(Chosen(i, name, figures.folder_name(k + 1, name), view))
+        found.append(Chosen(i, name, figures.folder_name(i + 1, name), view))
     return found
 
 
@@ -124,7 +124,7 @@ class Pass:
     def __iter__(self) -> Iterator[tuple[Chosen, Image.Image, attention.LastBlock]]:
         for one in tqdm(self.chosen, unit="image", leave=False, disable=None):  # None: quiet without a terminal
             image = self.dataset.read(one.index)[0]
-            x = attention.network_input(one.view.pixels(image), self.device)
+            x = color.network_input(one.view.pixels(image)[None], self.device)
             seen = attention.last_block(self.model.backbone, x, self.model.arch)
             yield one, image, attention.LastBlock(*(part[0].cpu() for part in seen))
 
@@ -216,11 +216,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     device = launch.init(args.dist_url, args.device)
     if not collectives.is_main():  # one process is enough for pictures
         return []
-    dataset = sources.open_images(args.images)
-    indices = choose(dataset, args)
+    dataset = choose(sources.open_images(args.images), args)
     model = cli.open_network(args, device)
     heads = check_network(model, args.keep_aspect, device)
-    chosen = check_images(dataset, indices, model, args.keep_aspect)
+    chosen = check_images(dataset, model, args.keep_aspect)
     count = -(-len(chosen) // figures.ROWS)
     pages = ["sheet.png"] if count == 1 else [f"sheet_{k + 1:02}.png" for k in range(count)]
     names = figures.picture_names(heads, args.threshold is not None, args.pca or args.pca_foreground)

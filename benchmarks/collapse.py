@@ -182,7 +182,7 @@ def curvature(args: argparse.Namespace) -> None:
     pixels = torch.stack([augmentations.eval_pixels(dataset[i][0], 32) for i in range(256)])
     method.train()  # statistics of this batch
     with torch.no_grad():
-        features = method.backbone(color.normalize(color.to_float(pixels)))
+        features = method.backbone(color.network_input(pixels, pixels.device))
         logits = method.head.logits(method.embed(features))
     logits = logits.double() - logits.double().mean(1, keepdim=True)
     shared = logits.mean(0, keepdim=True).expand_as(logits)

@@ -254,7 +254,7 @@ def bench_evaluation(args: argparse.Namespace) -> None:
     def extraction():
         view = torch.utils.data.Subset(loaders.EvalDataset(dataset, 224), chosen)
         for pixels, _, _ in torch.utils.data.DataLoader(view, 32, num_workers=workers.default_workers(None)):
-            backbone(color.normalize(color.to_float(pixels)))
+            backbone(color.network_input(pixels, pixels.device))
 
     theirs, ours = compare({"extraction": extraction}, plain_extraction, max(1, args.repeats // 2))
     t, ratio = ours["extraction"]

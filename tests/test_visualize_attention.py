@@ -87,9 +87,15 @@ def test_the_same_command_writes_the_same_bytes(weights, photos, tmp_path):
 
 
 def test_a_sample_is_chosen_by_seed(weights, photos, tmp_path):
+    class Hundred:
+        names, labels, classes, where = [str(i) for i in range(100)], [-1] * 100, None, "numbers"
+
+        def __len__(self):
+            return 100
+
     def chosen(*more):
         args = visualize_attention.get_args_parser().parse_args(flags(weights, photos, tmp_path, *more))
-        return visualize_attention.choose(range(100), args)
+        return [int(name) for name in visualize_attention.choose(Hundred(), args).names]
 
     assert chosen() == list(range(100)) == chosen("--sample", "500")
     assert len(set(chosen("--sample", "5"))) == 5 and chosen("--sample", "5") == chosen("--sample", "5")

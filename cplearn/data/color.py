@@ -61,6 +61,11 @@ def normalize(x: Tensor) -> Tensor:
     return x * scale + shift
 
 
+def network_input(pixels: Tensor, device: torch.device) -> Tensor:
+    """Shape: uint8 (n, 3, H, W) -> float32, normalized, on the device."""
+    return normalize(to_float(pixels.to(device, non_blocking=True)))
+
+
 @lru_cache
 def _normalization(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return 1 / std and -mean / std, made once per device: making one on a GPU waits for it. Shape: (1, 3, 1, 1)."""

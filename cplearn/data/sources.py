@@ -44,7 +44,7 @@ class Sample(ImageDataset):
     def __init__(self, dataset: ImageDataset, count: int, seed: int):
         drawn = random_stream(FOR_ORDER, seed).permutation(len(dataset))[:count]
         self.dataset, self.rows = dataset, np.sort(drawn)
-        self.names = np.asarray(dataset.names)[self.rows]
+        self.names = [dataset.names[i] for i in self.rows]
         self.labels = np.asarray(dataset.labels)[self.rows]
         self.classes, self.where = dataset.classes, dataset.where
 

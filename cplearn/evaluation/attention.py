@@ -9,8 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cplearn.data import color
-from cplearn.data.augmentations import BICUBIC
+from cplearn.data.augmentations import BICUBIC, eval_resize
 from cplearn.data.datasets import MAX_PIXELS
 from cplearn.errors import UserError
 
@@ -58,10 +57,11 @@ def plan_view(image_size: tuple[int, int], size: int, patch: tuple[int, int], *,
         across, down = width - width % patch[1], height - height % patch[0]
     else:  # as `augmentations.eval_pixels`
         across = down = size
-        shorter = round(size * 256 / 224)
-        width, height = (shorter if side == short else int(shorter * side / short) for side in image_size)
-        if size < 96:
+        shorter = eval_resize(size)
+        if shorter is None:
             width = height = size
+        else:
+            width, height = (shorter if side == short else int(shorter * side / short) for side in image_size)
     return View((width, height), round((width - across) / 2), round((height - down) / 2), across, down)
 
 
@@ -252,8 +252,3 @@ class PatchColors:
     def of(self, tokens: Tensor) -> Tensor:
         """Return standard deviations along each component, NaN for background. Shape: (h, w, f) -> (h, w, 3)."""
         return self.components.scores(tokens).masked_fill(~self.is_foreground(tokens)[..., None], torch.nan)
-
-
-def network_input(pixels: Tensor, device: torch.device) -> Tensor:
-    """Shape: uint8 (3, H, W) -> float32 (1, 3, H, W), normalized, on the device."""
-    return color.normalize(color.to_float(pixels[None].to(device)))

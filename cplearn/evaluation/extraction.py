@@ -64,7 +64,7 @@ class Extraction:
 
         features (f,) or (patches, f), grid (2,) rows and columns of patches, embedding (d,), codes ().
         """
-        x = color.normalize(color.to_float(pixels.to(self.device, non_blocking=True)))
+        x = color.network_input(pixels, self.device)
         backbone, taken = self.model.backbone, {}
         if self.tokens == "cls":
             own = taken["features"] = backbone(x)
@@ -108,8 +108,8 @@ class Extraction:
         if self.keep_aspect:
             view = f"shorter side {size}, both sides cut to multiples of {self.patch}"
         else:
-            view = f"shorter side {round(size * 256 / 224)}, center " if size >= 96 else ""
-            view += f"{size} x {size}"
+            shorter = augmentations.eval_resize(size)
+            view = f"{size} x {size}" if shorter is None else f"shorter side {shorter}, center {size} x {size}"
         return {
             "weights_sha256": self.model.weights_sha256,
             **({"network": self.model.network} if self.model.network else {}),

@@ -288,7 +288,7 @@ def calibrate_batch_norm(
     loader = DataLoader(loaders.EvalDataset(dataset, model.image_size), batch_sampler=parts)
     with workers.watched(loader, timeout) as batches:
         for pixels, _, _ in batches:
-            features = model.backbone(color.normalize(color.to_float(pixels.to(device))))
+            features = model.backbone(color.network_input(pixels, device))
             if model.method is not None:
                 model.method.predict(features)
     for norm in norms:
@@ -346,7 +346,7 @@ def extract_features(
     rows, codes = [], []
     with workers.watched(loader, args.worker_timeout) as batches:
         for pixels, _, _ in batches:
-            x = color.normalize(color.to_float(pixels.to(device, non_blocking=True)))
+            x = color.network_input(pixels, device)
             rows.append(backbone_features(model.backbone, x, n_last_blocks))
             if model.method is not None and n_last_blocks == 1:
                 codes.append(model.method.predict(rows[-1]))

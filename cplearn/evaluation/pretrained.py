@@ -32,7 +32,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         pixels = augmentations.eval_pixels(datasets.to_rgb(image), self.size)
-        return color.normalize(color.to_float(pixels)[None])[0]
+        return color.network_input(pixels[None], pixels.device)[0]
 
     def __repr__(self) -> str:
         return f"EvalTransform(size={self.size})"
