@@ -16,9 +16,9 @@ import eval_knn
 import eval_linear
 import main_cplearn
 from cplearn import checkpoints, errors
-from cplearn.evaluation.drawing import pyplot, save_figure
 from cplearn.files import read_json, read_json_lines
 from cplearn.host import ROOT
+from cplearn.plots.drawing import pyplot, save_figure
 from utils import ArgumentParser, format_table, positive
 
 

@@ -26,9 +26,9 @@ from steps import TrainingStep, random_views
 import main_cplearn
 from cplearn import errors
 from cplearn.distributed import launch
-from cplearn.evaluation.drawing import pyplot
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit
+from cplearn.plots.drawing import pyplot
 from cplearn.text import format_table
 
 CPU = torch.device("cpu")

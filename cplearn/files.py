@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,17 +44,31 @@ def create(path: Path) -> BinaryIO:
     return open(path, "xb")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all. Raises `WriteError`."""
+@contextlib.contextmanager
+def written(path: Path, *, on_disk: bool = False) -> Iterator[BinaryIO]:
+    """Give a file to write, which is `path` afterwards, or else is gone. Raises `WriteError`.
+
+    `on_disk`: not before its content is there, so that losing power costs nothing either.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with create(temporary) as f:
-            f.write(content)
+            yield f
+            if on_disk:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise WriteError(f"{path} could not be written: {error.strerror}; free some space and run again") from None
+        reason = error.strerror or str(error)
+        raise WriteError(f"{path} could not be written: {reason}; free some space and run again") from None
     finally:
         remove_quietly(temporary)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Whole or not at all. Raises `WriteError`."""
+    with written(path) as f:
+        f.write(content)
 
 
 def write_text(path: Path, text: str) -> None:

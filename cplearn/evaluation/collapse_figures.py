@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from cplearn.errors import UserError
 from cplearn.evaluation.collapse_matrices import plot_cosines, plot_covariances
 from cplearn.evaluation.collapse_numbers import Network, covariance_of
-from cplearn.evaluation.drawing import (
+from cplearn.evaluation.features import Features
+from cplearn.files import write_csv
+from cplearn.plots.drawing import (
     COLORS,
     MARKERS,
     OTHER,
@@ -22,8 +24,6 @@ from cplearn.evaluation.drawing import (
     shortened,
     style,
 )
-from cplearn.evaluation.features import Features
-from cplearn.files import write_csv
 
 FIGURES = ("spectrum", "mixture", "matrices", "cosines", "codes", "tsne")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cplearn.evaluation.collapse_numbers import Network, block_cosines, covariance_of, off_diagonal_energy
-from cplearn.evaluation.drawing import as_text, diverging, pyplot, save_figure, shortened
+from cplearn.plots.drawing import as_text, diverging, pyplot, save_figure, shortened
 
 CELLS = 100  # along a side of the matrix of images
 DIMENSIONS = 128  # drawn of a covariance

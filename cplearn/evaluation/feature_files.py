@@ -4,7 +4,6 @@ Nothing here holds more than one part in memory, however many images there are. 
 a command that was killed goes on with the parts that are missing.
 """
 
-import contextlib
 import json
 import os
 import zipfile
@@ -14,8 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cplearn.errors import UserError, WriteError
-from cplearn.files import create, read_json, remove_quietly, write_text
+from cplearn.errors import UserError
+from cplearn.files import read_json, remove_quietly, write_text, written
 from cplearn.text import printable
 
 SUFFIXES = (".npz", ".npy", ".parquet")
@@ -96,7 +95,7 @@ class Parts:
 
     def write(self, k: int, rows: Rows, failures: dict[int, str]) -> None:
         """Write a part, whole or not at all. Raises `WriteError`."""
-        with written(self._path(k)) as f:
+        with written(self._path(k), on_disk=True) as f:
             np.savez(f, failures=np.array(json.dumps(failures)), **rows)
 
     def read(self, name: str) -> Iterator[np.ndarray]:
@@ -118,23 +117,6 @@ class Parts:
         """Remove everything that is ours, when the file is complete."""
         for path in (*self.folder.glob("part_*.npz"), *self.folder.glob(".part_*.tmp"), self.folder / "plan.json"):
             remove_quietly(path)
-
-
-@contextlib.contextmanager
-def written(target: Path) -> Iterator[BinaryIO]:
-    """Give a file to write, which is `target` afterwards, or else is gone. Raises `WriteError`."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with create(temporary) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(f"{target} could not be written: {reason}; free some space and run again") from None
-    finally:
-        remove_quietly(temporary)
 
 
 # --- what is there already ------------------------------------------------------------------------------
@@ -186,11 +168,11 @@ def assemble(out: Path, parts: Parts, names, source: dict) -> int:
     count = sum(map(len, parts.read("samples")))
     if count == 0:
         raise UserError(f"none of the {parts.images} images could be read: {next(iter(source['unreadable'].values()))}")
-    with written(out) as f:
+    with written(out, on_disk=True) as f:
         {".npz": _write_npz, ".npy": _write_npy, ".parquet": _write_parquet}[out.suffix](f, parts, names, source, count)
         if out.suffix == ".npy":  # killed anywhere here, it leaves no pair that does not belong together
             remove_quietly(out)
-            with written(sidecar(out)) as beside:
+            with written(sidecar(out), on_disk=True) as beside:
                 _write_sidecar(beside, parts, names, source)
     return count
 

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 
+from cplearn.plots import drawing
 from cplearn.plots.panels import PANELS, Panel
 from cplearn.plots.runs import RunLog
 from cplearn.text import printable
@@ -18,15 +19,11 @@ SOFTWARE = "plot_runs.py"  # in the file, so that it is known as ours
 
 def draw(runs: Sequence[RunLog], axis: str) -> bytes:
     """Return the PNG of all runs over training, by the name of an axis in `AXES`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
     panels = [p for p in PANELS if any(run.points(axis, f, positive=p.log) for run in runs for f in p.curves)]
     rows, tall = math.ceil(len(panels) / 3), 0.5 + 0.22 * len(runs)
-    figure = plt.figure(figsize=(11, tall + 2.3 * rows + 0.5), layout="constrained")
+    figure = drawing.pyplot().figure(figsize=(11, tall + 2.3 * rows + 0.5), layout="constrained")
     grid = figure.add_gridspec(rows + 1, 3, height_ratios=[tall, *[2.3] * rows])
     draw_verdicts(figure.add_subplot(grid[0, :]), runs, axis)
     for k, panel in enumerate(panels):
@@ -35,7 +32,7 @@ def draw(runs: Sequence[RunLog], axis: str) -> bytes:
     figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(4, len(runs))), fontsize=9, frameon=False)
     content = io.BytesIO()
     figure.savefig(content, dpi=90, metadata={"Software": SOFTWARE})
-    plt.close(figure)
+    drawing.pyplot().close(figure)
     return content.getvalue()
 
 
@@ -141,6 +138,6 @@ def _colored(runs: Sequence[RunLog]) -> list[tuple[RunLog, str]]:
 
 
 def as_text(name: str) -> str:
-    """Return a name for matplotlib, which takes $ for a formula."""
+    """Return a name for matplotlib, the middle of a long one left out: names of runs often differ at their ends."""
     name = printable(name)
-    return (name if len(name) <= 60 else f"{name[:28]}...{name[-28:]}").replace("$", r"\$")
+    return drawing.as_text(name if len(name) <= 60 else f"{name[:28]}...{name[-28:]}")

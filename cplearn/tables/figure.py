@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cplearn.errors import WriteError
+from cplearn.plots.drawing import pyplot
 from cplearn.tables.cells import Settings
 from cplearn.tables.rows import NAMES
 
@@ -17,11 +18,7 @@ def draw(path: Path, settings: Settings, trained: list, untrained: list) -> None
 
     At the paper's scale its values are dotted; at small scale they would only stretch the axes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         _draw_trained(axis, name, settings, trained)

@@ -6,8 +6,8 @@ import torch
 from helpers import randn
 
 from cplearn.evaluation import collapse_figures
-from cplearn.evaluation.drawing import COLORS, pyplot
 from cplearn.evaluation.features import Features
+from cplearn.plots.drawing import COLORS, pyplot
 
 
 def points(n_classes: int, codes: list[int] | None = None):

@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from cplearn.evaluation.drawing import pyplot, save_figure, shortened
+from cplearn.plots.drawing import pyplot, save_figure, shortened
 
 
 def test_a_figure_replaces_a_link_and_leaves_what_it_led_to(tmp_path):

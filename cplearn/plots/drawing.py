@@ -1,14 +1,12 @@
 """What the figures share: matplotlib without a display, colors that everybody can tell apart, files that are whole."""
 
 import io
-import os
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cplearn.errors import WriteError
-from cplearn.files import create, remove_quietly
+from cplearn.files import write_bytes
 
 # Nine colors that also the color-blind tell apart (Paul Tol's "muted"), and black; ten more groups have other markers.
 COLORS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933", "#000000", "#DDCC77")
@@ -71,18 +69,11 @@ def is_own_figure(path: Path) -> bool:
 
 def save_figure(figure, out: Path, name: str) -> None:
     """Write a figure as PNG, whole or not at all, and forget it. Raises `WriteError`."""
-    temporary = out / f".{name}.{os.getpid()}.tmp"
+    drawn, packed = io.BytesIO(), io.BytesIO()
     try:
-        drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=120)
-        with create(temporary) as file, Image.open(drawn) as image:  # 256 colors are enough, in a third of the bytes
-            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-                file, "PNG", optimize=True, pnginfo=written_here()
-            )
-        os.replace(temporary, out / f"{name}.png")
-    except OSError as error:
-        line = f"{out / name}.png could not be written: {error.strerror}; free some space and run again"
-        raise WriteError(line) from None
     finally:
-        remove_quietly(temporary)
         pyplot().close(figure)
+    image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # enough, in a third of the bytes
+    image.save(packed, "PNG", optimize=True, pnginfo=written_here())
+    write_bytes(out / f"{name}.png", packed.getvalue())
