@@ -252,7 +252,7 @@ def bench_evaluation(args: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def extraction():
-        view = torch.utils.data.Subset(loaders.EvalDataset(dataset, 224), chosen)
+        view = torch.utils.data.Subset(loaders.EvalDataset(dataset, augmentations.eval_view(224)), chosen)
         for pixels, _, _ in torch.utils.data.DataLoader(view, 32, num_workers=workers.default_workers(None)):
             backbone(color.network_input(pixels, pixels.device))
 

@@ -6,7 +6,9 @@ The second half, color, is `color.py`.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -281,6 +283,11 @@ def eval_pixels(image: Image.Image, size: int) -> Tensor:
         image = tvf.resize(image, [shorter_side], interpolation=BICUBIC)
         image = tvf.center_crop(image, [size, size])
     return tvf.pil_to_tensor(image)
+
+
+def eval_view(size: int) -> Callable[[Image.Image], Tensor]:
+    """Return `eval_pixels` of this size, as loaders send it to their processes."""
+    return partial(eval_pixels, size=size)
 
 
 LONGEST = 16  # sides that `aspect_pixels` takes: a longer image would be more patches than memory holds

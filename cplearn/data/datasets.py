@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from io import BytesIO
 from pathlib import Path
 
@@ -107,10 +107,7 @@ class Folder(ImageDataset):
 
     def __init__(self, root: Path, class_list: list[str] | None = None):
         if class_list is not None:
-            absent = [name for name in class_list if not os.path.isdir(root / name)]
-            if absent:
-                counts = f"{len(absent)} of the {len(class_list)} listed classes"
-                raise UserError(f"{printable(root)} lacks {counts}: {few(absent)}")
+            check_listed(class_list, {name for name in class_list if os.path.isdir(root / name)}, root)
         self.root = root
         names = scan(root, class_list or [""])
         if not names:
@@ -310,6 +307,14 @@ def torchvision_dataset(name: str, data_path: str, split: str) -> Dataset:
             "nothing is downloaded here: get it once with torchvision's download=True"
         ) from None
     return _TorchvisionDataset(inner, classes, f"{name} in {data_path}, {'train' if train else 'test'} split")
+
+
+def check_listed(class_list: list[str], found: Collection[str], where: str | Path) -> None:
+    """Raise `UserError` that names the listed classes that are not among those found."""
+    absent = [name for name in class_list if name not in found]
+    if absent:
+        counts = f"{len(absent)} of the {len(class_list)} listed classes"
+        raise UserError(f"{printable(where)} lacks {counts}: {few(absent)}")
 
 
 def read_class_list(path: str) -> list[str]:

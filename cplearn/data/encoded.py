@@ -6,11 +6,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from cplearn.data.datasets import ImageDataset, image_size, read_image, say
+from cplearn.data.datasets import ImageDataset, check_listed, image_size, read_image, say
 from cplearn.errors import UserError
 from cplearn.text import few, printable
 
 MOST_BYTES = 2**30  # of an encoded image: above the pixels that may be decoded (`datasets.MAX_PIXELS`)
+
+
+def checked(content: bytes | None) -> bytes:
+    """Return an image's bytes. Raises ValueError if there are none, or more than can be an image's."""
+    if not content:
+        raise ValueError("the row holds no bytes")
+    check_size(len(content))
+    return content
+
+
+def check_size(size: int) -> None:
+    """Raise ValueError for more bytes than can be an image's."""
+    if size > MOST_BYTES:
+        raise ValueError(f"{size:,} bytes are more than the {MOST_BYTES:,} allowed")
 
 
 class EncodedImages(ImageDataset):
@@ -83,10 +97,7 @@ def number_labels(
     texts = [None if text in ("", "-1") else text for text in texts]
     found = set(texts)
     if class_list:
-        absent = [name for name in class_list if name not in found]
-        if absent:
-            counts = f"{len(absent)} of the {len(class_list)} listed classes"
-            raise UserError(f"{printable(where)} lacks {counts}: {few(absent)}")
+        check_listed(class_list, found, where)
     elif None in found:
         if found != {None}:
             missing = sum(text is None for text in texts)

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from cplearn.data.encoded import MOST_BYTES, EncodedImages, Names, number_labels
+from cplearn.data.encoded import EncodedImages, Names, checked, number_labels
 from cplearn.data.parquet import label_texts
 from cplearn.errors import UserError
 from cplearn.text import few, printable
@@ -35,11 +35,7 @@ class HuggingFace(EncodedImages):
         image = self.data[int(self.rows[i])][self.column]
         if image and image["bytes"] is None and image["path"]:
             raise ValueError(f"the copy has its path only, {printable(image['path'])}, not its bytes")
-        if not image or not image["bytes"]:
-            raise ValueError("the row holds no bytes")
-        if len(image["bytes"]) > MOST_BYTES:
-            raise ValueError(f"{len(image['bytes']):,} bytes are more than the {MOST_BYTES:,} allowed")
-        return image["bytes"]
+        return checked(image and image["bytes"])
 
     def stamps(self) -> list:
         return [self.data._fingerprint, len(self)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cplearn.data import workers
-from cplearn.data.augmentations import COLOR, View, color_params, cut_views, draw, empty_views, eval_pixels
+from cplearn.data.augmentations import COLOR, View, color_params, cut_views, draw, empty_views, eval_view
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError
@@ -101,17 +100,10 @@ class ViewDataset(Dataset):
 
 
 class EvalDataset(Dataset):
-    """The fixed evaluation view, or another `view` (RGB image -> uint8 pixels): pixels, label, index."""
+    """One fixed view (RGB image -> uint8 pixels) of each image: pixels, label, index."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        image_size: int,
-        num_workers: int = 0,
-        view: Callable[[Image.Image], Tensor] | None = None,
-    ):
-        self.dataset, self.names = dataset, dataset.names
-        self.view = view or partial(eval_pixels, size=image_size)
+    def __init__(self, dataset: Dataset, view: Callable[[Image.Image], Tensor], num_workers: int = 0):
+        self.dataset, self.names, self.view = dataset, dataset.names, view
         self.reading = workers.reading_table(num_workers)
 
     def __len__(self) -> int:
@@ -191,7 +183,7 @@ def eval_loader(
     """
     workers.check_workers(num_workers, batch_size * 3 * image_size**2)
     mine = range(collectives.rank(), len(dataset), collectives.world_size())
-    images = EvalDataset(dataset, image_size, num_workers)
+    images = EvalDataset(dataset, eval_view(image_size), num_workers)
     return _frozen_loader(images, num_workers, device, batch_size=batch_size, sampler=mine)
 
 
@@ -209,7 +201,7 @@ def skipping_loader(
     `batch_bytes`: what a batch usually takes. Raises `UserError` for workers that this machine has no room for.
     """
     workers.check_workers(num_workers, batch_bytes)
-    images = SkippingDataset(dataset, 0, num_workers, view)
+    images = SkippingDataset(dataset, view, num_workers)
     return _frozen_loader(images, num_workers, device, batch_sampler=batches, collate_fn=_as_it_is)
 
 

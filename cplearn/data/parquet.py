@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cplearn.data.cachefile import HEAD, make_once
-from cplearn.data.encoded import MOST_BYTES, EncodedImages, Names, number_labels
+from cplearn.data.encoded import EncodedImages, Names, checked, number_labels
 from cplearn.data.tars import open_regular
 from cplearn.errors import Interrupted, UserError
 from cplearn.text import few, printable
@@ -86,10 +86,10 @@ class Parquet(EncodedImages):
         if self.unpacked is not None:
             offset, size = self.place[i].tolist()
             with open_regular(self.unpacked) as file:
-                return _checked(os.pread(file.fileno(), size, offset))
+                return checked(os.pread(file.fileno(), size, offset))
         row = int(self.rows[i])
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return _checked(self._read_group(group)[row - int(self.starts[group])].as_py())
+        return checked(self._read_group(group)[row - int(self.starts[group])].as_py())
 
     def _read_group(self, group: int):
         """Return the bytes of the images of a row group, as Arrow has them."""
@@ -240,11 +240,3 @@ def _bytes_of(table, column: str):
 
     chunks = table.column(0)
     return pyarrow.compute.struct_field(chunks, "bytes") if column.endswith(".bytes") else chunks
-
-
-def _checked(content: bytes | None) -> bytes:
-    if not content:
-        raise ValueError("the row holds no bytes")
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{len(content):,} bytes are more than the {MOST_BYTES:,} allowed")
-    return content

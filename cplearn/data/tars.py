@@ -14,7 +14,7 @@ import numpy as np
 
 from cplearn.data import datasets
 from cplearn.data.datasets import EXTENSIONS, say
-from cplearn.data.encoded import MOST_BYTES, EncodedImages, Names, check_unique, number_labels
+from cplearn.data.encoded import EncodedImages, Names, check_size, check_unique, number_labels
 from cplearn.errors import UserError
 from cplearn.text import few, printable
 
@@ -57,8 +57,7 @@ class Tars(EncodedImages):
     def content(self, i: int) -> bytes:
         """Read it with a file of its own: processes then share no position, and few files are open."""
         shard, offset, size = self.place[i].tolist()
-        if size > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes are more than the {MOST_BYTES:,} allowed")
+        check_size(size)
         with open_regular(self.root / self.shards[shard]) as file:
             return os.pread(file.fileno(), size, offset)
 

@@ -56,7 +56,7 @@ class Extraction:
         """Return what makes an RGB image uint8 (3, H, W); it can be sent to loader processes."""
         if self.keep_aspect:
             return partial(augmentations.aspect_pixels, size=self.model.image_size, multiple=self.patch)
-        return partial(augmentations.eval_pixels, size=self.model.image_size)
+        return augmentations.eval_view(self.model.image_size)
 
     @torch.inference_mode()
     def run(self, pixels: Tensor) -> list[Rows]:

@@ -285,7 +285,7 @@ def calibrate_batch_norm(
     order = random_streams.random_stream(random_streams.FOR_ORDER, seed).permutation(len(dataset))[:images]
     starts = range(0, max(1, len(order) - 1), 256)  # no batch of one image, of which there are no statistics
     parts = [order[start : start + 256].tolist() for start in starts]
-    loader = DataLoader(loaders.EvalDataset(dataset, model.image_size), batch_sampler=parts)
+    loader = DataLoader(loaders.EvalDataset(dataset, augmentations.eval_view(model.image_size)), batch_sampler=parts)
     with workers.watched(loader, timeout) as batches:
         for pixels, _, _ in batches:
             features = model.backbone(color.network_input(pixels, device))

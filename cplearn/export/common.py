@@ -22,7 +22,7 @@ from cplearn.checkpoints import EXPORTED
 from cplearn.data import augmentations, color
 from cplearn.errors import ExpectedError, UserError, WriteError
 from cplearn.evaluation.features import Model
-from cplearn.files import create, read_json
+from cplearn.files import read_json
 from cplearn.host import git_commit
 from cplearn.text import printable
 
@@ -171,13 +171,8 @@ def _umask() -> int:
     return mask
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    with create(path) as file:
-        file.write(content)
-
-
 def write_json(path: Path, content: dict) -> None:
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def mark_folder(folder: Path, described: dict[str, object]) -> None:

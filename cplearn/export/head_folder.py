@@ -41,26 +41,26 @@ def is_earlier(path: Path) -> bool:
 def write(model: Model, folder: Path) -> None:
     """Write head.safetensors (tensors), head.json (numbers) and codes.py (how to use both)."""
     head = model.method.head
-    said = head.dictionary.description()
+    described = common.description(model, NAME)
     (kind,) = (name for name, of in DICTIONARIES.items() if of is type(head.dictionary))
     weights = {k: x for k, x in common.plain_weights(head).items() if k.startswith(("linear.", "norm."))}
     weights.pop("norm.num_batches_tracked")
     if kind == "hadamard":
         weights["hadamard"] = hadamard(head.dictionary.embed_dim).to(torch.int8)
     about = {
-        **common.description(model, NAME),
+        **described,
         "in_dim": head.linear.in_features,
         "dictionary": kind,
-        **said,
+        **head.dictionary.description(),
         "activation": head.activation,
         "norm_eps": head.norm.eps,
         "logit_scale": head.scale * head.kappa,  # p = softmax(logit_scale * h W)
     }
     save = common.need("safetensors.torch", NAME).save
-    common.write_bytes(folder / "head.safetensors", save(weights, {"format": "pt"}))
+    (folder / "head.safetensors").write_bytes(save(weights, {"format": "pt"}))
     common.write_json(folder / "head.json", about)
-    common.write_bytes(folder / "codes.py", SOURCE.read_bytes())
-    common.mark_folder(folder, common.description(model, NAME))
+    (folder / "codes.py").write_bytes(SOURCE.read_bytes())
+    common.mark_folder(folder, described)
 
 
 @torch.inference_mode()

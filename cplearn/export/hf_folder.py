@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cplearn import backbones
+from cplearn.data import augmentations, color
 from cplearn.errors import UserError, WriteError
 from cplearn.evaluation.features import Model
 from cplearn.evaluation.pretrained import EvalTransform
@@ -64,7 +65,7 @@ def write(model: Model, folder: Path) -> None:
     """Write config.json, model.safetensors and preprocessor_config.json."""
     vit = model.backbone
     save = common.need("safetensors.torch", NAME).save
-    common.write_bytes(folder / "model.safetensors", save(renamed(common.plain_weights(vit)), {"format": "pt"}))
+    (folder / "model.safetensors").write_bytes(save(renamed(common.plain_weights(vit)), {"format": "pt"}))
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -92,8 +93,7 @@ def preprocessing(model: Model) -> dict[str, object]:
     ViTImageProcessor only resizes to a square, as we do with small images; BitImageProcessor resizes the shorter side
     and crops the center.
     """
-    said = common.description(model, NAME)
-    size, resize = said["image_size"], said["resize"]
+    size, resize = model.image_size, augmentations.eval_resize(model.image_size)
     square = {"height": size, "width": size}
     if resize is None:
         kind, sizes = "ViTImageProcessor", {"size": square}
@@ -109,8 +109,8 @@ def preprocessing(model: Model) -> dict[str, object]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": said["mean"],
-        "image_std": said["std"],
+        "image_mean": list(color.MEAN),
+        "image_std": list(color.STD),
     }
 
 
@@ -149,7 +149,7 @@ def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
     ours = EvalTransform(model.image_size)(image)
     if theirs.shape != ours.shape:
         raise WriteError(f"its image processor makes {tuple(theirs.shape)} of an image, not {tuple(ours.shape)}")
-    gray = float(((ours - theirs).abs() * torch.tensor(common.description(model, NAME)["std"])[:, None, None]).max())
+    gray = float(((ours - theirs).abs() * torch.tensor(color.STD)[:, None, None]).max())
     return difference, [f"The image processor's pixels differ by up to {255 * gray:.1f} of 255 on a test image"]
 
 

@@ -75,7 +75,7 @@ def write(model: Model, path: Path, with_preprocessing: bool = False) -> None:
     said = {**common.description(model, NAME), "input": "0..1" if with_preprocessing else "normalized"}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
     onnx.helper.set_model_props(proto, metadata)
-    common.write_bytes(path, proto.SerializeToString())
+    path.write_bytes(proto.SerializeToString())
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def write(model: Model, path: Path) -> None:
     weights = common.plain_weights(model.backbone)
     said = {**common.description(model, NAME), "data_sha256": checkpoints.safetensors_data_hash(save(weights))}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
-    common.write_bytes(path, save(weights, metadata))
+    path.write_bytes(save(weights, metadata))
 
 
 def verify(model: Model, path: Path) -> tuple[float, list[str]]:

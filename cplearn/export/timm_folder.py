@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from cplearn import backbones
+from cplearn.data import augmentations, color
 from cplearn.errors import UserError, WriteError
 from cplearn.evaluation.features import Model
 from cplearn.evaluation.pretrained import EvalTransform
@@ -46,7 +47,7 @@ def write(model: Model, folder: Path) -> None:
     name, options = architecture(model)
     known = getattr(model.backbone, "pretrained_cfg", None) or {}
     size = model.image_size
-    common.write_bytes(folder / "model.safetensors", save(common.plain_weights(model.backbone), {"format": "pt"}))
+    (folder / "model.safetensors").write_bytes(save(common.plain_weights(model.backbone), {"format": "pt"}))
     config = {
         "architecture": name,
         "num_classes": 0,
@@ -73,14 +74,13 @@ def preprocessing(model: Model) -> dict[str, object]:
 
     timm resizes the shorter side to floor(size / crop_pct): half a pixel more keeps the division from falling short.
     """
-    said = common.description(model, NAME)
-    size, resize = said["image_size"], said["resize"]
+    size, resize = model.image_size, augmentations.eval_resize(model.image_size)
     if resize is None:
         crop = {"crop_pct": 1.0, "crop_mode": "squash"}
     else:
         exact = size / resize
         crop = {"crop_pct": exact if int(size / exact) == resize else size / (resize + 0.5), "crop_mode": "center"}
-    return {"interpolation": said["interpolation"], **crop, "mean": said["mean"], "std": said["std"]}
+    return {"interpolation": "bicubic", **crop, "mean": list(color.MEAN), "std": list(color.STD)}
 
 
 def knows_folders() -> bool:
