@@ -4,11 +4,12 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from cplearn.errors import UserError, WriteError
+from cplearn.errors import Interrupted, UserError, WriteError
 from cplearn.files import remove_quietly
 
 FOLDER = "~/.cache/cplearn"  # unless --cache_dir names another
@@ -42,6 +43,24 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
         raise WriteError(f"{what}: {path} could not be written: {error.strerror}; see --cache_dir") from None
     finally:
         remove_quietly(partial)
+
+
+class Filling:
+    """How far a file is that is filled from many images: a line now and then, an end where one is asked for."""
+
+    EVERY = 10.0  # seconds between two lines
+
+    def __init__(self, doing: str, done_to_images: str, images: int, stop: Callable[[], bool]):
+        self.doing, self.done_to_images, self.images, self.stop = doing, done_to_images, images, stop
+        self.start = self.said = time.monotonic()
+
+    def reached(self, done: int) -> None:
+        """Raises `Interrupted` if `stop` says so."""
+        if self.stop():
+            raise Interrupted(f"stopped while images were {self.done_to_images}, nothing is lost: run it again")
+        if time.monotonic() - self.said > self.EVERY:
+            self.said = time.monotonic()
+            print(f"{self.doing}: {done:,} of {self.images:,}, {self.said - self.start:.0f} s", flush=True)
 
 
 def write_head(file: BinaryIO, key: str) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cplearn.data.cachefile import HEAD, make_once
+from cplearn.data.cachefile import HEAD, Filling, make_once
 from cplearn.data.encoded import EncodedImages, Names, checked, number_labels
 from cplearn.data.tars import open_regular
-from cplearn.errors import Interrupted, UserError
+from cplearn.errors import UserError
 from cplearn.text import few, printable
 
 SUFFIXES = (".parquet",)
@@ -138,7 +137,8 @@ class Parquet(EncodedImages):
             flush=True,
         )
         place = np.zeros((len(self), 2), np.int64)
-        offset, said = file.seek(HEAD + place.nbytes), time.monotonic()
+        offset = file.seek(HEAD + place.nbytes)
+        filling = Filling("Copying images", "copied out of parquet", len(self), stop)
         for i in range(len(self)):
             try:
                 content = self.content(i)
@@ -147,11 +147,7 @@ class Parquet(EncodedImages):
             file.write(content)
             place[i] = offset, len(content)
             offset += len(content)
-            if stop():
-                raise Interrupted("stopped while images were copied out of parquet, nothing is lost: run it again")
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                print(f"Copying images: {i + 1:,} of {len(self):,}", flush=True)
+            filling.reached(i + 1)
         file.seek(HEAD)
         file.write(place)
         file.flush()

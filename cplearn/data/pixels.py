@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cplearn.data import workers
 from cplearn.data.augmentations import View, reduction, to_pixels
-from cplearn.data.cachefile import HEAD, make_once, write_head
+from cplearn.data.cachefile import HEAD, Filling, make_once, write_head
 from cplearn.distributed import collectives
-from cplearn.errors import Interrupted, LocalError, UserError, WorkerError
+from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.host import available_memory, system_id
 
 KINDS = ("none", "ram", "disk")
@@ -191,7 +190,7 @@ def _write(file, plain: Pixels, options: CacheOptions) -> None:
         persistent_workers=options.num_workers > 0,
         generator=torch.Generator(),
     )
-    start = said = time.monotonic()
+    filling = Filling("Decoding images once", "decoded into the cache", len(plain), options.stop)
     file.seek(HEAD + index.nbytes)
     place = done = 0
     with workers.watched(loader, options.timeout) as batches:
@@ -202,11 +201,7 @@ def _write(file, plain: Pixels, options: CacheOptions) -> None:
                     file.write(array)
                     place += array.size
                 done += 1
-            if options.stop():
-                raise Interrupted("stopped while images were decoded into the cache, nothing is lost: run it again")
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                print(f"Decoding images once: {done:,} of {len(plain):,}, {said - start:.0f} s", flush=True)
+            filling.reached(done)
     file.seek(HEAD)
     file.write(index)
     file.flush()

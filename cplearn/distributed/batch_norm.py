@@ -1,5 +1,8 @@
 """Batch norm over the rows of all ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +35,23 @@ def running_buffers(module: nn.Module) -> list[Tensor]:
     """Return what batch norms keep of the batches they saw, which a forward pass writes: means, variances, counters."""
     norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
     return [b for m in norms for b in m.buffers(recurse=False)]
+
+
+@contextmanager
+def plain_average(norms: list[nn.Module]) -> Iterator[None]:
+    """Let batch norms forget what they saw and take a plain average over the batches inside; then they are in eval
+    mode."""
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.eval()
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):

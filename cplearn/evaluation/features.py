@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from cplearn import backbones, checkpoints, random_streams
 from cplearn.data import augmentations, color, datasets, loaders, sources, workers
 from cplearn.distributed import collectives
+from cplearn.distributed.batch_norm import plain_average
 from cplearn.errors import UserError
 from cplearn.methods import build_method
 from cplearn.text import few
@@ -278,21 +279,15 @@ def calibrate_batch_norm(
     norms = [m for m in (model.method or model.backbone).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over batches
-        norm.train()
     order = random_streams.random_stream(random_streams.FOR_ORDER, seed).permutation(len(dataset))[:images]
     starts = range(0, max(1, len(order) - 1), 256)  # no batch of one image, of which there are no statistics
     parts = [order[start : start + 256].tolist() for start in starts]
     loader = DataLoader(loaders.EvalDataset(dataset, augmentations.eval_view(model.image_size)), batch_sampler=parts)
-    with workers.watched(loader, timeout) as batches:
+    with plain_average(norms), workers.watched(loader, timeout) as batches:
         for pixels, _, _ in batches:
             features = model.backbone(color.network_input(pixels, device))
             if model.method is not None:
                 model.method.predict(features)
-    for norm in norms:
-        norm.eval()
 
 
 def _feature_file(folder: str, split: str, n_last_blocks: int) -> Path:

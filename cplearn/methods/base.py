@@ -38,10 +38,10 @@ class StepOutput(NamedTuple):
 class Method(nn.Module):
     """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
 
-    A method defines `add_flags`, `forward`, `embed`, `assign`, `certainty` and `references`; the other functions do nothing unless
-    it needs them. Its settings are keyword-only arguments of its constructor, whose defaults are those of the flags of
-    the same names. The order of a step is `before_step`, `forward`, backward, `after_backward`, the optimizer's step,
-    `after_step`.
+    A method defines `add_flags`, `forward`, `embed`, `assign`, `certainty` and `references`; the other functions do
+    nothing unless it needs them. Its settings are keyword-only arguments of its constructor, whose defaults are those
+    of the flags of the same names. The order of a step is `before_step`, `forward`, backward, `after_backward`, the
+    optimizer's step, `after_step`.
     """
 
     N_GLOBAL = 2  # global crops, the first of the views

@@ -17,6 +17,7 @@ from cplearn import random_streams
 from cplearn.data import augmentations
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
+from cplearn.distributed.batch_norm import plain_average, running_buffers
 from cplearn.errors import CollapseError, LocalError
 from cplearn.evaluation import collapse
 from cplearn.evaluation.knn import leave_one_out_knn
@@ -143,13 +144,11 @@ class Probe:
             return None
         training = method.training
         method.eval()
-        with _fresh_norms(method) if untrained else nullcontext([]) as norms:
+        with _kept_norms(method) if untrained else nullcontext([]) as norms:
             if norms and min(counts) > 1:  # as many batches on each rank, none of one image
-                starts = range(0, min(counts) - 1, batch)
-                for images in self._images(starts, min(counts), batch, device):
-                    method.embed(method.evaluated(images[0]))
-            for norm in norms:
-                norm.eval()
+                with plain_average(norms):
+                    for images in self._images(range(0, min(counts) - 1, batch), min(counts), batch, device):
+                        method.embed(method.evaluated(images[0]))
             parts = []
             for images in self._images(range(0, len(labels), batch), len(labels), batch, device):
                 features = forward_by_size(method.evaluated, images)
@@ -171,22 +170,18 @@ class Probe:
 
 
 @contextmanager
-def _fresh_norms(method: Method) -> Iterator[list[nn.Module]]:
-    """Let batch norms that have seen no batch take a plain average over those to come; at the end forget it."""
+def _kept_norms(method: Method) -> Iterator[list[nn.Module]]:
+    """Give the batch norms that have seen no batch; whatever they see meanwhile is forgotten at the end."""
     kinds = nn.modules.batchnorm._BatchNorm
     norms = [m for m in method.modules() if isinstance(m, kinds) and m.track_running_stats]
     norms = [m for m in norms if m.num_batches_tracked == 0]
-    kept = [(m.momentum, [b.clone() for b in m.buffers(recurse=False)]) for m in norms]
-    for norm in norms:
-        norm.momentum = None
-        norm.train()
+    buffers = [b for norm in norms for b in running_buffers(norm)]
+    kept = [b.clone() for b in buffers]
     try:
         yield norms
     finally:
-        for norm, (momentum, buffers) in zip(norms, kept, strict=True):
-            norm.momentum = momentum
-            for now, before in zip(norm.buffers(recurse=False), buffers, strict=True):
-                now.copy_(before)
+        for now, before in zip(buffers, kept, strict=True):
+            now.copy_(before)
 
 
 class ProbeResult:
