@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -42,14 +41,6 @@ class ViT(VisionTransformer):
         """
         layers = self.get_intermediate_layers(x, n, return_prefix_tokens=True, norm=True)
         return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
-
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resample the position embeddings of weights that were trained at another image size."""
-        state = dict(state)
-        old, new = state.get("pos_embed"), self.pos_embed
-        if old is not None and old.shape != new.shape and old.shape[-1] == new.shape[-1]:
-            state["pos_embed"] = resample_abs_pos_embed(old, list(self.patch_embed.grid_size))
-        return state
 
 
 def vit_tiny(patch_size: int = 16, *, image_size: int = 224, drop_path_rate: float = 0.0) -> ViT:

@@ -128,8 +128,7 @@ def _is_ours(path: Path) -> bool:
 
 def open_model(args: argparse.Namespace, device: torch.device, **more: object) -> Model:
     """Load the network. Raises `UserError` if it has no codes, unless neighbours are asked for."""
-    given = {name: value for name, value in vars(args).items() if name != "split"}  # checked by `open_data`
-    model = cli.open_network(argparse.Namespace(**given, **more), device)
+    model = cli.open_network(argparse.Namespace(**vars(args), **more), device)
     if model.method is None and not args.neighbours:
         raise UserError(
             f"{model.weights} has no head, so no codes: give a checkpoint of main_cplearn.py, or ask for --neighbours"

@@ -88,7 +88,10 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
 
 
 def resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a timm ViT with its position embeddings resampled for the image size of this one."""
+    """Return the weights of a ViT, ours or timm's, with position embeddings resampled for the image size of this one.
+
+    Weights of other networks, and those that fit, come back as they are.
+    """
     old, new = state.get("pos_embed"), getattr(backbone, "pos_embed", None)
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
     if grid is None or not (isinstance(old, Tensor) and isinstance(new, Tensor) and old.dim() == new.dim() == 3):

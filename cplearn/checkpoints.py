@@ -15,7 +15,6 @@ import pathlib
 import pickle
 import shutil
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -305,8 +304,7 @@ def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
 
 def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teacher") -> None:
     """Load the backbone's weights of any file `backbone_weights` knows, resampled for its image size if need be."""
-    adapt = getattr(backbone, "adapt_state_dict", None) or partial(backbones.resample_positions, backbone)
-    load_into(backbone, adapt(backbone_weights(state, key)), what)
+    load_into(backbone, backbones.resample_positions(backbone, backbone_weights(state, key)), what)
 
 
 def load_into(module: nn.Module, weights: dict, what: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cplearn import checkpoints
+from cplearn import backbones, checkpoints
 from vision_transformer import ViT
 
 
@@ -79,7 +79,7 @@ def test_other_image_sizes(patch):
 def test_position_embeddings_are_resampled_for_another_size():
     model = ViT("vit_small", patch_size=16, image_size=96)
     state = dino_state_dict()
-    adapted = model.adapt_state_dict(state)
+    adapted = backbones.resample_positions(model, state)
     assert adapted["pos_embed"].shape == (1, 37, 384)
     assert torch.equal(adapted["pos_embed"][:, 0], state["pos_embed"][:, 0])
     checkpoints.load_into(model, adapted, "dino.pth")

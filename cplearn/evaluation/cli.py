@@ -150,7 +150,7 @@ def open_network(args: argparse.Namespace, device: torch.device) -> Model:
         raise UserError("--pretrained_weights is missing: give a checkpoint, or backbone weights with --arch")
     expand_paths(args, "pretrained_weights")
     file = read_weights(args.pretrained_weights)
-    flags = {**no_data_flags(file), "load_features": None, "seed": 0, **vars(args)}
+    flags = {**no_data_flags(file), "load_features": None, "seed": 0, **vars(args), "split": None}
     return open_model(argparse.Namespace(**flags), device, file)
 
 

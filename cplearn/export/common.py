@@ -43,7 +43,7 @@ def at_image_size(model: Model) -> Model:
     if not backbones.is_vit(model.arch) or model.backbone.patch_embed.img_size[0] == model.image_size:
         return model
     backbone = backbones.build_backbone(model.arch, patch_size=model.patch_size, image_size=model.image_size)
-    backbone.load_state_dict(backbone.adapt_state_dict(model.backbone.state_dict()))
+    backbone.load_state_dict(backbones.resample_positions(backbone, model.backbone.state_dict()))
     return replace(model, backbone=backbone.eval().requires_grad_(False))
 
 
