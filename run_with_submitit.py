@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--comment", default=None, help="For the scheduler")
     g.add_argument("--sbatch", nargs="+", default=[], metavar="OPTION=VALUE", help="Any other option of sbatch: reservation=x, mail-type=END, exclusive")
     g.add_argument("--name", default=None, help="Name of the job (default: the output folder's)")
-    g.add_argument("--max_requeues", type=nonnegative(int), default=20, help="After this many the job ends as FAILED; the same command again resumes it")
+    g.add_argument("--max_requeues", type=nonnegative(int), default=20, help="After this many (at most 5 with --local) the job ends as FAILED; the same command again resumes it")
     g.add_argument("--signal_delay_s", type=positive(int), default=120, help="Seconds before the time limit at which to save")
     g.add_argument("--dependency", default=None, metavar="TYPE:JOB", help="Wait for other jobs, as sbatch has it: afterok:123, afterany:123:124")
     g = p.add_argument_group("what to do")

@@ -78,7 +78,7 @@ def _run(rank: int, world: int, argv: list[str], said: str) -> None:
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    faulthandler.register(signal.SIGALRM, file)
+    faulthandler.register(signal.SIGQUIT, file)  # which the run itself leaves alone
     torch.set_num_threads(1)
     if world > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
@@ -87,17 +87,17 @@ def _run(rank: int, world: int, argv: list[str], said: str) -> None:
     sys.stdout.flush()
 
 
-def finish(processes: list, seconds: float = 120) -> list[int]:
-    """Exit codes; raises if a process hangs."""
+def finish(processes: list, out: Path, seconds: float = 300) -> list[int]:
+    """Exit codes; raises if a process hangs, with what `said` has of the run in `out`."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
         if process.is_alive():
-            os.kill(process.pid, signal.SIGALRM)  # where it hangs goes to said.txt
+            os.kill(process.pid, signal.SIGQUIT)  # where it hangs goes to said.txt
             time.sleep(1)
             for other in processes:
                 other.kill()
-            raise RuntimeError(f"a process hangs: {processes}")
+            raise RuntimeError(f"a process hangs: {processes}: {said(out)}")
     return [process.exitcode for process in processes]
 
 
@@ -176,7 +176,7 @@ def stress_kills(folder: Path, kills: int, rng: random.Random) -> list[tuple]:
         more = ["--num_workers", str(workers), "--optimizer", optimizer]
         quiet = folder / f"quiet{world}{workers}" / "run"
         quiet.parent.mkdir(parents=True)
-        codes = finish(start(quiet, world, *more, "--saveckp_minutes", "0"))
+        codes = finish(start(quiet, world, *more, "--saveckp_minutes", "0"), quiet)
         if any(codes):
             raise RuntimeError(f"{name}: the undisturbed run ended with {codes}: {said(quiet)}")
         more += ["--saveckp_minutes", "0.002"]
@@ -192,12 +192,12 @@ def stress_kills(folder: Path, kills: int, rng: random.Random) -> list[tuple]:
                 groups += [process.pid for process in processes]
                 quietly = chances == 0 or done >= target
                 if quietly or not kill_when(processes, out, rng.uniform(0.2, 3.0), rng.random() < 1 / 3):
-                    codes = finish(processes)
+                    codes = finish(processes, out)
                     if any(codes):
                         raise RuntimeError(f"{name}: ended on its own with {codes}: {said(out)}")
                     break
                 how = disturb(processes, rng)
-                codes = finish(processes)
+                codes = finish(processes, out)
                 if how == "kill":
                     fine = all(code in (0, -9, 6) for code in codes)
                 else:  # all saved, or finished; or the signal came while they were starting
@@ -408,7 +408,7 @@ def stress_images(folder: Path, images: int, rng: random.Random) -> list[tuple]:
         out = folder / f"workers{workers}"
         more = ("--data_path", str(data.parent), "--num_workers", str(workers), "--max_bad_images", "1",
                 "--epochs", "2", "--batch_size_per_gpu", "16")  # fmt: skip
-        if any(finish(start(out, 1, *more))):
+        if any(finish(start(out, 1, *more), out)):
             raise RuntimeError(f"training on damaged images ended; see {folder}/said.txt")
         outs.append(out)
         listed = {from_printable(line.split("\t")[0]) for line in (out / "bad_images.txt").read_text().splitlines()}
@@ -431,7 +431,7 @@ def stress_disk(folder: Path, rng: random.Random) -> list[tuple]:
     try:
         quiet = folder / "quiet"
         more = ("--num_workers", "0", "--saveckp_minutes", "0")
-        finish(start(quiet, 1, *more))
+        finish(start(quiet, 1, *more), quiet)
         size = (quiet / "checkpoint.pth").stat().st_size
         out = place / "run"
         codes, as_expected = [], True
@@ -446,14 +446,14 @@ def stress_disk(folder: Path, rng: random.Random) -> list[tuple]:
             ballast = place / "ballast"
             with open(ballast, "wb") as f:
                 f.write(bytes(int(shutil.disk_usage(place).free - room * size)))
-            codes += finish(start(out, 1, *more, place=folder))
+            codes += finish(start(out, 1, *more, place=folder), folder / "run")
             found = checkpoints.load_run(out) if out.exists() else None
             print(
                 f"room for {room} checkpoints: exit code {codes[-1]}, step {found[0]['step'] if found else 0} is kept"
             )
             as_expected &= codes[-1] == 4 and (found is None or found[2] is None)
             ballast.unlink()
-            as_expected &= finish(start(out, 1, *more)) == [0] and same_run(quiet, out)
+            as_expected &= finish(start(out, 1, *more), out) == [0] and same_run(quiet, out)
         return [("tmpfs", f"exit codes {codes}", "kept, then equal" if as_expected else "DAMAGED", "")]
     finally:
         subprocess.run(["umount", place])

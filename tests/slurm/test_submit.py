@@ -95,7 +95,12 @@ def test_a_local_job_is_stopped_and_told_to_go_on(tmp_path, image_folder):
 def test_a_local_job_out_of_time_goes_on(tmp_path, image_folder):
     data = ("--data_path", str(image_folder), "--epochs", "40", "--batch_size_per_gpu", "2", "--saveckp_freq", "0")
     job = submit(tmp_path / "out", *data, "--ngpus", "1", "--timeout", "1", "--signal_delay_s", "50")
-    assert re.search("COMPLETED +requeued [1-9] time", wait_end(tmp_path / "out", job))
+    line = wait_end(tmp_path / "out", job)
+    assert re.search("requeued [1-9] time", line)
+    if "INTERRUPTED  requeued 5 times" in line:  # submitit's local limit, on a busy machine
+        assert "SIGUSR2" in line and "the same command goes on" in line
+        line = wait_end(tmp_path / "out", submit(tmp_path / "out", *data, "--ngpus", "1"))
+    assert "COMPLETED" in line
     assert "SIGUSR2: stopped after step" in (tmp_path / f"out/slurm/{job}_0_log.out").read_text()
     # With as many threads as the job had.
     done = run_script("main_cplearn.py", *SMALL, *data, "--output_dir", str(tmp_path / "whole"))
