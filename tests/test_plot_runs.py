@@ -31,7 +31,7 @@ def log(folder, name="run", epochs=5, **more):
         for e in range(epochs):
             record = {name: 1 / (k + 2 + e) for k, name in enumerate(fields)}
             levels = {"loss_uniform": 2.0, "loss_floor": 0.1, "loss_one_code": 8.5, "out_dim": 4096}
-            verdict = {"verdict": "cluster" if e == 2 else "healthy", "verdict_line": f"line {e}"}
+            verdict = {"verdict": "cluster" if e == 2 else "learning", "verdict_line": f"line {e}"}
             f.write(
                 json.dumps({"epoch": e, "step": e + 1, "seconds": 36.0, **record, **levels, **verdict, **more}) + "\n"
             )
@@ -211,7 +211,7 @@ def test_hostile_names_in_a_browser(tmp_path):
         "document.title = document.querySelectorAll('img').length + document.querySelector('#runs label').innerText",
     )
     assert (
-        "<title>0&lt;img src=x onerror=alert(1)&gt;&amp;'\"$a_b$ &lt;_script&gt;\\n\\udce9 5 epochs, healthy</title>"
+        "<title>0&lt;img src=x onerror=alert(1)&gt;&amp;'\"$a_b$ &lt;_script&gt;\\n\\udce9 5 epochs, learning</title>"
         in dom
     )
 

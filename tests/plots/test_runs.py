@@ -116,13 +116,15 @@ def test_what_is_no_run(tmp_path):
 
 def test_rows_of_numbers(tmp_path):
     paths = [
-        write(tmp_path / "a", [record(0, out_dim=40, verdict="healthy")]),
+        write(tmp_path / "a", [record(0, out_dim=40, verdict="learning")]),
         write(tmp_path / "b", [record(0), record(1)]),
     ]
     header, rows = runs.csv_table(runs.read_runs(paths))
     assert header[:4] == ["run", "epochs", "steps", "hours"] and header[-1] == "verdict" and len(rows) == 3
     first = dict(zip(header, rows[0], strict=True))
-    assert first["train_loss"] == 5 and first["out_dim"] == 40 and first["verdict"] == "healthy" and first["lr"] is None
+    assert (
+        first["train_loss"] == 5 and first["out_dim"] == 40 and first["verdict"] == "learning" and first["lr"] is None
+    )
     assert [row[0] for row in rows] == ["a", "b", "b"] and {len(row) for row in rows} == {len(header)}
 
 
