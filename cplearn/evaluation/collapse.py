@@ -99,8 +99,8 @@ def unique_prototypes(prototypes: Tensor, block: int = 2048) -> tuple[int, int]:
     """Return how many prototypes are not copies of each other, by their cosine, and how many were looked at.
 
     Taken in order, one counts unless its cosine with one counted before is above `SIMILAR`. (Partial prototype
-    collapse: Govindarajan et al., BMVC 2024; the threshold is ours.) Of more than `MOST_PROTOTYPES` only so many are looked
-    at, evenly spaced, which misses copies of those that are not. Shape: (c, d), on the CPU.
+    collapse: Govindarajan et al., BMVC 2024; the threshold is ours.) Of more than `MOST_PROTOTYPES` only so many are
+    looked at, evenly spaced, which misses copies of those that are not. Shape: (c, d), on the CPU.
     """
     c, seen = len(prototypes), min(len(prototypes), MOST_PROTOTYPES)
     unit = F.normalize(prototypes[torch.arange(seen) * c // seen].float(), dim=1)
