@@ -89,6 +89,18 @@ def code_usage(codes: Tensor) -> tuple[int, float]:
     return len(share), math.exp(torch.special.entr(share).sum().item())
 
 
+def code_agreement(codes: Tensor, others: Tensor) -> tuple[float, float, float]:
+    """Return how often two views of an image get the same code, the level of chance, and the score made of both.
+
+    The score is the logarithm of their ratio: what the code of one view tells about that of the other. At least one
+    image and one pair count as agreeing, so that it is finite. Shape: int64 (n,) twice.
+    """
+    n, n_codes = len(codes), int(max(codes.max(), others.max())) + 1
+    shares = [c.bincount(minlength=n_codes).double() / n for c in (codes, others)]
+    agreement, chance = (codes == others).double().mean().item(), (shares[0] * shares[1]).sum().item()
+    return agreement, chance, math.log(max(agreement, 1 / n) / max(chance, 1 / n**2))
+
+
 def probe_metrics(
     features: Tensor, embedding: Tensor, codes: Tensor, vectors: Tensor | None, other_codes: Tensor
 ) -> dict[str, float | int | None | list[float]]:
@@ -99,9 +111,7 @@ def probe_metrics(
     """
     used, perplexity = code_usage(codes)
     n = len(codes)
-    n_codes = int(max(codes.max(), other_codes.max())) + 1
-    shares = [c.bincount(minlength=n_codes).double() / n for c in (codes, other_codes)]
-    agreement, chance = (codes == other_codes).double().mean().item(), (shares[0] * shares[1]).sum().item()
+    agreement, chance, score = code_agreement(codes, other_codes)
     of_features, of_embedding = covariance_spectrum(features), covariance_spectrum(embedding)
     unit = F.normalize(features.double(), dim=1)
     return {
@@ -121,9 +131,7 @@ def probe_metrics(
         "within_code": within_code_share(features, codes),
         "agreement": agreement,
         "agreement_chance": chance,
-        # What the code of one view tells about that of another, without labels (rank correlation with k-NN:
-        # results/collapse.md). At least one image and one pair count as agreeing, so that it is finite.
-        "score": math.log(max(agreement, 1 / n) / max(chance, 1 / n**2)),
+        "score": score,  # its rank correlation with k-NN: results/collapse.md
         "codes_used": used,
         "codes_perplexity": perplexity,
     }

@@ -19,7 +19,7 @@ from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import plain_average, running_buffers
 from cplearn.errors import CollapseError, LocalError
-from cplearn.evaluation import collapse
+from cplearn.evaluation import collapse, label_free
 from cplearn.evaluation.knn import leave_one_out_knn
 from cplearn.methods.base import Method, forward_by_size
 from cplearn.training.progress import Meter
@@ -156,7 +156,7 @@ class Probe:
                     embeddings = [method.embed(z) for z in features]
                     codes = [method.assign(h) for h in embeddings]
                     vectors = method.code_vectors(codes[0])
-                parts.append((features[0].float(), embeddings[0], vectors, *codes))
+                parts.append((*(z.float() for z in features), *embeddings, vectors, *codes))
         method.train(training)
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
         rows = [None if x is None else collectives.gather_rows(x).cpu() for x in (*columns, labels.to(device))]
@@ -187,10 +187,16 @@ def _kept_norms(method: Method) -> Iterator[list[nn.Module]]:
 class ProbeResult:
     """What measuring the probe found, of all ranks, on the CPU."""
 
-    def __init__(self, features: Tensor, embedding: Tensor, vectors: Tensor | None, codes: Tensor, others: Tensor,
-                 labels: Tensor):  # fmt: skip
-        self.features, self.embedding, self.vectors = features, embedding, vectors
+    def __init__(self, features: Tensor, other_features: Tensor, embedding: Tensor, other_embedding: Tensor,
+                 vectors: Tensor | None, codes: Tensor, others: Tensor, labels: Tensor):  # fmt: skip
+        self.features, self.other_features = features, other_features
+        self.embedding, self.other_embedding, self.vectors = embedding, other_embedding, vectors
         self.codes, self.others, self.labels = codes, others, labels
+
+    def label_free(self) -> dict[str, float]:
+        """Return the measures that need no label, of `evaluation/label_free.py`."""
+        return label_free.label_free(self.features, self.other_features, self.embedding, self.other_embedding,
+                                     self.codes, self.others)  # fmt: skip
 
     def metrics(self) -> dict:
         """Return the numbers of the verdict; NaN as the cosine, and no more, if an entry is not finite."""
