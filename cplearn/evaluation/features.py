@@ -371,8 +371,8 @@ def backbone_features(backbone: nn.Module, x: Tensor, n_last_blocks: int = 1) ->
     """
     if n_last_blocks == 1:
         return backbone(x)
-    if not hasattr(backbone, "last_cls_tokens"):
+    if not hasattr(backbone, "last_tokens"):
         raise UserError(f"--n_last_blocks {n_last_blocks} is for vit_tiny, vit_small and vit_base: leave it out")
     if n_last_blocks > len(backbone.blocks):
         raise UserError(f"--n_last_blocks {n_last_blocks} exceeds the {len(backbone.blocks)} blocks of this ViT")
-    return backbone.last_cls_tokens(x, n_last_blocks)
+    return backbone.last_tokens(x, n_last_blocks)
