@@ -3,8 +3,8 @@
     python eval_linear.py --pretrained_weights output/digits/checkpoint.pth --augment false
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
 
-DINO's protocol sends random crops and flips of every training image through the backbone in every epoch.
-`--augment false` extracts the features once, from center crops, and takes seconds. The result on the last
+DINO's protocol sends random crops (bilinear) and flips of every training image through the backbone in every epoch, the
+last, smaller batch too. `--augment false` extracts the features once, from center crops, and takes seconds. The result on the last
 epoch is the one to report; the best epoch is chosen on the evaluation images and is named for what it is.
 """
 
@@ -25,7 +25,7 @@ from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError, WriteError
 from cplearn.evaluation import cli
-from cplearn.evaluation.features import Features, Model, backbone_features, get_features, has_features
+from cplearn.evaluation.features import Features, Model, Tokens, backbone_features, get_features, has_features
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, cosine, format_table, positive
 
@@ -39,6 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=positive(float), default=None, help="For a batch of 256 over all processes (default: 0.001 for sgd, 0.01 for adam)")
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"), help="sgd is DINO's; adam the paper's appendix, not scaled with the batch")
     parser.add_argument("--n_last_blocks", type=positive(int), default=None, help="Blocks whose CLS tokens are concatenated (default: 4 for vit_tiny and vit_small, else 1)")
+    parser.add_argument("--avgpool_patchtokens", type=bool_flag, default=False, help="Concatenate the mean of the last block's patch tokens (vit_tiny, vit_small, vit_base): DINO sets it for ViT-B, with one block")
     parser.add_argument("--augment", type=bool_flag, default=None, help="Random crops and flips in every epoch (default: true, false with --load_features)")
     parser.add_argument("--standardise", type=bool_flag, default=None, help="Batch norm without weights before the classifier (default: true, or false for a ViT, whose last LayerNorm does it)")
     # fmt: on
@@ -82,8 +83,14 @@ class Probe:
 
 def cached_batches(args: argparse.Namespace, train: Features, device: torch.device) -> Batches:
     """Return batches of features that were extracted once."""
-    size = min(args.batch_size_per_gpu, len(train.features) // collectives.world_size())
-    sampler = loaders.BatchSampler(len(train.features), size, args.seed, collectives.rank(), collectives.world_size())
+    sampler = loaders.BatchSampler(
+        len(train.features),
+        args.batch_size_per_gpu,
+        args.seed,
+        collectives.rank(),
+        collectives.world_size(),
+        keep_last=True,
+    )
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         sampler.epoch = epoch
@@ -97,13 +104,14 @@ def cached_batches(args: argparse.Namespace, train: Features, device: torch.devi
 def augmented_batches(
     args: argparse.Namespace, model: Model, classes: list[str] | None, device: torch.device
 ) -> Batches:
-    """Return batches of DINO's protocol: features of random resized crops of 8 to 100 %, flipped where a flip keeps
-    the class. Raises `UserError` if the training images have other classes than those of the evaluation."""
+    """Return batches of DINO's protocol: features of random crops of every training image.
+
+    Raises `UserError` if the training images have other classes than those of the evaluation.
+    """
     dataset = model.images("train")
     if dataset.classes != classes:
         raise UserError(f"{model.data_path}: the classes of train and val differ")
-    flip_p = 0.0 if model.dataset in ("digits", "svhn") else 0.5
-    view = augmentations.View(model.image_size, scale=(0.08, 1.0), flip_p=flip_p)
+    view = training_view(model)
     with collectives.raise_on_all_ranks():
         dataset.allow_any_order(cachefile.FOLDER, lambda: False)
     loader = loaders.train_loader(
@@ -113,6 +121,7 @@ def augmented_batches(
         seed=args.seed,
         num_workers=workers.default_workers(args.num_workers),
         pin_memory=device.type == "cuda",
+        keep_last=True,
     )
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,10 +132,22 @@ def augmented_batches(
                     raise LocalError(reason)  # a probe on other images than the user's would be another probe
                 with torch.no_grad():
                     (x,) = augmentations.color_views(batch.crops, batch.params, [view], device)
-                    x = backbone_features(model.backbone, x, args.n_last_blocks)
+                    x = backbone_features(model.backbone, x, tokens_of(args))
                 yield x, batch.labels.to(device)
 
     return batches
+
+
+def training_view(model: Model) -> augmentations.View:
+    """Return DINO's view for training, torchvision's RandomResizedCrop with its default values: 8 to 100 % of the area,
+    bilinear; flipped where a flip keeps the class."""
+    flip_p = 0.0 if model.dataset in ("digits", "svhn") else 0.5
+    return augmentations.View(model.image_size, scale=(0.08, 1.0), flip_p=flip_p, interpolation="bilinear")
+
+
+def tokens_of(args: argparse.Namespace) -> Tokens:
+    """Return which tokens the flags ask for."""
+    return Tokens(args.n_last_blocks, args.avgpool_patchtokens)
 
 
 def accuracy(classifier: nn.Module, features: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
@@ -145,17 +166,26 @@ def accuracy(classifier: nn.Module, features: Tensor, labels: Tensor, device: to
 def train_probe(
     probe: Probe, epochs: int, batches: Batches, val: Features, device: torch.device, checkpoint: Path
 ) -> dict[str, float]:
-    """Train to the last epoch, saving each; return the accuracies of the last and the best."""
+    """Train to the last epoch, saving each; return the accuracies of the last and the best.
+
+    Raises `UserError` where batch norm would have no batch of two images.
+    """
     model = collectives.wrap(probe.classifier, device)
+    standardised, world_size = not isinstance(probe.classifier[0], nn.Identity), collectives.world_size()
     while probe.epoch < epochs:
         for group in probe.optimizer.param_groups:
             group["lr"] = cosine(probe.peak_lr, 0.0, probe.epoch / epochs)
         probe.classifier.train()
+        loss = None
         for x, y in batches(probe.epoch):
+            if standardised and len(x) * world_size == 1:
+                continue  # a last batch of one image, of which batch norm has no statistics
             loss = F.cross_entropy(model(x), y)
             probe.optimizer.zero_grad()
             loss.backward()
             probe.optimizer.step()
+        if loss is None:
+            raise UserError("there is one training image, of which batch norm has no statistics: --standardise false")
         probe.epoch += 1
         probe.history.append(accuracy(probe.classifier, val.features, val.labels, device))
         if collectives.is_main():
@@ -189,10 +219,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
     fill_in_defaults(args, model)
     splits = ("val",) if args.augment else ("train", "val")
-    data = get_features(args, model, device, splits, args.n_last_blocks, labels_for="eval_linear.py")
+    data = get_features(args, model, device, splits, tokens_of(args), labels_for="eval_linear.py")
     val = data[-1]
     if args.standardise is None:
         args.standardise = not backbones.is_vit(val.arch)
+    if args.standardise and args.batch_size_per_gpu * collectives.world_size() == 1:
+        raise UserError("--standardise true needs batches of two images at least: use a larger --batch_size_per_gpu")
 
     random_streams.seed_everything(random_streams.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)
@@ -227,7 +259,8 @@ def fill_in_defaults(args: argparse.Namespace, model: Model | None) -> None:
     if args.n_last_blocks is None and model is not None:  # DINO's choice
         args.n_last_blocks = 4 if model.arch in ("vit_tiny", "vit_small") else 1
     elif args.n_last_blocks is None:
-        args.n_last_blocks = 4 if has_features(args.load_features, "train", 4) else 1
+        kept = has_features(args.load_features, "train", Tokens(4, args.avgpool_patchtokens))
+        args.n_last_blocks = 4 if kept else 1
 
 
 def resume_file(flags: dict[str, object], data: list[Features]) -> Path:

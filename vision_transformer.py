@@ -3,6 +3,8 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -13,11 +15,31 @@ SIZES = {  # name: (embed_dim, heads); depth 12 and MLP ratio 4 throughout
 }
 
 
+# Added to the new number of patches per side: DINO's guard against rounding. It shifts all but the first patches a
+# little, so weights trained with it give their features with it only.
+OFFSET = 0.1
+
+
+def resample_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolate position embeddings for another number of patches as DINO does: bicubic, not antialiased.
+
+    The first is the CLS token's and stays. `old`, `new`: rows and columns of patches.
+    Shape: (1, 1 + old patches, f) -> (1, 1 + new patches, f).
+    """
+    if tuple(old) == tuple(new):
+        return pos_embed
+    patches = pos_embed[:, 1:].unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()
+    factors = [(there + OFFSET) / here for here, there in zip(old, new, strict=True)]
+    patches = F.interpolate(patches, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
+    return torch.cat([pos_embed[:, :1], patches.to(pos_embed.dtype)], dim=1)
+
+
 class ViT(VisionTransformer):
     """The CLS token after the last LayerNorm is the feature; any image size that the patch size divides.
 
-    Position embeddings are learned for `image_size` and interpolated (bicubic) for other sizes, such as
-    local crops.
+    Position embeddings are learned for `image_size` and interpolated (`resample_positions`) for other sizes, such as
+    local crops. Initialized as DINO's: truncated normal of std 0.02 for linear layers, positions and CLS token (where
+    timm has 1e-6), biases 0, torch's default for the patches' convolution.
     """
 
     def __init__(self, arch: str, *, patch_size: int, image_size: int, drop_path_rate: float = 0.0):
@@ -33,14 +55,26 @@ class ViT(VisionTransformer):
             drop_path_rate=drop_path_rate,
             dynamic_img_size=True,
         )
+        trunc_normal_(self.cls_token, std=0.02)
 
-    def last_cls_tokens(self, x: Tensor, n: int) -> Tensor:
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Put the CLS token first and add positions: timm's method, which would interpolate with antialiasing.
+
+        Shape: (n, rows, columns, f) -> (n, 1 + rows * columns, f).
+        """
+        positions = resample_positions(self.pos_embed, self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        return self.pos_drop(x + positions)
+
+    def last_tokens(self, x: Tensor, n: int, average: bool = False) -> Tensor:
         """Return the CLS tokens of the last n blocks, each after the final LayerNorm (DINO's linear probe).
 
-        Shape: x (images, 3, H, W) -> (images, n * embed_dim), last block last.
+        `average`: and the mean of the last block's patch tokens, after the same LayerNorm (--avgpool_patchtokens).
+        Shape: x (images, 3, H, W) -> (images, (n + average) * embed_dim), last block last, then the mean.
         """
         layers = self.get_intermediate_layers(x, n, return_prefix_tokens=True, norm=True)
-        return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
+        tokens = [prefix[:, 0] for _, prefix in layers]
+        return torch.cat([*tokens, layers[-1][0].mean(1)] if average else tokens, dim=1)
 
 
 def vit_tiny(patch_size: int = 16, *, image_size: int = 224, drop_path_rate: float = 0.0) -> ViT:

@@ -89,13 +89,17 @@ def choose(dataset: ImageDataset, args: argparse.Namespace) -> ImageDataset:
 
 
 def check_images(dataset: ImageDataset, model: Model, keep_aspect: bool) -> list[Chosen]:
-    """Decode every image once and plan its view. Raises `LocalError` for one that cannot be read."""
+    """Decode every image once and plan its view. Raises `LocalError` for one that cannot be read, `UserError` for one
+    that is too long."""
     patch = attention.patch_of(model.backbone)
     found = []
     for i in range(len(dataset)):
         size = dataset.read(i)[0].size
-        view = attention.plan_view(size, model.image_size, patch, keep_aspect=keep_aspect)
         name = str(dataset.names[i])
+        try:
+            view = attention.plan_view(size, model.image_size, patch, keep_aspect=keep_aspect)
+        except UserError as error:
+            raise UserError(f"{printable(name)}: {error}") from None
         found.append(Chosen(i, name, figures.folder_name(i + 1, name), view))
     return found
 

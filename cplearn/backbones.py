@@ -90,7 +90,8 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
 def resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a ViT, ours or timm's, with position embeddings resampled for the image size of this one.
 
-    Weights of other networks, and those that fit, come back as they are.
+    Ours as DINO does it, timm's as timm does it (antialiased). Weights of other networks, and those that fit, come back
+    as they are.
     """
     old, new = state.get("pos_embed"), getattr(backbone, "pos_embed", None)
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
@@ -102,7 +103,13 @@ def resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> dict[st
         return state  # fits, or is of another network
     from timm.layers import resample_abs_pos_embed
 
-    return {**state, "pos_embed": resample_abs_pos_embed(old, list(grid), num_prefix_tokens=prefix)}
+    import vision_transformer
+
+    if isinstance(backbone, vision_transformer.ViT):
+        resampled = vision_transformer.resample_positions(old, (side, side), grid)
+    else:
+        resampled = resample_abs_pos_embed(old, list(grid), num_prefix_tokens=prefix)
+    return {**state, "pos_embed": resampled}
 
 
 def check_weights(build: Callable[[], nn.Module], flag: str) -> None:

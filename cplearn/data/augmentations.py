@@ -41,6 +41,7 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_p: float = 0.0
     noise_std: float = 0.0  # of pixels in 0..1
+    interpolation: str = "bicubic"  # or bilinear; both antialiased
 
 
 def dino_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
@@ -214,17 +215,18 @@ def crop(pixels: Tensor, view: View, box: np.ndarray) -> Tensor:
     left, top, width, height, flip = box.tolist()
     if view.pad:
         if pixels.shape[1:] != (view.size, view.size):
-            pixels = _resize(pixels, view.size)
+            pixels = _resize(pixels, view)
         near = np.pad(np.arange(view.size), view.pad, mode="reflect")
         columns = near[left : left + width]
         return pixels[:, near[top : top + height][:, None], columns[::-1].copy() if flip else columns]
-    cut = _resize(pixels[:, top : top + height, left : left + width], view.size)
+    cut = _resize(pixels[:, top : top + height, left : left + width], view)
     return cut.flip(-1) if flip else cut
 
 
-def _resize(pixels: Tensor, size: int) -> Tensor:
-    # What F.interpolate(..., mode="bicubic", antialias=True) comes to; its checks take a third of a small image's time.
-    return torch.ops.aten._upsample_bicubic2d_aa(pixels[None], (size, size), False)[0]
+def _resize(pixels: Tensor, view: View) -> Tensor:
+    # What F.interpolate(..., antialias=True) comes to; its checks take a third of a small image's time.
+    kinds = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
+    return kinds[view.interpolation](pixels[None], (view.size, view.size), False)[0]
 
 
 def by_size(views: list[View]) -> list[slice]:
@@ -266,6 +268,9 @@ def reduction(views: list[View], width: int, height: int) -> int:
     return 1
 
 
+LONGEST = 16  # times its shorter side: a longer image would be more pixels and patches than memory holds
+
+
 def eval_resize(size: int) -> int | None:
     """Return the shorter side before the center crop of an evaluation; None where images are resized to a square."""
     return None if size < 96 else round(size * 256 / 224)
@@ -280,17 +285,25 @@ def eval_pixels(image: Image.Image, size: int) -> Tensor:
     if shorter_side is None:
         image = tvf.resize(image, [size, size], interpolation=BICUBIC)
     else:
-        image = tvf.resize(image, [shorter_side], interpolation=BICUBIC)
+        image = tvf.resize(_without_far_ends(image), [shorter_side], interpolation=BICUBIC)
         image = tvf.center_crop(image, [size, size])
     return tvf.pil_to_tensor(image)
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """Cut a very long image around its center, evenly, to what a center crop can see: else 5000 x 1 pixels are resized
+    to 1280000 x 256 before all but 224 of them are thrown away. Others come back as they are."""
+    short, long = sorted(image.size)
+    if long <= LONGEST * short:
+        return image
+    ends = (long - LONGEST * short) // 2
+    left, top = (ends, 0) if image.width == long else (0, ends)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def eval_view(size: int) -> Callable[[Image.Image], Tensor]:
     """Return `eval_pixels` of this size, as loaders send it to their processes."""
     return partial(eval_pixels, size=size)
-
-
-LONGEST = 16  # sides that `aspect_pixels` takes: a longer image would be more patches than memory holds
 
 
 def aspect_pixels(image: Image.Image, size: int, multiple: int = 1) -> Tensor:

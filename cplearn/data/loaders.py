@@ -25,23 +25,30 @@ class BatchSampler:
     """Which samples each rank sees at each step: a pure function of (seed, epoch).
 
     The global batch at a step is one run of a seeded permutation, and rank r takes its r-th slice, so two
-    processes of 32 see the images of one process of 64. The last incomplete batch is dropped. Yields lists
-    of (epoch, sample): workers learn the epoch with each sample and never go stale. Begins at step `first`.
+    processes of 32 see the images of one process of 64. The last incomplete batch is dropped, or with `keep_last`
+    shared evenly: where it does not divide, up to world_size - 1 images at the epoch's start come again, as in torch's
+    DistributedSampler. Yields lists of (epoch, sample): workers learn the epoch with each sample and never go stale.
+    Begins at step `first`.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, keep_last: bool = False
+    ):
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.keep_last = rank, world_size, keep_last
         self.epoch = self.first = 0
 
     def __len__(self) -> int:
-        return self.size // (self.batch_size * self.world_size)
+        whole, rest = divmod(self.size, self.batch_size * self.world_size)
+        return whole + (self.keep_last and rest > 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = random_stream(FOR_ORDER, self.seed, self.epoch).permutation(self.size)
         for step in range(self.first, len(self)):
-            start = (step * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+            start = step * self.world_size * self.batch_size
+            count = min(self.batch_size, -(-(self.size - start) // self.world_size))
+            first = start + self.rank * count
+            yield [(self.epoch, int(order[i % self.size])) for i in range(first, first + count)]
 
 
 class Batch(NamedTuple):
@@ -150,15 +157,18 @@ def train_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
+    keep_last: bool = False,
 ) -> DataLoader:
     """Build the loader of views for this rank; `batch_sampler.epoch` and `.first` choose epoch and first step.
 
-    Raises `UserError` for a batch that is larger than the data, and for workers that this machine has no room for.
+    `keep_last`: as in `BatchSampler`. Raises `UserError` for a batch that is larger than the data (without it), and for
+    workers that this machine has no room for.
     """
-    batches = BatchSampler(len(pixels), batch_size, seed, collectives.rank(), collectives.world_size())
+    rank, world_size = collectives.rank(), collectives.world_size()
+    batches = BatchSampler(len(pixels), batch_size, seed, rank, world_size, keep_last=keep_last)
     if len(batches) == 0:
         raise UserError(
-            f"a batch of {batch_size * collectives.world_size()} images ({collectives.world_size()} processes x "
+            f"a batch of {batch_size * world_size} images ({world_size} processes x "
             f"--batch_size_per_gpu {batch_size}) is larger than the data set of {len(pixels)}: use a smaller batch"
         )
     workers.check_workers(num_workers, batch_size * sum(3 * view.size**2 + 8 * len(COLOR) for view in views))

@@ -49,11 +49,6 @@ def plan_view(image_size: tuple[int, int], size: int, patch: tuple[int, int], *,
     short, long = sorted(image_size)
     if keep_aspect:
         width, height = (size if side == short else round(size * side / short) for side in image_size)
-        if width * height > MAX_PIXELS:
-            raise UserError(
-                f"--keep_aspect makes {width} x {height} pixels of an image of {image_size[0]} x {image_size[1]}, more "
-                f"than {MAX_PIXELS:,}: leave it out, or take that image away"
-            )
         across, down = width - width % patch[1], height - height % patch[0]
     else:  # as `augmentations.eval_pixels`
         across = down = size
@@ -62,6 +57,12 @@ def plan_view(image_size: tuple[int, int], size: int, patch: tuple[int, int], *,
             width = height = size
         else:
             width, height = (shorter if side == short else int(shorter * side / short) for side in image_size)
+    if width * height > MAX_PIXELS:
+        remedy = "leave --keep_aspect out, or " * keep_aspect
+        raise UserError(
+            f"an image of {image_size[0]} x {image_size[1]} pixels would be resized to {width} x {height}, more than "
+            f"{MAX_PIXELS:,}: {remedy}take it away"
+        )
     return View((width, height), round((width - across) / 2), round((height - down) / 2), across, down)
 
 

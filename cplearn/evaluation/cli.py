@@ -127,7 +127,7 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
 def is_undivided(args: argparse.Namespace, model: Model | None) -> bool:
     """Return whether the images are one set without splits, or features kept of one."""
     if model is None:
-        kept = [split for split in ("train", "val", "all") if has_features(args.load_features, split, 1)]
+        kept = [split for split in ("train", "val", "all") if has_features(args.load_features, split)]
         return kept == ["all"]
     return model.dataset == "folder" and sources.is_undivided(model.data_path or "")
 

@@ -196,6 +196,37 @@ def _exported_flags(file: WeightsFile) -> dict[str, str | int]:
 # --- features -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What is taken of a backbone: its own features, or more tokens of a ViT of ours (DINO's linear probe)."""
+
+    n_last_blocks: int = 1  # CLS tokens of so many last blocks
+    average: bool = False  # and the mean of the patch tokens (--avgpool_patchtokens)
+
+    @property
+    def plain(self) -> bool:
+        """Whether these are the backbone's own features, which a head takes."""
+        return self.n_last_blocks == 1 and not self.average
+
+    def file(self, folder: str, split: str) -> Path:
+        """Return where they are kept by `--dump_features`."""
+        return Path(folder, f"features_{split}_last{self.n_last_blocks}{'_avgpool' * self.average}.pth")
+
+    def check(self, backbone: nn.Module) -> None:
+        """Raise `UserError` for a backbone that has no such tokens."""
+        if self.plain:
+            return
+        blocks = f"--n_last_blocks {self.n_last_blocks}"
+        if not hasattr(backbone, "last_tokens"):
+            flag = "--avgpool_patchtokens true" if self.average else blocks
+            raise UserError(f"{flag} is for {', '.join(backbones.VITS)}: leave it out")
+        if self.n_last_blocks > len(backbone.blocks):
+            raise UserError(f"{blocks} exceeds the {len(backbone.blocks)} blocks of this ViT")
+
+
+CLS = Tokens()
+
+
 @dataclass
 class Features:
     """One split, in the data set's order, on the CPU."""
@@ -215,17 +246,19 @@ def get_features(
     model: Model | None,
     device: torch.device,
     splits: tuple[str, ...],
-    n_last_blocks: int = 1,
+    tokens: Tokens = CLS,
     *,
     labels_for: str | None = None,
 ) -> list[Features]:
     """Extract the features of these splits (and keep them with `--dump_features`), or load them without a model.
 
     `labels_for`: script that needs class labels. Raises `UserError`, before anything is extracted, if there are
-    none, if the splits have different classes, or if kept features of two splits belong to different weights.
+    none, if the splits have different classes, if kept features of two splits belong to different weights, or if the
+    backbone has no such tokens.
     """
     if model is None:
-        return _load_splits(args.load_features, splits, n_last_blocks, labels_for)
+        return _load_splits(args.load_features, splits, tokens, labels_for)
+    tokens.check(model.backbone)
     data = {split: model.images(split) for split in splits}
     _check_classes([dataset.classes for dataset in data.values()], splits, labels_for)
     if model.random_init:
@@ -235,14 +268,14 @@ def get_features(
     for split, dataset in data.items():
         if collectives.is_main():
             print(f"Extracting features of {split}: {datasets.summary(dataset)}", flush=True)
-        extracted.append(extract_features(model, dataset, args, device, n_last_blocks))
+        extracted.append(extract_features(model, dataset, args, device, tokens))
         if args.dump_features and collectives.is_main():
-            checkpoints.save(_feature_file(args.dump_features, split, n_last_blocks), vars(extracted[-1]))
+            checkpoints.save(tokens.file(args.dump_features, split), vars(extracted[-1]))
     return extracted
 
 
-def _load_splits(folder: str, splits: tuple[str, ...], n_last_blocks: int, labels_for: str | None) -> list[Features]:
-    kept = [_load_features(folder, split, n_last_blocks) for split in splits]
+def _load_splits(folder: str, splits: tuple[str, ...], tokens: Tokens, labels_for: str | None) -> list[Features]:
+    kept = [_load_features(folder, split, tokens) for split in splits]
     _check_classes([x.classes for x in kept], splits, labels_for)
     sources = [{k: v for k, v in x.source.items() if not k.startswith("data")} for x in kept]
     if any(source != sources[0] for source in sources):
@@ -290,17 +323,13 @@ def calibrate_batch_norm(
                 model.method.predict(features)
 
 
-def _feature_file(folder: str, split: str, n_last_blocks: int) -> Path:
-    return Path(folder, f"features_{split}_last{n_last_blocks}.pth")
+def has_features(folder: str, split: str, tokens: Tokens = CLS) -> bool:
+    """Return whether such features are kept in a folder."""
+    return tokens.file(folder, split).is_file()
 
 
-def has_features(folder: str, split: str, n_last_blocks: int) -> bool:
-    """Return whether features of so many blocks are kept in a folder."""
-    return _feature_file(folder, split, n_last_blocks).is_file()
-
-
-def _load_features(folder: str, split: str, n_last_blocks: int) -> Features:
-    path = _feature_file(folder, split, n_last_blocks)
+def _load_features(folder: str, split: str, tokens: Tokens) -> Features:
+    path = tokens.file(folder, split)
     if not path.is_file():
         raise UserError(f"--load_features {folder} has no {path.name}: extract it first with --dump_features")
     state = checkpoints.load(path)
@@ -328,7 +357,7 @@ def _whole(features, labels, codes, names, classes, out_dim, arch, source) -> bo
 
 @torch.inference_mode()
 def extract_features(
-    model: Model, dataset, args: argparse.Namespace, device: torch.device, n_last_blocks: int = 1
+    model: Model, dataset, args: argparse.Namespace, device: torch.device, tokens: Tokens = CLS
 ) -> Features:
     """Run every image through the frozen backbone once, in eval mode, float32; each rank takes its share."""
     loader = loaders.eval_loader(
@@ -342,8 +371,8 @@ def extract_features(
     with workers.watched(loader, args.worker_timeout) as batches:
         for pixels, _, _ in batches:
             x = color.network_input(pixels, device)
-            rows.append(backbone_features(model.backbone, x, n_last_blocks))
-            if model.method is not None and n_last_blocks == 1:
+            rows.append(backbone_features(model.backbone, x, tokens))
+            if model.method is not None and tokens.plain:
                 codes.append(model.method.predict(rows[-1]))
     if not rows:
         raise UserError(f"{len(dataset)} images are too few for {collectives.world_size()} processes")
@@ -364,15 +393,11 @@ def extract_features(
     )
 
 
-def backbone_features(backbone: nn.Module, x: Tensor, n_last_blocks: int = 1) -> Tensor:
-    """Return the backbone's features; of several blocks of a ViT, their CLS tokens side by side.
+def backbone_features(backbone: nn.Module, x: Tensor, tokens: Tokens = CLS) -> Tensor:
+    """Return the backbone's features, or these tokens of a ViT side by side.
 
-    Shape: (n, 3, H, W) -> (n, f * n_last_blocks).
+    Shape: (n, 3, H, W) -> (n, f), or (n, f * (n_last_blocks + average)).
     """
-    if n_last_blocks == 1:
+    if tokens.plain:
         return backbone(x)
-    if not hasattr(backbone, "last_cls_tokens"):
-        raise UserError(f"--n_last_blocks {n_last_blocks} is for vit_tiny, vit_small and vit_base: leave it out")
-    if n_last_blocks > len(backbone.blocks):
-        raise UserError(f"--n_last_blocks {n_last_blocks} exceeds the {len(backbone.blocks)} blocks of this ViT")
-    return backbone.last_cls_tokens(x, n_last_blocks)
+    return backbone.last_tokens(x, tokens.n_last_blocks, tokens.average)

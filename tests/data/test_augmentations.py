@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -170,6 +171,22 @@ def test_crop_is_torchs_own_interpolation():
     assert torch.equal(crop(pixels, View(16), box_of(7, 3, 20, 30)), expected)
 
 
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_bilinear_crops_are_those_of_torchvisions_random_resized_crop(name):
+    """Of photos, as the linear probe takes them: torchvision's default, which Pillow antialiases."""
+    with Image.open(resources.files("sklearn.datasets.images") / name) as file:
+        photo = file.convert("RGB")
+    peer, pixels, apart = v2.RandomResizedCrop(224), to_pixels(photo), []
+    torch.manual_seed(0)
+    for _ in range(6):
+        box = peer.make_params([photo])
+        theirs = tvf.pil_to_tensor(peer.transform(photo, box)).int()
+        where = box_of(*(box[side] for side in ("left", "top", "width", "height")))
+        assert (crop(pixels, View(224, interpolation="bilinear"), where).int() - theirs).abs().max() <= 1
+        apart.append(int((crop(pixels, View(224), where).int() - theirs).abs().max()))
+    assert max(apart) > 8  # bicubic is something else
+
+
 def test_padded_crop_shifts_the_image():
     image = smooth_image(32, 32)
     pixels = tvf.pil_to_tensor(image)
@@ -245,6 +262,35 @@ def test_evaluation_view():
     assert torch.equal(large, tvf.pil_to_tensor(expected(smooth_image(300, 200))))
     small = smooth_image(32, 32)
     assert torch.equal(eval_pixels(small, 32), tvf.pil_to_tensor(small))
+
+
+@pytest.mark.parametrize("size", [(96, 6), (6, 96), (33, 2), (500, 375), (224, 224), (3, 2)])
+def test_evaluation_view_of_images_that_are_not_cut_is_torchvisions(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    expected = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+    assert torch.equal(eval_pixels(image, 224), tvf.pil_to_tensor(expected(image)))
+
+
+@pytest.mark.parametrize("size", [(101, 1), (1, 64), (35, 2), (3, 90), (1999, 100), (501, 7)])
+def test_evaluation_view_of_a_long_image_shows_the_same(size):
+    """Without its far ends it may lie half a pixel apart, which moves smooth images by a few gray levels."""
+    image = smooth_image(*size)
+    expected = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+    found, expected = eval_pixels(image, 224).int(), tvf.pil_to_tensor(expected(image)).int()
+    assert (found - expected).abs().max() <= 3 and found.float().std() > 1
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (2, 1_000_000)])
+def test_a_strip_is_not_resized_as_a_whole(shape, monkeypatch):
+    resize, made = Image.Image.resize, []
+
+    def noted(self, size, *args, **options):
+        made.append(size)
+        return resize(self, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    image = Image.fromarray(np.full((*shape, 3), 90, dtype=np.uint8))
+    assert (eval_pixels(image, 224) == 90).all() and max(made[0]) <= 17 * 256
 
 
 def test_unknown_recipe():

@@ -34,6 +34,29 @@ def test_two_ranks_share_the_batches_of_one():
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
 
 
+@pytest.mark.parametrize(("size", "batch"), [(23, 5), (20, 5), (3, 8), (41, 4), (1, 2)])
+def test_a_last_batch_that_is_kept_completes_the_epoch(size, batch):
+    found = list(BatchSampler(size, batch, seed=0, keep_last=True))
+    assert len(found) == len(BatchSampler(size, batch, seed=0, keep_last=True)) == -(-size // batch)
+    assert sorted(i for b in found for _, i in b) == list(range(size))
+    assert found[: size // batch] == list(BatchSampler(size, batch, seed=0))
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("size", [41, 48, 50, 2])
+def test_ranks_share_the_last_batch_evenly_as_torchs_sampler_does(size, world):
+    parts = [list(BatchSampler(size, 4, 3, rank=r, world_size=world, keep_last=True)) for r in range(world)]
+    one = [i for b in BatchSampler(size, 4 * world, 3, keep_last=True) for _, i in b]
+    lengths = [[len(b) for b in part] for part in parts]
+    peers = [torch.utils.data.DistributedSampler(range(size), world, r, shuffle=False) for r in range(world)]
+    peers = [[len(b) for b in torch.utils.data.BatchSampler(p, 4, drop_last=False)] for p in peers]
+    assert lengths == peers
+    joined = [i for step in zip(*parts, strict=True) for b in step for _, i in b]
+    again = joined[size:]
+    assert joined[:size] == one and len(again) == -size % world
+    assert again == (one * world)[: len(again)]  # those of the epoch's start
+
+
 def test_views_do_not_depend_on_the_number_of_workers(image_folder):
     views = build_views("dino", size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
     dataset = Pixels(build_dataset("folder", str(image_folder), "train"), views)

@@ -199,8 +199,11 @@ def test_a_whole_image_keeps_its_aspect(shape):
 
 
 def test_a_strip_that_would_become_too_large():
-    with pytest.raises(UserError, match="--keep_aspect makes 2000000 x 1000 pixels of an image of 20000 x 10"):
+    with pytest.raises(UserError, match="20000 x 10 pixels would be .* to 2000000 x 1000, .*: leave --keep_as"):
         attention.plan_view((20000, 10), 1000, (8, 8), keep_aspect=True)
+    with pytest.raises(UserError, match="1 x 5000 pixels would be resized to 256 x 1280000, .*: take it away"):
+        attention.plan_view((1, 5000), 224, (16, 16))
+    assert attention.plan_view((1, 5000), 64, (16, 16)).resized == (64, 64)
 
 
 # --- components -------------------------------------------------------------------------------------------
