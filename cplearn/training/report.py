@@ -172,11 +172,12 @@ def report_epoch(run: Run, record: dict) -> None:
     if record["replaced_images"]:
         parts.append(f"replaced {record['replaced_images']} unreadable images")
     print("  ".join([*parts, f"ETA {format_duration(remaining)}"]), flush=True)
-    if run.step == run.last_step:
-        record |= run.monitor.at_end(run.step)
-    if "verdict" in record:
-        mark = "WARNING: " if record["verdict"] in collapse.WARNINGS else ""
-        print(f"  {mark}{record['verdict_line']}", flush=True)
+    ending = run.monitor.at_end(run.step) if run.step == run.last_step else {}
+    if run.step == args.epochs * run.steps_per_epoch:  # one cut by --max_steps goes on: no line of its log may differ
+        record |= ending
+    if said := record if "verdict" in record else ending:
+        mark = "WARNING: " if said["verdict"] in collapse.WARNINGS else ""
+        print(f"  {mark}{said['verdict_line']}", flush=True)
     if "probe_knn20" in record:
         start = f" ({record['start_knn20']:.4f} before the first step)" if "start_knn20" in record else ""
         print(f"  20-NN among the probe's images: {record['probe_knn20']:.4f}{start}", flush=True)
