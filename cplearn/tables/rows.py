@@ -47,7 +47,8 @@ CHOICES = {
     "for all, as the paper's text has it; the code trains the others with LARS. Self-Classifier has CPLearn's frozen "
     "head, as the sizes in the paper's Table 8 say. The paper's NMI of SwAV is not of its prototypes.",
     3: "crops, width, activation and logit scale are not in the paper: DINO's crops for all, this project's head. GEDI "
-    "has CPLearn's beta (0.25): above c = 800 its prior then lets all images fall to one code (docs/losses.md).",
+    "has CPLearn's beta (0.25): from c = 786 on (every size but 128) all images partly on one code then have a lower "
+    "loss than uniform assignments (docs/losses.md).",
     4: "the head is the equations' (--n_ref 1, embed_dim = f).",
     9: "c = 512: the paper names no size, and its value at beta = 1 is Table 2's for c = f. The head is the published "
     "code's.",
