@@ -16,8 +16,9 @@ import eval_knn
 import eval_linear
 import main_cplearn
 from cplearn import checkpoints, errors
-from cplearn.files import read_json, read_json_lines
+from cplearn.files import read_json, read_json_lines, write_bytes
 from cplearn.host import ROOT
+from cplearn.plots import picture, runs
 from cplearn.plots.drawing import pyplot, save_figure
 from utils import ArgumentParser, format_table, positive
 
@@ -39,13 +40,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     metrics = {name: evaluate(out, name) for name in ("trained", "random")}
     features = {name: checkpoints.load(out / f"features_{name}" / "features_train_last1.pth") for name in metrics}
     plot_losses(out)
+    plot_verdict(out)
     plot_code_usage(out, features)
     plot_confusion(out, features)
     analyze_collapse(out)
     print(f"\nDigits held out from training, {out}/checkpoint.pth, {time.perf_counter() - start:.0f} s in all:\n")
     rows = [(name, value, metrics["random"][name]) for name, value in metrics["trained"].items()]
     print(format_table(rows, ("", "trained", "random init")))
-    print(f"\nPlots: {out}/losses.png, code_usage.png, confusion.png; of collapse: {out}/collapse/*.png")
+    print(f"\nPlots: {out}/losses.png, verdict.png, code_usage.png, confusion.png; of collapse: {out}/collapse/*.png")
     return metrics
 
 
@@ -103,6 +105,11 @@ def plot_losses(out: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     save_figure(figure, out, "losses")
+
+
+def plot_verdict(out: Path) -> None:
+    """Plot the verdict of each epoch, and the numbers that it is built on beside those before the first step."""
+    write_bytes(out / "verdict.png", picture.draw(runs.read_runs([str(out)]), "epochs", only_verdict=True))
 
 
 def plot_code_usage(out: Path, features: dict[str, dict]) -> None:

@@ -169,7 +169,10 @@ def analyze(args: argparse.Namespace, model: Model, label: str, device: torch.de
     directions = torch.randn(1000, embedding.shape[1], generator=generator).to(device)
     vectors = method.code_vectors(method.assign(F.normalize(directions, dim=1)))
     chance = F.cosine_similarity(directions, vectors, dim=1).abs().mean().item()
-    return Network(label, data, embedding, torch.cat(cosines), chance)
+    prototypes = method.learned_codes()
+    return Network(
+        label, data, embedding, torch.cat(cosines), chance, None if prototypes is None else prototypes.float().cpu()
+    )
 
 
 def choose_components(asked: list[int] | None, images: int) -> list[int]:

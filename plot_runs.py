@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     paths = outputs(args)
     for path in paths:
         if path.suffix == ".html":
-            read = max(len(run.verdicts) for run in found)
+            read = max(len(run.verdicts) - run.start for run in found)
             note = f"{len(found)} run{'s' * (len(found) > 1)}, up to {read} epochs, as of {time.strftime('%Y-%m-%d %H:%M')}"
             files.write_text(path, page.page(found, args.x, note))
         elif path.suffix == ".png":

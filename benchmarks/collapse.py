@@ -1,4 +1,4 @@
-"""The collapse monitor on runs that are healthy, and on runs made to collapse; what it costs; sweeps.
+"""The collapse monitor on runs that are meant to learn, and on runs made to collapse; what it costs; sweeps.
 
     python benchmarks/collapse.py verdicts --output_dir output/verdicts
     python benchmarks/collapse.py sweeps --output_dir output/sweeps
@@ -45,7 +45,7 @@ from cplearn_head import cplearn_loss
 COMMON = "--image_size 32 --batch_size_per_gpu 64 --warmup_epochs 1 --optimizer adam --lr 0.004 --min_lr 1e-5 "
 COMMON += "--weight_decay 0 --weight_decay_end 0 --saveckp_freq 0 --num_workers 0 --knn_freq 1 --arch timm:resnet10t"
 
-HEALTHY = {
+LEARNING = {
     "cplearn": "--out_dim 1024 --beta 0.25 --n_ref 4",
     "cplearn again": "--out_dim 1024 --beta 0.25 --n_ref 4",
     "cplearn once more": "--out_dim 1024 --beta 0.25 --n_ref 4",
@@ -100,15 +100,16 @@ def heading(args: argparse.Namespace) -> None:
 
 
 def verdicts(args: argparse.Namespace) -> None:
-    """Train every forced and healthy run; print their verdicts, and which numbers follow k-NN."""
+    """Train every run, forced to collapse or meant to learn; print their verdicts, and which numbers follow k-NN."""
     rows, epochs, ends = [], [], []
-    for group, settings in (("forced", FORCED), ("healthy", HEALTHY)):
+    for group, settings in (("forced", FORCED), ("meant to learn", LEARNING)):
         for name, flags in settings.items():
             _, log = train(args, name, flags, "--seed", str(args.seeds[0] + len(rows)))  # each run its own
             # From the numbers of the log, so that new thresholds need no new runs.
             out_dim = int(flags.split("--out_dim ")[1].split()[0])
-            seen = [(r["epoch"] + 1, collapse.verdict(r, out_dim).name) for r in log if "verdict" in r] or [(0, "")]
-            alarms = [epoch for epoch, verdict in seen if verdict != "healthy"]
+            judged = [(r["epoch"] + 1, collapse.verdict(r, out_dim)) for r in log if "verdict" in r]
+            seen = [(epoch, verdict.name) for epoch, verdict in judged if verdict] or [(0, "")]
+            alarms = [epoch for epoch, verdict in seen if verdict in collapse.ALARMS]
             last = log[-1]
             epochs += log
             ends.append(last)

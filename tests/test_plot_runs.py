@@ -23,7 +23,7 @@ def log(folder, name="run", epochs=5, **more):
     """A log with every number that is drawn, falling or rising by epoch."""
     path = folder / name
     path.mkdir(parents=True)
-    fields = ("train_loss", "uniform_to_floor", "usage_perplexity", "codes_used", "probe_codes_used", "information",
+    fields = ("train_loss", "uniform_to_floor", "usage_perplexity", "probe_codes_used", "information",
               "probe_features_rank", "probe_embedding_rank", "probe_features_cosine", "probe_embedding_cosine",
               "probe_agreement", "probe_agreement_chance", "probe_score", "probe_knn20", "lr", "train_grad_norm",
               "images_per_second", "data_wait")  # fmt: skip
@@ -31,7 +31,7 @@ def log(folder, name="run", epochs=5, **more):
         for e in range(epochs):
             record = {name: 1 / (k + 2 + e) for k, name in enumerate(fields)}
             levels = {"loss_uniform": 2.0, "loss_floor": 0.1, "loss_one_code": 8.5, "out_dim": 4096}
-            verdict = {"verdict": "cluster" if e == 2 else "healthy", "verdict_line": f"line {e}"}
+            verdict = {"verdict": "cluster" if e == 2 else "learning", "verdict_line": f"line {e}"}
             f.write(
                 json.dumps({"epoch": e, "step": e + 1, "seconds": 36.0, **record, **levels, **verdict, **more}) + "\n"
             )
@@ -189,7 +189,7 @@ def test_the_page_in_a_browser(tmp_path, size):
     dom = browse(page, REPORT, size=size)
     title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1]
     said = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert said["titles"][:2] == ["Verdict", "Loss"] and len(said["titles"]) == 15
+    assert said["titles"][:2] == ["Verdict", "Score without labels"] and len(said["titles"]) == 16
     assert said["names"] == ["a<b>", "b"]
     assert {"uniform 2", "floor 0.1", "one code 8.5 ↑"} <= set(said["words"])
     assert said["curves"] == 2 and said["one"] == 1 and said["both"] == 2 and "no values" in said["none"]
@@ -198,7 +198,7 @@ def test_the_page_in_a_browser(tmp_path, size):
     assert said["first"].split("\n") == ["epoch 1", "a<b>", "0.5", "b", "0.5"]
     assert "line 4" in said["verdict"] and said["filled"] == 2 + 5 + 3 and said["rows"] == 1 + 5
     assert said["steps"].startswith("step 5") and said["reachable"] and said["overflow"] <= 0
-    assert re.search(r"Learning rate\s+0\.05\s+0\.05556", said["table"])
+    assert re.search(r"Learning rate\s+0\.05263\s+0\.05882", said["table"])
 
 
 @needs_browser
@@ -211,7 +211,7 @@ def test_hostile_names_in_a_browser(tmp_path):
         "document.title = document.querySelectorAll('img').length + document.querySelector('#runs label').innerText",
     )
     assert (
-        "<title>0&lt;img src=x onerror=alert(1)&gt;&amp;'\"$a_b$ &lt;_script&gt;\\n\\udce9 5 epochs, healthy</title>"
+        "<title>0&lt;img src=x onerror=alert(1)&gt;&amp;'\"$a_b$ &lt;_script&gt;\\n\\udce9 5 epochs, learning</title>"
         in dom
     )
 

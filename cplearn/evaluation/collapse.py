@@ -1,8 +1,10 @@
-"""Numbers that tell a collapse from health, and the verdict on them.
+"""Numbers that tell a collapse, and the verdict on them beside their values before the first step.
 
 The four collapses of the paper (section 1): *representation* (all images get the same features), *dimensional* (the
 embedding lies in few dimensions), *cluster* (all images get the same code), *intracluster* (images of one code get the
-same features). And *stuck at uniform*, which is no collapse but looks like one in k-NN: nothing is learned yet.
+same features). *Stuck at uniform* is no collapse but looks like one in k-NN: nothing is learned yet. Without any of
+these a network may still be *losing dimensions*, or be *no better than at the start*; *learning* is only what the
+score without labels has shown to be better.
 
 Everything here is a pure function of tensors on the CPU; `training/monitor.py` calls it during training,
 `eval_collapse.py` afterwards.
@@ -89,6 +91,37 @@ def code_usage(codes: Tensor) -> tuple[int, float]:
     return len(share), math.exp(torch.special.entr(share).sum().item())
 
 
+SIMILAR = 0.95  # cosine from which two prototypes count as the same
+MOST_PROTOTYPES = 8192  # that are looked at
+
+
+def unique_prototypes(prototypes: Tensor, block: int = 2048) -> tuple[int, int]:
+    """Return how many prototypes are not copies of each other, by their cosine, and how many were looked at.
+
+    Taken in order, one counts unless its cosine with one counted before is above `SIMILAR`. (Partial prototype
+    collapse: Govindarajan et al., BMVC 2024; the threshold is ours.) Of more than `MOST_PROTOTYPES` only so many are
+    looked at, evenly spaced, which misses copies of those that are not. Shape: (c, d), on the CPU.
+    """
+    c, seen = len(prototypes), min(len(prototypes), MOST_PROTOTYPES)
+    unit = F.normalize(prototypes[torch.arange(seen) * c // seen].float(), dim=1)
+    counted = unit[:0]
+    for part in unit.split(block):
+        if len(counted):
+            part = part[(part @ counted.T).amax(1) <= SIMILAR]
+        similar, new = (part @ part.T > SIMILAR).triu(1), torch.ones(len(part), dtype=torch.bool)
+        for i in similar.any(1).nonzero()[:, 0].tolist():
+            if new[i]:
+                new &= ~similar[i]
+        counted = torch.cat([counted, part[new]])
+    return len(counted), seen
+
+
+def prototype_numbers(prototypes: Tensor | None) -> dict[str, int | None]:
+    """Return the numbers of `unique_prototypes` by their names; None where codes are not learned."""
+    different, seen = (None, None) if prototypes is None else unique_prototypes(prototypes)
+    return {"unique_prototypes": different, "prototypes": seen}
+
+
 def code_agreement(codes: Tensor, others: Tensor) -> tuple[float, float, float]:
     """Return how often two views of an image get the same code, the level of chance, and the score made of both.
 
@@ -149,13 +182,23 @@ def shape_of_spectrum(values: Tensor, n: int) -> list[float]:
 
 # --- the verdict -----------------------------------------------------------------------------------------
 
-# Chosen from forced and healthy runs (results/collapse.md).
+# Chosen from runs that were made to collapse, and from others (results/collapse.md).
 MAX_COSINE = 0.99  # mean cosine of the features of two images
 MIN_PERPLEXITY = 0.4  # of the codes, as a share of min(out_dim, 10); and at least 1.5
 MIN_INFORMATION = 0.01  # nats that an assignment tells about its image
 MIN_DIMENSIONS = 1.4  # in which embeddings vary
 MIN_WITHIN = 0.02  # share of the variance that is between images of one code
 MIN_IMAGES = 32  # of a probe that a verdict is built on
+
+# Against the values before the first step.
+KEPT = {  # number of the probe -> the share of its start below which dimensions are being lost, and what it is
+    "features_rank": (0.3, "effective rank of the features"),
+    "embedding_rank": (0.3, "effective rank of the embedding"),
+    "features_dimensions": (0.3, "participation ratio of the features"),
+    "embedding_dimensions": (0.3, "participation ratio of the embedding"),
+}
+SCORE = "score"  # the number of the probe that has to rise above its start, by at least
+MARGIN = 0.1
 
 REMEDIES = {  # what to try; a method may know better (`Method.REMEDIES`)
     "representation": "a lower --lr",
@@ -164,53 +207,112 @@ REMEDIES = {  # what to try; a method may know better (`Method.REMEDIES`)
     "dimensional": "a larger --out_dim",
     "intracluster": "a larger --out_dim: fewer images that have to share a code",
 }
+ALARMS = tuple(REMEDIES)  # the verdicts that --on_collapse stop counts
+LOSING, NO_BETTER, LEARNING = "losing dimensions", "no better than at the start", "learning"
+NO_ALARM, TOO_SHORT = "no alarm", "too short to judge"
+WARNINGS = (*ALARMS, LOSING, NO_BETTER)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`healthy`, or one of the states in `REMEDIES` for which there is evidence."""
+    """One of `ALARMS`, `LOSING`, `NO_BETTER`, `LEARNING`, `NO_ALARM` and `TOO_SHORT`, with its evidence in words."""
 
     name: str
     evidence: str
 
     def line(self, remedies: dict[str, str]) -> str:
         """Return the sentence to print; `remedies` are the method's own."""
-        if self.name == "healthy":
-            return f"healthy: {self.evidence}"
+        if self.name not in ALARMS:
+            return f"{self.name}: {self.evidence}"
         kind = self.name if self.name == "stuck at uniform" else f"{self.name} collapse"
         return f"{kind}: {self.evidence}. Try {(REMEDIES | remedies)[self.name]}"
 
 
 def verdict(metrics: dict, out_dim: int) -> Verdict | None:
-    """Judge an epoch by its numbers, which have their names in the log. None if they cannot tell.
+    """Judge an epoch by its numbers and those of the start, which have their names in the log. None without any.
 
-    Without those of the probe only `cluster` and `stuck at uniform` can be told, and health cannot.
+    Without those of the probe only `cluster` and `stuck at uniform` can be told; without those of the start, only what
+    is an alarm.
     """
+    probe, start = ({k.removeprefix(x): v for k, v in metrics.items() if k.startswith(x)} for x in ("probe_", "start_"))
+    enough = probe.get("images", 0) >= MIN_IMAGES
+    if found := _alarm(metrics, probe if enough else {}, start, out_dim):
+        return found
+    if not probe:
+        return None
+    if not enough:
+        return Verdict(NO_ALARM, f"the probe has {probe['images']} images, fewer than the {MIN_IMAGES} that tell more")
+    return _against_start(probe, start)
+
+
+def _alarm(metrics: dict, probe: dict, start: dict, out_dim: int) -> Verdict | None:
+    """Return one of `ALARMS`, with its number beside that of the start, if there is one."""
     information, perplexity = metrics.get("information"), metrics.get("usage_perplexity", math.inf)
     least = max(1.5, MIN_PERPLEXITY * min(out_dim, 10))
-    probe = {k.removeprefix("probe_"): v for k, v in metrics.items() if k.startswith("probe_")}
-    if probe and probe["images"] < MIN_IMAGES:
-        probe = {}
     if probe and not probe["features_cosine"] < MAX_COSINE:
-        return Verdict("representation", f"features of two images have a cosine of {probe['features_cosine']:.4f}")
+        number = f"{probe['features_cosine']:.4f}{_beside(start, 'features_cosine', '.4f')}"
+        return Verdict("representation", f"the features of two images have a cosine of {number} on average")
     if information is not None and information < MIN_INFORMATION and not perplexity < least:
         return Verdict("stuck at uniform", f"an assignment tells {information:.4f} nats about its image")
-    if probe:
-        perplexity = min(perplexity, probe["codes_perplexity"])
+    of_start = ""
+    if probe and probe["codes_perplexity"] < perplexity:
+        perplexity, of_start = probe["codes_perplexity"], _beside(start, "codes_perplexity", ".1f")
     if perplexity < least:
-        return Verdict("cluster", f"perplexity of the codes {perplexity:.1f}, of {out_dim}")
+        return Verdict("cluster", f"the perplexity of the codes is {perplexity:.1f}, of {out_dim}{of_start}")
     if not probe:
         return None
     chance, within = probe["agreement_chance"], probe["within_code"]
-    agreement = f"codes of two views agree in {probe['agreement']:.1%} (chance {chance:.1%})"
     if probe["agreement"] <= chance + 3 * math.sqrt(chance * (1 - chance) / probe["images"]):
-        return Verdict("stuck at uniform", agreement)
+        return Verdict("stuck at uniform", _agreement(probe, start))
     if probe["embedding_dimensions"] < MIN_DIMENSIONS:
-        return Verdict("dimensional", f"embeddings vary in {probe['embedding_dimensions']:.1f} dimensions")
+        number = f"{probe['embedding_dimensions']:.1f} dimensions{_beside(start, 'embedding_dimensions', '.1f')}"
+        return Verdict("dimensional", f"the embeddings vary in {number}")
     if within is not None and within < MIN_WITHIN:
-        return Verdict("intracluster", f"{within:.1%} of the variance is between images of one code")
-    evidence = f"{agreement}, {probe['codes_used']} codes for {probe['images']} images, effective rank "
-    evidence += f"{probe['features_rank']:.0f} (features), {probe['embedding_rank']:.0f} (embedding)"
-    if within is not None:
-        evidence += f", {within:.0%} of the variance inside codes"
-    return Verdict("healthy", evidence)
+        number = f"{within:.1%}{_beside(start, 'within_code', '.0%')}"
+        return Verdict("intracluster", f"{number} of the variance of the features is between images of one code")
+    return None
+
+
+def _against_start(probe: dict, start: dict) -> Verdict:
+    """Judge a probe that is no alarm by the numbers from before the first step."""
+    words = numbers_in_words(probe, start)
+    if not math.isfinite(start.get(SCORE, math.nan)):
+        return Verdict(NO_ALARM, f"nothing is known about the start, so not whether this is better; {words}")
+    score = f"score without labels {probe[SCORE]:.2f}{_beside(start, SCORE, '.2f')}"
+    lost = [
+        f"{what} {probe[name]:.3g}{_beside(start, name, '.3g')}"
+        for name, (share, what) in KEPT.items()
+        if probe[name] < share * start.get(name, 0)
+    ]
+    if lost:
+        return Verdict(LOSING, f"{', '.join(lost)}; {score}")
+    if not probe[SCORE] > start[SCORE] + MARGIN:
+        return Verdict(NO_BETTER, f"{score}; {words}")
+    if "knn20" in start and probe.get("knn20", math.inf) <= start["knn20"]:
+        neighbors = f"20-NN by the labels {probe['knn20']:.4f}{_beside(start, 'knn20', '.4f')}"
+        return Verdict(NO_BETTER, f"{neighbors}; {score}; {words}")
+    return Verdict(LEARNING, f"{score}; {words}")
+
+
+def numbers_in_words(probe: dict, start: dict) -> str:
+    """Return agreement of views, use of codes and effective ranks, each beside its value at the start, where known."""
+    return "; ".join(
+        (
+            _agreement(probe, start),
+            f"{probe['codes_used']} different codes on {probe['images']} images{_beside(start, 'codes_used', '.0f')}",
+            f"effective rank of the features {probe['features_rank']:.0f}{_beside(start, 'features_rank', '.0f')}, "
+            f"of the embedding {probe['embedding_rank']:.0f}{_beside(start, 'embedding_rank', '.0f')}",
+        )
+    )
+
+
+def _beside(start: dict, name: str, form: str) -> str:
+    """Return the value of a number before the first step, in brackets, "" if that is not known."""
+    value = start.get(name)
+    return "" if value is None or not math.isfinite(value) else f" (at the start {value:{form}})"
+
+
+def _agreement(probe: dict, start: dict) -> str:
+    at_start = f"; at the start {start['agreement']:.1%}" if "agreement" in start else ""
+    chance = f"({probe['agreement_chance']:.1%} by chance{at_start})"
+    return f"two views of an image get the same code in {probe['agreement']:.1%} {chance}"

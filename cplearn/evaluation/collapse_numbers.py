@@ -40,6 +40,8 @@ GOOD = {
     "within_code": "below 1, not 0",
     "code_cosine": "above its chance",
     "code_cosine_chance": "",
+    "unique_prototypes": "near prototypes",
+    "prototypes": "",
     "mixtureK_entropy": "high",
 }
 
@@ -53,6 +55,7 @@ class Network:
     embedding: Tensor | None  # (n, d)
     alignment: Tensor | None  # cosine of each embedding with its code (n,)
     chance_alignment: float | None  # the same of random directions, mean
+    prototypes: Tensor | None = None  # all code vectors (c, d), where they are learned
 
 
 def off_diagonal_energy(x: Tensor) -> tuple[float, float]:
@@ -146,6 +149,7 @@ def collapse_metrics(network: Network) -> dict[str, float | int | None]:
         "within_code": collapse.within_code_share(x, codes),
         "code_cosine": None if network.alignment is None else network.alignment.abs().mean().item(),
         "code_cosine_chance": network.chance_alignment,
+        **collapse.prototype_numbers(network.prototypes),
     }
 
 

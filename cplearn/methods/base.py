@@ -141,6 +141,9 @@ class Method(nn.Module):
     def code_vectors(self, codes: Tensor) -> Tensor | None:
         """Return where these codes lie in the space of the embeddings, if they do. Shape: (n,) -> (n, d)."""
 
+    def learned_codes(self) -> Tensor | None:
+        """Return the vectors of all codes where they are learned and may come to coincide. Shape: (c, d)."""
+
     def references(self, n: int) -> ReferenceLosses:
         """Return reference losses for n images per rank."""
         raise NotImplementedError

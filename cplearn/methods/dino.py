@@ -207,6 +207,9 @@ class DINO(Method):
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self._evaluated_head.prototypes()[codes]
 
+    def learned_codes(self) -> Tensor:
+        return self._evaluated_head.prototypes()
+
     def references(self, n: int) -> ReferenceLosses:
         """Return the loss of uniform targets and predictions, and of one code for all images, which centering is against."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=0.0, floor=0.0)

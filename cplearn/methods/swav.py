@@ -144,6 +144,9 @@ class SwAV(Method):
     def code_vectors(self, codes: Tensor) -> Tensor:
         return self.prototypes.weight[codes]
 
+    def learned_codes(self) -> Tensor:
+        return self.prototypes.weight
+
     def references(self, n: int) -> ReferenceLosses:
         """Return log c, and 0 as the floor: with exactly equal mass per code it would be log(c / N), but three iterations
         leave room below that."""

@@ -7,29 +7,36 @@ from dataclasses import dataclass, field
 class Panel:
     """Curves over training with one axis, each named by its field in `log.txt`.
 
-    A field that is not in a log has no curve, and a panel without curves is left out.
+    A field that is not in a log has no curve, and a panel without curves is left out. A value from before the first
+    step is also drawn across, as a dashed line.
     """
 
     title: str
-    curves: dict[str, str]  # field -> what it is called beside the others; the second one is dashed
+    curves: dict[str, str]  # field -> what it is called beside the others; the second one is dotted
     references: dict[str, str] = field(default_factory=dict)  # levels that the axis reaches: field -> name
     far: dict[str, str] = field(default_factory=dict)  # levels that are only named at the edge if they lie outside
     log: bool = False  # where the values span a factor of ten
     percent: bool = False
+    verdict: bool = False  # one of the numbers of the verdict
     help: str = ""
 
 
 # fmt: off
 PANELS = (
+    # What the verdict is built on.
+    Panel("Score without labels", {"probe_score": ""}, verdict=True, help="Log of how much more often than by chance two views of an image get the same code"),
+    Panel("Two views get the same code", {"probe_agreement": "", "probe_agreement_chance": "by chance"}, percent=True, verdict=True, help="Of the probe's images"),
+    Panel("Codes used", {"probe_codes_used": ""}, {"probe_images": "images"}, verdict=True, help="Different codes on the probe's images"),
+    Panel("Effective rank of the features", {"probe_features_rank": ""}, verdict=True, help="RankMe: in how many directions the probe's vectors go"),
+    Panel("Effective rank of the embedding", {"probe_embedding_rank": ""}, verdict=True, help="The same, of the head's output"),
+    Panel("Participation ratio", {"probe_features_dimensions": "features", "probe_embedding_dimensions": "embedding"}, verdict=True, help="In how many directions the probe's vectors vary; small ones hardly count"),
+    # How the run trains.
     Panel("Loss", {"train_loss": ""}, {"loss_uniform": "uniform", "loss_floor": "floor"}, {"loss_one_code": "one code"}, help="Beside what uniform assignments have, and what it cannot fall below"),
     Panel("Way from uniform to floor", {"uniform_to_floor": ""}, percent=True, help="The loss, for runs whose reference values differ"),
     Panel("Perplexity of the codes", {"usage_perplexity": ""}, far={"out_dim": "codes"}, log=True, help="How many codes are in use, weighted by use, in windows of 20 steps"),
-    Panel("Codes used", {"codes_used": "in 20 steps", "probe_codes_used": "by the probe"}, far={"out_dim": "codes"}, help="Codes that got half an image or more"),
     Panel("Information", {"information": ""}, help="Nats that an assignment tells about its image"),
-    Panel("Effective rank", {"probe_features_rank": "features", "probe_embedding_rank": "embedding"}, help="RankMe of the probe: in how many directions its vectors go"),
     Panel("Cosine of two images", {"probe_features_cosine": "features", "probe_embedding_cosine": "embedding"}, help="Mean over the probe; 1 if all images are the same to the network"),
-    Panel("Two views get the same code", {"probe_agreement": "", "probe_agreement_chance": "by chance"}, percent=True, help="Of the probe's images"),
-    Panel("Score without labels", {"probe_score": ""}, help="Log of how much more often than by chance two views get the same code"),
+    Panel("Prototypes that differ", {"probe_unique_prototypes": ""}, far={"probe_prototypes": "looked at"}, log=True, help="Of learned codes: without the copies (partial prototype collapse)"),
     Panel("20-NN accuracy", {"probe_knn20": ""}, percent=True, help="Among the probe's training images, by their labels (--knn_freq)"),
     Panel("Learning rate", {"lr": ""}, help="At the last step of the epoch"),
     Panel("Gradient norm", {"train_grad_norm": ""}, log=True, help="Of the whole gradient, before clipping"),

@@ -10,18 +10,26 @@ from cplearn.plots.runs import RunLog
 from cplearn.text import printable
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#6b6b6b")
-VERDICTS = {"healthy": "#8fd0a8", "stuck at uniform": "#b0b0b0", "representation": "#c1272d", "cluster": "#ee8833",
-            "dimensional": "#7a3fa0", "intracluster": "#2f5fb3"}  # fmt: skip
-OTHER = "#e6d84a"  # a verdict of another version
+VERDICTS = {"learning": "#8fd0a8", "no better than at the start": "#f2c14e", "losing dimensions": "#f4a6c0",
+            "no alarm": "#bfd7ea", "too short to judge": "#dddddd", "stuck at uniform": "#a0a0a0",
+            "representation": "#c1272d", "cluster": "#ee8833", "dimensional": "#7a3fa0",
+            "intracluster": "#2f5fb3"}  # fmt: skip
+DARK = ("representation", "dimensional", "intracluster")  # of these, on which words are white
+OTHER = "#d6e685"  # a verdict of another version
+STYLES = ("-", ":")  # of a panel's curves; dashed is the value at the start
 SMALL = {"fontsize": 7, "color": "0.35"}
 SOFTWARE = "plot_runs.py"  # in the file, so that it is known as ours
 
 
-def draw(runs: Sequence[RunLog], axis: str) -> bytes:
-    """Return the PNG of all runs over training, by the name of an axis in `AXES`."""
+def draw(runs: Sequence[RunLog], axis: str, *, only_verdict: bool = False) -> bytes:
+    """Return the PNG of all runs over training, by the name of an axis in `AXES`.
+
+    `only_verdict`: leave out the panels that the verdict does not use.
+    """
     from matplotlib.lines import Line2D
 
-    panels = [p for p in PANELS if any(run.points(axis, f, positive=p.log) for run in runs for f in p.curves)]
+    asked = [p for p in PANELS if p.verdict or not only_verdict]
+    panels = [p for p in asked if any(run.points(axis, f, positive=p.log) for run in runs for f in p.curves)]
     rows, tall = math.ceil(len(panels) / 3), 0.5 + 0.22 * len(runs)
     figure = drawing.pyplot().figure(figsize=(11, tall + 2.3 * rows + 0.5), layout="constrained")
     grid = figure.add_gridspec(rows + 1, 3, height_ratios=[tall, *[2.3] * rows])
@@ -43,7 +51,11 @@ def draw_verdicts(axes, runs: Sequence[RunLog], axis: str) -> None:
     shown = set()
     for i, run in enumerate(runs):
         for start, end, verdict in spans(run, axis):
-            axes.barh(i, end - start, left=start, height=0.8, color=VERDICTS.get(verdict, OTHER))
+            color = VERDICTS.get(verdict, OTHER)
+            axes.barh(i, end - start, left=start, height=0.8, color=color)
+            if (end - start) / max(1e-9, *(x for run in runs for x in run.axes[axis] if x)) > 0.008 * len(verdict):
+                ink = "white" if verdict in DARK else "0.15"
+                axes.text((start + end) / 2, i, as_text(verdict), ha="center", va="center", fontsize=8, color=ink)
             shown.add(verdict)
     axes.set_yticks(range(len(runs)), ["▬"] * len(runs))
     for label, (_, color) in zip(axes.get_yticklabels(), _colored(runs), strict=True):
@@ -81,17 +93,22 @@ def draw_panel(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
 
     shown = [run for run in runs if any(run.points(axis, field, positive=panel.log) for field in panel.curves)]
     for run, color in _colored(runs):
-        for field, style in zip(panel.curves, ("-", "--"), strict=False):
+        for field, style in zip(panel.curves, STYLES, strict=False):
             points = run.points(axis, field, positive=panel.log)
             axes.plot(*zip(*points, strict=True) if points else ((), ()), style, color=color, lw=1.4,
                       marker="o" if len(points) < 12 else None, ms=3)  # fmt: skip
+            if (start := run.at_start(field)) is not None and len(points) > 1:
+                axes.axhline(start, color=color, lw=0.9, ls="--", alpha=0.7)
     values = [y for run in shown for field in panel.curves for _, y in run.points(axis, field, positive=panel.log)]
     if panel.log and max(values) >= 10 * min(values):
         axes.set_yscale("log")
     names = [name for name in panel.curves.values() if name]
     if len(panel.curves) > 1:
-        for name, style in zip(panel.curves.values(), ("-", "--"), strict=True):
+        for name, style in zip(panel.curves.values(), STYLES, strict=True):
             axes.plot([], [], style, color="0.3", lw=1.2, label=name or "measured")
+    if any(run.at_start(field) is not None for run in shown for field in panel.curves):
+        axes.plot([], [], "--", color="0.3", lw=0.9, label="at the start")
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7, framealpha=0.6)
     draw_levels(axes, panel, shown, axis)
     axes.set_xlim(0, None)

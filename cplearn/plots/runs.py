@@ -31,6 +31,10 @@ class RunLog:
         pairs = zip(self.axes[axis], self.values[field], strict=True)
         return [(x, y) for x, y in pairs if x is not None and y is not None and (y > 0 or not positive)]
 
+    def at_start(self, field: str) -> float | None:
+        """Return the value of a field before the first step, None if it is not known."""
+        return self.values[field][0] if self.start else None
+
     def last(self, field: str) -> float | None:
         """Return the last value of a field, None if there is none."""
         return next((x for x in reversed(self.values[field]) if x is not None), None)

@@ -1,7 +1,7 @@
 """Collapse, seen while it happens: code usage from numbers that the loss already has, and after an epoch the probe, a
 fixed set of training images.
 
-No labels are used, except by `--knn_freq`. The probe is read in evaluation mode; it changes no weight, no running
+No labels are used, except with `--knn_freq`. The probe is read in evaluation mode; it changes no weight, no running
 statistic and no random number, so a run with and without it comes to the same bits. Numbers and verdict: `collapse.py`.
 """
 
@@ -53,15 +53,15 @@ class CodeUsage:
     def _close(self) -> None:
         total, images = collectives.mean_over_ranks(self.total), self.images
         share = total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
-        # A code counts as used if half an image or more fell to it.
+        # A code counts as used if half an image or more fell to it: none may, where assignments are spread widely.
         terms = {"usage_entropy": torch.special.entr(share).sum(), "codes_used": (share * images >= 0.5).double().sum()}
         self.meter.add(terms, images == 0)
         self.total, self.images, self.steps = None, None, 0
         self.windows += 1
 
     def read(self) -> dict[str, float]:
-        """Return averages over the windows closed since the last reading, {} if none. Every rank must call it."""
-        return self.meter.read() if self.meter.recent else {}
+        """Return the perplexity over the windows closed since the last reading, {} if none. Every rank must call it."""
+        return {"perplexity": math.exp(self.meter.read()["usage_entropy"])} if self.meter.recent else {}
 
     def average(self) -> dict[str, float]:
         """Return averages over the windows of an epoch that is at its end. Every rank must call it."""
@@ -102,7 +102,7 @@ class Probe:
         room = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
         count = min(self.MOST, len(pixels), room, max(self.LEAST, int(budget / 2)))
         self.every = max(1, math.ceil(2 * count / budget))
-        self.first = math.ceil(self.SETTLED / steps_per_epoch)
+        self.first, self.steps_per_epoch = math.ceil(self.SETTLED / steps_per_epoch), steps_per_epoch
         order = random_streams.random_stream(random_streams.FOR_MONITOR, seed).permutation(len(pixels))
         self.samples = sorted(int(i) for i in order[:count])
         self._kept: tuple[list[Tensor], Tensor, Tensor] | None = None
@@ -160,7 +160,8 @@ class Probe:
         method.train(training)
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
         rows = [None if x is None else collectives.gather_rows(x).cpu() for x in (*columns, labels.to(device))]
-        return ProbeResult(*rows)
+        prototypes = method.learned_codes() if collectives.is_main() else None
+        return ProbeResult(*rows, None if prototypes is None else prototypes.cpu())
 
     def _images(self, starts: range, count: int, batch: int, device: torch.device) -> Iterator[list[Tensor]]:
         crops, params, _ = self._kept
@@ -188,10 +189,11 @@ class ProbeResult:
     """What measuring the probe found, of all ranks, on the CPU."""
 
     def __init__(self, features: Tensor, other_features: Tensor, embedding: Tensor, other_embedding: Tensor,
-                 vectors: Tensor | None, codes: Tensor, others: Tensor, labels: Tensor):  # fmt: skip
+                 vectors: Tensor | None, codes: Tensor, others: Tensor, labels: Tensor,
+                 prototypes: Tensor | None = None):  # fmt: skip
         self.features, self.other_features = features, other_features
         self.embedding, self.other_embedding, self.vectors = embedding, other_embedding, vectors
-        self.codes, self.others, self.labels = codes, others, labels
+        self.codes, self.others, self.labels, self.prototypes = codes, others, labels, prototypes
 
     def label_free(self) -> dict[str, float]:
         """Return the measures that need no label, of `evaluation/label_free.py`."""
@@ -202,7 +204,10 @@ class ProbeResult:
         """Return the numbers of the verdict; NaN as the cosine, and no more, if an entry is not finite."""
         if not (self.features.isfinite().all() and self.embedding.isfinite().all()):
             return {"images": len(self.features), "features_cosine": math.nan}
-        return collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
+        found = collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
+        if collapse.SCORE not in found:
+            found[collapse.SCORE] = self.label_free()[collapse.SCORE]
+        return found | collapse.prototype_numbers(self.prototypes)
 
     def knn(self, k: int = 20, temperature: float = 0.07) -> float:
         """Return the top-1 of the weighted k nearest neighbors of each image among the others."""
@@ -210,9 +215,11 @@ class ProbeResult:
 
 
 # Numbers of the probe that are kept from before the first step, to stand beside those of later epochs.
-AT_START = ("score", "features_rank", "features_dimensions", "embedding_rank", "embedding_dimensions", "agreement",
-            "agreement_chance", "codes_used", "knn20")  # fmt: skip
-BEST = {"score": "probe_score", "knn": "probe_knn20"}  # what --best_by names, by its name in the log
+AT_START = tuple(dict.fromkeys((
+    collapse.SCORE, *collapse.KEPT, "score", "features_std", "features_cosine", "agreement", "agreement_chance",
+    "codes_used", "codes_perplexity", "within_code", "unique_prototypes", "knn20",
+)))  # fmt: skip
+BEST = {"score": f"probe_{collapse.SCORE}", "knn": "probe_knn20"}  # what --best_by names, by its name in the log
 
 
 class Monitor:
@@ -247,13 +254,11 @@ class Monitor:
 
     def _at_start(self, probed: ProbeResult) -> dict[str, float]:
         found = probed.metrics() | ({"knn20": probed.knn()} if self.knn_freq else {})
-        found = {name: found[name] for name in AT_START if name in found}
-        if "score" in found:
-            words = f"score {found['score']:.2f}, effective rank {found['features_rank']:.0f} (features), "
-            words += f"{found['embedding_rank']:.0f} (embedding)"
-            words += f", 20-NN {found['knn20']:.4f}" if "knn20" in found else ""
+        if collapse.SCORE in found:
+            words = collapse.numbers_in_words(found, {})
+            words += f"; 20-NN by the labels {found['knn20']:.4f}" if "knn20" in found else ""
             print(f"Before the first step: {words}", flush=True)
-        return found
+        return {name: found[name] for name in AT_START if name in found}
 
     def add(self, usage: Tensor | None, images: int, skipped: Tensor) -> None:
         """Count the mean assignment of a step of so many images over all ranks, if the method has one."""
@@ -277,9 +282,9 @@ class Monitor:
         knn = self.knn_freq > 0 and done % self.knn_freq == 0
         probed = self.probe.measure(method, device, batch) if self.probe.due(done) or knn else None
         # By one rank, so that all ranks agree.
-        found, verdict, line = collectives.on_main(self._verdict, method, found, probed, knn, done)
+        found, verdict, line = collectives.on_main(self._verdict, method, found, probed, done)
         if verdict:
-            self.alarms = 0 if verdict == "healthy" else self.alarms + 1
+            self.alarms = self.alarms + 1 if verdict in collapse.ALARMS else 0
             self.last = {"verdict": verdict, "line": line, "epoch": str(done)}
         if self.last:
             since = "" if self.last["epoch"] == str(done) else f" (epoch {self.last['epoch']})"
@@ -300,19 +305,26 @@ class Monitor:
             start |= {"best_epoch": self.best["epoch"], f"best_{self.best['by']}": self.best["value"]}
         return start
 
-    def _verdict(
-        self, method: Method, found: dict, probed: ProbeResult | None, knn: bool, done: int
-    ) -> tuple[dict, str, str]:
+    def _verdict(self, method: Method, found: dict, probed: ProbeResult | None, done: int) -> tuple[dict, str, str]:
         """Return numbers, verdict and its line; "" and "" for none."""
-        probe = {} if probed is None else {f"probe_{name}": value for name, value in probed.metrics().items()}
-        verdict = collapse.verdict(found | (probe if done >= self.probe.first else {}), method.out_dim)
-        if knn and probed is not None:
-            probe["probe_knn20"] = probed.knn()
+        probe = {} if probed is None else probed.metrics() | ({"knn20": probed.knn()} if self.knn_freq else {})
+        probe = {f"probe_{name}": value for name, value in probe.items()}
+        start = {f"start_{name}": value for name, value in self.start.items()}
+        settled = probe if done >= self.probe.first else {}
+        verdict = collapse.verdict(found | settled | start, method.out_dim)
         return found | probe, verdict.name if verdict else "", verdict.line(method.REMEDIES) if verdict else ""
+
+    def at_end(self, steps: int) -> dict[str, str]:
+        """Return a verdict for the log of a run that ends, after so many steps, before there could be any."""
+        if self.last or steps >= self.probe.first * self.probe.steps_per_epoch:
+            return {}
+        needs = f"{steps} step{'s' * (steps != 1)}; a verdict takes {Probe.SETTLED} and a whole epoch"
+        found = collapse.Verdict(collapse.TOO_SHORT, needs)
+        return {"verdict": found.name, "verdict_line": found.line({})}
 
     def check(self, record: dict, saved_step: int) -> None:
         """Raise `CollapseError` after `PATIENCE` alarms in a row."""
-        if self.alarms >= self.PATIENCE and record["verdict"] != "healthy":
+        if self.alarms >= self.PATIENCE and record["verdict"] in collapse.ALARMS:
             raise CollapseError(
                 f"--on_collapse stop: {record['verdict_line']}. Alarm number {self.alarms} in a row; saved after step "
                 f"{saved_step}, --on_collapse warn goes on"

@@ -13,6 +13,7 @@ from torch import Tensor
 from cplearn.data import datasets
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
+from cplearn.evaluation import collapse
 from cplearn.files import append_json_line, write_text
 from cplearn.host import git_commit
 from cplearn.methods.base import StepOutput
@@ -171,8 +172,10 @@ def report_epoch(run: Run, record: dict) -> None:
     if record["replaced_images"]:
         parts.append(f"replaced {record['replaced_images']} unreadable images")
     print("  ".join([*parts, f"ETA {format_duration(remaining)}"]), flush=True)
+    if run.step == run.last_step:
+        record |= run.monitor.at_end(run.step)
     if "verdict" in record:
-        mark = "" if record["verdict"] == "healthy" else "WARNING: "
+        mark = "WARNING: " if record["verdict"] in collapse.WARNINGS else ""
         print(f"  {mark}{record['verdict_line']}", flush=True)
     if "probe_knn20" in record:
         start = f" ({record['start_knn20']:.4f} before the first step)" if "start_knn20" in record else ""

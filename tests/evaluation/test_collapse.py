@@ -87,47 +87,139 @@ def test_probe_metrics_of_collapsed_probes_are_finite():
     assert found["agreement_chance"] == pytest.approx(1 / n) and found["codes_perplexity"] == pytest.approx(n)
 
 
-HEALTHY = {
-    "usage_perplexity": 900.0, "information": 0.9, "probe_images": 256, "probe_features_cosine": 0.4,
-    "probe_features_rank": 100.0, "probe_embedding_rank": 60.0, "probe_embedding_dimensions": 5.0,
-    "probe_codes_perplexity": 150.0, "probe_codes_used": 170, "probe_within_code": 0.3,
-    "probe_agreement": 0.1, "probe_agreement_chance": 0.01,
+def test_unique_prototypes_is_a_loop_and_finds_copies():
+    x = randn(60, 4)
+    x = torch.cat([x, 3 * x[:20] + 1e-3, -x[:5]])[torch.randperm(85, generator=torch.Generator().manual_seed(0))]
+    counted = []
+    for row in x:
+        if all(F.cosine_similarity(row, other, dim=0) <= collapse.SIMILAR for other in counted):
+            counted.append(row)
+    assert 40 < len(counted) < 66
+    for block in (7, 2048):
+        assert collapse.unique_prototypes(x, block) == (len(counted), 85)
+    assert collapse.unique_prototypes(torch.eye(30)) == (30, 30) and collapse.unique_prototypes(torch.ones(9, 3)) == (
+        1,
+        9,
+    )
+    assert collapse.prototype_numbers(None) == {"unique_prototypes": None, "prototypes": None}
+
+
+def test_of_many_prototypes_an_even_sample_is_looked_at(monkeypatch):
+    monkeypatch.setattr(collapse, "MOST_PROTOTYPES", 10)
+    x = torch.eye(40)
+    x[20:] = x[0]  # half of them are copies
+    assert collapse.prototype_numbers(x) == {"unique_prototypes": 5, "prototypes": 10}
+
+
+START = {
+    "start_score": 1.4, "start_features_rank": 120.0, "start_embedding_rank": 80.0, "start_features_dimensions": 12.0,
+    "start_embedding_dimensions": 9.0, "start_features_cosine": 0.55, "start_agreement": 0.031,
+    "start_agreement_chance": 0.008, "start_codes_used": 190, "start_codes_perplexity": 160.0,
+    "start_within_code": 0.6,
 }  # fmt: skip
+BETTER = START | {
+    "usage_perplexity": 900.0, "information": 0.9, "probe_images": 256, "probe_features_cosine": 0.4,
+    "probe_features_rank": 107.0, "probe_embedding_rank": 57.0, "probe_embedding_dimensions": 5.0,
+    "probe_features_dimensions": 8.0, "probe_codes_perplexity": 150.0, "probe_codes_used": 171,
+    "probe_within_code": 0.3, "probe_agreement": 0.102, "probe_agreement_chance": 0.007, "probe_score": 2.68,
+}  # fmt: skip
+
+
+def without(prefix, numbers=BETTER):
+    return {k: v for k, v in numbers.items() if not k.startswith(prefix)}
 
 
 @pytest.mark.parametrize(
     "name, changed, number, remedy",
     [
-        ("representation", {"probe_features_cosine": 0.9991}, "0.9991", "--lr"),
+        ("representation", {"probe_features_cosine": 0.9991}, "0.9991 (at the start 0.5500)", "--lr"),
         ("representation", {"probe_features_cosine": math.nan}, "nan", "--lr"),
         ("cluster", {"usage_perplexity": 1.02}, "1.0, of 1024", "--beta"),
-        ("cluster", {"probe_codes_perplexity": 1.3}, "1.3, of 1024", "--beta"),
+        ("cluster", {"probe_codes_perplexity": 1.3}, "1.3, of 1024 (at the start 160.0)", "--beta"),
         ("cluster", {"usage_perplexity": 1.0, "information": 0.0}, "1.0, of 1024", "--beta"),
         ("stuck at uniform", {"usage_perplexity": 1024.0, "information": 0.003}, "0.0030 nats", "--n_ref"),
-        ("stuck at uniform", {"probe_agreement": 0.012}, "1.2% (chance 1.0%)", "--beta"),
-        ("dimensional", {"probe_embedding_dimensions": 1.2}, "vary in 1.2 dimensions", "--out_dim"),
-        ("intracluster", {"probe_within_code": 0.004}, "0.4% of the variance", "--out_dim"),
+        ("stuck at uniform", {"probe_agreement": 0.008}, "0.8% (0.7% by chance; at the start 3.1%)", "--beta"),
+        ("dimensional", {"probe_embedding_dimensions": 1.2}, "vary in 1.2 dimensions (at the start 9.0)", "--out_dim"),
+        ("intracluster", {"probe_within_code": 0.004}, "0.4% (at the start 60%) of the variance", "--out_dim"),
     ],
 )
-def test_verdicts_name_the_collapse_its_evidence_and_the_remedy(name, changed, number, remedy):
-    found = collapse.verdict(HEALTHY | changed, 1024)
+def test_alarms_name_the_collapse_its_evidence_beside_the_start_and_the_remedy(name, changed, number, remedy):
+    found = collapse.verdict(BETTER | changed, 1024)
     line = found.line(CPLearn.REMEDIES)
-    assert found.name == name and number in found.evidence
+    assert found.name == name and number in found.evidence and name in collapse.ALARMS
     assert remedy in line and ("collapse" in line) == (name != "stuck at uniform")
     assert "--beta" not in found.line({})  # which other methods do not have
+    alone = collapse.verdict(without("start_") | changed, 1024)
+    assert alone.name == name and "at the start" not in alone.evidence
+
+
+def test_learning_is_what_is_better_than_at_the_start():
+    assert collapse.verdict(BETTER, 1024).line({}) == (
+        "learning: score without labels 2.68 (at the start 1.40); two views of an image get the same code in 10.2% "
+        "(0.7% by chance; at the start 3.1%); 171 different codes on 256 images (at the start 190); effective rank of "
+        "the features 107 (at the start 120), of the embedding 57 (at the start 80)"
+    )
+    assert collapse.verdict(BETTER | {"probe_within_code": None, "start_within_code": None}, 1024).name == "learning"
+    assert collapse.verdict(BETTER | {"start_knn20": 0.5}, 1024).name == "learning"  # not measured in this epoch
+    assert collapse.verdict(BETTER | {"start_knn20": 0.5, "probe_knn20": 0.51}, 1024).name == "learning"
+    assert "learning" not in collapse.WARNINGS and collapse.NO_ALARM not in collapse.WARNINGS
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"probe_score": 1.3}, "score without labels 1.30 (at the start 1.40)"),
+        ({"probe_score": 1.4 + 0.9 * collapse.MARGIN}, "(at the start 1.40)"),
+        ({"probe_score": math.nan}, "score without labels nan"),
+        ({"start_knn20": 0.582, "probe_knn20": 0.568}, "20-NN by the labels 0.5680 (at the start 0.5820); score"),
+    ],
+)
+def test_what_is_not_shown_to_be_better_is_not_learning(changed, said):
+    found = collapse.verdict(BETTER | changed, 1024)
+    assert found.name == "no better than at the start" and said in found.evidence
+    assert found.name in collapse.WARNINGS and found.name not in collapse.ALARMS
+
+
+@pytest.mark.parametrize("number", collapse.KEPT)
+def test_losing_dimensions_is_a_share_of_the_start(number):
+    share = collapse.KEPT[number][0]
+    start = {f"start_{number}": 200.0}
+    found = collapse.verdict(BETTER | start | {f"probe_{number}": 199.0 * share}, 1024)
+    assert found.name == "losing dimensions" and "(at the start 200)" in found.evidence
+    assert found.name in collapse.WARNINGS and found.name not in collapse.ALARMS
+    assert collapse.verdict(BETTER | start | {f"probe_{number}": 201.0 * share}, 1024).name == "learning"
+
+
+def test_a_run_that_lost_most_of_its_rank_is_not_learning_whatever_its_score():
+    """3,670 flowers, 5 epochs: 20-NN fell from 0.582 to 0.568 while the score stood at 2.44."""
+    flowers = {"start_embedding_rank": 210.0, "probe_embedding_rank": 54.0, "start_embedding_dimensions": 16.0,
+               "probe_embedding_dimensions": 4.0, "probe_score": 2.44}  # fmt: skip
+    found = collapse.verdict(BETTER | flowers, 1024)
+    assert found.name == "losing dimensions"
+    assert "effective rank of the embedding 54 (at the start 210)" in found.evidence
+    assert "participation ratio of the embedding 4 (at the start 16)" in found.evidence
+    labels = {"start_knn20": 0.582, "probe_knn20": 0.568}
+    assert collapse.verdict(BETTER | flowers | labels, 1024).name != "learning"
+    kept = {"probe_embedding_rank": 200.0, "probe_embedding_dimensions": 15.0}
+    assert collapse.verdict(BETTER | flowers | labels | kept, 1024).name == "no better than at the start"
+
+
+def test_without_a_start_nothing_is_said_but_that_there_is_no_alarm():
+    for numbers in (without("start_"), BETTER | {"start_score": math.nan}, without("start_score")):
+        found = collapse.verdict(numbers, 1024)
+        assert found.name == "no alarm" and found.evidence.startswith("nothing is known about the start")
+        assert "171 different codes on 256 images" in found.evidence
 
 
 def test_verdicts_on_little():
-    said = collapse.verdict(HEALTHY, 1024).line({})
-    assert said.startswith("healthy: codes of two views agree in 10.0% (chance 1.0%), 170 codes for 256 images")
-    assert collapse.verdict(HEALTHY | {"probe_within_code": None}, 1024).name == "healthy"
     assert collapse.verdict({}, 1024) is None  # no probe in this epoch, and a method without assignments
-    window = {k: v for k, v in HEALTHY.items() if not k.startswith("probe_")}
-    assert collapse.verdict(window, 1024) is None  # health takes a look at the probe
-    assert collapse.verdict(HEALTHY | {"probe_images": 3, "probe_agreement": 0}, 1024) is None
+    window = without("probe_")
+    assert collapse.verdict(window, 1024) is None  # more takes a look at the probe
+    few = collapse.verdict(BETTER | {"probe_images": 3, "probe_agreement": 0}, 1024)
+    assert few.line({}) == "no alarm: the probe has 3 images, fewer than the 32 that tell more"
     assert collapse.verdict(window | {"usage_perplexity": 1.1}, 1024).name == "cluster"
-    probe = {k: v for k, v in HEALTHY.items() if k.startswith("probe_")}
-    assert collapse.verdict(probe, 1024).name == "healthy"
-    both = HEALTHY | {"usage_perplexity": 2.0, "probe_codes_perplexity": 2.0, "probe_agreement": 0.9}
-    assert collapse.verdict(both, 2).name == "healthy"  # two codes are all there are
+    probe = {k: v for k, v in BETTER.items() if k.startswith(("probe_", "start_"))}
+    assert collapse.verdict(probe, 1024).name == "learning"
+    both = BETTER | {"usage_perplexity": 2.0, "probe_codes_perplexity": 2.0, "probe_agreement": 0.9}
+    assert collapse.verdict(both, 2).name == "learning"  # two codes are all there are
     assert collapse.verdict(both, 1024).name == "cluster"

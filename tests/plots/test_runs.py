@@ -63,9 +63,9 @@ def test_what_is_no_number_is_no_point(tmp_path):
 
 
 def test_a_logarithmic_axis_has_no_place_for_zero(tmp_path):
-    (run,) = runs.read_runs([write(tmp_path / "a", [record(0, codes_used=0), record(1, codes_used=4)])])
-    assert run.points("epochs", "codes_used", positive=True) == [(2, 4)]
-    assert run.points("epochs", "codes_used") == [(1, 0), (2, 4)]
+    (run,) = runs.read_runs([write(tmp_path / "a", [record(0, usage_perplexity=0), record(1, usage_perplexity=4)])])
+    assert run.points("epochs", "usage_perplexity", positive=True) == [(2, 4)]
+    assert run.points("epochs", "usage_perplexity") == [(1, 0), (2, 4)]
 
 
 def test_an_old_log(tmp_path):
@@ -116,19 +116,21 @@ def test_what_is_no_run(tmp_path):
 
 def test_rows_of_numbers(tmp_path):
     paths = [
-        write(tmp_path / "a", [record(0, out_dim=40, verdict="healthy")]),
+        write(tmp_path / "a", [record(0, out_dim=40, verdict="learning")]),
         write(tmp_path / "b", [record(0), record(1)]),
     ]
     header, rows = runs.csv_table(runs.read_runs(paths))
     assert header[:4] == ["run", "epochs", "steps", "hours"] and header[-1] == "verdict" and len(rows) == 3
     first = dict(zip(header, rows[0], strict=True))
-    assert first["train_loss"] == 5 and first["out_dim"] == 40 and first["verdict"] == "healthy" and first["lr"] is None
+    assert (
+        first["train_loss"] == 5 and first["out_dim"] == 40 and first["verdict"] == "learning" and first["lr"] is None
+    )
     assert [row[0] for row in rows] == ["a", "b", "b"] and {len(row) for row in rows} == {len(header)}
 
 
 def test_every_field_of_a_panel_is_logged(run):
     """By a real run, so that no panel waits for a name that does not exist."""
     (found,) = runs.read_runs([str(run)])
-    later = {"probe_knn20"} | {name for name in CURVES if name.startswith("probe_")}  # after step 30, with --knn_freq
+    later = {name for name in (*CURVES, *LEVELS) if name.startswith("probe_")}  # after step 30, or with --knn_freq
     assert [name for name in (*CURVES, *LEVELS) if found.last(name) is None and name not in later] == []
     assert found.last("out_dim") == 40 and len({panel.title for panel in PANELS}) == len(PANELS)

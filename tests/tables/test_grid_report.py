@@ -52,7 +52,7 @@ def grid(tmp_path):
         (cell.folder / "trained").mkdir(parents=True)
         args = {"arch": "resnet8", "data_path": None, "dataset": "digits", "epochs": 1}
         derived = {"train_images": 1433, "effective_batch": 64, "device": "cpu", "commit": "abc"}
-        verdict = "cluster" if cell.name == "swav_c128_s1" else "healthy"
+        verdict = "cluster" if cell.name == "swav_c128_s1" else "learning"
         (cell.folder / "log.txt").write_text(json.dumps({"verdict": verdict}) + "\n")
         (cell.folder / "args.json").write_text(json.dumps({"args": args, "derived": derived}))
         (cell.folder / "trained.json").write_text("{}")
@@ -71,7 +71,7 @@ def test_means_spreads_and_caveats(grid):
     assert cplearn.numbers["linear"] == pytest.approx((52, 2)) and cplearn.numbers["nmi"] == pytest.approx((31, 1))
     assert swav.numbers["knn"] == pytest.approx((46, 0)) and swav.numbers["features_rank"] == pytest.approx((12.5, 0))
     assert untrained.random and untrained.numbers["linear"] == pytest.approx((40, 0))
-    assert (cplearn.verdict, swav.verdict, untrained.verdict) == ("healthy", "healthy, cluster", "")
+    assert (cplearn.verdict, swav.verdict, untrained.verdict) == ("learning", "learning, cluster", "")
     assert caveats(cplearn, [untrained]) == []
     assert caveats(swav, [untrained]) == ["chance", "AMI <= untrained", "linear <= untrained"]
 

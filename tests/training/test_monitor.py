@@ -63,7 +63,8 @@ def test_one_code_has_entropy_zero_and_uniform_has_log_c():
         use = CodeUsage()
         for _ in range(CodeUsage.STEPS):
             use.add(row, 16, NOT)
-        found = use.read()
+        assert use.read() == {"perplexity": pytest.approx(math.exp(entropy))}  # what a step's line says
+        found = use.average()
         assert found["usage_entropy"] == pytest.approx(entropy, abs=1e-6) and found["codes_used"] == used
 
 
@@ -253,6 +254,58 @@ def test_a_run_says_its_verdict_each_epoch(tmp_path, image_folder, capsys, early
     assert all(any(r["verdict_line"] in x for x in said) for r in log)
     assert log[1]["verdict_line"] == log[0]["verdict_line"] + " (epoch 1)"
     assert log[2]["verdict_line"] != log[0]["verdict_line"]
+
+
+def test_a_run_too_short_says_so_once_at_its_end(tmp_path, image_folder, capsys):
+    flags = ("--data_path", str(image_folder), "--epochs", "3")
+    train(tmp_path, *flags, "--max_steps", "4")
+    said = capsys.readouterr().out
+    assert said.count("too short to judge: 4 steps; a verdict takes 30 and a whole epoch") == 1
+    assert "WARNING: too short" not in said
+    train(tmp_path, *flags)
+    log = log_of(tmp_path)
+    assert capsys.readouterr().out.count("too short to judge: 9 steps") == 1
+    assert [r.get("verdict") for r in log[-2:]] == [None, "too short to judge"] and log[-1]["step"] == 9
+
+
+def test_what_a_run_says_of_its_start_and_of_its_verdict(tmp_path, image_folder, capsys):
+    record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "11", "--knn_freq", "1", "--max_steps", "99")
+    said = capsys.readouterr().out
+    assert "Before the first step: two views of an image get the same code in" in said
+    assert record["verdict"] in (*collapse.WARNINGS, "learning")
+    words = f"(at the start {record['start_features_rank']:.0f})"
+    if record["verdict"] in ("learning", "no better than at the start"):
+        assert words in record["verdict_line"] and f"{record['start_agreement']:.1%}" in record["verdict_line"]
+    assert "verdict" not in log_of(tmp_path)[0]  # before 30 steps
+
+
+def test_only_collapses_and_being_stuck_stop_a_run(image_folder):
+    monitor, _ = monitor_of(image_folder / "train")
+    monitor.alarms = monitor.PATIENCE
+    for name in ("losing dimensions", "no better than at the start", "no alarm", "learning"):
+        monitor.check({"verdict": name, "verdict_line": ""}, 9)
+    for name in ("cluster", "stuck at uniform"):
+        with pytest.raises(CollapseError, match="Alarm number 2"):
+            monitor.check({"verdict": name, "verdict_line": ""}, 9)
+
+
+@pytest.mark.parametrize("method", ["dino", "swav"])
+def test_learned_codes_are_compared_and_fixed_ones_are_not(tmp_path, image_folder, method):
+    flags = ("--data_path", str(image_folder), "--epochs", "1", "--knn_freq", "1", "--method")
+    record = train(tmp_path / method, *flags, method)
+    assert record["probe_unique_prototypes"] == record["start_unique_prototypes"] == record["probe_prototypes"] == 40
+    assert train(tmp_path / "cplearn", *flags, "cplearn")["probe_prototypes"] is None
+
+
+def test_copies_among_the_prototypes_are_found(image_folder):
+    flags = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--method", "dino"]
+    args = main_cplearn.parse_args(flags)
+    torch.manual_seed(0)
+    method, monitor = build_method(args), monitor_of(image_folder / "train")[0]
+    weight = method.teacher["head"].last_layer.weight_v
+    weight.data[10:] = 2 * weight.data[0]
+    found = monitor.probe.measure(method, torch.device("cpu"), 16).metrics()
+    assert (found["unique_prototypes"], found["prototypes"]) == (10, 40)
 
 
 @pytest.mark.parametrize("method, cost, epochs", [("cplearn", 2.0, 2), ("swav", 0.2, 3)])

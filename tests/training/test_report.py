@@ -48,7 +48,8 @@ def test_the_advice_stands_under_the_epoch_line(tmp_path, image_folder, monkeypa
     train(tmp_path, "--data_path", str(image_folder), "--epochs", "1", "--cache", "none")
     lines = capsys.readouterr().out.splitlines()
     (at,) = (k for k, line in enumerate(lines) if line.startswith("epoch 1/1  loss"))
-    assert lines[at + 1].startswith("  WARNING: ") and "of the time went into waiting for images" in lines[at + 1]
+    assert lines[at + 1].startswith("  too short to judge")
+    assert lines[at + 2].startswith("  WARNING: ") and "of the time went into waiting for images" in lines[at + 2]
 
 
 def test_the_start_names_images_cache_reduction_and_memory(tmp_path, image_folder, capsys):

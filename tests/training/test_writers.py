@@ -17,7 +17,7 @@ from helpers import ROOT, children_of, log_of, run_in_processes, same_state, tra
 from cplearn.errors import UserError
 from cplearn.training import writers
 
-RECORD = {"epoch": 0, "step": 8, "train_loss": 1.0625, "verdict": "healthy", "loss_one_code": None, "flag": True}
+RECORD = {"epoch": 0, "step": 8, "train_loss": 1.0625, "verdict": "learning", "loss_one_code": None, "flag": True}
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_words_and_what_is_missing_are_no_numbers(tmp_path):
     with writers.Writers(flags(tmp_path / "out"), 0) as opened:
         opened.write(RECORD)
     (content,) = written(tmp_path / "out")
-    assert b"1.0625" in content and b"healthy" not in content and b"loss_one_code" not in content
+    assert b"1.0625" in content and b"learning" not in content and b"loss_one_code" not in content
 
 
 def test_without_an_account_the_numbers_are_kept(tmp_path, monkeypatch, capsys):
