@@ -65,14 +65,26 @@ RULE: dict[str, dict[str, Value]] = {
     "gedi": {"--beta": _over_log_size(0.1, 1), "--gedi_prior_reduction": _one_of("mean", "sum")},
 }
 
-# Kronecker's sequence in three dimensions with powers of the root of x^4 = x + 1, the golden ratio's relative there
-# (Roberts 2018): each further point falls where the others are sparse. It begins in the middle, at the recipe's rate.
-_ROOT = 1.2207440846057596
+# Halton's sequence: every axis is filled evenly from the first trials on, and none of its points depends on their
+# number.
+BASES = (2, 3, 5)
 
 
 def point(trial: int) -> tuple[float, float, float]:
-    """Return the place of a trial in the unit cube: learning rate, first and second setting."""
-    return tuple((0.5 + trial * _ROOT**-k) % 1 for k in (1, 2, 3))
+    """Return the place of a trial in the unit cube: learning rate, first and second setting.
+
+    It has the digits of the trial's number in each base, mirrored at the point: trial 1 is at 1/2, 1/3, 1/5.
+    """
+    return tuple(_mirrored(trial, base) for base in BASES)
+
+
+def _mirrored(number: int, base: int) -> float:
+    place, unit = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        unit /= base
+        place += digit * unit
+    return place
 
 
 def trial_flags(method: str, trial: int, out_dim: int, lr: float) -> list[str]:
