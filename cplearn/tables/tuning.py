@@ -60,8 +60,8 @@ RULE: dict[str, dict[str, Value]] = {
     "dino": {"--teacher_temp": _log_uniform(0.02, 0.07), "--momentum_teacher": _one_minus(0.001, 0.1)},
     # 0.05, and 0.03 where it sticks, in the original; its queue is for small batches: none, 15 or 60 batches of 64.
     "swav": {"--epsilon": _log_uniform(0.02, 0.1), "--queue_length": _one_of(0, 960, 3840)},
-    # Below 1 / log c, above which the forward prior lets all images fall to one code; mean is the equation, sum the
-    # published code.
+    # Below where the forward prior lets all images fall to one code (1.8 over log c at c = 128, 1.4 at 131,072); mean
+    # is the equation, sum the published code.
     "gedi": {"--beta": _over_log_size(0.1, 1), "--gedi_prior_reduction": _one_of("mean", "sum")},
 }
 
