@@ -259,7 +259,7 @@ def find_best(args: argparse.Namespace, grid: Grid, images, submit: Callable | N
     from cplearn.training.folder_lock import FolderLock
 
     trials = tuning.trial_grid(grid)
-    trials.folder.mkdir(exist_ok=True)
+    check_output_dir(str(trials.folder))
     with FolderLock(trials.folder):
         counts = write_split(images, trials.folder / "data")
         whole = trials.save()

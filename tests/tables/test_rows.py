@@ -42,7 +42,8 @@ def test_lines_of_the_earlier_version():
     assert lines["cplearn_c50000"].paper == {"linear": 73.9} and lines["dino_c50000"].paper == {"linear": 67.5}
     for line in lines.values():
         trained = main_cplearn.parse_args([*line.flags, "--data_path", "."])
-        assert (trained.epochs, trained.arch, trained.class_list) == (100, "vit_small", "imagenet100.txt")
+        assert (trained.epochs, trained.arch) == (100, "vit_small")
+        assert trained.class_list.endswith("imagenet100.txt")
     assert [x.key for x in rows("falcon", "paper", ["dino"], [77], "cifar10")] == ["dino_c77"]
     with pytest.raises(UserError, match="--methods swav is not in the earlier version's grid: dino, cplearn"):
         rows("falcon", "paper", ["swav"], [], "cifar10")
