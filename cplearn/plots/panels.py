@@ -21,8 +21,8 @@ class Panel:
 
 # fmt: off
 PANELS = (
-    Panel("Loss", {"train_loss": ""}, {"loss_uniform": "uniform", "loss_floor": "floor"}, {"loss_one_code": "one code"}, help="Between what uniform assignments have and what it cannot fall below"),
-    Panel("Way from uniform to floor", {"uniform_to_floor": ""}, percent=True, help="The loss, for runs whose reference values differ"),
+    Panel("Loss", {"train_loss": ""}, {"loss_uniform": "uniform", "loss_floor": "bound"}, {"loss_one_code": "one code"}, help="Between what uniform assignments have and what it cannot fall below"),
+    Panel("Loss, from uniform to the bound", {"uniform_to_floor": ""}, percent=True, help="Share of a way that mostly has no end: for runs of the same batch, codes and n_ref only"),
     Panel("Perplexity of the codes", {"usage_perplexity": ""}, far={"out_dim": "codes"}, log=True, help="How many codes are in use, weighted by use, in windows of 20 steps"),
     Panel("Codes used", {"codes_used": "in 20 steps", "probe_codes_used": "by the probe"}, far={"out_dim": "codes"}, help="Codes that got half an image or more"),
     Panel("Information", {"information": ""}, help="Nats that an assignment tells about its image"),
