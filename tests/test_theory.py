@@ -93,9 +93,10 @@ def test_one_row_by_its_name(tmp_path, capsys):
     assert row["n"] == 64 and row["loss"] == pytest.approx(math.log(4), abs=1e-3) and row["most"] == 1
 
 
-def test_the_largest_row_runs_only_when_it_is_named():
-    assert [s.recipe for s in theory.chosen("table3")] == ["table3"]
-    assert theory.ON_REQUEST[0] not in theory.chosen(None) and len(theory.chosen(None)) == 54 + 8 + 2
+def test_which_rows_there_are():
+    assert len(theory.chosen(None)) == len(set(theory.chosen(None))) == 3 * 3 * 2 * 3 + 4 * 2 + 2
+    assert {(s.c, s.recipe) for s in theory.chosen("n_ref 4")} == {(16384, ""), (1024, "digits"), (4096, "laptop")}
+    assert {s.start for s in theory.chosen("n 256*beta 2, hadamard")} == set(theory.STARTS)
 
 
 def test_the_figure(tmp_path):
