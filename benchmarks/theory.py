@@ -4,12 +4,13 @@
 
 n free unit embeddings of width f, the same in both views, c codes, in float64 and on one core: what the loss asks for,
 with no backbone, no data and no end of training between it and the answer. L-BFGS with a strong Wolfe line search,
-until a step changes the loss by less than 1e-12, or for 300 evaluations of loss and gradient. All rows take 5 minutes, --figure one more.
+until a step changes the loss by less than 1e-12, or for 300 evaluations of loss and gradient. All rows take 5 minutes,
+--figure one more.
 
 Rows: (f 64, c 256, n 512 / 256 / 64) x beta x dictionary x start; (384, 16384, 64), the sizes of recipes/one_gpu.txt, x
 n_ref x start; recipes/digits.txt and laptop.txt. Starts: `aligned` puts image i on code i (modulo c), `random` puts it
-anywhere, `alike` puts all images within 1 % of one direction. --only takes a part of a row's size and name, as the table
-has them, or a pattern with *.
+anywhere, `alike` puts all images within 1 % of one direction. --only takes a part of a row's size and name, as the
+table has them, or a pattern with *.
 
     at start, loss      before and after the optimization (nats)
     bound               min(1, beta) max(0, log(c / n)), which no assignments can pass
@@ -19,7 +20,8 @@ has them, or a pattern with *.
     per image           codes that an image spreads over: exp of the mean entropy
     groups              exp of what an assignment tells about its image: at most min(n, c); n if images share no code
     used, most          different nearest codes; images on the most frequent one
-    image cos           mean |cosine| of two images
+    same, other         mean cosine^2 of two images with the same nearest code, and with different ones; 1 / f for random
+                        directions
     off                 share of the energy of H^T H off its diagonal
     its codes, formula  the same of the nearest codes in place of the embeddings; what is expected of min(n, c) codes in
                         equal use: (f - 1) / (min(n, c) + f - 1) for random signs, 0 for whole Hadamard blocks
@@ -59,7 +61,7 @@ from cplearn_head import CPLearnHead
 CALLS = 300
 STARTS = ("aligned", "random", "alike")
 COLUMNS = ("at start", "loss", "bound", "aligned", "uniform", "way", "alignment", "random", "per image", "groups",
-           "used", "most", "image cos", "off", "its codes", "formula", "gradient", "calls", "falling")  # fmt: skip
+           "used", "most", "same", "other", "off", "its codes", "formula", "gradient", "calls", "falling")  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -175,10 +177,21 @@ def describe(h: Tensor, codes: Tensor, scale: float) -> dict[str, float | int]:
         "groups": math.exp(-torch.special.xlogy(usage, usage).sum().item() - entropy),
         "used": int((counts > 0).sum()),
         "most": int(counts.max()),
-        "image cos": ((h @ h.T).abs().sum().item() - n) / (n * (n - 1)),
+        **squared_cosines(h, nearest),
         "off": energy_off_diagonal(h),
         "its codes": energy_off_diagonal(codes[nearest]),
     }
+
+
+def squared_cosines(h: Tensor, nearest: Tensor) -> dict[str, float | None]:
+    """Return the mean squared cosine of two images of one code and of two codes, None without such pairs.
+
+    Shape: h (n, f), nearest (n,).
+    """
+    squares, alike = (h @ h.T).square(), nearest[:, None] == nearest
+    pairs = ~torch.eye(len(h), dtype=torch.bool)
+    groups = {"same": squares[alike & pairs], "other": squares[~alike]}
+    return {name: x.mean().item() if len(x) else None for name, x in groups.items()}
 
 
 def energy_off_diagonal(h: Tensor) -> float:
@@ -217,7 +230,7 @@ def show(size: str, found: dict[Setting, dict]) -> None:
     for setting, row in found.items():
         texts = [f"{x:.4f}" if isinstance(x, float) else x for x in (row[name] for name in COLUMNS)]
         for name, form in (("way", ".3f"), ("alignment", ".3f"), ("random", ".3f"), ("per image", ".1f"),
-                           ("groups", ".1f"), ("image cos", ".3f"), ("gradient", ".0e")):  # fmt: skip
+                           ("groups", ".1f"), ("gradient", ".0e")):  # fmt: skip
             texts[COLUMNS.index(name)] = format(row[name], form)
         if row["falling"] is not None:
             texts[-1] = format(row["falling"], ".0e")
