@@ -16,8 +16,9 @@ In a training loop of your own:
     head = CPLearnHead(in_dim=backbone.num_features, out_dim=16384)
     loss, terms = head.loss([backbone(view1), backbone(view2)], beta=0.25)
 
-The loss here is the plain form, which stores the (n, c) logits: the definition. `CPLearnHead.loss` takes the same
-numbers from `cplearn.dictionary.streamed_loss`. The method that trains a backbone is `cplearn.methods.cplearn`.
+The loss here is the plain form, which stores the (n, c) logits: the definition. `CPLearnHead.loss` takes the
+same from `cplearn.dictionary.streamed_loss`, whose gradients are closer to exact in float32. The method that trains a
+backbone is `cplearn.methods.cplearn`.
 """
 
 import math

@@ -94,8 +94,8 @@ def plot_losses(out: Path) -> None:
     log_c, beta = np.log(args["out_dim"]), args["beta"]
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     left.plot(epochs, [r["train_loss"] for r in log], "o-", ms=3, label="loss")
-    for name, style in (("uniform", "--"), ("floor", ":")):
-        left.axhline(log[0][f"loss_{name}"], color="0.4", ls=style, label=f"{name}: {log[0][f'loss_{name}']:.2f}")
+    for word, name, style in (("uniform", "loss_uniform", "--"), ("bound", "loss_floor", ":")):
+        left.axhline(log[0][name], color="0.4", ls=style, label=f"{word}: {log[0][name]:.2f}")
     left.set(title=f"Loss = {beta:g} x invariance + prior", xlabel="epoch", ylabel="nats")
     for name in ("invariance", "entropy", "prior"):
         right.plot(epochs, [r[f"train_{name}"] for r in log], "o-", ms=3, label=name)

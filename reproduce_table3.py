@@ -1,32 +1,35 @@
-"""The paper's Table 3 (or 1, 2, 4, 9): train and evaluate every cell, and write the table beside the paper's values.
+"""The paper's Table 3 (or another one): train and evaluate every cell, and write the table beside the paper's values.
 
     python reproduce_table3.py --data_path /data/imagenet --output_dir output/table3 --dry_run          # plan and price
     python reproduce_table3.py --data_path /data/imagenet --output_dir output/table3 --launcher slurm --partition gpu
     python reproduce_table3.py --data_path ~/cifar10 --output_dir output/small --scale small --minutes_per_cell 10
+    python reproduce_table3.py --data_path ~/cifar10 --output_dir output/fair --scale small --epochs 12 --tune 6 \
+        --seeds 0 1 2                                                  # the same tuning budget for every method
     python reproduce_table3.py --output_dir output/table3 --status                                      # progress
 
 A cell is a pre-training and its evaluations, each by its own script, in output_dir/CELL. The same command again
 continues a grid that was stopped or killed; more --methods, --out_dims or --seeds add cells. The table (table3.md,
-.csv, .png) is written after every cell, with --launcher slurm by --status.
+.csv, .png) is written after every cell, with --launcher slurm by --status. docs/tables.md says more.
 """
 
 import argparse
 import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import run_with_submitit
 from cplearn import errors
 from cplearn.errors import UserError, WriteError
-from cplearn.slurm.checks import check_partition, check_slurm
+from cplearn.slurm.checks import check_partition, check_slurm, parse_flags
 from cplearn.slurm.submit import Resources
+from cplearn.tables import tuning
 from cplearn.tables.cells import Grid, Settings, paper_batch, timed_epochs
 from cplearn.tables.launch import device_name, gpus, run_here, run_on_slurm
 from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
-from cplearn.tables.rows import NAMES
+from cplearn.tables.rows import NAMES, OF_SIZES, TABLES, stem
 from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
 from utils import (
     ArgumentParser,
@@ -49,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument("--status", action="store_true", help="State of every cell, and the table so far; starts nothing")
     p.add_argument("--dry_run", action="store_true", help="Cells, commands, hours, price and disk, from a few timed steps of every line; starts nothing")
     g = p.add_argument_group("grid")
-    g.add_argument("--table", type=int, default=3, choices=(1, 2, 3, 4, 9), help="Of the paper")
+    g.add_argument("--table", type=table_name, default=3, choices=TABLES, help="Of the paper; falcon is its earlier version's grid: ImageNet-100, 100 epochs, ten sizes, DINO and CPLearn")
     g.add_argument("--scale", default="paper", choices=("paper", "small"), help="The paper's setting, or ResNet-10 on images of 32 pixels")
     g.add_argument("--methods", nargs="+", default=[], choices=NAMES, metavar="METHOD", help=f"Of {', '.join(NAMES)} (default: the table's)")
     g.add_argument("--out_dims", nargs="+", type=positive(int), default=[], metavar="C", help="Sizes (default: the table's; small: 16 128 1024 4096 16384)")
@@ -59,6 +62,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--data_path", default=None, help="Images in train/ and val/ (or test/) class folders, lists, tar shards or parquet (docs/data.md), or the downloaded data set's folder")
     g.add_argument("--dataset", default=None, help="As in main_cplearn.py (default: folder). Tables 1 and 4: cifar10, cifar100 and svhn name the paper's column")
     g.add_argument("--train_flags", default="", metavar="'FLAGS'", help="More flags of main_cplearn.py for every cell, in quotes")
+    g = p.add_argument_group("the same tuning budget for every method (Table 3 and falcon)")
+    g.add_argument("--tune", type=int, default=None, metavar="N", help="First N trials of every method on a part of the training images, scored by 20-NN on the rest; the best one's settings are then used for all its cells (docs/tables.md)")
+    g.add_argument("--tune_out_dim", type=positive(int), default=None, metavar="C", help=f"Size of every trial (default: {tuning.OUT_DIM})")
+    g.add_argument("--tune_epochs", type=positive(int), default=None, help="Of every trial (default: as many as the cells)")
     g = p.add_argument_group("launch")
     g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="One after another on this machine, or as jobs: then all other flags go to run_with_submitit.py")
     g.add_argument("--jobs", type=positive(int), default=None, help="Cells side by side (default: 1, 4 with slurm, as many as fit with --cells_per_gpu)")
@@ -70,6 +77,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--probe_images", type=positive(int), default=None, help="Images per process in them, where a whole batch would take too long; the time is scaled up")
     # fmt: on
     return p
+
+
+def table_name(text: str) -> int | str:
+    """Return a table's number, or the word that was given."""
+    return int(text) if text.isdecimal() else text
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -97,10 +109,26 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     taken = sorted(words & {*GRIDS_OWN, "--help", "-h"})
     if taken:
         raise UserError(f"--train_flags '{args.train_flags}': {', '.join(taken)} is not for the cells: leave it out")
+    check_tuning_flags(args, words)
     if args.cells_per_gpu > 1:
         check_sharing(args)
     args.jobs = args.jobs or (4 if args.launcher == "slurm" else 1)
     return args, rest
+
+
+def check_tuning_flags(args: argparse.Namespace, words: set[str]) -> None:
+    """Check --tune and what belongs to it; `words`: the flags in --train_flags. Raises `UserError`."""
+    if args.tune is None:
+        for name in ("tune_out_dim", "tune_epochs"):
+            if getattr(args, name):
+                raise UserError(f"--{name} {getattr(args, name)} is of the trials, of which there are none: add --tune")
+        return
+    if args.tune < 2:
+        raise UserError(f"--tune {args.tune} leaves nothing to choose from (trial 0 is the recipe): at least 2")
+    tuned = sorted(words & tuning.own_settings())
+    if tuned:
+        raise UserError(f"--train_flags '{args.train_flags}': --tune chooses {', '.join(tuned)}: leave it out")
+    args.tune_out_dim = args.tune_out_dim or tuning.OUT_DIM
 
 
 def check_sharing(args: argparse.Namespace) -> None:
@@ -140,47 +168,137 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_data(args)
     settings = choose_settings(args)
     check_output_dir(args.output_dir)
+    images = tuning_images(args, settings) if args.tune else None
     grid = build_grid(args, settings)
     if args.dry_run:
-        print(f"Timing a few steps of {len({x.row.key for x in grid.cells})} lines here ({device_name()}) ...")
-        timings, command = time_lines(args, grid), train_command(settings, rest, launcher)
-        sharing = args.cells_per_gpu
-        print_plan(grid, snapshot(grid), timings, jobs=args.jobs, sharing=sharing, launcher=command, price=args.price)
+        show_plan(args, grid, train_command(settings, rest, launcher))
         return
     from cplearn.training.folder_lock import FolderLock  # loads torch
 
-    if launcher:
-        resources = dataclasses.replace(Resources.from_args(launcher), ngpus=settings.ngpus)
-        check_slurm(resources, "main_cplearn")
-        check_partition(resources)
+    submit = submitter(args, settings, launcher) if launcher else None
     with FolderLock(args.output_dir):
-        whole = grid.save()  # with the cells of earlier commands
+        best = find_best(args, grid, images, submit) if args.tune else {}
+        if best is None:
+            return
+        if best:
+            grid = build_grid(args, grid.settings, best)
+        whole = grid.save(tuning.outdated(grid, best))  # with the cells of earlier commands
         states = snapshot(whole)
-        if launcher:
+        if submit:
             record_trained(whole, states)
-            run_on_slurm(grid, states, args.jobs, resources, launcher.dependency)
-            print(f"State: reproduce_table3.py --output_dir {shlex.quote(args.output_dir)} --status")
+            submit(grid, states)
             return
         run_here(grid, states, args.jobs, lambda: report(whole, snapshot(whole)))
         states = snapshot(whole)
         report(whole, states)
-    left = [cell.name for cell in grid.cells if not states[cell.name].complete]
+    refuse_unfinished("cells", [cell.name for cell in grid.cells if not states[cell.name].complete], len(grid.cells))
+    print(f"Done: {args.output_dir}/{stem(args.table)}.md, .csv, .png")
+
+
+def refuse_unfinished(what: str, left: list[str], total: int) -> None:
+    """Raise `UserError` with the names of what is not finished, if anything is."""
     if left:
         raise UserError(
-            f"{len(left)} of {len(grid.cells)} cells are not finished ({', '.join(left[:3])}): see --status; "
+            f"{len(left)} of {total} {what} are not finished ({', '.join(left[:3])}): see --status; "
             "the same command tries them again"
         )
-    print(f"Done: {args.output_dir}/table{args.table}.md, .csv, .png")
+
+
+def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.Namespace) -> Callable:
+    """Return what submits the missing stages of a grid. Raises `UserError` if this cluster cannot run them."""
+    resources = dataclasses.replace(Resources.from_args(launcher), ngpus=settings.ngpus)
+    check_slurm(resources, "main_cplearn")
+    check_partition(resources)
+
+    def submit(grid: Grid, states: dict[str, CellState]) -> None:
+        run_on_slurm(grid, states, args.jobs, resources, launcher.dependency)
+        print(f"State: reproduce_table3.py --output_dir {shlex.quote(args.output_dir)} --status")
+
+    return submit
 
 
 def print_status(folder: Path) -> None:
-    """Print the state of every cell, and the table so far."""
+    """Print the state of every trial and cell, and the table so far."""
+    tuned = (folder / "tuning" / "grid.json").exists()
+    if tuned:
+        trials = Grid.load(folder / "tuning")
+        print("\n".join(["Trials:", *status_lines(trials, snapshot(trials))]))
+        best = folder / "tuning.md"
+        print("\n" + (best.read_text() if best.exists() else "No best trials yet: some are not finished") + "\n")
+        if not (folder / "grid.json").exists():
+            return
     grid = Grid.load(folder)
     states = snapshot(grid)
     print("\n".join(status_lines(grid, states)))
     report(grid, states)
-    table = folder / f"table{grid.settings.table}.md"
+    table = folder / f"{stem(grid.settings.table)}.md"
     print("\n" + table.read_text() if table.exists() else "No cell is finished, so there is no table yet")
+
+
+# --- tuning -----------------------------------------------------------------------------------------------
+
+
+def tuning_images(args: argparse.Namespace, settings: Settings):
+    """Return the training images that are split for the trials. Raises `UserError` if that cannot be."""
+    from cplearn.tables.split import open_training_images  # loads torch
+
+    timed = timed_epochs(Path(args.output_dir), args.minutes_per_cell)
+    untimed = 2 if args.minutes_per_cell else None
+    grid = build_grid(args, dataclasses.replace(settings, epochs=settings.epochs or timed or untimed))
+    tuning.trial_grid(grid).check()
+    return open_training_images(parse_flags("main_cplearn", grid.cells[0].train))
+
+
+def find_best(args: argparse.Namespace, grid: Grid, images, submit: Callable | None) -> dict[str, int] | None:
+    """Run the trials that are not over, and return the best one of every method.
+
+    With `submit` they are submitted instead, and None is returned as long as there are any. Raises `UserError` if some
+    failed and must be tried again.
+    """
+    from cplearn.tables.split import write_split
+    from cplearn.training.folder_lock import FolderLock
+
+    trials = tuning.trial_grid(grid)
+    check_output_dir(str(trials.folder))
+    with FolderLock(trials.folder):
+        counts = write_split(images, trials.folder / "data")
+        whole = trials.save()
+        states = snapshot(whole)
+        record_trained(whole, states)
+        found = tuning.outcomes(trials, states)
+        todo = [x.cell for x in found if not tuning.is_over(x, states)]
+        if todo:
+            print(f"Tuning: {len(trials.cells) - len(todo)} of {len(trials.cells)} trials are over, in {trials.folder}")
+            some = dataclasses.replace(trials, cells=todo)
+            if submit:
+                submit(some, states)
+                print("The table's cells follow: the same command again, when these are finished")
+                return None
+            run_here(some, states, args.jobs, lambda: None)
+        states = snapshot(trials)
+        found = tuning.outcomes(trials, states)
+        left = [x.cell.name for x in found if not tuning.is_over(x, states)]
+        refuse_unfinished("trials", left, len(trials.cells))
+        best = tuning.choose(found)
+        tuning.write(grid.folder, trials, found, best, counts, len(whole.cells) - len(trials.cells))
+    shown = ", ".join(f"{NAMES[method]} {trial}" for method, trial in best.items())
+    print(f"Tuning: the best trials are {shown} (tuning.md); now the table's cells", flush=True)
+    return best
+
+
+def show_plan(args: argparse.Namespace, grid: Grid, command: str) -> None:
+    """Time a few steps, and print the plan of the trials, if there are any, and of the cells."""
+    how = {"jobs": args.jobs, "sharing": args.cells_per_gpu, "launcher": command, "price": args.price}
+    if args.tune:
+        trials = tuning.trial_grid(grid)
+        print(f"Timing a few steps of every method's trial 0 here ({device_name()}) ...")
+        sized = Grid.build(grid.folder, grid.settings, methods=trials.methods, out_dims=[args.tune_out_dim])
+        timings = tuning.timings(trials, time_lines(args, sized))
+        print(f"\n{len(trials.cells)} trials, {args.tune} of each of {len(trials.methods)} methods, come first:")
+        print_plan(trials, snapshot(trials), timings, **how)
+        print("\nThen the table's cells, with the settings of the best trials (here: as they stand):")
+    print(f"Timing a few steps of {len({x.row.key for x in grid.cells})} lines here ({device_name()}) ...")
+    print_plan(grid, snapshot(grid), time_lines(args, grid), **how)
 
 
 # --- before anything runs ---------------------------------------------------------------------------------
@@ -208,7 +326,7 @@ def check_data(args: argparse.Namespace) -> None:
             classes = len([x for x in train.root.iterdir() if x.is_dir()])
         else:
             classes = len(train.open().classes or [])
-        if args.table != 3 and args.scale == "paper" and classes != 10:
+        if args.table not in OF_SIZES and args.scale == "paper" and classes != 10:
             raise UserError(
                 f"--table {args.table}: {args.data_path} has {classes} classes, CIFAR-10 has 10: name --dataset"
             )
@@ -218,7 +336,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 def choose_settings(args: argparse.Namespace) -> Settings:
     """Return the grid's settings, with --ngpus chosen if it was not given. Raises `UserError` if GPUs would be shared."""
-    most = 8 if args.table == 3 and args.scale == "paper" else 1
+    most = 8 if args.table in OF_SIZES and args.scale == "paper" else 1
     have = 0 if args.launcher == "slurm" else len(gpus())
     ngpus = args.ngpus or (most if args.launcher == "slurm" else max(1, min(most, have // args.jobs)))
     if have and args.jobs * ngpus > have * args.cells_per_gpu:
@@ -233,9 +351,14 @@ def choose_settings(args: argparse.Namespace) -> Settings:
     return Settings(**{**given, "ngpus": ngpus})
 
 
-def build_grid(args: argparse.Namespace, settings: Settings) -> Grid:
-    """Return the cells that were asked for, with as many epochs as fit into --minutes_per_cell. Raises `UserError`."""
+def build_grid(args: argparse.Namespace, settings: Settings, best: dict[str, int] | None = None) -> Grid:
+    """Return the cells that were asked for, with as many epochs as fit into --minutes_per_cell. Raises `UserError`.
+
+    `best`: the number of the trial by method whose settings they have.
+    """
     lines = {"methods": args.methods, "out_dims": args.out_dims, "seeds": args.seeds}
+    if best:
+        lines["tuned"] = tuning.tuned(best)
     folder = Path(args.output_dir)
     epochs = settings.epochs or timed_epochs(folder, args.minutes_per_cell)
     if args.minutes_per_cell and epochs is None:

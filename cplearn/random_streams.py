@@ -55,6 +55,7 @@ def random_normal(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 # What a stream of random numbers is for. NumPy pads short seeds with zeros, so (seed, epoch) alone would be the
 # same stream as (seed, epoch, sample 0, view 0).
 FOR_VIEWS, FOR_ORDER, FOR_WEIGHTS, FOR_STEP, FOR_PROBE, FOR_REPLACEMENT, FOR_SGLD, FOR_MONITOR = range(1, 9)
+FOR_TUNING = 9
 
 
 def random_stream(purpose: int, *key: int) -> np.random.Generator:

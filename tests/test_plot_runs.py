@@ -191,7 +191,7 @@ def test_the_page_in_a_browser(tmp_path, size):
     said = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert said["titles"][:2] == ["Verdict", "Score without labels"] and len(said["titles"]) == 16
     assert said["names"] == ["a<b>", "b"]
-    assert {"uniform 2", "floor 0.1", "one code 8.5 ↑"} <= set(said["words"])
+    assert {"uniform 2", "bound 0.1", "one code 8.5 ↑"} <= set(said["words"])
     assert said["curves"] == 2 and said["one"] == 1 and said["both"] == 2 and "no values" in said["none"]
     assert said["end"].split("\n") == ["epoch 5", "a<b>", "0.1667"]
     assert said["left"].split("\n") == ["epoch 4", "a<b>", "0.2"] and said["hidden"]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, write_images
 
 import reproduce_table3
 from cplearn.errors import UserError
@@ -56,6 +56,17 @@ from cplearn.tables.status import snapshot, status_lines
         ("--epochs 1 --dataset digits --seeds 2147483648", "--seeds 2147483648 must not be negative, and be below"),
         ("--epochs 1 --dataset digits --mehtods swav", "did you mean --methods?"),
         ("--status", "holds no grid"),
+        ("--epochs 1 --dataset digits --table 5", "invalid choice: 5"),
+        ("--epochs 1 --dataset digits --table falcn", "invalid choice: 'falcn'"),
+        ("--epochs 1 --dataset digits --table falcon --methods swav", "not in the earlier version's grid"),
+        ("--epochs 1 --dataset digits --scale small --tune 1", "--tune 1 leaves nothing to choose from"),
+        ("--epochs 1 --dataset digits --scale small --tune_epochs 3", "--tune_epochs 3 is of the trials"),
+        ("--epochs 1 --dataset digits --scale small --tune 2", "--dataset digits has none; save it as images"),
+        (
+            "--epochs 1 --dataset digits --scale small --tune 2 --train_flags '--lr .1 --n_ref=4'",
+            "chooses --lr, --n_ref",
+        ),
+        ("--dataset digits --scale small --tune 2", "needs a budget"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, message):
@@ -136,6 +147,18 @@ def test_timings_that_no_grid_writes(tmp_path, content, words):
     refuse(tmp_path / "probe.json", f"{AGAIN} --epochs 2 --dry_run", words)
 
 
+def test_a_grid_of_an_earlier_version_goes_on(tmp_path, capsys):
+    """Its settings have no word of tuning."""
+    grid = small_grid(tmp_path)
+    content = json.loads((tmp_path / "grid.json").read_text())
+    for name in ("tune", "tune_out_dim", "tune_epochs"):
+        assert content["settings"].pop(name) is None
+    (tmp_path / "grid.json").write_text(json.dumps(content))
+    assert Grid.load(tmp_path) == grid and grid.save() == grid
+    reproduce_table3.main(["--output_dir", str(tmp_path), "--status"])
+    assert "1 cells: 1 waiting" in capsys.readouterr().out
+
+
 def start(folder, *more: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "reproduce_table3.py"), "--output_dir", str(folder), *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -204,6 +227,46 @@ def test_a_killed_grid_goes_on(tmp_path):
     other = start(folder, *flags, "--seeds", "1", "--ngpus", "2")
     said = other.communicate()[0]
     assert other.returncode == 2 and "--ngpus 1, now 2" in said, said
+
+
+@pytest.mark.slow
+def test_a_killed_tuning_goes_on(tmp_path):
+    """kill -9 while the second trial trains: each trial once in the end, and the cell has the best one's settings."""
+    for part, count in (("train", 48), ("test", 8)):
+        for k, name in enumerate(("cat", "dog")):
+            write_images(tmp_path / "data" / part / name, count, (16, 16), seed=k)
+    folder = tmp_path / "grid"
+    flags = f"--scale small --data_path {tmp_path / 'data'} --methods cplearn --out_dims 16 --epochs 3 --tune 2".split()
+    flags += ["--tune_out_dim", "32", "--train_flags", "--arch timm:test_resnet --warmup_epochs 0"]
+    trials = [folder / "tuning" / f"cplearn_t{k}" for k in (0, 1)]
+
+    run = start(folder, *flags)
+    end = time.monotonic() + 240
+    while not (trials[1] / "log.txt").exists():
+        assert time.monotonic() < end and run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    run.kill()
+    run.communicate()
+    assert not (trials[1] / "trained").exists() and not (folder / "grid.json").exists(), "killed too late to tell"
+    said = start(folder, "--status").communicate()[0]
+    assert re.search(r"cplearn_t0 \| +done", said) and "2 cells: " in said and "No best trials yet" in said, said
+
+    run = start(folder, *flags)
+    said = run.communicate(timeout=400)[0]
+    assert run.returncode == 0, said
+    assert "Tuning: 1 of 2 trials are over" in said and "Done: " in said
+    assert scripts_with_results(trials[0] / "trained") == scripts_with_results(trials[1] / "trained")
+    assert scripts_with_results(trials[0] / "random_init") == [("eval_knn", True)]
+    tuned = json.loads((folder / "tuning.json").read_text())
+    assert (tuned["budget"]["train_images"], tuned["budget"]["held_out_images"]) == (76, 20)
+    numbers = [x["knn"] for x in tuned["methods"]["cplearn"]["trials"]]
+    best = tuned["methods"]["cplearn"]["best"]
+    assert best == numbers.index(max(numbers)) and 0 <= tuned["random_init_knn"] <= 100
+    runs = {x: json.loads((x / "args.json").read_text())["args"] for x in (*trials, folder / "cplearn_c16_s0")}
+    assert [runs[x]["data_path"] for x in runs] == [str(folder / "tuning/data")] * 2 + [str(tmp_path / "data")]
+    own = {name: runs[trials[best]][name] for name in (("lr", "beta", "n_ref") if best else ("lr", "n_ref"))}
+    assert own.items() <= runs[folder / "cplearn_c16_s0"].items()
+    assert "Settings: the best of 2 trials of every method" in (folder / "table3.md").read_text()
 
 
 def test_a_cell_that_fails_is_named(tmp_path):

@@ -184,6 +184,14 @@ def test_an_image_that_cannot_be_read_is_found_first(weights, photos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_that_is_too_long_is_named(weights, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "images")
+    Image.new("RGB", (6000, 1)).save(tmp_path / "images" / "bee" / "strip.png")
+    with pytest.raises(UserError, match="bee/strip.png: an image of 6000 x 1 pixels would be resized to 768000 x 128,"):
+        draw(weights, tmp_path / "images", tmp_path / "out", "--image_size", "112")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_without_images(weights, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no images"):

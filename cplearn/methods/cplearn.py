@@ -22,7 +22,7 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
 
     Reverse KL: with h the mean entropy of the assignments, CE >= h and the entropy of p-bar is at most
     min(log c, h + log n); minimizing over h gives the floor min(1, beta) * max(0, log(c / n)). Assignments attain it
-    when n divides c, embeddings cannot with fewer images than codes. `aligned`: every image on one code, as many codes
+    when n divides c; embeddings do not with n < c and beta < 1 (results/theory.md). `aligned`: every image on one code, as many codes
     as can be in equal use. Forward: the prior alone is at least log c; hard assignments leave codes out, which costs
     infinity.
     """
@@ -37,16 +37,16 @@ def regime(beta: float, out_dim: int, n: int) -> str:
     """Say in which of two ways a run with the reverse prior can have a loss below that of uniform assignments.
 
     One code per image costs log(c / n), uniform assignments beta log c. So codes are worth choosing if
-    n > c^(1 - beta); with fewer images an image does better to spread over codes of its own, which no other image of
-    the batch uses.
+    n > c^(1 - beta); with fewer images an image does better to spread over many codes, as few of them as the logit scale
+    lets it keep from the other images.
     """
     least = out_dim ** (1 - min(1.0, beta))
     if n >= least:
         return f"clustered: one code per image is better than uniform, as {n} images >= c^(1 - beta) = {least:.4g}"
     edge = 1 - math.log(n) / math.log(out_dim)
     return (
-        f"spread: one code per image is worse than uniform, as {n} images < c^(1 - beta) = {least:.4g}; images share no "
-        f"codes in a batch. --beta above {edge:.2f}, a batch of {math.ceil(least):,} or --prior_buffer "
+        f"spread: one code per image is worse than uniform, as {n} images < c^(1 - beta) = {least:.4g}; an image spreads "
+        f"over many codes. --beta above {edge:.2f}, a batch of {math.ceil(least):,} or --prior_buffer "
         f"{math.ceil(least / n) - 1} would change that"
     )
 

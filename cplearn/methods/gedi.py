@@ -97,8 +97,12 @@ class GEDI(Method):
 
     def warnings(self) -> list[str]:
         found = []
-        if self.beta > 1:
-            found.append(f"--beta {self.beta:g} is above 1: collapse to one code is then a growing direction")
+        limit = 1 if self.reduction == "mean" else self.out_dim  # the sum makes the prior so many times stronger
+        if self.beta > limit:
+            found.append(
+                f"--beta {self.beta:g} is above {limit}: near uniform assignments a step towards the same codes for all "
+                "images then grows"
+            )
         if self.reduction == "mean" and (trap := forward_prior_warning(self.beta, self.out_dim)):
             found.append(trap)
         return found

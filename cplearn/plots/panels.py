@@ -31,8 +31,8 @@ PANELS = (
     Panel("Effective rank of the embedding", {"probe_embedding_rank": ""}, verdict=True, help="The same, of the head's output"),
     Panel("Participation ratio", {"probe_features_dimensions": "features", "probe_embedding_dimensions": "embedding"}, verdict=True, help="In how many directions the probe's vectors vary; small ones hardly count"),
     # How the run trains.
-    Panel("Loss", {"train_loss": ""}, {"loss_uniform": "uniform", "loss_floor": "floor"}, {"loss_one_code": "one code"}, help="Between what uniform assignments have and what it cannot fall below"),
-    Panel("Way from uniform to floor", {"uniform_to_floor": ""}, percent=True, help="The loss, for runs whose reference values differ"),
+    Panel("Loss", {"train_loss": ""}, {"loss_uniform": "uniform", "loss_floor": "bound"}, {"loss_one_code": "one code"}, help="Beside what uniform assignments have, and what it cannot fall below"),
+    Panel("Loss, from uniform to the bound", {"uniform_to_floor": ""}, percent=True, help="Share of a way that mostly has no end: for runs of the same batch, codes and n_ref only"),
     Panel("Perplexity of the codes", {"usage_perplexity": ""}, far={"out_dim": "codes"}, log=True, help="How many codes are in use, weighted by use, in windows of 20 steps"),
     Panel("Information", {"information": ""}, help="Nats that an assignment tells about its image"),
     Panel("Cosine of two images", {"probe_features_cosine": "features", "probe_embedding_cosine": "embedding"}, help="Mean over the probe; 1 if all images are the same to the network"),

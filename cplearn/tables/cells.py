@@ -7,15 +7,15 @@ and in trained/ and random_init/ the results of its evaluations. A killed grid c
 import json
 import shlex
 import typing
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from cplearn.errors import UserError
 from cplearn.files import read_json_lines, read_text, write_text
 from cplearn.host import git_commit
 from cplearn.slurm.checks import parse_flags
-from cplearn.tables.rows import Row, rows
+from cplearn.tables.rows import OF_SIZES, Row, rows
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Cell:
 class Settings:
     """What all cells of a grid share."""
 
-    table: int
+    table: int | str
     scale: str
     data_path: str | None
     dataset: str | None
@@ -95,6 +95,9 @@ class Settings:
     train_flags: str
     ngpus: int  # processes per cell
     epochs: int | None  # None: the recipe's
+    tune: int | None  # trials of each method (cplearn.tables.tuning); None: every method is as it stands
+    tune_out_dim: int | None
+    tune_epochs: int | None  # None: as many as the cells
 
     @property
     def batch(self) -> int:
@@ -115,15 +118,15 @@ class Settings:
             linear = "--augment false --optimizer adam --epochs 30"
             collapse += " --components 10 100 --mc_samples 2000 --tsne_images 0"
         else:
-            # Tables of small networks: the paper's Appendix I. Table 3: DINO's script.
-            linear = "" if self.table == 3 else "--augment false --optimizer adam --epochs 100"
+            # Tables of small networks: the paper's Appendix I. ImageNet-100: DINO's script.
+            linear = "" if self.table in OF_SIZES else "--augment false --optimizer adam --epochs 100"
         flags = {"knn": "--nb_knn 20", "linear": linear, "cluster": "--shuffles 20", "collapse": collapse}
         return {name: text.split() for name, text in flags.items()}
 
 
-def paper_batch(table: int, scale: str) -> int:
-    """Return the paper's batch over all processes: 512 for Table 3, 64 for the other tables and at small scale."""
-    return 512 if table == 3 and scale == "paper" else 64
+def paper_batch(table: int | str, scale: str) -> int:
+    """Return the paper's batch over all processes: 512 on ImageNet-100, 64 for the other tables and at small scale."""
+    return 512 if table in OF_SIZES and scale == "paper" else 64
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,11 @@ class Grid:
     settings: Settings
     cells: list[Cell]
 
+    @property
+    def methods(self) -> list[str]:
+        """Return the methods of the cells, each once."""
+        return list(dict.fromkeys(cell.row.method for cell in self.cells))
+
     @classmethod
     def build(
         cls,
@@ -143,13 +151,17 @@ class Grid:
         methods: Sequence[str] = (),
         out_dims: Sequence[int] = (),
         seeds: Sequence[int] = (0,),
+        tuned: Callable[[Row], list[str]] = lambda row: [],
     ) -> "Grid":
         """Return the grid of these methods and sizes (none given: the table's). Raises `UserError` if it is empty.
+
+        `tuned`: flags that are added to a row's.
 
         Cells come seed after seed, so that a grid that is stopped early has every line once before any line twice.
         """
         data = settings.dataset if settings.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
         lines = rows(settings.table, settings.scale, methods, out_dims, data)
+        lines = [replace(row, flags=[*row.flags, *tuned(row)]) for row in lines]
         # One untrained network per size; its backbone is the same whatever the size and the method.
         by_method = sorted(lines, key=lambda r: r.method != "cplearn")
         of_size = {row.out_dim: row.key for row in reversed(by_method)}.values()
@@ -173,26 +185,38 @@ class Grid:
             raise UserError(f"{folder} holds no grid: was it started with this --output_dir?")
         return cls(folder, *_read_grid(folder, content))
 
-    def save(self) -> "Grid":
-        """Add the cells to those that the folder holds, and return them all.
+    def kept(self) -> list[Cell]:
+        """Return the cells that the folder holds. Raises `UserError` if they have other settings than these."""
+        before, now = read_object(self.folder / "grid.json"), asdict(self.settings)
+        if not before:
+            return []
+        settings, cells = _read_grid(self.folder, before)
+        theirs = asdict(settings)
+        if settings.tune and self.settings.tune:  # more trials are no other setting
+            theirs["tune"] = now["tune"]
+        self._refuse([f"--{k} {theirs[k]}, now {v}" for k, v in now.items() if theirs[k] != v])
+        return cells
+
+    def _refuse(self, changed: list[str]) -> None:
+        if changed:
+            raise UserError(f"{self.folder} holds a grid with {'; '.join(changed[:3])}: choose another --output_dir")
+
+    def save(self, forget: Collection[str] = ()) -> "Grid":
+        """Add the cells to those that the folder holds, but for the names in `forget`, and return them all.
 
         Raises `UserError` if the folder's cells have other settings.
         """
-        path = self.folder / "grid.json"
-        before, now = read_object(path), asdict(self.settings)
-        settings, cells = _read_grid(self.folder, before) if before else (self.settings, [])
-        theirs = asdict(settings)
-        changed = [f"--{k} {theirs[k]}, now {v}" for k, v in now.items() if theirs[k] != v]
+        cells = [cell for cell in self.kept() if cell.name not in forget]
         kept = {cell.name: {k: v for k, v in asdict(cell).items() if k != "folder"} for cell in cells}
+        changed = []
         for cell in self.cells:
             there = kept.get(cell.name)
             if there and without_folders(there["train"]) != without_folders(cell.train):
                 changed.append(f"other flags for {cell.name}")
             kept[cell.name] = {k: v for k, v in asdict(cell).items() if k != "folder"}
-        if changed:
-            raise UserError(f"{self.folder} holds a grid with {'; '.join(changed[:3])}: choose another --output_dir")
-        content = {"settings": now, "commit": git_commit(), "cells": list(kept.values())}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        self._refuse(changed)
+        content = {"settings": asdict(self.settings), "commit": git_commit(), "cells": list(kept.values())}
+        write_text(self.folder / "grid.json", json.dumps(content, indent=1) + "\n")
         return Grid.load(self.folder)
 
     def check(self) -> None:

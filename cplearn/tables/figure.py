@@ -7,7 +7,7 @@ import numpy as np
 from cplearn.errors import WriteError
 from cplearn.plots.drawing import pyplot
 from cplearn.tables.cells import Settings
-from cplearn.tables.rows import NAMES
+from cplearn.tables.rows import NAMES, OF_SIZES, title
 
 PANELS = {"nmi": "NMI of the codes", "ami": "AMI of the codes", "linear": "linear, top-1"}
 GRAY = {"color": "0.5", "lw": 1}
@@ -20,17 +20,17 @@ def draw(path: Path, settings: Settings, trained: list, untrained: list) -> None
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
+    for axis, (name, measure) in zip(axes, PANELS.items(), strict=True):
         _draw_trained(axis, name, settings, trained)
         _draw_untrained(axis, name, settings.table, untrained)
-        axis.set(title=title, ylabel="percent", ylim=(None if name == "linear" else 0, None))
+        axis.set(title=measure, ylabel="percent", ylim=(None if name == "linear" else 0, None))
         _label_x(axis, settings.table, trained)
         axis.grid(alpha=0.3)
     if settings.scale == "paper":
         axes[0].plot([], [], ":x", color="0.3", alpha=0.6, lw=1, ms=5, label="the paper's")
     axes[0].legend(fontsize=7)
     note = " at small scale: not the paper's data, network or budget" * (settings.scale == "small")
-    figure.suptitle(f"Table {settings.table}{note}", fontsize=10)
+    figure.suptitle(f"{title(settings.table)}{note}", fontsize=10)
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
@@ -40,7 +40,7 @@ def draw(path: Path, settings: Settings, trained: list, untrained: list) -> None
 
 
 def _draw_trained(axis, name: str, settings: Settings, trained: list) -> None:
-    joined = settings.table in (3, 9)  # their lines differ in one number
+    joined = settings.table in (*OF_SIZES, 9)  # their lines differ in one number
     for i, method in enumerate(dict.fromkeys(x.row.method for x in trained)):
         mine = sorted((x for x in trained if x.row.method == method and name in x.numbers), key=lambda x: x.row.x)
         means, spreads = ([x.numbers[name][k] for x in mine] for k in (0, 1))
@@ -52,12 +52,12 @@ def _draw_trained(axis, name: str, settings: Settings, trained: list) -> None:
             axis.plot(*np.array(paper).T, **style)
 
 
-def _draw_untrained(axis, name: str, table: int, untrained: list) -> None:
+def _draw_untrained(axis, name: str, table: int | str, untrained: list) -> None:
     """Draw the untrained networks as gray lines: per size for measures of codes, one level for linear accuracy."""
     if name == "linear":
         for x in [x for x in untrained if name in x.numbers][:1]:
             axis.axhline(x.numbers[name][0], ls="--", **GRAY, label="untrained")
-    elif table == 3:
+    elif table in OF_SIZES:
         by_size = sorted(untrained, key=lambda x: x.row.x)
         shown = {"nmi": {"nmi": "untrained", "nmi_random_codes": "random codes"}, "ami": {"ami": "untrained"}}[name]
         for (measure, label), style in zip(shown.items(), ("--", "-."), strict=False):
@@ -65,8 +65,8 @@ def _draw_untrained(axis, name: str, table: int, untrained: list) -> None:
             axis.plot(*np.array(points).reshape(-1, 2).T, style, **GRAY, label=label)
 
 
-def _label_x(axis, table: int, trained: list) -> None:
-    if table == 3:
+def _label_x(axis, table: int | str, trained: list) -> None:
+    if table in OF_SIZES:
         sizes = sorted({x.row.out_dim for x in trained})
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [f"{c:,}" for c in sizes], rotation=30, fontsize=8)

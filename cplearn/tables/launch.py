@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from cplearn.errors import ExpectedError, Interrupted, UserError
-from cplearn.files import remove_quietly, write_text
+from cplearn.files import read_json, remove_quietly, write_text
 from cplearn.flags import expand_recipes
 from cplearn.host import ROOT, end_with_parent
 from cplearn.slurm.submit import JobRequest, Resources, submit
@@ -99,6 +99,7 @@ class Workers:
         slot = self.slots.get()
         try:
             cell.folder.mkdir(parents=True, exist_ok=True)
+            failed_before = read_json(cell.folder / "failed.json").get("times", 0)
             remove_quietly(cell.folder / "failed.json")
             for stage in cell.stages():
                 if stage.name not in missing:
@@ -107,7 +108,8 @@ class Workers:
                 if code == Interrupted.exit_code or self.stopping.is_set():
                     return "stopped"
                 if code:
-                    failure = {"stage": stage.name, "code": code, "line": line}
+                    times = 1 + (failed_before if isinstance(failed_before, int) else 0)
+                    failure = {"stage": stage.name, "code": code, "line": line, "times": times}
                     write_text(cell.folder / "failed.json", json.dumps(failure) + "\n")
                     return f"{stage.name} failed with exit code {code}: {line}"
                 if stage.name == "train":

@@ -1,30 +1,15 @@
 """The table that `reproduce_table3.py` is about, from the results of its cells: Markdown, CSV and a figure."""
 
-import statistics
 from dataclasses import dataclass
 
 from cplearn.files import read_json, read_json_lines, write_csv, write_text
+from cplearn.tables import paired, tuning
 from cplearn.tables.cells import Cell, Grid
 from cplearn.tables.figure import draw
-from cplearn.tables.rows import CHOICES, NAMES, Row
+from cplearn.tables.measures import MEASURES, mean_and_spread, read_measures
+from cplearn.tables.rows import CHOICES, NAMES, Row, stem, title
 from cplearn.tables.status import CellState
 from cplearn.text import format_table
-
-# Percent, except COUNTS. name: (script of the results, where in its metrics)
-MEASURES = {
-    "nmi": ("eval_cluster", ("codes", "nmi")),
-    "linear": ("eval_linear", ("linear_last_top1",)),
-    "ami": ("eval_cluster", ("codes", "ami")),
-    "knn": ("eval_knn", ("knn20_top1",)),
-    "nmi_shuffled": ("eval_cluster", ("codes_shuffled", "nmi")),
-    "nmi_shuffled_highest": ("eval_cluster", ("codes_shuffled", "nmi_highest")),
-    "nmi_random_codes": ("eval_cluster", ("random_codes", "nmi")),
-    "nmi_singletons": ("eval_cluster", ("singletons", "nmi")),
-    "kmeans_ami": ("eval_cluster", ("kmeans", "ami")),
-    "used_codes": ("eval_cluster", ("codes", "used_codes")),
-    "features_rank": ("eval_collapse", ("features_rank",)),
-}
-COUNTS = ("used_codes", "features_rank")
 
 NOTE = (
     "Percent; mean ± largest distance from it over n seeds. NMI and AMI: predicted codes against classes; shuffled: "
@@ -53,29 +38,6 @@ class Line:
     @property
     def paper(self) -> dict[str, float | str]:
         return {} if self.random else self.row.paper
-
-
-def read_measures(results: list[dict]) -> dict[str, float]:
-    """Return the measures of one network from its results.jsonl. Only results of its newest weights count."""
-    newest = results[-1]["weights_sha256"] if results else None
-    measures: dict[str, float] = {}
-    for result in results:
-        if result["weights_sha256"] != newest:
-            continue
-        for name, (script, path) in MEASURES.items():
-            if result["script"] == script:
-                value = result["metrics"]
-                for key in path:
-                    value = value.get(key) if isinstance(value, dict) else None
-                if isinstance(value, int | float):
-                    measures[name] = value if name in COUNTS else 100 * value
-    return measures
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the largest distance from it."""
-    mean = statistics.mean(values)
-    return mean, max(abs(v - mean) for v in values)
 
 
 def collect(grid: Grid, states: dict[str, CellState]) -> list[Line]:
@@ -133,14 +95,16 @@ def write(grid: Grid, states: dict[str, CellState]) -> None:
     if not lines:
         return
     trained, untrained = ([x for x in lines if x.random is random] for random in (False, True))
-    name = f"table{grid.settings.table}"
-    title = f"# Table {grid.settings.table}" + _at_small_scale(grid)
+    name = stem(grid.settings.table)
+    heading = f"# {title(grid.settings.table)}" + _at_small_scale(grid)
     notes = [
         setting([cell for cell in grid.cells if states[cell.name].complete]),
         *[f"Chosen: {CHOICES[grid.settings.table]}"] * (grid.settings.scale == "paper"),
+        *[tuning.sentence(grid.folder)] * bool(grid.settings.tune),
         *findings(grid, trained, untrained, missing=sum(not states[cell.name].complete for cell in grid.cells)),
     ]
-    parts = [title, markdown_table(grid.settings.table, trained, untrained), NOTE, "\n".join(f"- {x}" for x in notes)]
+    parts = [heading, markdown_table(grid.settings.table, trained, untrained), NOTE, "\n".join(f"- {x}" for x in notes)]
+    parts += paired.section(grid, states)
     write_text(grid.folder / f"{name}.md", "\n\n".join(parts) + "\n")
     _write_csv(grid, lines)
     draw(grid.folder / f"{name}.png", grid.settings, trained, untrained)
@@ -150,7 +114,7 @@ def _at_small_scale(grid: Grid) -> str:
     return " at small scale, not the paper's setting" * (grid.settings.scale == "small")
 
 
-def markdown_table(table: int, trained: list[Line], untrained: list[Line]) -> str:
+def markdown_table(table: int | str, trained: list[Line], untrained: list[Line]) -> str:
     """Return the table as text: trained, untrained, random codes of every size, every image a code of its own."""
     cells = []
     for x in [*trained, *untrained]:
@@ -192,7 +156,7 @@ def _write_csv(grid: Grid, lines: list[Line]) -> None:
         paper = [x.paper.get(name, "") for name in ("nmi", "linear")]
         numbers = [f"{v:.4f}" if v != "" else "" for name in MEASURES for v in x.numbers.get(name, ("", ""))]
         rows.append([method, x.row.label, x.row.out_dim, x.n, *paper, x.verdict, *numbers])
-    write_csv(grid.folder / f"table{grid.settings.table}.csv", header, rows)
+    write_csv(grid.folder / f"{stem(grid.settings.table)}.csv", header, rows)
 
 
 def setting(cells: list[Cell]) -> str:

@@ -1,6 +1,7 @@
-"""Lines of the paper's Tables 1, 2, 3, 4 and 9: what is trained for each, and what the paper has there.
+"""Lines of the paper's Tables 1, 2, 3, 4 and 9, and of its earlier version's grid of sizes ("falcon"): what is trained
+for each, and what the paper has there.
 
-Values are the paper's own, in paper_tables/tableN.csv; where it does not name a setting, CHOICES says whose is taken.
+Values are the paper's own, in paper_tables/; where it does not name a setting, CHOICES says whose is taken.
 """
 
 import csv
@@ -22,7 +23,11 @@ NAMES = {
     "self_classifier": "Self-Classifier",
 }
 
+TABLES = (1, 2, 3, 4, 9, "falcon")
+OF_SIZES = (3, "falcon")  # methods x sizes, on ImageNet-100
+
 TABLE3_METHODS = ("barlow_twins", "swav", "dino", "gedi", "cplearn")
+FALCON_METHODS = {"dino": "DINO", "cplearn": "FALCON"}  # by the earlier version's names
 OUT_DIMS = {"paper": (128, 1024, 2048, 32768, 65536, 131072), "small": (16, 128, 1024, 4096, 16384)}
 
 # Sizes that the paper does not name: those of the published ResNet-18 code.
@@ -47,7 +52,9 @@ CHOICES = {
     "for all, as the paper's text has it; the code trains the others with LARS. Self-Classifier has CPLearn's frozen "
     "head, as the sizes in the paper's Table 8 say. The paper's NMI of SwAV is not of its prototypes.",
     3: "crops, width, activation and logit scale are not in the paper: DINO's crops for all, this project's head. GEDI "
-    "has CPLearn's beta (0.25): above c = 800 its prior then lets all images fall to one code (docs/losses.md).",
+    "has CPLearn's beta (0.25): from c = 786 on (every size but 128) all images partly on one code then have a lower "
+    "loss than uniform assignments (docs/losses.md).",
+    "falcon": "of the earlier version only the numbers are known here: all but the 100 epochs is as for Table 3.",
     4: "the head is the equations' (--n_ref 1, embed_dim = f).",
     9: "c = 512: the paper names no size, and its value at beta = 1 is Table 2's for c = f. The head is the published "
     "code's.",
@@ -67,13 +74,15 @@ class Row:
     paper: dict[str, float | str]  # nmi and linear top-1, in percent, or the word that the paper has there
 
 
-def rows(table: int, scale: str, methods: Sequence[str], out_dims: Sequence[int], data: str) -> list[Row]:
+def rows(table: int | str, scale: str, methods: Sequence[str], out_dims: Sequence[int], data: str) -> list[Row]:
     """Return the lines of a table with the given methods and sizes (none given: the table's own).
 
     `data`: cifar10, cifar100 or svhn, for the paper's column. Raises `UserError` if no line is left.
     """
     if table == 3:
         lines = _table3(scale, methods or TABLE3_METHODS, out_dims or OUT_DIMS[scale])
+    elif table == "falcon":
+        lines = _falcon(scale, methods or list(FALCON_METHODS), out_dims)
     elif table == 9:
         if set(methods) - {"cplearn"} or len(out_dims) > 1:
             raise UserError("--table 9 is of CPLearn at one size: leave out --methods, and name one --out_dims")
@@ -87,9 +96,20 @@ def rows(table: int, scale: str, methods: Sequence[str], out_dims: Sequence[int]
     return lines
 
 
-def paper_lines(table: int) -> list[dict[str, str]]:
-    """Return the lines of paper_tables/tableN.csv."""
-    with open(ROOT / "paper_tables" / f"table{table}.csv", encoding="utf-8") as f:
+def title(table: int | str) -> str:
+    """Return what a table is called."""
+    return f"Table {table}" if isinstance(table, int) else "ImageNet-100 by size, as in the paper's earlier version"
+
+
+def stem(table: int | str) -> str:
+    """Return what the files of a table are called, without their suffixes."""
+    return f"table{table}" if isinstance(table, int) else table
+
+
+def paper_lines(table: int | str) -> list[dict[str, str]]:
+    """Return the lines of paper_tables/tableN.csv (or falcon_imagenet100.csv)."""
+    name = "falcon_imagenet100" if table == "falcon" else f"table{table}"
+    with open(ROOT / "paper_tables" / f"{name}.csv", encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
 
@@ -129,6 +149,22 @@ def _table3(scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list
             known = {"nmi": there["nmi_percent"], "linear": there["linear_top1_percent"]} if there else {}
             known = {name: _percent(value) for name, value in known.items()}
             flags = _flags(scale, f"imagenet100_{method}", method, c)
+            lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
+    return lines
+
+
+def _falcon(scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list[Row]:
+    paper = {(x["method"], int(x["c"])): x for x in paper_lines("falcon")}
+    sizes = out_dims or sorted({c for _, c in paper})
+    lines = []
+    for method in methods:
+        if method not in FALCON_METHODS:
+            raise UserError(f"--methods {method} is not in the earlier version's grid: {', '.join(FALCON_METHODS)}")
+        for c in sizes:
+            there = paper.get((FALCON_METHODS[method], c))
+            known = {"linear": _percent(there["linear_top1_percent"])} if there else {}
+            flags = _flags(scale, f"imagenet100_{method}", method, c)
+            flags += ["--epochs", "100"] if scale == "paper" else []
             lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
     return lines
 

@@ -24,6 +24,7 @@ class StageJob:
     folder: Path  # of its logs
     entry: dict  # its line in jobs.jsonl
     now: dict[str, str]  # JobState, Reason, ...: `job_state`
+    submitted: int  # how often the stage was
 
     @property
     def number(self) -> str:
@@ -74,7 +75,7 @@ def _read_state(cell: Cell, grid_runs: bool) -> CellState:
         folder = stage.place / FOLDER
         entries = [entry for entry in submissions(folder) if entry["script"] == stage.script]
         if entries:  # only the newest may be alive: no stage is submitted twice
-            jobs.append(StageJob(stage.name, folder, entries[-1], job_state(folder, entries[-1])))
+            jobs.append(StageJob(stage.name, folder, entries[-1], job_state(folder, entries[-1]), len(entries)))
         missing.append(stage.name)
     trained_by_job = not differs and any(job.stage == "train" and job.state == "COMPLETED" for job in jobs)
     return CellState(

@@ -151,6 +151,13 @@ class EpochReport:
         }
 
 
+def reference_words(record: dict) -> str:
+    """Return the losses that a record's own is read against, those that the method has."""
+    named = {"uniform": "loss_uniform", "aligned": "loss_aligned", "bound": "loss_floor"}
+    known = [f"{word} {record[name]:.4f}" for word, name in named.items() if record.get(name) is not None]
+    return f"({', '.join(known)})"
+
+
 def report_epoch(run: Run, record: dict) -> None:
     """Write one line on the terminal, one in log.txt, and the numbers wherever else they are asked for."""
     run.lock.check()
@@ -161,8 +168,7 @@ def report_epoch(run: Run, record: dict) -> None:
         f"epoch {record['epoch'] + 1}/{args.epochs}",
         f"loss {record['train_loss']:.4f}",
         *(f"{name.removeprefix('train_')} {record[name]:.4f}" for name in terms),
-        f"(uniform {record['loss_uniform']:.4f}, floor {record['loss_floor']:.4f}, "
-        f"{record['uniform_to_floor']:.0%} of the way)",
+        reference_words(record),
         f"lr {record['lr']:.3g}",
         f"{record['images_per_second']:.0f} img/s",
         f"wait {record['data_wait']:.0%}",

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from helpers import FakeBackbone, all_close, gradients, make, randn
 
@@ -33,3 +34,20 @@ def test_gedi_in_both_readings():
         assert math.isclose(method.references(6).uniform, uniform, rel_tol=1e-9)
     parameters = sum(p.numel() for p in GEDI(FakeBackbone(384), out_dim=50, beta=1.0).parameters())
     assert parameters == 792_576 + 2_049 * 50
+
+
+@pytest.mark.parametrize("part", [0.9, 1.1])
+@pytest.mark.parametrize(("reduction", "limit"), [("mean", 1), ("sum", 30)])
+def test_the_warning_of_beta_is_of_a_step_that_lowers_the_loss(reduction, limit, part):
+    """All images a little towards the same codes, from uniform: the loss falls where the warning has it."""
+    beta, same = part * limit, randn(1, 30, seed=0).expand(6, 30)
+
+    def loss(logits):
+        both = [logits] * 2
+        published = reduction == "sum"
+        return (gedi_loss_as_published(both, beta) if published else cplearn_loss(both, LossSpec(beta, "forward")))[0]
+
+    falls = bool(loss(0.001 * same) < loss(0 * same))
+    method = GEDI(FakeBackbone(8), out_dim=30, beta=beta, gedi_prior_reduction=reduction)
+    warned = any(f"is above {limit}: near uniform" in said for said in method.warnings())
+    assert falls == warned == (beta > limit)

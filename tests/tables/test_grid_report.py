@@ -9,7 +9,8 @@ import pytest
 import reproduce_table3
 from cplearn import checkpoints
 from cplearn.tables.cells import Grid
-from cplearn.tables.report import caveats, collect, read_measures, write
+from cplearn.tables.measures import read_measures
+from cplearn.tables.report import caveats, collect, write
 from cplearn.tables.status import describe, record_trained, snapshot
 
 

@@ -1,10 +1,13 @@
 """The lines of each table against the paper's values."""
 
+import re
+
 import pytest
+from helpers import ROOT
 
 import main_cplearn
 from cplearn.errors import UserError
-from cplearn.tables.rows import beta_of, rows
+from cplearn.tables.rows import OF_SIZES, beta_of, paper_lines, rows
 
 
 def test_lines_of_table_3():
@@ -20,7 +23,7 @@ def test_lines_of_table_3():
 
 @pytest.mark.parametrize("scale", ("paper", "small"))
 @pytest.mark.parametrize("data", ("cifar10", "cifar100", "svhn"))
-@pytest.mark.parametrize("table", (1, 2, 3, 4, 9))
+@pytest.mark.parametrize("table", (1, 2, 3, 4, 9, "falcon"))
 def test_every_line_can_be_trained(table, data, scale):
     if (table, data) in ((2, "cifar100"), (2, "svhn")):
         with pytest.raises(UserError, match="Table 2|--table 2"):
@@ -31,6 +34,49 @@ def test_every_line_can_be_trained(table, data, scale):
     for line in lines:
         args = main_cplearn.parse_args([*line.flags, "--data_path", "."])
         assert (args.method, args.out_dim) == (line.method, line.out_dim)
+
+
+def test_lines_of_the_earlier_version():
+    lines = {x.key: x for x in rows("falcon", "paper", [], [], "cifar10")}
+    assert len(lines) == 20 and {x.method for x in lines.values()} == {"dino", "cplearn"}
+    assert lines["cplearn_c50000"].paper == {"linear": 73.9} and lines["dino_c50000"].paper == {"linear": 67.5}
+    for line in lines.values():
+        trained = main_cplearn.parse_args([*line.flags, "--data_path", "."])
+        assert (trained.epochs, trained.arch) == (100, "vit_small")
+        assert trained.class_list.endswith("imagenet100.txt")
+    assert [x.key for x in rows("falcon", "paper", ["dino"], [77], "cifar10")] == ["dino_c77"]
+    with pytest.raises(UserError, match="--methods swav is not in the earlier version's grid: dino, cplearn"):
+        rows("falcon", "paper", ["swav"], [], "cifar10")
+
+
+def test_how_the_two_versions_disagree():
+    """Every number of results/table3_versions.md, from the authors' tables."""
+    page = (ROOT / "results" / "table3_versions.md").read_text()
+    shown = re.findall(r"^\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \|$", page, re.M)
+    shown = [(int(c.replace(",", "")), float(dino), float(ours), float(more)) for c, dino, ours, more in shown]
+    versions = []
+    for table in OF_SIZES:
+        of = {
+            method: {r.out_dim: r.paper["linear"] for r in rows(table, "paper", [method], [], "cifar10")}
+            for method in ("dino", "cplearn")
+        }
+        versions.append([(c, x, of["cplearn"][c], round(of["cplearn"][c] - x, 1)) for c, x in of["dino"].items()])
+    final, earlier = versions
+    assert shown == earlier + final
+    assert min(x[3] for x in earlier) == 0.8 and max(x[3] for x in earlier) == 6.8
+    assert [c for c, *_, more in final if more > 0] == [131072]
+    (before,), (after,) = ([x for x in version if x[0] in (50000, 65536)] for version in (earlier, final))
+    assert (before[3], after[3]) == (6.4, -1.5)
+    assert (round(after[1] - before[1], 1), round(after[2] - before[2], 1)) == (8.7, 0.8)
+    of = {method: rows(3, "paper", [method], [], "cifar10") for method in ("swav", "dino", "cplearn", "barlow_twins")}
+    nmi = [round(a.paper["nmi"] - b.paper["nmi"], 1) for a, b in zip(of["cplearn"], of["dino"], strict=True)]
+    assert nmi == [-11.9, 0.9, 2.7, 6.2, 4.9, 6.6]
+    swav = [a.paper["linear"] > b.paper["linear"] for a, b in zip(of["swav"], of["cplearn"], strict=True)]
+    assert swav == [True] * 5 + [False]
+    highest = [x["method"] for x in paper_lines(3) if x["linear_top1_percent"] == "78.0"]
+    assert highest == ["SwAV", "CPLearn"] and not any(
+        float(x["linear_top1_percent"]) > 78 for x in paper_lines(3) if x["linear_top1_percent"] != "oom"
+    )
 
 
 def test_values_of_the_small_tables():

@@ -1,6 +1,7 @@
 """What a run says of its speed: the wait for images and its cure, the profile of twenty steps."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -70,3 +71,17 @@ def test_a_profile_of_twenty_steps(tmp_path, image_folder, capsys):
 def test_a_profile_of_a_run_that_ends_early(tmp_path, image_folder, capsys):
     train(tmp_path, "--data_path", str(image_folder), "--epochs", "3", "--profile")
     assert "4 steps, the ten largest costs" in capsys.readouterr().out
+
+
+def test_the_epoch_line_has_the_references_that_the_method_has(tmp_path, image_folder, capsys):
+    """48 images, 40 codes, 16 per batch. No share of a way, which other runs could not be compared with."""
+    train(tmp_path / "a", "--data_path", str(image_folder), "--epochs", "1")
+    log_c, aligned = math.log(40), math.log(40 / 16)
+    said = capsys.readouterr().out
+    assert f"  (uniform {0.25 * log_c:.4f}, aligned {aligned:.4f}, bound {0.25 * aligned:.4f})  lr " in said
+    assert "of the way" not in said
+    record = json.loads((tmp_path / "a" / "log.txt").read_text())
+    way = (0.25 * log_c - record["train_loss"]) / (0.25 * log_c - 0.25 * aligned)
+    assert record["uniform_to_floor"] == pytest.approx(way)
+    train(tmp_path / "b", "--data_path", str(image_folder), "--epochs", "1", "--prior", "forward")
+    assert f"  (uniform {1.25 * log_c:.4f}, bound {log_c:.4f})  lr " in capsys.readouterr().out

@@ -1,0 +1,360 @@
+"""The same tuning budget for every method (--tune N): N trials each, and the best one's settings for all its cells.
+
+The rule by which trials are drawn is RULE and `trial_flags`, and it was written down before anything was measured.
+Trial 0 is the method as it stands in rows.py. Trial k does not depend on N or on the other methods: all have the
+same points. A trial is a cell in output_dir/tuning that trains on a part of the training images and is scored by
+20-NN on the rest (`split`), so that no trial reads what the table is evaluated on.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cplearn.errors import CollapseError, NonFiniteError, UserError
+from cplearn.files import read_json_lines, write_text
+from cplearn.slurm.checks import parse_flags
+from cplearn.slurm.status import LIVE, read_ends, the_cause
+from cplearn.tables.cells import Cell, Grid, read_object, without_folders
+from cplearn.tables.measures import read_measures
+from cplearn.tables.rows import NAMES, OF_SIZES, Row, rows
+from cplearn.tables.status import CellState
+from cplearn.text import format_table
+
+HELD_OUT = 5  # one image of so many, in every class
+SEED = 0  # of every trial, whatever the seeds of the cells
+OUT_DIM = 1024  # of every trial, unless --tune_out_dim says otherwise
+LR_FACTOR = 4.0  # learning rates from a quarter to four times the recipe's
+TRIES = 2  # a trial that fails so often counts as the worst
+
+# --- the rule ---------------------------------------------------------------------------------------------
+
+Value = Callable[[float, int], str]  # of a place in [0, 1) and the size
+
+
+def _log_uniform(low: float, high: float) -> Value:
+    return lambda place, out_dim: f"{low * (high / low) ** place:.3g}"
+
+
+def _one_of(*values: float | str) -> Value:
+    return lambda place, out_dim: str(values[int(place * len(values))])
+
+
+def _one_minus(low: float, high: float) -> Value:
+    return lambda place, out_dim: f"{1 - low * (high / low) ** place:.5g}"
+
+
+def _over_log_size(low: float, high: float) -> Value:
+    return lambda place, out_dim: f"{low * (high / low) ** place / math.log(out_dim):.3g}"
+
+
+# The learning rate, and of every method its own two most important settings.
+RULE: dict[str, dict[str, Value]] = {
+    # The paper's Tables 7 and 9 (0.05 to 1; above 1 a run can fall to a few codes); 1 is the theory's logit scale,
+    # 64 the published code's.
+    "cplearn": {"--beta": _log_uniform(0.05, 1), "--n_ref": _one_of(1, 4, 16, 64)},
+    # A tenth to ten times the paper's 0.0051, over which its ablation goes; its projector gets better with width.
+    "barlow_twins": {"--lambd": _log_uniform(0.00051, 0.051), "--projector_width": _one_of(512, 1024, 2048)},
+    # Its ablation goes from 0.02 up, and above 0.07 it is unstable; 0.9 to 0.999 is around 0.99 for short runs.
+    "dino": {"--teacher_temp": _log_uniform(0.02, 0.07), "--momentum_teacher": _one_minus(0.001, 0.1)},
+    # 0.05, and 0.03 where it sticks, in the original; its queue is for small batches: none, 15 or 60 batches of 64.
+    "swav": {"--epsilon": _log_uniform(0.02, 0.1), "--queue_length": _one_of(0, 960, 3840)},
+    # Below where the forward prior lets all images fall to one code (1.8 over log c at c = 128, 1.4 at 131,072); mean
+    # is the equation, sum the published code.
+    "gedi": {"--beta": _over_log_size(0.1, 1), "--gedi_prior_reduction": _one_of("mean", "sum")},
+}
+
+# Halton's sequence: every axis is filled evenly from the first trials on, and none of its points depends on their
+# number.
+BASES = (2, 3, 5)
+
+
+def point(trial: int) -> tuple[float, float, float]:
+    """Return the place of a trial in the unit cube: learning rate, first and second setting.
+
+    It has the digits of the trial's number in each base, mirrored at the point: trial 1 is at 1/2, 1/3, 1/5.
+    """
+    return tuple(_mirrored(trial, base) for base in BASES)
+
+
+def _mirrored(number: int, base: int) -> float:
+    place, unit = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        unit /= base
+        place += digit * unit
+    return place
+
+
+def trial_flags(method: str, trial: int, out_dim: int, lr: float) -> list[str]:
+    """Return what a trial adds to the flags of its method at a size; `lr` is the rate that these have."""
+    if trial == 0:
+        return []
+    first, *others = point(trial)
+    flags = ["--lr", f"{lr * LR_FACTOR ** (2 * first - 1):.3g}"]
+    for (flag, value), place in zip(RULE[method].items(), others, strict=True):
+        flags += [flag, value(place, out_dim)]
+    return flags
+
+
+def tuned(best: dict[str, int]) -> Callable[[Row], list[str]]:
+    """Return what is added to a row's flags where these trials are their methods' best."""
+
+    def flags(row: Row) -> list[str]:
+        lr = parse_flags("main_cplearn", [*row.flags, "--data_path", "."]).lr
+        return trial_flags(row.method, best[row.method], row.out_dim, lr)
+
+    return flags
+
+
+def own_settings() -> set[str]:
+    """Return the flags that trials set."""
+    return {"--lr", *(flag for settings in RULE.values() for flag in settings)}
+
+
+# --- the trials -------------------------------------------------------------------------------------------
+
+
+def trial_grid(grid: Grid) -> Grid:
+    """Return the trials of a table's methods, as cells in its folder `tuning`. Raises `UserError` without a rule.
+
+    They come trial after trial, each of all methods, also of those that earlier commands put into the folder: more
+    trials are more for all.
+    """
+    given = grid.settings
+    methods = list(dict.fromkeys(cell.row.method for cell in [*grid.cells, *grid.kept()]))
+    without = [method for method in methods if method not in RULE]
+    if given.table not in OF_SIZES or without:
+        what = f"--methods {without[0]}" if without else f"--table {given.table}"
+        raise UserError(f"--tune has no rule for {what}: it is for --table 3 and falcon, and for {', '.join(RULE)}")
+    folder = grid.folder / "tuning"
+    epochs = given.tune_epochs or given.epochs
+    settings = replace(given, data_path=str(folder / "data"), dataset=None, epochs=epochs)
+    knn = settings.evaluation_flags()["knn"]
+    cells = []
+    for trial in range(settings.tune):
+        for row in rows(settings.table, settings.scale, methods, [settings.tune_out_dim], "cifar10"):
+            key = f"{row.method}_t{trial}"
+            flags = [*row.flags, *tuned({row.method: trial})(row)]
+            train = [*flags, *settings.common_flags(), "--seed", str(SEED)]
+            train += ["--epochs", str(epochs)] if epochs else []
+            evaluate = {"knn": knn} | ({} if cells else {"random knn": knn})  # one untrained network for all
+            label = f"trial {trial}"
+            trial_row = replace(row, key=key, label=label, x=float(trial), flags=flags, paper={})
+            cells.append(Cell(trial_row, SEED, key, train, evaluate, folder / key))
+    return Grid(folder, settings, cells)
+
+
+def trial_of(cell: Cell) -> int:
+    """Return the number of a trial."""
+    return int(cell.row.x)
+
+
+def timings(trials: Grid, by_line: dict[str, dict]) -> dict[str, dict]:
+    """Return what plan.time_steps returns for trials, from the timed steps of their methods as they stand.
+
+    They train on a part of the images.
+    """
+    of_method = {key.rpartition("_c")[0]: timing for key, timing in by_line.items()}
+    found = {}
+    for cell in trials.cells:
+        timing = of_method[cell.row.method]
+        images = timing.get("train_images", 0)
+        found[cell.row.key] = timing | {"train_images": images - images // HELD_OUT}
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a trial."""
+
+    cell: Cell
+    knn: float | None  # percent, on the images held out; None without a number
+    failure: str  # why it counts as the worst, "" otherwise
+    verdict: str  # the collapse monitor's, after the last epoch
+    minutes: float  # of training, by the run's own clock, over its processes
+
+    @property
+    def score(self) -> float:
+        return -math.inf if self.knn is None else self.knn
+
+
+def failed_for_good(cell: Cell, state: CellState) -> str:
+    """Return why a trial will get no number, "" if it has one or may still get one.
+
+    Its loss became infinite, or it collapsed with --on_collapse stop (both happen again), or it failed twice.
+    """
+    if state.complete or state.live_jobs:
+        return ""
+    code, line, times = (state.failure.get(x) for x in ("code", "line", "times"))
+    if not state.failure:
+        ended = [job for job in state.jobs if job.state not in (*LIVE, "COMPLETED")]
+        if not ended:
+            return ""
+        cause = the_cause(read_ends(ended[-1].folder, ended[-1].number)) or {}
+        code, line, times = cause.get("code"), cause.get("line", ended[-1].state), ended[-1].submitted
+    if code in (NonFiniteError.exit_code, CollapseError.exit_code):
+        return str(line)
+    return f"{line} ({times} times)" if isinstance(times, int) and times >= TRIES else ""
+
+
+def outcomes(trials: Grid, states: dict[str, CellState]) -> list[Outcome]:
+    """Return what is known of every trial."""
+    found = []
+    for cell in trials.cells:
+        state, log = states[cell.name], read_json_lines(cell.folder / "log.txt")
+        knn = read_measures(cell.results()).get("knn") if state.complete else None
+        seconds = sum(x["seconds"] for x in log if isinstance(x.get("seconds"), int | float))
+        verdict = str(log[-1].get("verdict", "")) if log else ""
+        failure = failed_for_good(cell, state)
+        found.append(Outcome(cell, knn, failure, verdict, trials.settings.ngpus * seconds / 60))
+    return found
+
+
+def is_over(outcome: Outcome, states: dict[str, CellState]) -> bool:
+    """Return whether a trial has a number, or will get none."""
+    return bool(outcome.failure) or states[outcome.cell.name].complete
+
+
+def choose(found: Sequence[Outcome]) -> dict[str, int]:
+    """Return the best trial of every method: the highest 20-NN on the images held out, of equal ones the first.
+
+    Raises `UserError` if no trial of a method has a number.
+    """
+    best: dict[str, Outcome] = {}
+    for outcome in sorted(found, key=lambda x: trial_of(x.cell)):
+        method = outcome.cell.row.method
+        if method not in best or outcome.score > best[method].score:
+            best[method] = outcome
+    lost = [method for method, outcome in best.items() if outcome.knn is None]
+    if lost:
+        raise UserError(
+            f"all trials of {lost[0]} failed, the first with: {best[lost[0]].failure or 'no number'}; more --tune "
+            "draws more of them, or leave it out of --methods"
+        )
+    return {method: trial_of(outcome.cell) for method, outcome in best.items()}
+
+
+# --- what is kept of them ---------------------------------------------------------------------------------
+
+
+def random_knn(trials: Iterable[Cell]) -> float | None:
+    """Return the untrained network's 20-NN on the images held out, in percent."""
+    values = (read_measures(cell.results(random=True)).get("knn") for cell in trials)
+    return next((x for x in values if x is not None), None)
+
+
+def write(
+    folder: Path, trials: Grid, found: Sequence[Outcome], best: dict[str, int], images: dict[str, int], others: int
+) -> None:
+    """Write tuning.json and tuning.md: every trial with its settings and its number, and the best ones.
+
+    `others`: trials in the folder that do not count, because --tune was larger before.
+    """
+    settings = trials.settings
+    budget = {
+        "trials": settings.tune,
+        "out_dim": settings.tune_out_dim,
+        "epochs": parse_flags("main_cplearn", found[0].cell.train).epochs,
+        "seed": SEED,
+        "others": others,
+        "train_images": images["train"],
+        "held_out_images": images["val"],
+    }
+    untrained = random_knn(trials.cells)
+    methods = {}
+    for method, trial in best.items():
+        mine = [x for x in found if x.cell.row.method == method]
+        methods[method] = {"best": trial, "minutes": round(sum(x.minutes for x in mine), 2), "trials": _records(mine)}
+    content = {"budget": budget, "random_init_knn": untrained, "methods": methods}
+    write_text(folder / "tuning.json", json.dumps(content, indent=1) + "\n")
+    write_text(folder / "tuning.md", _page(budget, untrained, methods))
+
+
+def _records(found: Iterable[Outcome]) -> list[dict]:
+    return [
+        {
+            "trial": trial_of(x.cell),
+            "settings": settings_of(x.cell),
+            "knn": x.knn,
+            "verdict": x.verdict,
+            "failure": x.failure,
+            "minutes": round(x.minutes, 2),
+        }
+        for x in found
+    ]
+
+
+def settings_of(cell: Cell) -> dict[str, str]:
+    """Return the effective values of the flags that trials of the cell's method set."""
+    parsed = vars(parse_flags("main_cplearn", cell.train))
+    return {flag: f"{parsed[flag[2:]]}" for flag in ("--lr", *RULE[cell.row.method])}
+
+
+def _page(budget: dict, untrained: float | None, methods: dict[str, dict]) -> str:
+    table = []
+    for method, x in methods.items():
+        for t in x["trials"]:
+            flags = " ".join(f"{flag} {value}" for flag, value in t["settings"].items())
+            mark = "best" if t["trial"] == x["best"] else ""
+            number = "" if t["knn"] is None else f"{t['knn']:.1f}"
+            about = t["failure"] or t["verdict"]
+            table.append((NAMES[method], t["trial"], flags, number, mark, f"{t['minutes']:.1f}", about))
+    header = ("method", "trial", "settings", "20-NN", "", "minutes of training", "verdict, or why it failed")
+    start = "" if untrained is None else f"The untrained network's: **{untrained:.1f}**. "
+    text = (
+        f"{budget['trials']} trials of every method at c = {budget['out_dim']}, {budget['epochs']} epochs, seed "
+        f"{budget['seed']}, on {budget['train_images']:,} training images; 20-NN, in percent, of "
+        f"{budget['held_out_images']:,} others, held out of the training images. {start}Trial 0 is the method as it "
+        "stands in the recipe; the others are drawn by the rule in cplearn/tables/tuning.py. The table's images were "
+        "not read. A failed trial counts as the worst, of equal ones the first is best."
+    )
+    minutes = ", ".join(f"{NAMES[method]} {x['minutes']:.1f}" for method, x in methods.items())
+    if budget["others"]:
+        text += f" {budget['others']} further trials, of a larger --tune, are in tuning/ and do not count."
+    spent = f"Minutes of training by method, summed over processes: {minutes}."
+    return f"# The same tuning budget for every method\n\n{text}\n\n{format_table(table, header)}\n\n{spent}\n"
+
+
+def sentence(folder: Path) -> str:
+    """Return what the table says of its tuning, from tuning.json."""
+    content = read_object(folder / "tuning.json")
+    if not content:
+        return "Tuned, but tuning.json is gone."
+    budget, parts = content["budget"], []
+    for method, x in content["methods"].items():
+        (best,) = [t for t in x["trials"] if t["trial"] == x["best"]]
+        flags = " ".join(f"{flag} {value}" for flag, value in best["settings"].items())
+        parts.append(f"{NAMES[method]} trial {x['best']} ({flags})" if x["best"] else f"{NAMES[method]} as it stands")
+    return (
+        f"Settings: the best of {budget['trials']} trials of every method, by 20-NN on training images held out, at "
+        f"c = {budget['out_dim']} (tuning.md): {'; '.join(parts)}."
+    )
+
+
+# --- the table's cells ------------------------------------------------------------------------------------
+
+
+def outdated(grid: Grid, best: dict[str, int]) -> set[str]:
+    """Return the names of the folder's cells that were planned with other settings than these trials', and not begun.
+
+    Raises `UserError` if one was begun: results of two settings would stand in one line.
+    """
+    names, begun = set(), []
+    for cell in grid.kept():
+        if cell.row.method not in best:
+            continue
+        (row,) = rows(grid.settings.table, grid.settings.scale, [cell.row.method], [cell.row.out_dim], "cifar10")
+        flags = [*row.flags, *tuned(best)(row)]
+        if without_folders(flags) != without_folders(cell.row.flags):
+            names.add(cell.name)
+            begun += [cell] if cell.folder.exists() else []
+    if begun:
+        method, n = begun[0].row.method, grid.settings.tune
+        raise UserError(
+            f"with --tune {n}, trial {best[method]} of {method} is the best, and {begun[0].name} was trained with "
+            f"another's settings: take the --tune of before, choose another --output_dir, or move the {len(begun)} "
+            f"cells of {', '.join(dict.fromkeys(x.row.method for x in begun))} away"
+        )
+    return names

@@ -1,0 +1,282 @@
+"""Trials: how they are drawn, which is the best, and what happens to the table's cells."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from helpers import write_images
+from scipy.stats import qmc
+
+import main_cplearn
+import reproduce_table3
+from cplearn.errors import UserError
+from cplearn.slurm.submit import Resources
+from cplearn.tables import launch, tuning
+from cplearn.tables.cells import Grid
+from cplearn.tables.rows import rows
+from cplearn.tables.status import snapshot
+
+SIZES = (16, 1024, 131072)
+
+
+def drawn(method: str, trial: int, out_dim: int = 1024) -> dict:
+    """Return the parsed flags of a trial at small scale."""
+    (row,) = rows(3, "small", [method], [out_dim], "cifar10")
+    return vars(main_cplearn.parse_args([*row.flags, *tuning.tuned({method: trial})(row), "--data_path", "."]))
+
+
+# --- the rule ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", tuning.RULE)
+def test_every_draw_is_in_its_range(method):
+    lr = drawn(method, 0)["lr"]
+    ranges = {
+        "cplearn": lambda x: 0.05 <= x["beta"] <= 1 and x["n_ref"] in (1, 4, 16, 64),
+        "barlow_twins": lambda x: 0.0005 < x["lambd"] < 0.052 and x["projector_width"] in (512, 1024, 2048),
+        "dino": lambda x: 0.02 <= x["teacher_temp"] <= 0.07 and 0.9 <= x["momentum_teacher"] <= 0.999,
+        "swav": lambda x: 0.02 <= x["epsilon"] <= 0.1 and x["queue_length"] in (0, 960, 3840),
+        "gedi": lambda x: (
+            0.0999 <= x["beta"] * math.log(x["out_dim"]) < 1.005 and x["gedi_prior_reduction"] in ("mean", "sum")
+        ),
+    }
+    draws = [drawn(method, trial, out_dim) for out_dim in SIZES for trial in range(1, 9)]
+    assert all(lr / 4 <= x["lr"] <= 4 * lr and ranges[method](x) for x in draws)
+    # Trials differ from each other, and from the recipe, in every setting; nothing else differs.
+    own = {"lr", *(flag[2:] for flag in tuning.RULE[method])}
+    for x in draws:
+        as_it_stands = drawn(method, 0, x["out_dim"])
+        assert {k for k, v in x.items() if v != as_it_stands[k]} <= own
+    for name in own:
+        assert len({x[name] for x in draws[:8]}) > 1
+
+
+def test_trial_0_is_the_recipe_and_draws_are_repeatable():
+    assert tuning.trial_flags("dino", 0, 1024, 0.004) == []
+    assert tuning.trial_flags("dino", 3, 1024, 0.004) == (
+        "--lr 0.008 --teacher_temp 0.023 --momentum_teacher 0.98415".split()  # what has been measured was drawn so
+    )
+    assert tuning.trial_flags("gedi", 1, 1024, 0.0004)[:2] == ["--lr", "0.0004"]  # the middle
+
+
+def test_places_leave_no_large_gaps():
+    for axis in range(3):
+        for n in (4, 6, 8, 16):
+            places = [tuning.point(k)[axis] for k in range(1, n + 1)]
+            assert places == pytest.approx(qmc.Halton(3, scramble=False).random(n + 1)[1:, axis].tolist())
+            assert max(np.diff([0, *sorted(places), 1])) < 2 / n + 0.2 * (n < 5), (axis, n)
+
+
+# --- the trials -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            write_images(tmp_path / "data" / part / name, 5, (8, 8))
+    return tmp_path
+
+
+def prepare(folder, tune=3, *more):
+    """Return the flags as parsed, the table's cells as they stand, and the training images."""
+    flags = ["--output_dir", str(folder / "grid"), "--data_path", str(folder / "data")]
+    flags += f"--scale small --methods cplearn dino --out_dims 16 64 --epochs 1 --ngpus 1 --tune {tune}".split()
+    args, rest = reproduce_table3.parse_args([*flags, *more])
+    settings = reproduce_table3.choose_settings(args)
+    (folder / "grid").mkdir(exist_ok=True)
+    images = reproduce_table3.tuning_images(args, settings)
+    return args, reproduce_table3.build_grid(args, settings), images, rest
+
+
+def finish(cell, knn, *, random=0.3) -> None:
+    """Put the results of a trial where its stages would."""
+    for place, value in (("trained", knn), ("random_init", random)):
+        (cell.folder / place).mkdir(parents=True, exist_ok=True)
+        line = {"script": "eval_knn", "metrics": {"knn20_top1": value}, "weights_sha256": "a"}
+        (cell.folder / place / "results.jsonl").write_text(json.dumps(line) + "\n")
+    (cell.folder / "log.txt").write_text('{"seconds": 60.0, "verdict": "learning"}\n')
+    (cell.folder / "trained.json").write_text("{}")
+
+
+def fail(cell, code, times=1, line="out of memory") -> None:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    content = {"stage": "train", "code": code, "line": line, "times": times}
+    (cell.folder / "failed.json").write_text(json.dumps(content))
+
+
+def finish_all(grid, numbers) -> Grid:
+    """Finish the trials with these numbers by method."""
+    trials = tuning.trial_grid(grid)
+    for cell in trials.cells:
+        finish(cell, numbers[cell.row.method][tuning.trial_of(cell)])
+    return trials
+
+
+NUMBERS = {"cplearn": [0.40, 0.42, 0.42], "dino": [0.41, 0.40, 0.30]}
+
+
+def test_trials_are_alike_but_for_what_is_drawn(folder):
+    _, grid, _, _ = prepare(folder)
+    trials = tuning.trial_grid(grid)
+    assert [x.name for x in trials.cells] == ["cplearn_t0", "dino_t0", "cplearn_t1", "dino_t1", "cplearn_t2", "dino_t2"]
+    parsed = [main_cplearn.parse_args(x.train) for x in trials.cells]
+    assert {(x.out_dim, x.epochs, x.seed, x.data_path) for x in parsed} == {
+        (1024, 1, 0, str(folder / "grid" / "tuning" / "data"))
+    }
+    assert [list(x.evaluate) for x in trials.cells] == [["knn", "random knn"]] + [["knn"]] * 5
+    _, more, _, _ = prepare(folder, 5, "--tune_epochs", "4")
+    larger = tuning.trial_grid(more)
+    assert len(larger.cells) == 10 and {main_cplearn.parse_args(x.train).epochs for x in larger.cells} == {4}
+    assert {main_cplearn.parse_args(x.train).epochs for x in more.cells} == {1}
+    assert [x.row.flags for x in larger.cells[:6]] == [x.row.flags for x in trials.cells]
+
+
+def test_the_best_trial_trains_the_cells(folder, capsys):
+    args, grid, images, _ = prepare(folder)
+    finish_all(grid, NUMBERS)
+    best = reproduce_table3.find_best(args, grid, images, None)
+    assert best == {"cplearn": 1, "dino": 0}  # of equal ones the first
+    kept = json.loads((folder / "grid" / "tuning.json").read_text())
+    assert kept["budget"] == {
+        "trials": 3, "out_dim": 1024, "epochs": 1, "seed": 0, "others": 0, "train_images": 8, "held_out_images": 2,
+    }  # fmt: skip
+    assert kept["random_init_knn"] == pytest.approx(30) and kept["methods"]["cplearn"]["minutes"] == 3
+    assert [x["knn"] for x in kept["methods"]["dino"]["trials"]] == pytest.approx([41, 40, 30])
+    page = (folder / "grid" / "tuning.md").read_text()
+    assert "3 trials of every method at c = 1024, 1 epochs" in page and "untrained network's: **30.0**" in page
+    assert "--lr 0.004 --beta 0.136 --n_ref 1" in page
+    tuned = reproduce_table3.build_grid(args, grid.settings, best)
+    for cell in tuned.cells:
+        trained = main_cplearn.parse_args(cell.train)
+        assert trained.out_dim == cell.row.out_dim and trained.data_path == str(folder / "data")
+        if cell.row.method == "cplearn":
+            assert (trained.lr, trained.beta, trained.n_ref) == (0.004, 0.136, 1)
+        else:
+            assert (trained.lr, trained.momentum_teacher) == (0.004, 0.99)
+    tuned.save()
+    assert "CPLearn trial 1 (--lr 0.004 --beta 0.136 --n_ref 1.0); DINO as it stands" in tuning.sentence(tuned.folder)
+    reproduce_table3.print_status(tuned.folder)
+    said = capsys.readouterr().out
+    assert "6 cells: 6 done" in said and "4 cells: 4 waiting" in said and "tuning budget" in said
+
+
+def test_failed_trials_count_as_the_worst_or_are_tried_again(folder):
+    args, grid, images, _ = prepare(folder)
+    trials = finish_all(grid, NUMBERS)
+    by_name = {x.name: x for x in trials.cells}
+    for name in ("cplearn_t1", "cplearn_t2", "dino_t0"):
+        shutil.rmtree(by_name[name].folder)
+    fail(by_name["cplearn_t1"], 3, line="the loss is not finite")  # happens again: once is enough
+    fail(by_name["dino_t0"], 4, times=2)  # a full disk, twice
+    finish(by_name["cplearn_t2"], None)  # features that are not finite: no number
+    assert reproduce_table3.find_best(args, grid, images, None) == {"cplearn": 0, "dino": 1}
+    page = (folder / "grid" / "tuning.md").read_text()
+    assert "the loss is not finite" in page and "out of memory (2 times)" in page
+
+    fail(by_name["dino_t0"], 4)  # once: again
+    states = snapshot(trials)
+    left = [x.cell.name for x in tuning.outcomes(trials, states) if not tuning.is_over(x, states)]
+    assert left == ["dino_t0"]
+    for trial in range(3):
+        shutil.rmtree(by_name[f"dino_t{trial}"].folder)
+        fail(by_name[f"dino_t{trial}"], 3)
+    with pytest.raises(UserError, match="all trials of dino failed, the first with: out of memory"):
+        reproduce_table3.find_best(args, grid, images, None)
+
+
+def test_another_winner_is_not_mixed_in(folder):
+    args, grid, images, _ = prepare(folder)
+    finish_all(grid, NUMBERS)
+    best = reproduce_table3.find_best(args, grid, images, None)
+    reproduce_table3.build_grid(args, grid.settings, best).save()
+
+    args, grid, images, _ = prepare(folder, 4)  # one more trial, which is DINO's best now
+    finish_all(grid, {"cplearn": [*NUMBERS["cplearn"], 0.1], "dino": [*NUMBERS["dino"], 0.5]})
+    assert reproduce_table3.find_best(args, grid, images, None) == {"cplearn": 1, "dino": 3}
+    best = {"cplearn": 1, "dino": 3}
+    tuned = reproduce_table3.build_grid(args, grid.settings, best)
+    names = tuning.outdated(tuned, best)
+    assert names == {"dino_c16_s0", "dino_c64_s0"}  # none of them was begun
+    begun = tuned.folder / "dino_c64_s0"
+    begun.mkdir()
+    with pytest.raises(UserError, match="with --tune 4, trial 3 of dino is the best, and dino_c64_s0 was trained with"):
+        tuning.outdated(tuned, best)
+    begun.rmdir()
+    with pytest.raises(UserError, match="other flags for dino_c16_s0"):
+        tuned.save()
+    whole = tuned.save(names)
+    assert {x.name for x in whole.cells} == {x.name for x in tuned.cells} and whole.settings.tune == 4
+    assert tuning.outdated(whole, best) == set()
+
+    args, grid, images, _ = prepare(folder, 3)  # fewer again: the others are in the folder and do not count
+    assert reproduce_table3.find_best(args, grid, images, None) == {"cplearn": 1, "dino": 0}
+    assert "2 further trials, of a larger --tune" in (folder / "grid" / "tuning.md").read_text()
+
+
+def test_methods_that_are_added_get_the_budget_of_all(folder):
+    args, grid, images, _ = prepare(folder)
+    finish_all(grid, NUMBERS)
+    best = reproduce_table3.find_best(args, grid, images, None)
+    reproduce_table3.build_grid(args, grid.settings, best).save()
+    _, more, _, _ = prepare(folder, 3, "--methods", "swav")
+    assert tuning.trial_grid(more).methods == ["swav", "cplearn", "dino"]
+    with pytest.raises(UserError, match="--tune 3, now None"):
+        args, _ = reproduce_table3.parse_args(
+            [*f"--output_dir {folder / 'grid'} --data_path {folder / 'data'}".split(), "--epochs", "1", "--ngpus", "1",
+             "--scale", "small", "--methods", "swav", "--out_dims", "16"])  # fmt: skip
+        reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args)).save()
+
+
+def test_on_slurm_the_cells_follow_with_the_second_command(folder, monkeypatch, capsys):
+    requests = []
+    monkeypatch.setattr(launch, "submit", lambda request: requests.append(request) or str(100 + len(requests)))
+    args, grid, images, rest = prepare(folder, 2, "--launcher", "slurm", "--jobs", "2", "--cpu")
+    resources = Resources.from_args(reproduce_table3.parse_launcher_flags(rest))
+
+    def submit(some, states) -> None:
+        launch.run_on_slurm(some, states, args.jobs, resources, None)
+
+    assert reproduce_table3.find_best(args, grid, images, submit) is None
+    assert [x.script for x in requests] == ["main_cplearn", "eval_knn", "eval_knn", *["main_cplearn", "eval_knn"] * 3]
+    assert "the same command again, when these are finished" in capsys.readouterr().out
+    trials = finish_all(grid, NUMBERS)
+    shutil.rmtree(trials.cells[1].folder)  # dino_t0 has nothing yet
+    count = len(requests)
+    assert reproduce_table3.find_best(args, grid, images, submit) is None
+    assert [x.name for x in requests[count:]] == ["dino_t0", "dino_t0"]
+    finish(trials.cells[1], 0.5)
+    assert reproduce_table3.find_best(args, grid, images, submit) == {"cplearn": 1, "dino": 0}
+
+
+def test_a_trial_that_failed_on_slurm(folder):
+    _, grid, _, _ = prepare(folder, 2)
+    cell = tuning.trial_grid(grid).cells[0]
+    place = cell.folder / "slurm"
+    place.mkdir(parents=True)
+
+    def submitted(jobs, code) -> str:
+        entries = [{"job": x, "cluster": "slurm", "script": "main_cplearn", "processes": 1, "time": 0.0} for x in jobs]
+        (place / "jobs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in entries))
+        end = {"code": code, "line": "broken", "rank": 0, "host": "n1", "restarts": 0, "time": 0.0}
+        (place / f"{jobs[-1]}_0_end.json").write_text(json.dumps(end))
+        return tuning.failed_for_good(cell, snapshot(Grid(grid.folder, grid.settings, [cell]))[cell.name])
+
+    assert submitted("7", 1) == ""
+    assert submitted("78", 1) == "broken (2 times)"
+    assert submitted("9", 3) == "broken"
+    assert submitted("6", 0) == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--methods self_classifier", "no rule for --methods self_classifier"),
+        ("--table 9 --methods cplearn --out_dims 16", "no rule for --table 9"),
+    ],
+)
+def test_what_has_no_rule(folder, flags, words):
+    with pytest.raises(UserError, match=words):
+        prepare(folder, 2, *flags.split())
