@@ -51,6 +51,10 @@ from cplearn.tables.status import snapshot, status_lines
             "--epochs 1 --dataset digits --scale small --table 9 --train_flags '--beta 1'",
             "would be the same training: take what sets them apart out of --train_flags '--beta 1'",
         ),
+        (
+            "--epochs 1 --dataset digits --scale small --table 1",
+            "gedi_gen_c10_s0 samples images with its network, and timm:",
+        ),
         ("--epochs 1 --dataset digits --data_path .", "is not read with --dataset digits"),
         ("--epochs 1 --data_path ''", "--data_path '' is empty"),
         ("--epochs 1 --dataset digits --seeds 2147483648", "--seeds 2147483648 must not be negative, and be below"),

@@ -194,7 +194,7 @@ MIN_IMAGES = 32  # of a probe that a verdict is built on
 # 20-NN rises (results/collapse.md).
 KEPT = {  # number of the probe -> the share of its start below which dimensions are being lost, and what it is
     "features_rank": (0.4, "effective rank of the features"),
-    "features_dimensions": (0.3, "participation ratio of the features"),
+    "features_dimensions": (0.2, "participation ratio of the features"),
 }
 SCORE = "score"  # the number of the probe that has to rise above its start, by at least
 MARGIN = 0.1

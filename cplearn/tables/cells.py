@@ -15,7 +15,7 @@ from cplearn.errors import UserError
 from cplearn.files import read_json_lines, read_text, write_text
 from cplearn.host import git_commit
 from cplearn.slurm.checks import parse_flags
-from cplearn.tables.rows import OF_SIZES, Row, rows
+from cplearn.tables.rows import OF_SIZES, SMALL_ARCH, Row, rows
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,11 @@ class Grid:
                 for name, value in cell.own_flags().items():
                     if getattr(parsed, name) != value:
                         raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
+                if parsed.method == "gedi_gen" and parsed.arch == SMALL_ARCH:
+                    raise UserError(
+                        f"{cell.name} samples images with its network, and {SMALL_ARCH} has batch norm: give all lines "
+                        "one without, by --train_flags '--arch resnet8_w32', or leave gedi_gen out of --methods"
+                    )
                 flags = repr(sorted((vars(parsed) | {"output_dir": ""}).items()))
                 if flags in seen:
                     raise UserError(
