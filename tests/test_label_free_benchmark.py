@@ -1,0 +1,52 @@
+"""`benchmarks/label_free.py compare` on runs whose answer is known, and the edge of `benchmarks/beta_edge.py`."""
+
+import json
+import math
+
+import beta_edge
+import label_free
+import numpy as np
+import pytest
+
+from cplearn.errors import UserError
+
+
+def write_runs(path, count: int) -> None:
+    """Runs of three epochs: `follows` is 20-NN cubed, `against` falls when it rises, `start` tells the networks apart
+    and nothing else, `noise` nothing."""
+    rng = np.random.default_rng(1)
+    lines = []
+    for run in range(count):
+        start = float(rng.uniform(0.1, 0.6))
+        for epoch, gain in ((0, 0.0), (1, float(rng.uniform(-0.05, 0.1))), (2, float(rng.uniform(-0.1, 0.2)))):
+            line = {"run": f"r{run}", "epoch": epoch, "method": "cplearn", "commit": "x", "knn": start + gain}
+            line |= {"follows": gain**3, "against": 7 - gain, "start": 5 * start, "noise": float(rng.normal())}
+            lines.append(json.dumps(line))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_the_measure_that_follows_is_found(tmp_path, capsys):
+    write_runs(tmp_path / "m.jsonl", 40)
+    label_free.main(["compare", str(tmp_path / "m.jsonl"), "--json", str(tmp_path / "c.json"), "--draws", "50"])
+    found = json.loads((tmp_path / "c.json").read_text())["measures"]
+    for name, sign in (("follows", 1), ("against", -1)):
+        assert found[name]["sign"] == sign and found[name]["within"] == 1
+        assert found[name]["second"] == pytest.approx(sign) and found[name]["low"] == pytest.approx(sign)
+        assert found[name]["right"] >= 19 and found[name]["false"] <= 1  # of 20; the threshold is of the other half
+    assert math.isnan(found["start"]["second"])  # the same at the start and after, so it says nothing
+    assert abs(found["noise"]["second"]) < 0.6 and found["noise"]["low"] < 0 < found["noise"]["high"]
+    assert capsys.readouterr().out.splitlines()[0].startswith("40 runs (40 cplearn)")
+
+
+def test_few_runs_are_refused(tmp_path):
+    write_runs(tmp_path / "m.jsonl", 9)
+    with pytest.raises(UserError, match="9 runs: at least 10 are needed"):
+        label_free.main(["compare", str(tmp_path / "m.jsonl")])
+
+
+@pytest.mark.parametrize(("n", "c"), beta_edge.BETAS)
+def test_at_the_edge_aligned_costs_what_uniform_does(n, c):
+    beta = beta_edge.edge(n, c)
+    assert beta * math.log(c) == pytest.approx(math.log(c / n))
+    betas = beta_edge.BETAS[n, c]
+    assert sum(b < beta for b in betas) >= 2 and sum(b > beta for b in betas) >= 3
