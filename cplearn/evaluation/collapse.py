@@ -197,7 +197,7 @@ KEPT = {  # number of the probe -> the share of its start below which dimensions
     "features_dimensions": (0.2, "participation ratio of the features"),
 }
 SCORE = "score"  # the number of the probe that has to rise above its start, by at least
-MARGIN = 0.25  # the batch size behind the first batch-norm statistics alone moved a start by 0.15
+MARGIN = 0.25  # the start of one run, measured twice with other batch sizes, differed by 0.15
 
 REMEDIES = {  # what to try; a method may know better (`Method.REMEDIES`)
     "representation": "a lower --lr",
