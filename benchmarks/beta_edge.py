@@ -30,8 +30,10 @@ from cplearn import errors
 from cplearn.errors import UserError
 from cplearn.files import read_json, read_json_lines, write_text
 from cplearn.flags import ArgumentParser, nonnegative, positive
-from cplearn.host import git_commit
+from cplearn.host import ROOT, git_commit
+from cplearn.methods.cplearn import aligned_from
 from cplearn.plots.drawing import COLORS, pyplot, save_figure
+from cplearn.tables.measures import mean_and_spread
 from cplearn.text import format_table
 
 BETAS = {  # by (N, c); three below beta* and three above it
@@ -39,15 +41,7 @@ BETAS = {  # by (N, c); three below beta* and three above it
     (64, 16384): (0.1, 0.3, 0.5, 0.65, 0.8, 0.95),
     (256, 4096): (0.05, 0.15, 0.28, 0.4, 0.6, 0.9),
 }
-COMMON = "--image_size 32 --augmentation cifar_strong --local_crops_number 0 --warmup_epochs 1 --optimizer adam "
-COMMON += (
-    "--lr 0.004 --min_lr 1e-5 --weight_decay 0 --weight_decay_end 0 --clip_grad 3 --num_workers 0 --saveckp_freq 2"
-)
-
-
-def edge(n: int, c: int) -> float:
-    """Return beta*, at which one code per image costs as much as uniform assignments."""
-    return 1 - math.log(n) / math.log(c)
+COMMON = [f"@{ROOT}/recipes/small_comparison.txt", "--num_workers", "0", "--saveckp_freq", "2"]
 
 
 def run(kind: str, out: Path, train: list[str]) -> dict:
@@ -92,7 +86,7 @@ def evaluate(place: Path, checkpoint: Path, more: list[str]) -> dict[str, float]
     common = ["--pretrained_weights", str(checkpoint), *more, "--num_workers", "0", *where]
     eval_knn.main([*common, "--nb_knn", "20", "--dump_features", kept])
     eval_linear.main(["--load_features", kept, *where, *"--n_last_blocks 1 --optimizer adam --epochs 30".split()])
-    eval_cluster.main([*common, "--shuffles", "5"])
+    eval_cluster.main(["--load_features", kept, *where, "--shuffles", "5"])
     eval_collapse.main([*common, *"--baseline false --components --tsne_images 0".split()])
     for path in Path(kept).glob("*"):
         path.unlink()
@@ -123,9 +117,8 @@ def mean_spread(values: list[float | None], digits: int) -> str:
     values = [x for x in values if x is not None]
     if not values:
         return ""
-    mean = statistics.mean(values)
-    distance = max(abs(x - mean) for x in values)
-    return f"{mean:.{digits}f}" + f" ± {distance:.{digits}f}" * (len(values) > 1)
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.{digits}f}" + f" ± {spread:.{digits}f}" * (len(values) > 1)
 
 
 def table(found: dict[tuple, list[dict]]) -> str:
@@ -134,7 +127,7 @@ def table(found: dict[tuple, list[dict]]) -> str:
         name = "random init" if beta is None else f"{beta:g}"
         chance = mean_spread([x.get("code_cosine_chance") for x in runs], 3)
         cells = [mean_spread([x.get(name) for x in runs], digits) for name, digits in COLUMNS.items()]
-        rows.append((n, c, f"{edge(n, c):.2f}", name, len(runs), *cells[:2], chance, *cells[2:]))
+        rows.append((n, c, f"{aligned_from(c, n):.2f}", name, len(runs), *cells[:2], chance, *cells[2:]))
     header = ("N", "c", "beta*", "beta", "n", "of log(c/N)", "|cos|", "random", "same-code cos^2", "codes",
               "perplexity", "AMI", "k-means AMI", "20-NN", "linear")  # fmt: skip
     return format_table(rows, header)
@@ -148,7 +141,7 @@ def figure(found: dict[tuple, list[dict]], path: Path) -> None:
     for ax, (name, title) in zip(axes, panels.items(), strict=True):
         for (n, c), color in zip(BETAS, COLORS, strict=False):
             mine = {b: runs for (m, d, b), runs in found.items() if (m, d) == (n, c)}
-            points = [(b - edge(n, c), [x[name] for x in runs]) for b, runs in mine.items() if b is not None]
+            points = [(b - aligned_from(c, n), [x[name] for x in runs]) for b, runs in mine.items() if b is not None]
             ax.plot(
                 [x for x, _ in points], [statistics.mean(y) for _, y in points], color=color, label=f"N = {n}, c = {c}"
             )
@@ -189,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for (n, c), betas in BETAS.items():
             for beta in betas:
                 own = f"--arch {args.arch} --epochs {args.epochs} --batch_size_per_gpu {n} --out_dim {c} --beta {beta}"
-                train = [*COMMON.split(), *data, *own.split(), "--seed", str(seed)]
+                train = [*COMMON, *data, *own.split(), "--seed", str(seed)]
                 jobs[n, c, beta, seed] = ("trained", out / f"n{n}_c{c}_beta{beta}_s{seed}", train)
             jobs[n, c, None, seed] = ("random_init", *jobs[n, c, betas[0], seed][1:])
     with ThreadPoolExecutor(args.jobs) as pool:

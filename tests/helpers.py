@@ -52,6 +52,12 @@ def last_result(folder):
     return json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
 
 
+def result(script: str, metrics: dict, *, random=False, sha="a") -> dict:
+    """Return a line of results.jsonl."""
+    source = {"random_init": random, "weights_sha256": sha, "data": "digits", "data_hash": "364 images"}
+    return {"script": script, "metrics": metrics, **source}
+
+
 def log_of(out):
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 

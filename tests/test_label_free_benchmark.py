@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cplearn.errors import UserError
+from cplearn.methods.cplearn import aligned_from
 
 
 def write_runs(path, count: int) -> None:
@@ -46,7 +47,7 @@ def test_few_runs_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("n", "c"), beta_edge.BETAS)
 def test_at_the_edge_aligned_costs_what_uniform_does(n, c):
-    beta = beta_edge.edge(n, c)
+    beta = aligned_from(c, n)
     assert beta * math.log(c) == pytest.approx(math.log(c / n))
     betas = beta_edge.BETAS[n, c]
     assert sum(b < beta for b in betas) >= 2 and sum(b > beta for b in betas) >= 3

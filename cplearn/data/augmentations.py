@@ -223,10 +223,12 @@ def crop(pixels: Tensor, view: View, box: np.ndarray) -> Tensor:
     return cut.flip(-1) if flip else cut
 
 
+# What F.interpolate(..., antialias=True) comes to; its checks take a third of a small image's time.
+_RESIZE = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
+
+
 def _resize(pixels: Tensor, view: View) -> Tensor:
-    # What F.interpolate(..., antialias=True) comes to; its checks take a third of a small image's time.
-    kinds = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
-    return kinds[view.interpolation](pixels[None], (view.size, view.size), False)[0]
+    return _RESIZE[view.interpolation](pixels[None], (view.size, view.size), False)[0]
 
 
 def by_size(views: list[View]) -> list[slice]:

@@ -134,6 +134,15 @@ def code_agreement(codes: Tensor, others: Tensor) -> tuple[float, float, float]:
     return agreement, chance, math.log(max(agreement, 1 / n) / max(chance, 1 / n**2))
 
 
+def feature_std(x: Tensor) -> float:
+    """Return the mean standard deviation of the dimensions of rows of length 1, times the root of their number.
+
+    1 if rows spread over all directions alike, 0 if they are the same (Chen & He, CVPR 2021, section 4.1).
+    Shape: (n, d).
+    """
+    return F.normalize(x.double(), dim=1).std(0).mean().item() * math.sqrt(x.shape[1])
+
+
 def probe_metrics(
     features: Tensor, embedding: Tensor, codes: Tensor, vectors: Tensor | None, other_codes: Tensor
 ) -> dict[str, float | int | None | list[float]]:
@@ -146,12 +155,11 @@ def probe_metrics(
     n = len(codes)
     agreement, chance, score = code_agreement(codes, other_codes)
     of_features, of_embedding = covariance_spectrum(features), covariance_spectrum(embedding)
-    unit = F.normalize(features.double(), dim=1)
     return {
         "images": n,
         "features_rank": rankme(features),
         "features_dimensions": dimensions(of_features),
-        "features_std": unit.std(0).mean().item() * math.sqrt(features.shape[1]),
+        "features_std": feature_std(features),
         "features_cosine": mean_cosine(features),
         "features_spectrum": shape_of_spectrum(of_features, n),
         "embedding_rank": rankme(embedding),

@@ -147,15 +147,6 @@ def view_retrieval(x: Tensor, y: Tensor) -> float:
     return (best.diagonal().double() / best.sum(1)).mean().item()
 
 
-def feature_std(x: Tensor) -> float:
-    """Return the mean standard deviation of the dimensions of rows of length 1, times the root of their number.
-
-    1 if rows spread over all directions alike, 0 if they are the same (Chen & He, CVPR 2021, section 4.1).
-    Shape: (n, d).
-    """
-    return F.normalize(x.double(), dim=1).std(0).mean().item() * math.sqrt(x.shape[1])
-
-
 def of_views(x: Tensor, y: Tensor) -> dict[str, float]:
     """Return every measure of two views' features or embeddings; NaN if an entry is not finite. Shape: (n, d) twice."""
     if not (x.isfinite().all() and y.isfinite().all()):
@@ -163,7 +154,7 @@ def of_views(x: Tensor, y: Tensor) -> dict[str, float]:
     alpha, found, dimension = alpha_req(x), clusters(x), intrinsic_dimension(x)
     learnable, (agreement, ami) = learnability(x, found[0]), cluster_agreement(x, y, found)
     values = (
-        collapse.rankme(x), collapse.dimensions(collapse.covariance_spectrum(x)), feature_std(x),
+        collapse.rankme(x), collapse.dimensions(collapse.covariance_spectrum(x)), collapse.feature_std(x),
         lidar(torch.stack([x, y], 1)), alpha, abs(alpha - 1), learnable, dimension, clid(learnable, dimension),
         view_retrieval(x, y), agreement, ami,
     )  # fmt: skip

@@ -22,15 +22,20 @@ def reference_losses(beta: float, out_dim: int, n: int, prior: str = "reverse") 
 
     Reverse KL: with h the mean entropy of the assignments, CE >= h and the entropy of p-bar is at most
     min(log c, h + log n); minimizing over h gives the floor min(1, beta) * max(0, log(c / n)). Assignments attain it
-    when n divides c; embeddings do not with n < c and beta < 1 (results/theory.md). `aligned`: every image on one code, as many codes
-    as can be in equal use. Forward: the prior alone is at least log c; hard assignments leave codes out, which costs
-    infinity.
+    when n divides c; embeddings do not with n < c and beta < 1 (results/theory.md). `aligned`: every image on one
+    code, as many codes as can be in equal use. Forward: the prior alone is at least log c; hard assignments leave codes
+    out, which costs infinity.
     """
     log_c = math.log(out_dim)
     if prior == "forward":
         return ReferenceLosses(uniform=(beta + 1) * log_c, one_code=math.inf, floor=log_c)
     aligned = max(0.0, math.log(out_dim / n))
     return ReferenceLosses(beta * log_c, log_c, min(1.0, beta) * aligned, aligned)
+
+
+def aligned_from(out_dim: int, n: int) -> float:
+    """Return the beta at which one code per image, log(c / n), costs as much as uniform assignments, beta log c."""
+    return 1 - math.log(n) / math.log(out_dim)
 
 
 def regime(beta: float, out_dim: int, n: int) -> str:
@@ -43,10 +48,9 @@ def regime(beta: float, out_dim: int, n: int) -> str:
     least = out_dim ** (1 - min(1.0, beta))
     if n >= least:
         return f"clustered: one code per image is better than uniform, as {n} images >= c^(1 - beta) = {least:.4g}"
-    edge = 1 - math.log(n) / math.log(out_dim)
     return (
         f"spread: one code per image is worse than uniform, as {n} images < c^(1 - beta) = {least:.4g}; an image spreads "
-        f"over many codes. --beta above {edge:.2f}, a batch of {math.ceil(least):,} or --prior_buffer "
+        f"over many codes. --beta above {aligned_from(out_dim, n):.2f}, a batch of {math.ceil(least):,} or --prior_buffer "
         f"{math.ceil(least / n) - 1} would change that"
     )
 

@@ -292,11 +292,15 @@ def settings_of(cell: Cell) -> dict[str, str]:
     return {flag: f"{parsed[flag[2:]]}" for flag in ("--lr", *RULE[cell.row.method])}
 
 
+def _as_typed(settings: dict[str, str]) -> str:
+    return " ".join(f"{flag} {value}" for flag, value in settings.items())
+
+
 def _page(budget: dict, untrained: float | None, methods: dict[str, dict]) -> str:
     table = []
     for method, x in methods.items():
         for t in x["trials"]:
-            flags = " ".join(f"{flag} {value}" for flag, value in t["settings"].items())
+            flags = _as_typed(t["settings"])
             mark = "best" if t["trial"] == x["best"] else ""
             number = "" if t["knn"] is None else f"{t['knn']:.1f}"
             about = t["failure"] or t["verdict"]
@@ -325,7 +329,7 @@ def sentence(folder: Path) -> str:
     budget, parts = content["budget"], []
     for method, x in content["methods"].items():
         (best,) = [t for t in x["trials"] if t["trial"] == x["best"]]
-        flags = " ".join(f"{flag} {value}" for flag, value in best["settings"].items())
+        flags = _as_typed(best["settings"])
         parts.append(f"{NAMES[method]} trial {x['best']} ({flags})" if x["best"] else f"{NAMES[method]} as it stands")
     return (
         f"Settings: the best of {budget['trials']} trials of every method, by 20-NN on training images held out, at "

@@ -205,8 +205,6 @@ class ProbeResult:
         if not (self.features.isfinite().all() and self.embedding.isfinite().all()):
             return {"images": len(self.features), "features_cosine": math.nan}
         found = collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
-        if collapse.SCORE not in found:
-            found[collapse.SCORE] = self.label_free()[collapse.SCORE]
         return found | collapse.prototype_numbers(self.prototypes)
 
     def knn(self, k: int = 20, temperature: float = 0.07) -> float:

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from helpers import result
 
 import reproduce_table3
 from cplearn import checkpoints
@@ -12,11 +13,6 @@ from cplearn.tables.cells import Grid
 from cplearn.tables.measures import read_measures
 from cplearn.tables.report import caveats, collect, write
 from cplearn.tables.status import describe, record_trained, snapshot
-
-
-def result(script: str, metrics: dict, *, random=False, sha="a") -> dict:
-    source = {"random_init": random, "weights_sha256": sha, "data": "digits", "data_hash": "364 images"}
-    return {"script": script, "metrics": metrics, **source}
 
 
 def results(nmi, ami, linear, knn, *, highest=0.05, random=False, sha="a") -> list[dict]:

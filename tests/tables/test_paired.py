@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import result
 from scipy import stats
 
 import reproduce_table3
@@ -41,10 +42,7 @@ def grid(tmp_path):
         }
         for place in ("trained", "random_init"):
             (cell.folder / place).mkdir(parents=True)
-            lines = [
-                json.dumps({"script": name, "metrics": x, "weights_sha256": "a", "data": "d", "data_hash": "h"})
-                for name, x in metrics.items()
-            ]
+            lines = [json.dumps(result(name, x)) for name, x in metrics.items()]
             (cell.folder / place / "results.jsonl").write_text("\n".join(lines) + "\n")
         (cell.folder / "trained.json").write_text("{}")
     return grid
