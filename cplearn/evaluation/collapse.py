@@ -198,11 +198,10 @@ MIN_DIMENSIONS = 1.4  # in which embeddings vary
 MIN_WITHIN = 0.02  # share of the variance that is between images of one code
 MIN_IMAGES = 32  # of a probe that a verdict is built on
 
-# Against the values before the first step. Of the features only: an embedding may lose four fifths of its rank while
-# 20-NN rises (results/collapse.md).
+# Against the values before the first step. Of the features only, and by effective rank: an embedding may lose four
+# fifths of its rank, and features as much of their participation ratio, while 20-NN rises (results/collapse.md).
 KEPT = {  # number of the probe -> the share of its start below which dimensions are being lost, and what it is
     "features_rank": (0.4, "effective rank of the features"),
-    "features_dimensions": (0.2, "participation ratio of the features"),
 }
 SCORE = "score"  # the number of the probe that has to rise above its start, by at least
 MARGIN = 0.25  # the start of one run, measured twice with other batch sizes, differed by 0.15
