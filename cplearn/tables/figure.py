@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cplearn.errors import WriteError
-from cplearn.plots.drawing import pyplot
+from cplearn.plots.drawing import pyplot, save_figure
 from cplearn.tables.cells import Settings
 from cplearn.tables.rows import NAMES, OF_SIZES, title
 
@@ -18,8 +17,7 @@ def draw(path: Path, settings: Settings, trained: list, untrained: list) -> None
 
     At the paper's scale its values are dotted; at small scale they would only stretch the axes.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for axis, (name, measure) in zip(axes, PANELS.items(), strict=True):
         _draw_trained(axis, name, settings, trained)
         _draw_untrained(axis, name, settings.table, untrained)
@@ -31,12 +29,7 @@ def draw(path: Path, settings: Settings, trained: list, untrained: list) -> None
     axes[0].legend(fontsize=7)
     note = " at small scale: not the paper's data, network or budget" * (settings.scale == "small")
     figure.suptitle(f"{title(settings.table)}{note}", fontsize=10)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, path.parent, path.stem)
 
 
 def _draw_trained(axis, name: str, settings: Settings, trained: list) -> None:
