@@ -63,7 +63,8 @@ class ViT(VisionTransformer):
         Shape: (n, rows, columns, f) -> (n, 1 + rows * columns, f).
         """
         positions = resample_positions(self.pos_embed, self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # len(x) would fix the batch in an export
+        x = torch.cat([cls_token, x.flatten(1, 2)], dim=1)
         return self.pos_drop(x + positions)
 
     def last_tokens(self, x: Tensor, n: int, average: bool = False) -> Tensor:

@@ -176,3 +176,12 @@ def test_drop_path_grows_with_depth():
     model = ViT("vit_tiny", patch_size=16, image_size=32, drop_path_rate=0.1)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
+
+
+def test_the_batch_stays_free_in_an_exported_graph():
+    network = ViT("vit_tiny", patch_size=8, image_size=32).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(network, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), network(x))
