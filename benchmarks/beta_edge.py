@@ -33,7 +33,7 @@ from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import ROOT, git_commit
 from cplearn.methods.cplearn import aligned_from
 from cplearn.plots.drawing import COLORS, pyplot, save_figure
-from cplearn.tables.measures import mean_and_spread
+from cplearn.tables.measures import in_text, mean_and_spread
 from cplearn.text import format_table
 
 BETAS = {  # by (N, c); three below beta* and three above it
@@ -115,10 +115,7 @@ def with_spread(numbers: dict, n: int, c: int) -> dict:
 def mean_spread(values: list[float | None], digits: int) -> str:
     """Return the mean, and the largest distance from it where there are several."""
     values = [x for x in values if x is not None]
-    if not values:
-        return ""
-    mean, spread = mean_and_spread(values)
-    return f"{mean:.{digits}f}" + f" ± {spread:.{digits}f}" * (len(values) > 1)
+    return in_text(*mean_and_spread(values), len(values), f".{digits}f") if values else ""
 
 
 def table(found: dict[tuple, list[dict]]) -> str:

@@ -18,7 +18,6 @@ All train on the bundled digits, or on --data_path. Every run stays in --output_
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from cplearn.files import read_json_lines
 from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import ROOT, git_commit
 from cplearn.methods import build_method
+from cplearn.tables.measures import in_text, mean_and_spread
 from cplearn.text import format_table
 from cplearn.training.monitor import CodeUsage
 from cplearn_head import cplearn_loss
@@ -150,7 +150,7 @@ def sweeps(args: argparse.Namespace) -> None:
 
     def cells(runs: list[dict], keys: Sequence[str]) -> list[str]:
         values = [[x[key] for x in runs if x.get(key) is not None] for key in keys]
-        return [f"{statistics.mean(v):.3g} ± {max(v) - statistics.mean(v):.2g}" if v else "" for v in values]
+        return [in_text(*mean_and_spread(v), len(v), ".3g") if v else "" for v in values]
 
     shown = ("knn20_top1", "linear_last_top1", "codes")
     of_beta = [

@@ -22,7 +22,8 @@ def lidar(views: Tensor, delta: float = 1e-4, epsilon: float = 1e-7) -> float:
 
     exp(entropy of the eigenvalues of Sw^-1/2 Sb Sw^-1/2 as shares of their sum), with the scatter Sb of the images'
     mean vectors, and Sw of views around their image's mean plus delta on its diagonal (Thilak et al., ICLR 2024,
-    section 3). The paper takes about 50 views of each image; with two, delta matters more. Shape: (n, q, d).
+    section 3). The paper takes about 50 views of each image; with two, delta, whose value is ours, matters more.
+    Shape: (n, q, d).
     """
     if not views.isfinite().all() or views.shape[0] < 2 or views.shape[1] < 2:
         return math.nan
@@ -44,8 +45,8 @@ def alpha_req(x: Tensor, first: int = 5, last: int = 100) -> float:
     """Return the exponent alpha of a power law, eigenvalue number j ~ j^-alpha, fitted to those of the covariance.
 
     Least squares between logarithms with weight 1 / j, from eigenvalue `first` to `last` or the last above rounding
-    (Agrawal et al., NeurIPS 2022, section 3; the fit is that of Stringer et al., Nature 2019). There, an alpha near 1
-    goes with good features. NaN with fewer than five eigenvalues. Shape: (n, d).
+    (Agrawal et al., NeurIPS 2022, section 3; the fit is that of Stringer et al., Nature 2019; the range is ours).
+    There, an alpha near 1 goes with good features. NaN with fewer than five eigenvalues. Shape: (n, d).
     """
     if not x.isfinite().all():
         return math.nan

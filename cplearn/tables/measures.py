@@ -40,3 +40,8 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Return the mean and the largest distance from it."""
     mean = statistics.mean(values)
     return mean, max(abs(v - mean) for v in values)
+
+
+def in_text(mean: float, spread: float, n: int, form: str) -> str:
+    """Return "mean ± spread", the mean alone of one value; `form`: of each number, as in an f-string."""
+    return f"{mean:{form}}" + (f" ± {spread:{form}}" if n > 1 else "")

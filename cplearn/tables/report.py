@@ -6,7 +6,7 @@ from cplearn.files import read_json, read_json_lines, write_csv, write_text
 from cplearn.tables import paired, tuning
 from cplearn.tables.cells import Cell, Grid
 from cplearn.tables.figure import draw
-from cplearn.tables.measures import MEASURES, mean_and_spread, read_measures
+from cplearn.tables.measures import MEASURES, in_text, mean_and_spread, read_measures
 from cplearn.tables.rows import CHOICES, NAMES, Row, stem, title
 from cplearn.tables.status import CellState
 from cplearn.text import format_table
@@ -137,9 +137,7 @@ def markdown_table(table: int | str, trained: list[Line], untrained: list[Line])
 def _mean_spread(line: Line, name: str) -> str:
     if name not in line.numbers:
         return ""
-    mean, spread = line.numbers[name]
-    digits = 0 if name == "used_codes" else 1
-    return f"{mean:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if line.n > 1 else "")
+    return in_text(*line.numbers[name], line.n, ",.0f" if name == "used_codes" else ",.1f")
 
 
 def _paper(line: Line, name: str) -> str:
