@@ -42,7 +42,7 @@ SMALL_FLAGS: dict[str, Callable[[int], str]] = {
     "gedi": lambda c: f"--beta {0.9 / math.log(c):.2f} --lr 0.0004",
     "gedi_gen": lambda c: f"--beta {0.9 / math.log(c):.2f} --lr 0.0004",
     "dino": lambda c: "--momentum_teacher 0.99",  # a dozen epochs are too few for 0.996
-    "swav": lambda c: "--epoch_queue_starts 3 --queue_length 960",  # 15 batches
+    "swav": lambda c: "--epoch_queue_starts 1 --queue_length 960",  # 15 batches; for runs of a few epochs
     "barlow_twins": lambda c: "--lr 0.001",  # at the common rate it does not learn
 }
 
