@@ -134,7 +134,8 @@ def draw_levels(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
         curves = [run.points(axis, next(iter(panel.curves))) for run in runs]
         first, last = (min(abs(curve[k][1] - y) for curve in curves if curve) for k in (0, -1))
         at = {"x": 0.01, "ha": "left"} if first > last else {"x": 0.99, "ha": "right"}
-        axes.text(s=f"{name} {short(y)}", y=y, va="bottom", transform=axes.get_yaxis_transform(), **at, **SMALL)
+        va = "top" if y > low + 0.9 * (high - low) else "bottom"  # inside the panel
+        axes.text(s=f"{name} {short(y)}", y=y, va=va, transform=axes.get_yaxis_transform(), **at, **SMALL)
     for outside, y, va, arrow in (([x for x in far if x[1] > high], 0.97, "top", "↑"),
                                   ([x for x in far if x[1] < low], 0.03, "bottom", "↓")):  # fmt: skip
         words = "  ".join(f"{name} {short(level)} {arrow}" for name, level in outside[:3])
