@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="eval_linear.py", description=__doc__)
     # fmt: off
     parser.add_argument("--epochs", type=positive(int), default=100)
-    parser.add_argument("--lr", type=positive(float), default=None, help="For a batch of 256 over all processes (default: 0.001 for sgd, 0.01 for adam)")
+    parser.add_argument("--lr", type=positive(float), default=None, help="sgd: for a batch of 256 over all processes (default: 0.001 for sgd, 0.01 for adam)")
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"), help="sgd is DINO's; adam the paper's appendix, not scaled with the batch")
     parser.add_argument("--n_last_blocks", type=positive(int), default=None, help="Blocks whose CLS tokens are concatenated (default: 4 for vit_tiny and vit_small, else 1)")
     parser.add_argument("--avgpool_patchtokens", type=bool_flag, default=False, help="Concatenate the mean of the last block's patch tokens (vit_tiny, vit_small, vit_base): DINO sets it for ViT-B, with one block")

@@ -27,7 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="extract_features.py", description=__doc__)
     cli.add_weights_flags(parser)
     g = parser.add_argument_group("images")
-    g.add_argument("--images", default=None, help="Folder (with its sub-folders), one image, or a text file of paths")
+    g.add_argument("--images", default=None, help="Folder (with its sub-folders), one image, a text file of paths, tar shards or parquet")
     g.add_argument("--max_bad_images", type=fraction, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are named and left out")
     cli.add_loader_flags(g)
     g = parser.add_argument_group("features")

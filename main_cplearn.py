@@ -59,7 +59,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     p = ArgumentParser(prog="main_cplearn.py", description=__doc__)
     ignore_local_rank(p)
     p.add_argument("--method", default="cplearn", help=f"What to train with: {', '.join(METHODS)}")
-    p.add_argument("--out_dim", type=positive(int), default=65536, help="Number of codes c. Any size trains the same number of weights")
+    p.add_argument("--out_dim", type=positive(int), default=65536, help="Number of codes c (of outputs, where a method has none). CPLearn trains the same number of weights with any")
     method_class(method).add_flags(p)
 
     g = p.add_argument_group("backbone")
@@ -110,7 +110,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--max_bad_images", type=fraction, default=0.001, help="Stop when more than this fraction of the images cannot be read; fewer are replaced")
     g.add_argument("--max_skipped_steps", type=nonnegative(int), default=20, help="Stop after more than N steps in a row without a finite loss and gradient")
     g.add_argument("--print_freq", type=positive(int), default=10, help="Steps between two readings of the loss")
-    g.add_argument("--on_collapse", default="warn", choices=("warn", "stop"), help="After two epochs in a row whose verdict is a collapse or stuck at uniform: go on, or save and end with exit code 7")
+    g.add_argument("--on_collapse", default="warn", choices=("warn", "stop"), help="After two alarms in a row (a collapse, or stuck at uniform): go on, or save and end with exit code 7")
     g.add_argument("--best_by", default="score", choices=("score", "knn", "none"), help="Keep checkpoint_best.pth, by the probe's label-free score or by the k-NN of --knn_freq")
     g.add_argument("--knn_freq", type=nonnegative(int), default=0, help="Epochs between two k-NN tests among the probe's training images, by their labels; 0 for none. Also before the first step, and whenever the probe is measured")
     g.add_argument("--profile", action="store_true", help="Write a trace of 20 steps to profile.json and print the ten largest costs")

@@ -1,4 +1,4 @@
-"""Plot what runs have logged: loss between its reference values, verdicts, use of codes, rank, k-NN, speed.
+"""Plot what runs have logged: loss beside its reference values, verdicts, use of codes, rank, k-NN, speed.
 
     python plot_runs.py output/digits
     python plot_runs.py output/a output/b output/c --labels "c = 1024" "c = 4096" "c = 16384" --out output/sizes

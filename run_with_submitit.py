@@ -5,8 +5,8 @@
     python run_with_submitit.py --status output/in100                        # progress
     python run_with_submitit.py ... --dry_run                                # the batch script, nothing else
 
-A job that is preempted, out of time or short of a node saves, requeues itself and resumes at the exact step. The same
-command again resumes a job that has ended. Logs and the batch script are in output_dir/slurm; %j in --output_dir is
+A job that is preempted or out of time saves, requeues itself and resumes at the exact step; one that loses a node goes
+on from its last checkpoint. The same command again resumes a job that has ended. Logs and the batch script are in output_dir/slurm; %j in --output_dir is
 the job's number.
 """
 

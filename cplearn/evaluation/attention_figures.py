@@ -162,7 +162,7 @@ class Sheet:
         pen.text((self.GAP, y + line // 2), "0", GRAY, self.small, anchor="lm")
         x = self.GAP + round(self.small.getlength("0 "))
         sheet.paste(_image(colors), (x, y + line // 4))
-        text = f"the largest attention in the picture (N×), at least {SCALE:.0f}×; 1× is an even share among all tokens"
+        text = f"the picture's largest (N×), at least {SCALE:.0f}×; 1× is an even share of all tokens"
         x += self.tile // 2 + self.GAP
         pen.text((x, y + line // 2), _fit(text, self.small, sheet.width - x), GRAY, self.small, anchor="lm")
 

@@ -1,6 +1,6 @@
 """What can be known of submitted jobs, from Slurm and from the files that they write into output_dir/slurm/:
 
-jobs.jsonl            one line per submission: job number, entry point, flags, size
+jobs.jsonl            one line per submission: job number, time, entry point, flags, size, commit
 JOB_submission.sh     the batch script
 JOB_RANK_log.out      what each process printed, over all requeues
 JOB_RANK_end.json     how each process ended the last time: exit code, message, host
