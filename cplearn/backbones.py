@@ -112,6 +112,11 @@ def resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> dict[st
     return {**state, "pos_embed": resampled}
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Return whether images in it see each other."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
 def check_weights(build: Callable[[], nn.Module], flag: str) -> None:
     """Check that this machine can hold a module's weights once, before it is made: on torch's meta device, without any.
 

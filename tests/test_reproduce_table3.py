@@ -53,7 +53,11 @@ from cplearn.tables.status import snapshot, status_lines
         ),
         (
             "--epochs 1 --dataset digits --scale small --table 1",
-            "gedi_gen_c10_s0 samples images with its network, and timm:",
+            "gedi_gen_c10_s0 samples images with its network, and timm:resnet10t has batch norm",
+        ),
+        (
+            "--epochs 1 --dataset digits --scale small --table 1 --train_flags '--arch timm:test_resnet'",
+            "gedi_gen_c10_s0 samples images with its network, and timm:test_resnet has batch norm",
         ),
         ("--epochs 1 --dataset digits --data_path .", "is not read with --dataset digits"),
         ("--epochs 1 --data_path ''", "--data_path '' is empty"),

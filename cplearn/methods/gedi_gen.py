@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn import random_streams
+from cplearn.backbones import has_batch_norm
 from cplearn.data.color import normalize
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
@@ -39,7 +40,7 @@ class GEDIGen(GEDI):
         **options,
     ):
         super().__init__(backbone, **options)
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
+        if has_batch_norm(backbone):
             raise UserError(
                 "--method gedi_gen samples images with the backbone, whose batch norm would see them: use --arch resnet8"
             )

@@ -4,6 +4,7 @@ Everything about a cell lies in its folder: the checkpoint and log.txt of its tr
 and in trained/ and random_init/ the results of its evaluations. A killed grid continues from what is there.
 """
 
+import argparse
 import json
 import shlex
 import typing
@@ -15,7 +16,7 @@ from cplearn.errors import UserError
 from cplearn.files import read_json_lines, read_text, write_text
 from cplearn.host import git_commit
 from cplearn.slurm.checks import parse_flags
-from cplearn.tables.rows import OF_SIZES, SMALL_ARCH, Row, rows
+from cplearn.tables.rows import OF_SIZES, Row, rows
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,10 @@ class Grid:
                 for name, value in cell.own_flags().items():
                     if getattr(parsed, name) != value:
                         raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
-                if parsed.method == "gedi_gen" and parsed.arch == SMALL_ARCH:
+                if parsed.method == "gedi_gen" and sees_batch_norm(parsed):
                     raise UserError(
-                        f"{cell.name} samples images with its network, and {SMALL_ARCH} has batch norm: give all lines "
-                        "one without, by --train_flags '--arch resnet8_w32', or leave gedi_gen out of --methods"
+                        f"{cell.name} samples images with its network, and {parsed.arch} has batch norm: give all "
+                        "lines one without, by --train_flags '--arch resnet8_w32', or leave gedi_gen out of --methods"
                     )
                 flags = repr(sorted((vars(parsed) | {"output_dir": ""}).items()))
                 if flags in seen:
@@ -246,6 +247,16 @@ class Grid:
                         f"--train_flags '{self.settings.train_flags}'"
                     )
                 seen[flags] = cell.name
+
+
+def sees_batch_norm(flags: argparse.Namespace) -> bool:
+    """Return whether the network of these flags has batch norm."""
+    import torch  # not for --help
+
+    from cplearn.backbones import build_backbone, has_batch_norm
+
+    with torch.device("meta"):
+        return has_batch_norm(build_backbone(flags.arch, patch_size=flags.patch_size, image_size=flags.image_size))
 
 
 def checkpoint_args(path: Path) -> dict:
