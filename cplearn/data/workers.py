@@ -18,6 +18,7 @@ from cplearn.host import allow_open_files, available_memory, free_shared_memory,
 from cplearn.text import printable
 
 WORKER_TIMEOUT = 600.0  # seconds, the default of --worker_timeout
+TICKS = 10  # in which that time passes
 AHEAD = 2  # batches that torch lets each worker make ahead
 WORKER_MEMORY = 50_000_000  # bytes that a worker takes for itself, at the least
 # Open files: of this process a pipe or two for each worker and one for each tensor of its batches.
@@ -124,17 +125,22 @@ class _Late(BaseException):
 def deadline(seconds: float) -> Iterator[None]:
     """Raise RuntimeError inside after that time; 0 for never. In the main thread, where the loader is read.
 
-    torch's own timeout waits for the begin of a message only, and does not see a worker that is frozen in one.
+    torch's own timeout waits for the begin of a message only, and does not see a worker that is frozen in one. Time in
+    which this process is itself stopped (Ctrl-Z) hardly counts: all its ticks come as one.
     """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
+    left = TICKS
 
-    def late(*_) -> None:
-        raise _Late
+    def tick(*_) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise _Late
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, seconds / TICKS, seconds / TICKS)
     try:
         try:
             yield

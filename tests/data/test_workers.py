@@ -217,6 +217,24 @@ def test_the_deadline_is_not_taken_for_a_damaged_image(tmp_path):
     assert data[2][0].size == (40, 36)
 
 
+def test_the_deadline_does_not_count_the_time_in_which_a_process_is_stopped():
+    """As by Ctrl-Z: three seconds of four are spent stopped, of two that are allowed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with deadline(2.0):
+                for _ in range(10):
+                    time.sleep(0.1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    time.sleep(0.4)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_evaluation_names_the_image_that_hangs(tmp_path, workers):
     write_images(tmp_path, 5)
