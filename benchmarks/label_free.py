@@ -66,7 +66,7 @@ def measure_run(run: Path, out: Path, done: set[tuple[str, int]]) -> None:
     last = checkpoints.load(run / "checkpoint.pth")
     args = argparse.Namespace(**last["args"])
     epochs = {int(path.stem.removeprefix("checkpoint")): path for path in run.glob("checkpoint0*.pth")}
-    epochs = {epoch + 1: path for epoch, path in epochs.items()} | {last["epoch"]: run / "checkpoint.pth"}
+    epochs[last["epoch"]] = run / "checkpoint.pth"
     todo = [epoch for epoch in (0, *sorted(epochs)) if (str(run), epoch) not in done]
     if not todo:
         return
