@@ -25,7 +25,7 @@ def log(folder, name="run", epochs=5, **more):
     path.mkdir(parents=True)
     fields = ("train_loss", "uniform_to_floor", "usage_perplexity", "probe_codes_used", "information",
               "probe_features_rank", "probe_embedding_rank", "probe_features_cosine", "probe_embedding_cosine",
-              "probe_agreement", "probe_agreement_chance", "probe_score", "probe_knn20", "lr", "train_grad_norm",
+              "probe_agreement", "probe_agreement_chance", "probe_retrieval", "probe_knn20", "lr", "train_grad_norm",
               "images_per_second", "data_wait")  # fmt: skip
     with open(path / "log.txt", "w") as f:
         for e in range(epochs):

@@ -134,6 +134,20 @@ def code_agreement(codes: Tensor, others: Tensor) -> tuple[float, float, float]:
     return agreement, chance, math.log(max(agreement, 1 / n) / max(chance, 1 / n**2))
 
 
+def view_retrieval(x: Tensor, y: Tensor) -> float:
+    """Return how often an image's second view has its first as the nearest of all first views, by cosine.
+
+    Chance is 1 / n. Of first views that are equally near, each counts as found with the same probability. Of the
+    measures without labels in `label_free.py` this one follows k-NN best (results/label_free.md). NaN if an entry is
+    not finite. Shape: (n, d) twice.
+    """
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return math.nan
+    cosine = F.normalize(y.double(), dim=1) @ F.normalize(x.double(), dim=1).T
+    best = cosine >= cosine.amax(1, keepdim=True) - 1e-12
+    return (best.diagonal().double() / best.sum(1)).mean().item()
+
+
 def feature_std(x: Tensor) -> float:
     """Return the mean standard deviation of the dimensions of rows of length 1, times the root of their number.
 
@@ -144,12 +158,17 @@ def feature_std(x: Tensor) -> float:
 
 
 def probe_metrics(
-    features: Tensor, embedding: Tensor, codes: Tensor, vectors: Tensor | None, other_codes: Tensor
+    features: Tensor,
+    embedding: Tensor,
+    codes: Tensor,
+    vectors: Tensor | None,
+    other_features: Tensor,
+    other_codes: Tensor,
 ) -> dict[str, float | int | None | list[float]]:
-    """Measure what one view of the probe's images, and the codes of another view of them, say about collapse.
+    """Measure what one view of the probe's images, and features and codes of another view of them, say about collapse.
 
-    Shape: features (n, f), embedding (n, d), codes int64 (n,), vectors of those codes (n, d) or None, other_codes int64
-    (n,) -> names as in the log, without its prefix.
+    Shape: features (n, f), embedding (n, d), codes int64 (n,), vectors of those codes (n, d) or None, other_features
+    (n, f), other_codes int64 (n,) -> names as in the log, without its prefix.
     """
     used, perplexity = code_usage(codes)
     n = len(codes)
@@ -172,7 +191,8 @@ def probe_metrics(
         "within_code": within_code_share(features, codes),
         "agreement": agreement,
         "agreement_chance": chance,
-        "score": score,  # its rank correlation with k-NN: results/collapse.md
+        "score": score,
+        "retrieval": view_retrieval(features, other_features),
         "codes_used": used,
         "codes_perplexity": perplexity,
     }
@@ -203,8 +223,8 @@ MIN_IMAGES = 32  # of a probe that a verdict is built on
 KEPT = {  # number of the probe -> the share of its start below which dimensions are being lost, and what it is
     "features_rank": (0.4, "effective rank of the features"),
 }
-SCORE = "score"  # the number of the probe that has to rise above its start, by at least
-MARGIN = 0.25  # the start of one run, measured twice with other batch sizes, differed by 0.15
+SCORE = "retrieval"  # the number of the probe, a share of its images, that has to rise above its start
+STANDARD_ERRORS = 2  # by which it has to, as if the two had been measured on different images
 
 REMEDIES = {  # what to try; a method may know better (`Method.REMEDIES`)
     "representation": "a lower --lr",
@@ -284,7 +304,7 @@ def _against_start(probe: dict, start: dict) -> Verdict:
     words = numbers_in_words(probe, start)
     if not math.isfinite(start.get(SCORE, math.nan)):
         return Verdict(NO_ALARM, f"nothing is known about the start, so not whether this is better; {words}")
-    score = f"score without labels {probe[SCORE]:.2f}{_beside(start, SCORE, '.2f')}"
+    score = score_in_words(probe, start)
     lost = [
         f"{what} {probe[name]:.3g}{_beside(start, name, '.3g')}"
         for name, (share, what) in KEPT.items()
@@ -292,12 +312,23 @@ def _against_start(probe: dict, start: dict) -> Verdict:
     ]
     if lost:
         return Verdict(LOSING, f"{', '.join(lost)}; {score}")
-    if not probe[SCORE] > start[SCORE] + MARGIN:
+    if not has_risen(probe[SCORE], start[SCORE], probe["images"]):
         return Verdict(NO_BETTER, f"{score}; {words}")
     if "knn20" in start and probe.get("knn20", math.inf) <= start["knn20"]:
         neighbors = f"20-NN by the labels {probe['knn20']:.4f}{_beside(start, 'knn20', '.4f')}"
         return Verdict(NO_BETTER, f"{neighbors}; {score}; {words}")
     return Verdict(LEARNING, f"{score}; {words}")
+
+
+def has_risen(share: float, start: float, n: int) -> bool:
+    """Return whether a share of n images is above that at the start by more than chance."""
+    error = math.sqrt((share * (1 - share) + start * (1 - start)) / n)
+    return share > start + STANDARD_ERRORS * error
+
+
+def score_in_words(probe: dict, start: dict) -> str:
+    """Return the score without labels, beside its value at the start, where that is known."""
+    return f"another view of an image is nearest to its own in {probe[SCORE]:.1%}{_beside(start, SCORE, '.1%')}"
 
 
 def numbers_in_words(probe: dict, start: dict) -> str:

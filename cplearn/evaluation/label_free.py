@@ -1,7 +1,7 @@
 """Measures of a representation that need no label, of two views of the same images.
 
 Each is a pure function of tensors on the CPU, computed in float64, and returns NaN for what is not finite or too small
-to measure. Which of them follows k-NN was measured: results/label_free.md.
+to measure. Which of them follows k-NN was measured (results/label_free.md): `collapse.view_retrieval`, the score.
 """
 
 import math
@@ -135,19 +135,6 @@ def clid(learnability: float, dimension: float) -> float:
     return math.log(product) if product > 0 else math.nan
 
 
-def view_retrieval(x: Tensor, y: Tensor) -> float:
-    """Return how often an image's second view has its first as the nearest of all first views, by cosine.
-
-    Chance is 1 / n. Of first views that are equally near, each counts as found with the same probability.
-    Shape: (n, d) twice.
-    """
-    if not (x.isfinite().all() and y.isfinite().all()):
-        return math.nan
-    cosine = F.normalize(y.double(), dim=1) @ F.normalize(x.double(), dim=1).T
-    best = cosine >= cosine.amax(1, keepdim=True) - 1e-12
-    return (best.diagonal().double() / best.sum(1)).mean().item()
-
-
 def of_views(x: Tensor, y: Tensor) -> dict[str, float]:
     """Return every measure of two views' features or embeddings; NaN if an entry is not finite. Shape: (n, d) twice."""
     if not (x.isfinite().all() and y.isfinite().all()):
@@ -157,7 +144,7 @@ def of_views(x: Tensor, y: Tensor) -> dict[str, float]:
     values = (
         collapse.rankme(x), collapse.dimensions(collapse.covariance_spectrum(x)), collapse.feature_std(x),
         lidar(torch.stack([x, y], 1)), alpha, abs(alpha - 1), learnable, dimension, clid(learnable, dimension),
-        view_retrieval(x, y), agreement, ami,
+        collapse.view_retrieval(x, y), agreement, ami,
     )  # fmt: skip
     return dict(zip(MEASURES, values, strict=True))
 

@@ -204,7 +204,9 @@ class ProbeResult:
         """Return the numbers of the verdict; NaN as the cosine, and no more, if an entry is not finite."""
         if not (self.features.isfinite().all() and self.embedding.isfinite().all()):
             return {"images": len(self.features), "features_cosine": math.nan}
-        found = collapse.probe_metrics(self.features, self.embedding, self.codes, self.vectors, self.others)
+        found = collapse.probe_metrics(
+            self.features, self.embedding, self.codes, self.vectors, self.other_features, self.others
+        )
         return found | collapse.prototype_numbers(self.prototypes)
 
     def knn(self, k: int = 20, temperature: float = 0.07) -> float:
@@ -254,7 +256,7 @@ class Monitor:
     def _at_start(self, probed: ProbeResult) -> dict[str, float]:
         found = probed.metrics() | ({"knn20": probed.knn()} if self.knn_freq else {})
         if collapse.SCORE in found:
-            words = collapse.numbers_in_words(found, {})
+            words = f"{collapse.score_in_words(found, {})}; {collapse.numbers_in_words(found, {})}"
             words += f"; 20-NN by the labels {found['knn20']:.4f}" if "knn20" in found else ""
             print(f"Before the first step: {words}", flush=True)
         return {name: found[name] for name in AT_START if name in found}

@@ -55,9 +55,9 @@ def test_alpha_req_finds_the_exponent_of_a_power_law():
 def test_view_retrieval_is_a_loop_and_counts_ties_in_part():
     a, b = views(noise=0.8)
     hits = [max(range(40), key=lambda i, row=row: torch.cosine_similarity(a[i], row, dim=0)) for row in b]
-    assert label_free.view_retrieval(a, b) == pytest.approx(np.mean([i == j for i, j in enumerate(hits)]))
-    assert 0.1 < label_free.view_retrieval(a, b) < 1 and label_free.view_retrieval(a, 3 * a) == 1
-    assert label_free.view_retrieval(torch.ones(50, 3), torch.ones(50, 3)) == pytest.approx(1 / 50)
+    assert collapse.view_retrieval(a, b) == pytest.approx(np.mean([i == j for i, j in enumerate(hits)]))
+    assert 0.1 < collapse.view_retrieval(a, b) < 1 and collapse.view_retrieval(a, 3 * a) == 1
+    assert collapse.view_retrieval(torch.ones(50, 3), torch.ones(50, 3)) == pytest.approx(1 / 50)
 
 
 def blobs(n=400, k=4):
@@ -109,14 +109,15 @@ def test_all_together_have_the_names_and_values_of_each():
     codes, others = torch.arange(100) % 7, torch.arange(100) % 5
     found = label_free.label_free(a, b, 3 * a[:, :10], b[:, :10], codes, others)
     assert found["features_lidar"] == label_free.lidar(torch.stack([a, b], 1))
-    assert found["embedding_retrieval"] == label_free.view_retrieval(a[:, :10], b[:, :10])
+    assert found["embedding_retrieval"] == collapse.view_retrieval(a[:, :10], b[:, :10])
     assert found["features_rank"] == collapse.rankme(a) and found["embedding_alpha"] == label_free.alpha_req(
         a[:, :10] * 3
     )
     assert found["features_alpha_distance"] == abs(found["features_alpha"] - 1)
     assert found["retrieval_chance"] == 0.01
     assert (found["features_cluster_agreement"], found["features_cluster_ami"]) == label_free.cluster_agreement(a, b)
-    probe = collapse.probe_metrics(a, b, codes, None, others)
+    probe = collapse.probe_metrics(a, b, codes, None, b, others)
+    assert found["features_retrieval"] == probe["retrieval"]
     assert (found["codes_score"], found["codes_agreement"]) == (probe["score"], probe["agreement"])
     assert found["features_std"] == pytest.approx(probe["features_std"])
     assert found["codes_ami"] == pytest.approx(adjusted_mutual_info_score(codes, others))

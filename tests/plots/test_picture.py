@@ -18,11 +18,11 @@ def run_of(folder, verdicts, start=True):
     """A run whose participation ratio falls from 9 and 30 at the start, with these verdicts."""
     folder.mkdir()
     at_start = (
-        {"start_features_dimensions": 9.0, "start_embedding_dimensions": 30.0, "start_score": 1.0} if start else {}
+        {"start_features_dimensions": 9.0, "start_embedding_dimensions": 30.0, "start_retrieval": 0.1} if start else {}
     )
     lines = [
         {"epoch": e, "step": e + 1, "probe_features_dimensions": 7.0 - e, "probe_embedding_dimensions": 20.0 - e,
-         "probe_score": 1.0 + e, "train_loss": 2.0, "lr": 0.1, "verdict": verdict, **at_start}
+         "probe_retrieval": 0.1 + e / 100, "train_loss": 2.0, "lr": 0.1, "verdict": verdict, **at_start}
         for e, verdict in enumerate(verdicts)
     ]  # fmt: skip
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,4 +80,5 @@ def test_the_verdict_alone_is_a_shorter_picture(tmp_path):
             assert image.size[0] == 990
     used = {field for panel in PANELS if panel.verdict for field in panel.curves}
     assert heights[0] > heights[1]  # without the loss
-    assert {"probe_score", *(f"probe_{name}" for name in collapse.KEPT), "probe_agreement", "probe_codes_used"} <= used
+    judged = (collapse.SCORE, *collapse.KEPT, "agreement", "codes_used")
+    assert {f"probe_{name}" for name in judged} <= used
