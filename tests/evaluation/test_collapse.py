@@ -173,7 +173,7 @@ def test_learning_is_what_is_better_than_at_the_start():
     "changed, said",
     [
         ({"probe_retrieval": 0.03}, "nearest to its own in 3.0% (at the start 4.0%)"),
-        ({"probe_retrieval": 0.075}, "in 7.5% (at the start 4.0%)"),  # 1.7 standard errors on 256 images
+        ({"probe_retrieval": 0.055}, "in 5.5% (at the start 4.0%)"),  # 0.8 standard errors on 256 images
         ({"probe_retrieval": math.nan}, "in nan%"),
         ({"start_knn20": 0.582, "probe_knn20": 0.568}, "20-NN by the labels 0.5680 (at the start 0.5820); another"),
     ],
@@ -194,13 +194,13 @@ def test_losing_dimensions_is_a_share_of_the_start(number):
     assert collapse.verdict(BETTER | start | {f"probe_{number}": 201.0 * share}, 1024).name == "learning"
 
 
-@pytest.mark.parametrize("share, start, n", [(0.06, 0.04, 500), (0.06, 0.04, 2000), (0.9, 0.85, 256), (0.9, 0.85, 500)])
+@pytest.mark.parametrize("share, start, n", [(0.06, 0.04, 100), (0.06, 0.04, 500), (0.9, 0.85, 50), (0.9, 0.85, 256)])
 def test_a_score_has_risen_if_chance_would_not_do_that(share, start, n):
-    """Against two drawn shares, which differ so much by chance in 2.3 %."""
+    """Against two drawn shares, which differ so much by chance in 16 %."""
     rng = np.random.default_rng(0)
     middle = (share + start) / 2
     by_chance = np.mean((rng.binomial(n, middle, 20000) - rng.binomial(n, middle, 20000)) / n >= share - start)
-    assert collapse.has_risen(share, start, n) == (by_chance < 0.023) and not collapse.has_risen(start, start, n)
+    assert collapse.has_risen(share, start, n) == (by_chance < 0.16) and not collapse.has_risen(start, start, n)
 
 
 def test_a_run_that_is_worse_by_its_labels_is_not_learning_whatever_its_score():
