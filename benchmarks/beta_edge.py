@@ -150,7 +150,7 @@ def figure(found: dict[tuple, list[dict]], path: Path) -> None:
         ax.axvline(0, color="0.6", lw=0.8)
         ax.set_xlabel("beta - beta*")
         ax.set_title(title)
-    axes[0].legend(frameon=False)
+    axes[2].legend(frameon=False, loc="center right")
     save_figure(drawn, path.parent, path.stem)
 
 
