@@ -113,7 +113,7 @@ def resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> dict[st
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Return whether images in it see each other."""
+    """Return whether a network has batch norm, by which images of a batch see each other."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
@@ -189,8 +189,7 @@ def checkpoint_blocks(backbone: nn.Module, arch: str) -> None:
 
     Raises `UserError` for a network that cannot (batch norm would count its images twice).
     """
-    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
-    if norms or not (hasattr(backbone, "set_grad_checkpointing") and hasattr(backbone, "blocks")):
+    if has_batch_norm(backbone) or not (hasattr(backbone, "set_grad_checkpointing") and hasattr(backbone, "blocks")):
         raise UserError(f"--grad_checkpointing is for ViTs, not for --arch {arch}: use --accum N")
     backbone.set_grad_checkpointing()
 

@@ -1,7 +1,8 @@
 """Measures of a representation that need no label, of two views of the same images.
 
 Each is a pure function of tensors on the CPU, computed in float64, and returns NaN for what is not finite or too small
-to measure. Which of them follows k-NN was measured (results/label_free.md): `collapse.view_retrieval`, the score.
+to measure. Which of them follow k-NN was measured (results/label_free.md); one of these, `collapse.view_retrieval`, is
+the score of a run.
 """
 
 import math

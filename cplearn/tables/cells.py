@@ -250,7 +250,7 @@ class Grid:
 
 
 def sees_batch_norm(flags: argparse.Namespace) -> bool:
-    """Return whether the network of these flags has batch norm."""
+    """Return whether the network of these flags has batch norm; it is built without weights."""
     import torch  # not for --help
 
     from cplearn.backbones import build_backbone, has_batch_norm
