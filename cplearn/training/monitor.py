@@ -341,4 +341,5 @@ class Monitor:
             self.usage.load(state["code_use"], device)
             self.alarms, self.last = state["alarms"], state["verdict"]
             self.start, best = state.get("start", {}), state.get("best", {})  # younger still
-            self.best = best if best.get("by") == self.best_by else {}
+            of_this_score = self.best_by != "score" or collapse.SCORE in self.start  # versions before had another
+            self.best = best if best.get("by") == self.best_by and of_this_score else {}

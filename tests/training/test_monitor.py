@@ -456,6 +456,15 @@ def test_the_best_is_of_one_measure_and_may_be_left_out(tmp_path, image_folder):
         main_cplearn.parse_args(["--best_by", "knn"])
 
 
+def test_a_best_epoch_by_an_older_score_is_forgotten(image_folder):
+    """Versions before had a score in nats, which a share of images would never reach."""
+    state = {**monitor_of(image_folder / "train")[0].state(), "best": {"by": "score", "epoch": 3, "value": 3.4}}
+    for start, best in (({"score": 2.0}, {}), ({"score": 2.0, "retrieval": 0.5}, state["best"])):
+        monitor, _ = monitor_of(image_folder / "train")
+        monitor.load(state | {"start": start}, torch.device("cpu"))
+        assert monitor.best == best
+
+
 def test_weights_of_skipped_steps_are_not_the_best(image_folder):
     monitor, method = monitor_of(image_folder / "train")
     record = {"epoch": 50, "train_entropy": 0.0}
