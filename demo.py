@@ -20,7 +20,7 @@ from cplearn.files import read_json, read_json_lines, write_bytes
 from cplearn.host import ROOT
 from cplearn.plots import picture, runs
 from cplearn.plots.drawing import pyplot, save_figure
-from utils import ArgumentParser, format_table, positive
+from utils import ArgumentParser, expand_paths, format_table, positive
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--output_dir", default="output/demo", help="Checkpoint, log.txt, plots")
     parser.add_argument("--max_steps", type=positive(int), default=None, help="Stop training early, for a smoke test")
     args = parser.parse_args(argv)
+    expand_paths(args, "output_dir")
     out = Path(args.output_dir)
     start = time.perf_counter()
     train_flags = [f"@{ROOT}/recipes/digits.txt", "--output_dir", args.output_dir]

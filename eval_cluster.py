@@ -8,7 +8,7 @@ shuffled labels, uniformly random codes, and singletons. Of a folder without tra
 """
 
 import argparse
-import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.evaluation import cli, collapse
 from cplearn.evaluation.features import Features, get_features
-from cplearn.files import write_csv
+from cplearn.files import is_own_table, write_csv
 from utils import ArgumentParser, check_output_dir, expand_paths, format_table, positive
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")
@@ -79,13 +79,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 def check_out_csv(path: Path) -> None:
     """Raise `UserError` if the file cannot be written, or if what is there was not written here: a checkpoint, say."""
     check_output_dir(str(path.parent), "--out_csv: the folder")
-    if not path.exists():
+    if not os.path.lexists(path) or is_own_table(path, CSV_HEADER):
         return
-    with contextlib.suppress(OSError):
-        if path.is_file():  # a pipe would not answer
-            with open(path, "rb") as file:
-                if file.readline(100).strip() == ",".join(CSV_HEADER).encode():
-                    return
     raise UserError(f"--out_csv {path} is there, and no table of codes: choose another name, or remove it first")
 
 

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     ks = [name.removesuffix("_top1") for name in metrics if name.endswith("_top1")]
     rows = [(k.removeprefix("knn"), metrics[f"{k}_top1"], metrics[f"{k}_top5"]) for k in ks]
     print(format_table(rows, ("k", "top-1", "top-5")))
-    cli.write_result(cli.effective_flags(args, model), "eval_knn", metrics, val, splits[-1])
+    compared = None if one_set else train.source
+    cli.write_result(cli.effective_flags(args, model), "eval_knn", metrics, val, splits[-1], train=compared)
     return metrics
 
 

@@ -19,13 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, cachefile, loaders, workers
+from cplearn.data import augmentations, cachefile, datasets, loaders, workers
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError, WriteError
 from cplearn.evaluation import cli
-from cplearn.evaluation.features import Features, Model, Tokens, backbone_features, get_features, has_features
+from cplearn.evaluation.features import (
+    Features,
+    Model,
+    Tokens,
+    backbone_features,
+    data_of,
+    get_features,
+    has_features,
+)
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, cosine, format_table, positive
 
@@ -102,15 +110,9 @@ def cached_batches(args: argparse.Namespace, train: Features, device: torch.devi
 
 
 def augmented_batches(
-    args: argparse.Namespace, model: Model, classes: list[str] | None, device: torch.device
+    args: argparse.Namespace, model: Model, dataset: datasets.ImageDataset, device: torch.device
 ) -> Batches:
-    """Return batches of DINO's protocol: features of random crops of every training image.
-
-    Raises `UserError` if the training images have other classes than those of the evaluation.
-    """
-    dataset = model.images("train")
-    if dataset.classes != classes:
-        raise UserError(f"{model.data_path}: the classes of train and val differ")
+    """Return batches of DINO's protocol: features of random crops of every training image."""
     view = training_view(model)
     with collectives.raise_on_all_ranks():
         dataset.allow_any_order(cachefile.FOLDER, lambda: False)
@@ -220,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     fill_in_defaults(args, model)
     splits = ("val",) if args.augment else ("train", "val")
     data = get_features(args, model, device, splits, tokens_of(args), labels_for="eval_linear.py")
-    val = data[-1]
+    val, images = data[-1], model.images("train") if args.augment else None
+    if images is not None and images.classes != val.classes:
+        raise UserError(f"{model.data_path}: the classes of train and val differ")
     if args.standardise is None:
         args.standardise = not backbones.is_vit(val.arch)
     if args.standardise and args.batch_size_per_gpu * collectives.world_size() == 1:
@@ -229,13 +233,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     random_streams.seed_everything(random_streams.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)
     flags = cli.effective_flags(args, model)
-    checkpoint = resume_file(flags, data)
+    checkpoint = collectives.on_main(resume_file, flags, data, images)
     if checkpoint.exists():
         probe.load(checkpoints.load(checkpoint))
         if collectives.is_main():
             print(f"Resuming {checkpoint} after epoch {probe.epoch}")
-    if args.augment:
-        batches = augmented_batches(args, model, val.classes, device)
+    if images is not None:
+        batches = augmented_batches(args, model, images, device)
     else:
         batches = cached_batches(args, data[0], device)
     metrics = train_probe(probe, args.epochs, batches, val, device, checkpoint)
@@ -244,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         rows = [("last epoch", metrics["linear_last_top1"], metrics["linear_last_top5"])]
         rows += [(f"best epoch on val ({metrics['linear_best_epoch']})", metrics["linear_best_top1"], None)]
         print(format_table(rows, ("linear", "top-1", "top-5")))
-    cli.write_result(flags, "eval_linear", metrics, val)
+    cli.write_result(flags, "eval_linear", metrics, val, train=data_of(images) if images else data[0].source)
     return metrics
 
 
@@ -254,6 +258,8 @@ def fill_in_defaults(args: argparse.Namespace, model: Model | None) -> None:
         raise UserError("--augment true needs the images: leave out --load_features")
     if args.augment is None:
         args.augment = args.load_features is None
+    if args.augment and args.dump_features:
+        raise UserError("--dump_features keeps features of center crops: add --augment false")
     if args.lr is None:
         args.lr = 0.001 if args.optimizer == "sgd" else 0.01
     if args.n_last_blocks is None and model is not None:  # DINO's choice
@@ -263,8 +269,11 @@ def fill_in_defaults(args: argparse.Namespace, model: Model | None) -> None:
         args.n_last_blocks = 4 if kept else 1
 
 
-def resume_file(flags: dict[str, object], data: list[Features]) -> Path:
-    """Name a file for each set of flags, weights and images: no other probe's state is ever resumed."""
+def resume_file(flags: dict[str, object], data: list[Features], images: datasets.ImageDataset | None = None) -> Path:
+    """Name a file for each set of flags, weights and images: no other probe's state is ever resumed.
+
+    `images`: those that are read in every epoch, known by the sizes and times of their files.
+    """
     ignored = {
         "output_dir",
         "num_workers",
@@ -280,6 +289,8 @@ def resume_file(flags: dict[str, object], data: list[Features]) -> Path:
         digest.update(json.dumps([split.source, split.names, split.classes]).encode())
         digest.update(split.labels.numpy().tobytes())
         digest.update(split.features.numpy().tobytes())
+    if images is not None:
+        digest.update(json.dumps([images.stamps(), images.classes, [int(x) for x in images.labels]]).encode())
     return Path(flags["output_dir"], f"linear_{digest.hexdigest()[:12]}.pth")
 
 

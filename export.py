@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         common.need(package, args.to)
     if not Path(args.pretrained_weights).is_file():
         cli.open_network(args, torch.device("cpu"))  # which says what is wrong with it, before anything about --out
+    if target.exists() and target.samefile(args.pretrained_weights):
+        raise UserError(f"--out {printable(target)} is the file to export itself: name another with --out")
     common.check_target(target, folder=not kind.SUFFIX, is_ours=kind.is_earlier)
     model = cli.open_network(args, torch.device("cpu"))
     kind.check(model)

@@ -7,12 +7,15 @@ Killed, it goes on where it was: the same command again.
 """
 
 import argparse
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from cplearn import errors
 from cplearn.data import datasets
+from cplearn.data.datasets import ImageDataset
 from cplearn.data.sources import open_images
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = extraction.Extraction(model, device, args.tokens, args.keep_aspect, head=out.suffix != ".npy")
     identity = job.identity(dataset, args.images)
     collectives.check_same(identity)
+    identity["files_sha256"] = collectives.on_main(hash_of_files, dataset)
     if collectives.on_main(is_done, out, identity):
         if collectives.is_main():
             print(f"{out} is there already, of the same weights and images: remove it to extract again")
@@ -72,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(summary(out, count, job, source))
     if collectives.is_main():
         parts.folder.rmdir()
+
+
+def hash_of_files(dataset: ImageDataset) -> str:
+    """Return a hash of the names, sizes and times of the files, which tells them from others of the same names."""
+    return hashlib.sha256(json.dumps(dataset.stamps()).encode()).hexdigest()
 
 
 def is_done(out: Path, identity: dict[str, object]) -> bool:

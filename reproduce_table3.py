@@ -322,11 +322,8 @@ def check_data(args: argparse.Namespace) -> None:
                 f"--data_path {args.data_path} needs train/ and val/ (or test/), each with class folders, or lists, tar "
                 "or parquet files of both with labels (torchvision's files: --dataset cifar10)"
             )
-        if train.kind == "folder":
-            classes = len([x for x in train.root.iterdir() if x.is_dir()])
-        else:
-            classes = len(train.open().classes or [])
-        if args.table not in OF_SIZES and args.scale == "paper" and classes != 10:
+        of_cifar10 = args.table not in OF_SIZES and args.scale == "paper"
+        if of_cifar10 and (classes := len(train.open().classes or [])) != 10:
             raise UserError(
                 f"--table {args.table}: {args.data_path} has {classes} classes, CIFAR-10 has 10: name --dataset"
             )

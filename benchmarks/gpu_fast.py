@@ -173,7 +173,9 @@ def whole_steps(device: torch.device, tiny: bool, before: Cells, until: float) -
         if "rate" in x and x["method"] == "CPLearn" and peer:
             x["ratio"] = x["rate"] / peer["rate"]
             if x["ratio"] < 1 and not tiny:
-                misses.append(f"{x['views']}, batch {batch}, {x['precision']}: {x['ratio']:.2f} of DINO's images/s")
+                misses.append(
+                    f"{x['views']}, batch {x['batch']}, {x['precision']}: {x['ratio']:.2f} of DINO's images/s"
+                )
         measured = [f"{x[k]:{form}}" if k in x else "" for k, form in SHOWN]
         size = (x["views"], str(x["batch"]), x["precision"], "yes" * x["compile"])
         rows.append((x.get("name", x["method"]), *size, *measured, x.get("left_out", "")))

@@ -26,6 +26,7 @@ from steps import TrainingStep, random_views
 import main_cplearn
 from cplearn import errors
 from cplearn.distributed import launch
+from cplearn.files import check_output_dir, write_text
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit
 from cplearn.plots.drawing import pyplot
@@ -111,8 +112,9 @@ def draw(report: dict, path: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Sweep, or draw what an earlier sweep wrote, or measure one cell for the process that sweeps."""
     parser = ArgumentParser(prog="benchmarks/growth.py", description=__doc__)
-    parser.add_argument("--json", default="growth.json", help="Cells: written, or drawn if they are there")
+    parser.add_argument("--json", default="growth.json", help="Where the cells go")
     parser.add_argument("--figure", default="growth.png")
+    parser.add_argument("--draw", action="store_true", help="Measure nothing: draw the cells that are in --json")
     parser.add_argument("--repeats", type=positive(int), default=5)
     parser.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     for name, value in BASE.items():
@@ -121,8 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cell:
         measure(args)
         return
-    if not Path(args.json).exists():
-        Path(args.json).write_text(json.dumps(sweep(args), indent=1) + "\n")
+    if not args.draw:
+        check_output_dir(str(Path(args.json).parent), "--json: the folder")
+        write_text(Path(args.json), json.dumps(sweep(args), indent=1) + "\n")
     draw(json.loads(Path(args.json).read_text()), args.figure)
 
 

@@ -20,6 +20,7 @@ images vote on 2,000 of the test split; one draw for all runs). What is in the f
 """
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -70,7 +71,8 @@ def measure_run(run: Path, out: Path, done: set[tuple[str, int]]) -> None:
     todo = [epoch for epoch in (0, *sorted(epochs)) if (str(run), epoch) not in done]
     if not todo:
         return
-    lists = out.parent / "knn_lists"
+    data = hashlib.sha256(f"{args.dataset} {args.data_path}".encode()).hexdigest()[:12]
+    lists = out.parent / f"knn_lists_{data}"
     if not (lists / "val.txt").exists():
         lists.mkdir(parents=True, exist_ok=True)
         write_lists(args.data_path, lists)
@@ -116,13 +118,14 @@ def differences(lines: list[dict]) -> dict[str, list[dict]]:
     runs: dict[str, list[dict]] = {}
     for line in sorted(lines, key=lambda x: (x["run"], x["epoch"])):
         runs.setdefault(line["run"], []).append(line)
+    left_out = ("epoch", "probe_images")
+    numbers = dict.fromkeys(k for x in lines for k, v in x.items() if isinstance(v, int | float) and k not in left_out)
     found = {}
     for name, epochs in runs.items():
         start = epochs[0]
         if start["epoch"] == 0 and len(epochs) > 1:
-            numbers = [k for k, v in start.items() if isinstance(v, int | float) and k not in ("epoch", "probe_images")]
             found[name] = [{"epoch": x["epoch"], "method": x["method"],
-                            **{k: _minus(x.get(k), start[k]) for k in numbers}} for x in epochs]  # fmt: skip
+                            **{k: _minus(x.get(k), start.get(k)) for k in numbers}} for x in epochs]  # fmt: skip
     return found
 
 

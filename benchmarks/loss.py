@@ -38,6 +38,7 @@ from cplearn import errors
 from cplearn.dictionary import DICTIONARIES
 from cplearn.dictionary.streamed_loss import streamed_loss
 from cplearn.dictionary.terms import LossSpec
+from cplearn.files import check_output_dir, write_text
 from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import git_commit
 from cplearn.text import format_table
@@ -148,13 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name = torch.cuda.get_device_name() if args.device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {name}, float32, up to {args.repeats} repeats, commit {git_commit()}\n")
+    if args.json:
+        check_output_dir(str(Path(args.json).parent), "--json: the folder")
     cells = []
     for f in args.embed_dim:
         for n in args.n:
             for c in args.out_dim:
                 cells += print_table(args, n, f, c)
     if args.json:
-        Path(args.json).write_text(json.dumps(cells, indent=1) + "\n")
+        write_text(Path(args.json), json.dumps(cells, indent=1) + "\n")
 
 
 def print_table(args: argparse.Namespace, n: int, f: int, c: int) -> list[dict]:

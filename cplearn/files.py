@@ -86,6 +86,15 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     write_text(path, text.getvalue())
 
 
+def is_own_table(path: Path, header: Sequence[str]) -> bool:
+    """Return whether a file is a table of `write_csv` with this header. A link is none."""
+    if path.is_symlink() or not path.is_file():  # a pipe would not answer
+        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.readline(1000).strip() == ",".join(header).encode()
+    return False
+
+
 def remove_quietly(path: Path) -> None:
     """If it is there and can be removed; a disk that failed has been reported by then."""
     try:
@@ -161,4 +170,6 @@ def read_json_lines(path: str | Path) -> list[dict]:
 def _json_ready(value):
     if isinstance(value, dict):
         return {k: _json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

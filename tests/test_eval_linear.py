@@ -78,6 +78,23 @@ def test_a_finished_probe_is_not_taken_for_another_data_set(run, tmp_path, image
     assert len(files) == 3 and not any(torch.equal(files[i], files[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+def test_a_finished_probe_is_not_taken_for_other_training_images(run, tmp_path, image_folder):
+    """Of the same names, in the same place."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    common = eval_flags(run, tmp_path, "--epochs", "1", "--augment", "true", "--data_path", str(data))
+    for _ in range(2):  # as it is, it is taken
+        eval_linear.main(common)
+        assert len(list(tmp_path.glob("linear_*.pth"))) == 1
+    (data / "train" / "ant").rename(data / "swap")
+    (data / "train" / "bee").rename(data / "train" / "ant")
+    (data / "swap").rename(data / "train" / "bee")
+    eval_linear.main(common)
+    assert len(list(tmp_path.glob("linear_*.pth"))) == 2
+    with pytest.raises(UserError, match="--dump_features keeps features of center crops: add --augment false"):
+        eval_linear.main([*common, "--dump_features", str(tmp_path / "kept")])
+
+
 def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
     out = tmp_path / "vit"
     common = ["--num_workers", "0", "--device", "cpu"]

@@ -47,8 +47,8 @@ def plan_view(image_size: tuple[int, int], size: int, patch: tuple[int, int], *,
     width). Raises `UserError` if it has too many pixels.
     """
     short, long = sorted(image_size)
-    if keep_aspect:
-        width, height = (size if side == short else round(size * side / short) for side in image_size)
+    if keep_aspect:  # as `augmentations.aspect_pixels`
+        width, height = (size if side == short else int(size * side / short) for side in image_size)
         across, down = width - width % patch[1], height - height % patch[0]
     else:  # as `augmentations.eval_pixels`
         across = down = size

@@ -159,10 +159,18 @@ def effective_flags(args: argparse.Namespace, model: Model | None) -> dict[str, 
     return vars(args) | (model.flags() if model else {})
 
 
-def write_result(flags: dict[str, object], script: str, metrics: dict, data: Features, split: str = "val") -> None:
+def write_result(
+    flags: dict[str, object],
+    script: str,
+    metrics: dict,
+    data: Features,
+    split: str = "val",
+    train: dict[str, str] | None = None,
+) -> None:
     """Append one JSON line to --output_dir/results.jsonl: metrics with everything needed to trace them.
 
-    `flags` are those of `effective_flags`. Only rank 0 writes.
+    `flags` are those of `effective_flags`, `train` (`data_of`) the images that `data` was compared with. Only rank 0
+    writes.
     """
     if not collectives.is_main():
         return
@@ -170,6 +178,7 @@ def write_result(flags: dict[str, object], script: str, metrics: dict, data: Fea
         "script": script,
         **data.source,
         "split": split,
+        **({f"train_{name}": train.get(name) for name in ("data", "data_hash")} if train else {}),
         "seed": flags["seed"],
         "commit": git_commit(),
         "metrics": metrics,

@@ -12,7 +12,7 @@ from cplearn.errors import UserError
 from cplearn.evaluation.collapse_matrices import plot_cosines, plot_covariances
 from cplearn.evaluation.collapse_numbers import Network, covariance_of
 from cplearn.evaluation.features import Features
-from cplearn.files import write_csv
+from cplearn.files import is_own_table, write_csv
 from cplearn.plots.drawing import (
     COLORS,
     MARKERS,
@@ -26,6 +26,12 @@ from cplearn.plots.drawing import (
 )
 
 FIGURES = ("spectrum", "mixture", "matrices", "cosines", "codes", "tsne")
+TABLES = {  # beside figures of these names
+    "spectrum": ("network", "of", "index", "singular value"),
+    "mixture": ("network", "components", "nats per dimension", "fit"),
+    "codes": ("network", "of", "x", "y"),
+    "tsne": ("network", "image", "x", "y"),
+}
 
 
 def draw_figures(
@@ -44,6 +50,8 @@ def draw_figures(
     """
     for name in FIGURES:  # of an earlier call
         (out / f"{name}.png").unlink(missing_ok=True)
+        if name in TABLES:
+            (out / f"{name}.csv").unlink(missing_ok=True)
     plot_spectrum(out, networks, results)
     if components:
         plot_mixture(out, components, results)
@@ -59,11 +67,15 @@ def draw_figures(
 
 
 def check_figures(out: Path) -> None:
-    """Raise `UserError` if a figure would replace a file that is no earlier one."""
+    """Raise `UserError` if a figure or its table would replace a file that is no earlier one."""
     for name in FIGURES:
         path = out / f"{name}.png"
         if os.path.lexists(path) and not is_own_figure(path):
             raise UserError(f"--output_dir {out}: {name}.png is no figure of this command: name another folder")
+    for name, header in TABLES.items():
+        path = out / f"{name}.csv"
+        if os.path.lexists(path) and not is_own_table(path, header):
+            raise UserError(f"--output_dir {out}: {name}.csv is no table of this command: name another folder")
 
 
 def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) -> None:
@@ -88,7 +100,7 @@ def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) 
             axis.legend(fontsize=8)
     axes[0].set_ylabel("singular value / largest")
     save_figure(figure, out, "spectrum")
-    write_csv(out / "spectrum.csv", ("network", "of", "index", "singular value"), rows)
+    write_csv(out / "spectrum.csv", TABLES["spectrum"], rows)
 
 
 def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> None:
@@ -112,7 +124,7 @@ def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> 
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save_figure(figure, out, "mixture")
-    write_csv(out / "mixture.csv", ("network", "components", "nats per dimension", "fit"), rows)
+    write_csv(out / "mixture.csv", TABLES["mixture"], rows)
 
 
 def plot_codes(out: Path, networks: list[Network]) -> None:
@@ -143,7 +155,7 @@ def plot_codes(out: Path, networks: list[Network]) -> None:
         if axis.lines:
             axis.legend(fontsize=8)
     save_figure(figure, out, "codes")
-    write_csv(out / "codes.csv", ("network", "of", "x", "y"), rows)
+    write_csv(out / "codes.csv", TABLES["codes"], rows)
 
 
 def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> None:
@@ -169,7 +181,7 @@ def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> Non
     if classes:
         name_classes(figure, axes[0], classes)
     save_figure(figure, out, "tsne")
-    write_csv(out / "tsne.csv", ("network", "image", "x", "y"), rows)
+    write_csv(out / "tsne.csv", TABLES["tsne"], rows)
 
 
 MOST_NAMES = len(COLORS) * len(MARKERS)  # classes that a legend names; more are on a color bar

@@ -252,8 +252,8 @@ def get_features(
 ) -> list[Features]:
     """Extract the features of these splits (and keep them with `--dump_features`), or load them without a model.
 
-    `labels_for`: script that needs class labels. Raises `UserError`, before anything is extracted, if there are
-    none, if the splits have different classes, if kept features of two splits belong to different weights, or if the
+    `labels_for`: script that needs class labels. Raises `UserError`, before anything is extracted, if there are none,
+    if the splits have different classes, if kept features of two splits are of different weights or data, or if the
     backbone has no such tokens.
     """
     if model is None:
@@ -277,9 +277,11 @@ def get_features(
 def _load_splits(folder: str, splits: tuple[str, ...], tokens: Tokens, labels_for: str | None) -> list[Features]:
     kept = [_load_features(folder, split, tokens) for split in splits]
     _check_classes([x.classes for x in kept], splits, labels_for)
-    sources = [{k: v for k, v in x.source.items() if not k.startswith("data")} for x in kept]
-    if any(source != sources[0] for source in sources):
-        raise UserError(f"--load_features {folder}: {' and '.join(splits)} come from different weights")
+    sources = [{k: v for k, v in x.source.items() if k not in ("data", "data_hash")} for x in kept]
+    other = sorted(k for x in sources for k in sources[0].keys() | x.keys() if x.get(k) != sources[0].get(k))
+    if other:
+        what = "data" if set(other) <= {"dataset", "data_path", "class_list"} else "weights"
+        raise UserError(f"--load_features {folder}: {' and '.join(splits)} are of different {what}: extract both again")
     return kept
 
 
@@ -386,11 +388,18 @@ def extract_features(
         arch=model.arch,
         source={
             **model.source(),
-            "data": dataset.where,
-            "data_hash": datasets.fingerprint(dataset),
             "image_size": model.image_size,
+            "dataset": model.dataset,
+            "data_path": model.data_path,
+            "class_list": model.class_list,
+            **data_of(dataset),
         },
     )
+
+
+def data_of(dataset: datasets.ImageDataset) -> dict[str, str]:
+    """Return what a result has to name of the images of a split."""
+    return {"data": dataset.where, "data_hash": datasets.fingerprint(dataset)}
 
 
 def backbone_features(backbone: nn.Module, x: Tensor, tokens: Tokens = CLS) -> Tensor:

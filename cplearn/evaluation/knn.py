@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cplearn.errors import UserError
+
 
 def knn(
     train: Tensor,
@@ -19,6 +21,8 @@ def knn(
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy for each k; k is capped at the number of training images.
 
+    Raises `UserError` where an image has none to be compared with.
+
     Each test image takes its k neighbors of largest cosine (exact search); each votes for its class with
     weight exp(cosine / temperature). With `leave_one_out`, train and test are the same images, and none is its own
     neighbor. Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
@@ -31,6 +35,8 @@ def knn(
     index = faiss.IndexFlatIP(train.shape[1])
     index.add(train)
     own = int(leave_one_out)
+    if len(train) <= own:
+        raise UserError(f"{len(train)} images: k-NN compares each with another, which needs at least 2")
     ks = sorted({min(k, len(train) - own) for k in ks})
     hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
     for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
@@ -61,12 +67,12 @@ def leave_one_out_knn(features: Tensor, labels: Tensor, *, k: int = 20, temperat
 
 
 def count_hits(cosine: Tensor, labels: Tensor, truth: Tensor, n_classes: int, temperature: float) -> Tensor:
-    """Count the images whose class has the most votes, and those whose class is among the first five.
+    """Count the images whose class has the most votes, and those whose class is among the first five with a vote.
 
     Shape: cosines (n, k) of the neighbors, largest first, their labels (n, k), truth (n,) -> int64 (2,).
     """
-    ranked = votes(cosine, labels, n_classes, temperature).topk(min(5, n_classes), dim=1).indices
-    correct = ranked == truth[:, None]
+    first = votes(cosine, labels, n_classes, temperature).topk(min(5, n_classes), dim=1)
+    correct = (first.indices == truth[:, None]) & (first.values > 0)  # fewer than five neighbors name fewer classes
     return torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
 
 

@@ -29,8 +29,8 @@ def check_inputs(parsed: argparse.Namespace, *, may_come: bool) -> None:
 
     Warns about images that this machine does not see, because the nodes may.
     """
-    for name in ("pretrained_weights", "load_features", "init_from"):
-        path = path_of(parsed, name)
+    named = [(name, path_of(parsed, name)) for name in ("pretrained_weights", "load_features", "init_from")]
+    for name, path in [*named, *(("checkpoints", os.path.expanduser(x)) for x in _checkpoints_of(parsed))]:
         if path and not may_come and not os.path.exists(path):
             raise UserError(f"--{name} {path} does not exist: check the path")
     data_path = path_of(parsed, "data_path")
@@ -73,7 +73,7 @@ def output_dir_of(script: str, argv: list[str], parsed: argparse.Namespace) -> P
     """Return the absolute folder that an entry point will write to, with %j as given. Raises `UserError`."""
     output_dir = _value_of("--output_dir", argv)
     if output_dir is None:
-        weights, features = path_of(parsed, "pretrained_weights"), path_of(parsed, "load_features")
+        weights, features = _weights_of(parsed), path_of(parsed, "load_features")
         output_dir = path_of(parsed, "output_dir") or features or str(Path(weights or ".").parent)
         if script != "main_cplearn" and not (weights or features):
             raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
@@ -82,6 +82,17 @@ def output_dir_of(script: str, argv: list[str], parsed: argparse.Namespace) -> P
     if "%" in output_dir.replace("%j", ""):
         raise UserError(f"--output_dir {output_dir}: only %j, the job's number, is understood after %")
     return Path(os.path.abspath(os.path.expanduser(output_dir)))
+
+
+def _checkpoints_of(parsed: argparse.Namespace) -> list[str]:
+    """Return the paths of --checkpoints of eval_collapse.py."""
+    return getattr(parsed, "checkpoints", None) or []
+
+
+def _weights_of(parsed: argparse.Namespace) -> str:
+    """Return the path of the weights beside which an evaluation writes, "" if there are none."""
+    several = _checkpoints_of(parsed)
+    return os.path.expanduser(several[0]) if several else path_of(parsed, "pretrained_weights")
 
 
 def path_of(parsed: argparse.Namespace, name: str) -> str:

@@ -5,6 +5,8 @@ and in trained/ and random_init/ the results of its evaluations. A killed grid c
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import shlex
 import typing
@@ -13,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.files import read_json_lines, read_text, write_text
+from cplearn.files import read_json, read_json_lines, read_text, write_text
 from cplearn.host import git_commit
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.rows import OF_SIZES, Row, rows
@@ -53,10 +55,19 @@ class Cell:
         return stages
 
     def results(self, *, random: bool = False) -> list[dict]:
-        """Return the lines of results.jsonl of the trained network, or of the untrained one."""
+        """Return the lines of results.jsonl of the trained network, or of the untrained one.
+
+        None but those of the checkpoint that trained.json names (those of earlier versions name none).
+        """
         lines = read_json_lines(self._results_folder(random=random) / "results.jsonl")
         kinds = {"script": str, "weights_sha256": str, "metrics": dict}
-        return [line for line in lines if all(isinstance(line.get(name), kind) for name, kind in kinds.items())]
+        weights = read_json(self.folder / "trained.json").get("weights_sha256")
+        return [
+            line
+            for line in lines
+            if all(isinstance(line.get(name), kind) for name, kind in kinds.items())
+            and weights in (None, line["weights_sha256"])
+        ]
 
     def _results_folder(self, *, random: bool) -> Path:
         return self.folder / ("random_init" if random else "trained")
@@ -80,8 +91,11 @@ class Cell:
         return ", ".join(wrong)
 
     def mark_trained(self) -> None:
-        """Write trained.json. Whoever saw the training end well calls this."""
-        write_text(self.folder / "trained.json", json.dumps({"commit": git_commit()}) + "\n")
+        """Write trained.json, which names the weights. Whoever saw the training end well calls this."""
+        content = {"commit": git_commit()}
+        with contextlib.suppress(FileNotFoundError), open(self.folder / "checkpoint.pth", "rb") as file:
+            content["weights_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        write_text(self.folder / "trained.json", json.dumps(content) + "\n")
 
 
 @dataclass(frozen=True)

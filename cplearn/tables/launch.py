@@ -65,7 +65,7 @@ def environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
 
 def loader_flags(flags: Sequence[str], jobs: int, processes: int) -> list[str]:
     """Return --num_workers, unless it is given: no loader processes beside CPUs that are all busy."""
-    if "--num_workers" in flags:
+    if any(flag.split("=")[0] == "--num_workers" for flag in expand_recipes(flags)):
         return []
     cores = (os.cpu_count() or 1) // (jobs * processes)
     return ["--num_workers", str(min(10, cores) if gpus() else max(0, cores - 1))]

@@ -18,6 +18,8 @@ from cplearn.tables.launch import command_of, device_name, environment, gpus, la
 from cplearn.tables.status import CellState
 from cplearn.text import format_table
 
+COPIES = 3  # of a checkpoint in a cell: the newest, the one before it, and the best
+
 # --- timed steps ------------------------------------------------------------------------------------------
 
 
@@ -121,6 +123,8 @@ def epochs_within(settings: Settings, timings: dict[str, dict]) -> int:
     for key, timing in timings.items():
         if "error" in timing:
             raise UserError(f"the timed steps of {key} failed: {timing['error']}")
+        if not _steps_per_epoch(settings, timing):
+            raise UserError(f"{timing['train_images']} images are fewer than a batch of {settings.batch}: take more")
     seconds = {key: _step_seconds(settings, x) * _steps_per_epoch(settings, x) for key, x in timings.items()}
     slowest = max(seconds, key=seconds.get)
     epochs = max(2, int(60 * settings.minutes_per_cell / max(seconds[slowest], 1e-9)))
@@ -169,7 +173,7 @@ def print_plan(
         epochs = parse_flags(train.script, train.flags).epochs
         training = settings.ngpus * epochs * _steps_per_epoch(settings, timing) * step / 3600 / sharing
         evaluating = _evaluation_passes(cell) * timing["train_images"] * _forward_seconds(timing) / 3600 / sharing
-        hours, disk = hours + training + evaluating, disk + 2 * timing["checkpoint_bytes"] / 1e9
+        hours, disk = hours + training + evaluating, disk + COPIES * timing["checkpoint_bytes"] / 1e9
         table.append((cell.name, epochs, f"{1000 * step:.0f}", f"{waits:.0%}", f"{training:.1f}", f"{evaluating:.1f}",
                       f"{memory:.1f}", ""))  # fmt: skip
     header = ("cell", "epochs", "ms per step", "of it waiting for images", f"{unit}-h training", f"{unit}-h evaluating",

@@ -67,17 +67,17 @@ def _read_state(cell: Cell, grid_runs: bool) -> CellState:
     scripts = {random: {x["script"] for x in cell.results(random=random)} for random in (False, True)}
     differs = cell.differs()
     trained = (cell.folder / "trained.json").exists() and not differs
-    missing, jobs = [], []
-    for stage in cell.stages():
-        evaluated = not differs and stage.script in scripts[stage.name.startswith("random")]
+    trained_by_job, missing, jobs = False, [], []
+    for stage in cell.stages():  # training comes first: results of what was trained before it do not count
+        evaluated = (trained or trained_by_job) and stage.script in scripts[stage.name.startswith("random")]
         if trained if stage.name == "train" else evaluated:
             continue
         folder = stage.place / FOLDER
         entries = [entry for entry in submissions(folder) if entry["script"] == stage.script]
         if entries:  # only the newest may be alive: no stage is submitted twice
             jobs.append(StageJob(stage.name, folder, entries[-1], job_state(folder, entries[-1]), len(entries)))
+            trained_by_job |= not differs and stage.name == "train" and jobs[-1].state == "COMPLETED"
         missing.append(stage.name)
-    trained_by_job = not differs and any(job.stage == "train" and job.state == "COMPLETED" for job in jobs)
     return CellState(
         missing=tuple(name for name in missing if not (name == "train" and trained_by_job)),
         jobs=tuple(sorted(jobs, key=lambda job: job.entry["time"])),

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -111,12 +112,23 @@ def test_kept_features_of_two_models_do_not_mix(run, tmp_path, image_folder):
     kept = ["--dump_features", str(tmp_path / "f")]
     eval_knn.main(eval_flags(run, tmp_path, *kept))
     eval_cluster.main(eval_flags(other, tmp_path, *kept))  # replaces those of val only
-    with pytest.raises(UserError, match="train and val come from different weights"):
+    with pytest.raises(UserError, match="train and val are of different weights"):
         eval_knn.main(["--load_features", str(tmp_path / "f"), "--device", "cpu"])
     with pytest.raises(UserError, match="--random_init cannot change kept features"):
         eval_knn.main(["--load_features", str(tmp_path / "f"), "--random_init"])
     with pytest.raises(UserError, match="holds kept features or a linear probe"):
         eval_knn.main(["--pretrained_weights", str(tmp_path / "f" / "features_val_last1.pth"), "--device", "cpu"])
+
+
+def test_kept_features_of_two_data_sets_do_not_mix(run, tmp_path, image_folder):
+    shutil.copytree(image_folder, tmp_path / "copy")
+    kept = ["--dump_features", str(tmp_path / "f")]
+    eval_knn.main(eval_flags(run, tmp_path, *kept))
+    compared = last_result(tmp_path)
+    assert compared["train_data_hash"].startswith("48 images ") and compared["data_hash"].startswith("12 images ")
+    eval_cluster.main(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "copy"), *kept))  # those of val only
+    with pytest.raises(UserError, match="train and val are of different data: extract both again"):
+        eval_knn.main(["--load_features", str(tmp_path / "f"), "--device", "cpu"])
 
 
 def test_wrong_data_is_noticed_before_anything_is_extracted(run, tmp_path, image_folder, capsys):
