@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, eval_flags, last_result, train, write_images
 from PIL import Image
 
+import eval_cluster
 import eval_collapse
 from cplearn import checkpoints
 from cplearn.errors import UserError
@@ -184,9 +185,14 @@ def test_only_earlier_figures_are_replaced(run, tmp_path):
         picture.unlink()
         picture.write_bytes(before)
     picture.unlink()
+    eval_cluster.main([*eval_flags(run, tmp_path), "--out_csv", str(tmp_path / "codes.csv")])
+    with pytest.raises(UserError, match="codes.csv is no table of this command: name another folder"):
+        eval_collapse.main([*eval_flags(run, tmp_path), *common])
+    (tmp_path / "codes.csv").unlink()
+    (tmp_path / "tsne.csv").write_text("network,image,x,y\n")  # of an earlier call that drew it
     for _ in range(2):
         eval_collapse.main([*eval_flags(run, tmp_path), *common, "--baseline", "false"])
-    assert mine.read_bytes() == before and is_own_figure(picture)
+    assert mine.read_bytes() == before and is_own_figure(picture) and not (tmp_path / "tsne.csv").exists()
 
 
 def test_networks_are_named_by_what_tells_them_apart():

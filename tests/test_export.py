@@ -284,6 +284,9 @@ def test_only_an_earlier_export_is_replaced(run, tmp_path):
             export.main([weights, "--to", to, "--out", str(out)])
         with pytest.raises(UserError, match="no earlier export of this kind|must end in"):
             export.main([weights, "--to", "timm" if to == "head" else "onnx", "--out", str(out)])
+    exported = tmp_path / "net.safetensors"  # whose default --out it would be itself
+    with pytest.raises(UserError, match="net.safetensors is the file to export itself: name another with --out"):
+        export.main([str(exported), "--to", "safetensors", "--image_size", "64"])
     (tmp_path / "net" / "mine.txt").write_text("mine")
     os.symlink(tmp_path / "net.safetensors", tmp_path / "link.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")

@@ -14,7 +14,7 @@ from timm.models.xcit import Xcit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cplearn.backbones import build_backbone
-from cplearn.data.augmentations import eval_pixels
+from cplearn.data.augmentations import aspect_pixels, eval_pixels
 from cplearn.errors import UserError
 from cplearn.evaluation import attention
 
@@ -196,6 +196,13 @@ def test_a_whole_image_keeps_its_aspect(shape):
     assert (right - left) / (bottom - top) == pytest.approx(pixels.shape[2] / pixels.shape[1], rel=0.01)
     lost = max(shape) - max(right - left, bottom - top)
     assert lost < 16 * min(shape) / 64 and left == pytest.approx(shape[0] - right, abs=4)
+
+
+@pytest.mark.parametrize("shape", [(321, 300), (300, 321), (333, 200), (100, 100)])
+def test_a_whole_image_is_the_view_that_features_are_extracted_from(shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
+    pixels = attention.plan_view(shape, 224, (16, 16), keep_aspect=True).pixels(image)
+    assert torch.equal(pixels, aspect_pixels(image, 224, 16))
 
 
 def test_a_strip_that_would_become_too_large():

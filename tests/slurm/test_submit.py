@@ -15,7 +15,7 @@ from helpers import ROOT, SMALL, log_of, run_script, same_state, without_time
 import run_with_submitit
 from cplearn.errors import UserError
 from cplearn.host import process_start
-from cplearn.slurm.checks import _minutes
+from cplearn.slurm.checks import _minutes, check_inputs, output_dir_of, parse_flags
 from cplearn.slurm.status import status
 from cplearn.slurm.submit import JobRequest, Resources, batch_script
 
@@ -25,6 +25,15 @@ from cplearn.slurm.submit import JobRequest, Resources, batch_script
 )
 def test_time_limits_of_partitions(text, minutes):
     assert _minutes(text) == minutes
+
+
+def test_several_checkpoints_are_weights_too(run, tmp_path):
+    both = [str(run / "checkpoint.pth"), str(tmp_path / "nowhere.pth")]
+    parsed = parse_flags("eval_collapse", ["--checkpoints", *both])
+    assert output_dir_of("eval_collapse", ["--checkpoints", *both], parsed) == run
+    with pytest.raises(UserError, match="--checkpoints .*nowhere.pth does not exist"):
+        check_inputs(parsed, may_come=False)
+    check_inputs(parsed, may_come=True)
 
 
 def submit(out, *more) -> str:

@@ -29,6 +29,13 @@ main_cplearn.py FAILED
     assert last_message("", -9) == (-9, "exit code -9")
 
 
+def test_a_number_of_workers_that_is_given_stays(tmp_path):
+    (tmp_path / "two.txt").write_text("--num_workers 2")
+    assert launch.loader_flags(["--lr", "1"], 1, 1)[0] == "--num_workers"
+    for flags in (["--num_workers", "2"], ["--num_workers=2"], [f"@{tmp_path}/two.txt"]):
+        assert launch.loader_flags(flags, 1, 1) == []
+
+
 def test_every_slot_has_its_own_gpus(monkeypatch):
     monkeypatch.setattr(launch, "gpus", lambda: ["2", "3", "5", "7"])
     monkeypatch.setattr(reproduce_table3, "gpus", lambda: ["2", "3", "5", "7"])

@@ -1,6 +1,7 @@
 """The table: means, spreads, caveats, sentences."""
 
 import csv
+import hashlib
 import json
 import re
 
@@ -141,6 +142,20 @@ def test_results_that_lie_count_for_nothing(grid, lie):
     describe(grid.cells[0], snapshot(grid)[grid.cells[0].name])
     assert read_measures(grid.cells[0].results()) == {} and read_measures(grid.cells[1].results()) != {}
     write(grid, snapshot(grid))
+
+
+def test_results_of_weights_that_were_trained_before_do_not_count(grid):
+    cell = grid.cells[0]
+    evaluations = [stage.name for stage in cell.stages()[1:]]
+    (cell.folder / "trained.json").unlink()  # as for a new training
+    assert snapshot(grid)[cell.name].missing == ("train", *evaluations)
+    (cell.folder / "checkpoint.pth").write_bytes(b"weights")
+    cell.mark_trained()
+    assert snapshot(grid)[cell.name].missing == tuple(evaluations) and cell.results() == []
+    line = {"script": "eval_knn", "weights_sha256": hashlib.sha256(b"weights").hexdigest(), "metrics": {}}
+    with open(cell.folder / "trained" / "results.jsonl", "a") as file:
+        file.write("\n" + json.dumps(line) + "\n")
+    assert cell.results() == [line] and "knn" not in snapshot(grid)[cell.name].missing
 
 
 def test_a_failure_that_says_nothing(grid):

@@ -8,6 +8,7 @@ import pytest
 from helpers import children_of
 
 import reproduce_table3
+from cplearn.errors import UserError
 from cplearn.tables.plan import epochs_within
 
 
@@ -44,6 +45,9 @@ def test_minutes_per_cell_give_the_slowest_line_its_time(monkeypatch, tmp_path):
         for key, seconds in (("cplearn_c16", 0.5), ("swav_c16", 1.0))
     }
     assert epochs_within(reproduce_table3.choose_settings(args), times) == 180 // 22  # 22 steps of a second
+    times["swav_c16"]["train_images"] = 40
+    with pytest.raises(UserError, match="40 images are fewer than a batch of 64"):
+        epochs_within(reproduce_table3.choose_settings(args), times)
 
 
 @pytest.mark.slow
