@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = extraction.Extraction(model, device, args.tokens, args.keep_aspect, head=out.suffix != ".npy")
     identity = job.identity(dataset, args.images)
     collectives.check_same(identity)
-    identity["files_sha256"] = collectives.on_main(hash_of_files, dataset)
-    if collectives.on_main(is_done, out, identity):
+    files = {"files_sha256": collectives.on_main(hash_of_files, dataset)}  # parts may go on with images repaired
+    if collectives.on_main(is_done, out, identity | files):
         if collectives.is_main():
             print(f"{out} is there already, of the same weights and images: remove it to extract again")
         return
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts.read_plan()
         extraction.extract(job, dataset, parts, args)
         if collectives.is_main():
-            source = job.source(identity, parts, dataset.names)
+            source = job.source(identity | files, parts, dataset.names)
             count = feature_files.assemble(out, parts, dataset.names, source)
             parts.remove()
             print(summary(out, count, job, source))

@@ -166,7 +166,7 @@ def train(run: Run) -> dict:
     args, record = run.args, {}
     run.saved_at = time.monotonic()
     stop_if_asked(run)  # while it was built
-    if run.step == 0:
+    if not run.resumed:
         run.monitor.begin(run.method, run.device, args.batch_size_per_gpu)
     while run.step < run.last_step:
         record = train_one_epoch(run)
@@ -220,12 +220,12 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in ("num_workers", "dist_url")}
     collectives.check_same({"data": run.identity["data"], **flags})
     # A flag that is younger than the checkpoint had its default there.
-    resumed = resume(run, vars(get_args_parser(args.method).parse_args([])))
+    resume(run, vars(get_args_parser(args.method).parse_args([])))
     with collectives.raise_on_all_ranks():
-        if args.init_from and not resumed:
+        if args.init_from and not run.resumed:
             state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
             checkpoints.load_backbone(run.method.backbone, state, args.init_from)
-    if not resumed:
+    if not run.resumed:
         run.method.begin()
     collectives.on_main(announce, run, launch.self_check(device))
     return run
@@ -330,10 +330,16 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.local_image_size = max(1, round(args.image_size * 96 / 224 / max(1, unit))) * max(1, unit)
     if args.local_crops_number is None:
         args.local_crops_number = 8 if args.image_size >= 96 else 0
+    given = args.global_crops_scale
     if args.global_crops_scale is None:
         args.global_crops_scale = [0.4, 1.0] if args.local_crops_number else [0.14, 1.0]
     args.global_crops_scale = list(args.global_crops_scale)
     args.local_crops_scale = list(args.local_crops_scale)
+    if given and args.augmentation in augmentations.PADDED:
+        raise UserError(
+            f"--global_crops_scale {given[0]:g} {given[1]:g}: --augmentation {args.augmentation} shifts the whole image "
+            "and has no such scale: leave it out, or use --augmentation cifar_strong"
+        )
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 10)
 

@@ -83,6 +83,8 @@ PEER_GONE = (
     "ProcessGroup",
 )
 
+NO_MEMORY = "can't allocate memory"  # in the words of torch's allocator on a CPU
+
 
 def exit_status(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the line to show. Code 1 is a bug, of which the traceback says more."""
@@ -92,11 +94,16 @@ def exit_status(error: BaseException) -> tuple[int, str]:
         return 130, "Ctrl-C"
     if isinstance(error, SystemExit):
         return (error.code, "see its log") if isinstance(error.code, int) else (1, str(error.code))
+    first = (str(error).strip().splitlines() or [""])[0]
+    # By torch's and NumPy's names: neither is imported here.
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError") or NO_MEMORY in first:
+        remedy = "use a smaller --batch_size_per_gpu; training also has --accum N and --grad_checkpointing"
+        return UserError.exit_code, f"out of memory ({first[:120] or type(error).__name__}): {remedy}"
     sign = next((sign for sign in PEER_GONE if sign in str(error)), None)
     if isinstance(error, RuntimeError) and sign and in_group():
         line = f"another process of the run ended or hangs ({sign}): look for its own message, then run again"
         return PeerError.exit_code, line
-    return 1, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return 1, f"{type(error).__name__}: {first}"
 
 
 def in_group() -> bool:

@@ -42,13 +42,20 @@ def slow_precision(precision: str, device: torch.device) -> bool:
 
 @contextmanager
 def tf32_products(wanted: bool) -> Iterator[None]:
-    """Let a GPU round the inputs of float32 products to TF32 (10 bits of mantissa) inside. No effect on a CPU."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = wanted or before
+    """Let a GPU round the inputs of float32 products to TF32 (10 bits of mantissa) inside. No effect on a CPU.
+
+    If it is not `wanted`, what the user chose stays, and is not even looked at.
+    """
+    if not wanted:
+        yield
+        return
+    products = torch.backends.cuda.matmul  # the older `allow_tf32` raises once the user has set this one
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        products.fp32_precision = before
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

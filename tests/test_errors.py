@@ -1,5 +1,9 @@
 """Exit codes."""
 
+import subprocess
+import sys
+
+import torch
 from helpers import ROOT
 
 from cplearn import errors
@@ -22,3 +26,13 @@ def test_every_error_has_its_own_exit_code():
     }
     page = (ROOT / "docs" / "errors.md").read_text()
     assert all(f"| {code} |" in page for code in set(codes.values()) | {0, 130})
+
+
+def test_too_little_memory_is_no_bug():
+    line = "out of memory (CUDA out of memory. Tried to allocate 2 GiB): use a smaller --batch_size_per_gpu; training"
+    code, said = errors.exit_status(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nsee also"))
+    assert code == 2 and said.startswith(line)
+    assert errors.exit_status(MemoryError())[1].startswith("out of memory (MemoryError): use a smaller")
+    code = "from cplearn import errors; import torch; errors.run_script(lambda argv: torch.empty(2**60))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "error: out of memory (" in ended.stderr and "Traceback" not in ended.stderr

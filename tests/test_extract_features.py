@@ -66,7 +66,8 @@ def test_features_are_those_of_the_evaluations_in_every_format(run, tmp_path, im
     assert np.array_equal(found["embedding"], model.method.embed(expected.features).numpy())
     assert found["names"].tolist() == expected.names and len(expected.names) == 12
     source = found["source"]
-    of_weights = {name: value for name, value in expected.source.items() if not name.startswith("data")}
+    of_images = ("data", "data_hash", "dataset", "data_path", "class_list")
+    of_weights = {name: value for name, value in expected.source.items() if name not in of_images}
     assert of_weights.items() <= source.items() and source["data"] == str(images)
     assert source["image_size"] == 32 and source["out_dim"] == 40 and source["unreadable"] == {}
     assert source["transform"].startswith("32 x 32, bicubic") and source["head"] == "cplearn"
@@ -206,6 +207,14 @@ def test_the_same_command_goes_on_after_a_kill(run, tmp_path, image_folder, monk
     assert not (tmp_path / f".{name}.parts").exists()
     extract(weights, images, tmp_path / name)
     assert made == [2] and "is there already, of the same weights and images" in capsys.readouterr().out
+    others = tmp_path / "images"  # of the same names in the same place
+    for images in (image_folder / "train", image_folder / "val"):
+        shutil.rmtree(others, ignore_errors=True)
+        for name_of_class in ("ant", "bee", "cat"):
+            (others / name_of_class).mkdir(parents=True)
+            shutil.copy2(images / name_of_class / "000.jpg", others / name_of_class)
+        extract(weights, others, tmp_path / name)
+        assert "is there already" not in capsys.readouterr().out
 
 
 def test_a_part_that_was_damaged_is_made_again(run, tmp_path, image_folder, monkeypatch):

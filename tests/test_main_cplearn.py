@@ -206,6 +206,10 @@ def test_help(tmp_path, script):
         (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0 must be positive"),
         (["--warmup_epochs", "400"], "--warmup_epochs 400 exceeds --epochs 300"),
         (["--global_crops_scale", "0.9", "0.3"], "--global_crops_scale 0.9 0.3"),
+        (
+            ["--augmentation", "svhn", "--global_crops_scale", "0.2", "1"],
+            "--global_crops_scale 0.2 1: --augmentation svhn",
+        ),
         (["--class_list", "none.txt"], "--class_list none.txt only goes with --dataset folder"),
         (["--output_dir", "/proc/none"], "--output_dir /proc/none cannot be written"),
         (["--init_from", "/none.pth"], "/none.pth does not exist"),

@@ -83,6 +83,7 @@ RECIPES = {
     "svhn": svhn_views,
     "digits": digits_views,
 }
+PADDED = ("cifar", "svhn")  # those whose global views are padded and shifted, not cropped by a scale
 
 
 def build_views(recipe: str, **sizes) -> list[View]:

@@ -1,5 +1,6 @@
 """A file in --cache_dir that is made once: whole or not there, by one process, for all others and later runs."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -25,9 +26,11 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process; whoever comes second finds the file made
-            if not _is_whole(path, key):
+        with _locked(partial) as file:
+            made = False
+            try:
+                if _is_whole(path, key):
+                    return
                 free = shutil.disk_usage(path.parent).free + file.seek(0, os.SEEK_END)
                 if expected > 0.95 * free:
                     raise UserError(
@@ -39,10 +42,23 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
                 write_head(file, key)
                 os.fsync(file.fileno())
                 os.replace(partial, path)
+                made = True
+            finally:  # while it is locked: whoever waits for it begins a new one
+                if not made:
+                    remove_quietly(partial)
     except OSError as error:
         raise WriteError(f"{what}: {path} could not be written: {error.strerror}; see --cache_dir") from None
-    finally:
-        remove_quietly(partial)
+
+
+def _locked(partial: Path) -> BinaryIO:
+    """Open the file that is to be filled, once nobody else fills it. The lock goes with the process."""
+    while True:
+        file = open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
+                return file
+        file.close()  # of the one before, who has finished it or given up
 
 
 class Filling:

@@ -112,7 +112,7 @@ class Folder(ImageDataset):
         names = scan(root, class_list or [""])
         if not names:
             formats = ", ".join(sorted(EXTENSIONS))
-            raise UserError(f"{printable(root)} holds no images ({formats}): check --data_path")
+            raise UserError(f"{printable(root)} holds no images ({formats}): check the path")
         in_folders = all("/" in name for name in names)
         found = sorted({name.split("/")[0] for name in names}) if in_folders else []
         self.classes = class_list if class_list else (found if len(found) > 1 else None)

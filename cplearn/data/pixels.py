@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from cplearn.data import workers
 from cplearn.data.augmentations import View, reduction, to_pixels
 from cplearn.data.cachefile import HEAD, Filling, make_once, write_head
+from cplearn.data.datasets import MAX_PIXELS
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.host import available_memory, system_id
@@ -62,9 +63,10 @@ class Pixels(Dataset):
             sizes.append(3 * -(-width // factor) * -(-height // factor))
         return int(np.mean(sizes or [0]) * len(self))
 
-    def halved_from(self) -> int:
-        """Return the side in pixels from which on a square image is decoded at half its size or less."""
-        return next(side for side in range(1, 2**16) if self._reduction(side, side) > 1)
+    def halved_from(self) -> int | None:
+        """Return the side in pixels from which on a square image is decoded at half its size or less; None if no image
+        that may be read is that large."""
+        return next((side for side in range(1, int(MAX_PIXELS**0.5) + 1) if self._reduction(side, side) > 1), None)
 
     def summary(self) -> str:
         return "images are decoded each time they are read (--cache none)"

@@ -38,10 +38,10 @@ class DenseBlock(NamedTuple):
 class Dictionary(nn.Module):
     """c frozen codes w_j in {-1, +1}^f_h, i.i.d. fair signs, drawn once from a seed (paper, section 3).
 
-    Stored as one bit an entry. The bits are a pure function of (generator, seed, j, i), so they are never
-    saved, sent or trained: a checkpoint holds seed and checksum, and loading one that was trained with
-    another dictionary raises `UserError`. Code j does not depend on out_dim, so dictionaries of several sizes
-    are nested.
+    Stored as one bit an entry. The bits are a pure function of (generator, seed, j, i), so they are never saved or
+    trained, nor sent unless DDP is told to broadcast buffers: a checkpoint holds seed and checksum, and loading one
+    that was trained with another dictionary raises `UserError`. Code j does not depend on out_dim, so dictionaries of
+    several sizes are nested.
     """
 
     GENERATOR = "rademacher-splitmix64-v1"

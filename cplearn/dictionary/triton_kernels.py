@@ -337,7 +337,7 @@ def triton_loss(
             "loss form triton needs a GPU: use --loss_form auto, or set TRITON_INTERPRET=1 to try it slowly"
         )
     if h.device.type != "cuda" and precision == "bf16":
-        raise UserError("loss form triton: the interpreter has no bf16 products, use --precision fp32")
+        raise UserError("loss form triton: the interpreter has no bf16 products, use --loss_precision fp32")
     # Triton launches on the current device, whatever the tensors' device.
     with torch.cuda.device(h.device) if h.device.type == "cuda" else nullcontext():
         return _launch(h.contiguous(), dictionary, spec, with_grad, precision)

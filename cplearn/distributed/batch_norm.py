@@ -11,15 +11,15 @@ from cplearn.errors import UserError
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace torch's batch norms inside `module` by `BatchNorm`; names and values stay.
+    """Replace torch's batch norms inside `module` by `BatchNorm`; names, parameters, buffers and mode stay.
 
     Raises `UserError` in several processes for a variant that cannot be replaced (timm's norm with activation).
     """
     for name, child in module.named_children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             norm = BatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            norm.load_state_dict(child.state_dict())
-            setattr(module, name, norm)
+            norm._parameters, norm._buffers = child._parameters, child._buffers
+            setattr(module, name, norm.train(child.training))
         elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, BatchNorm):
             if world_size() > 1:
                 raise UserError(

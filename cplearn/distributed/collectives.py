@@ -152,7 +152,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Average over ranks, for what is logged. No gradient."""
+    """Average over ranks, for what needs no gradient: logs, a center, a limit."""
     if world_size() > 1:
         x = x.clone(memory_format=torch.contiguous_format)  # NCCL takes no other
         dist.all_reduce(x)

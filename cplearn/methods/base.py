@@ -160,6 +160,10 @@ class Method(nn.Module):
         """Return the bytes that head and loss hold at once for n images per rank, beside weights; 0 if that is little."""
         return 0
 
+    def extra_images(self, n: int) -> int:
+        """Return how many images of a global view pass the backbone with a gradient, beside the views of n images."""
+        return 0
+
     def warnings(self) -> list[str]:
         """Name settings that are allowed but known to train badly."""
         return []

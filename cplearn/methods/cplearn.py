@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cplearn.dictionary import DICTIONARIES
 from cplearn.dictionary.prior_buffer import PriorBuffer
-from cplearn.dictionary.streamed_loss import FORMS
+from cplearn.dictionary.streamed_loss import FORMS, pick_form
 from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
@@ -121,6 +121,8 @@ class CPLearn(Method):
             )
         if loss_precision == "bf16" and loss_form != "triton":
             raise UserError("loss_precision bf16 needs --loss_form triton: the other forms have fp32 and tf32")
+        if loss_precision == "tf32" and loss_form == "plain":
+            raise UserError("loss_precision tf32 is not for --loss_form plain, which is the definition: use stored")
         self.backbone = backbone
         self.head = CPLearnHead(
             backbone.num_features,
@@ -193,6 +195,12 @@ class CPLearn(Method):
         """Return how many images the prior's mean runs over, for n per rank."""
         population = n * collectives.world_size() if self.spec.prior_group == "global" else n
         return population * (1 + len(self.buffer.ring)) if self.buffer is not None else population
+
+    def loss_memory(self, n: int, views: int) -> int:
+        """Count, as measured, the logits of all views once where they are stored, six times in the plain form."""
+        logits = 4 * views * n * self.out_dim
+        form = self.loss_form if self.loss_form == "plain" else pick_form(self.loss_form, views * n, self.out_dim)
+        return {"plain": 6, "stored": 1}.get(form, 0) * logits
 
     def describe(self, n: int) -> dict[str, float | str]:
         """Return derived values that decide a run, for n images per rank."""

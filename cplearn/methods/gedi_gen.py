@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from cplearn import random_streams
 from cplearn.backbones import has_batch_norm
+from cplearn.data.augmentations import views_of
 from cplearn.data.color import normalize
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.flags import fraction, nonnegative, positive
 from cplearn.methods.base import StepOutput
 from cplearn.methods.gedi import GEDI
+from cplearn.precision import float32
 
 
 class GEDIGen(GEDI):
@@ -49,7 +51,7 @@ class GEDIGen(GEDI):
         self.input_noise = 0.03 if input_noise is None else input_noise
         self.steps, self.step_size, self.noise, self.restart = sgld_steps, sgld_step_size, sgld_noise, sgld_restart
         self.energy = nn.Linear(backbone.num_features, 1, bias=False)
-        # Samples of earlier steps, the same on all ranks; redrawn at the first use (`_draw`).
+        # Samples of earlier steps, the same on all ranks; zeros stand for those that no step has written yet.
         self.register_buffer("replay", torch.zeros(sgld_buffer, 3, image_size, image_size))
         self.before_step(0, 1, 1)
 
@@ -60,7 +62,7 @@ class GEDIGen(GEDI):
         add = cls.flag_group(parser, "GEDI's generative term (constants of ours: the authors' code is not public)")
         add("gen_weight", type=nonnegative(float), help="Weight of the term (default: 0.02 * beta)")
         add("gen_limit", type=positive(float), help="A step whose term is beyond this, or below minus this, counts as not finite and is skipped")
-        add("input_noise", type=nonnegative(float), help="Standard deviation of the noise on real images, whose pixels go from 0 to 1 (default: the paper's 0.03, or 0 with --augmentation cifar, which adds it itself)")
+        add("input_noise", type=nonnegative(float), help="Standard deviation of the noise on real images, whose pixels go from 0 to 1 (default: the paper's 0.03, or 0 where the views have noise of their own: --augmentation cifar, svhn or digits)")
         add("sgld_steps", type=positive(int), help="Steps of Langevin dynamics per training step")
         add("sgld_step_size", type=nonnegative(float), help="Of a step of Langevin dynamics")
         add("sgld_noise", type=nonnegative(float), help="Standard deviation of the noise of such a step")
@@ -71,19 +73,23 @@ class GEDIGen(GEDI):
     @classmethod
     def from_args(cls, backbone: nn.Module, args) -> "GEDIGen":
         if args.input_noise is None:
-            args.input_noise = 0.0 if args.augmentation == "cifar" else 0.03
+            args.input_noise = 0.0 if views_of(args)[0].noise_std else 0.03
         return super().from_args(backbone, args)
+
+    def extra_images(self, n: int) -> int:
+        """Count the real and the sampled images, whose energies have a gradient."""
+        return 2 * n
 
     def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         self.step = step
 
     def forward(self, views: list[Tensor]) -> StepOutput:
-        with torch.autocast(views[0].device.type, enabled=False):
-            views = [v if v.dtype == torch.float64 else v.float() for v in views]
-            loss, terms, usage = super().forward(views)
-            samples, noise = self.sample(views[0])
+        loss, terms, usage = super().forward(views)
+        with torch.autocast(views[0].device.type, enabled=False):  # chains and energies in float32
+            images = float32(views[0])
+            samples, noise = self.sample(images)
             noise = self.input_noise * (normalize(noise) - normalize(torch.zeros_like(noise)))  # in units of pixels
-            energies = -self.energy(self.backbone(torch.cat([views[0] + noise, samples])))
+            energies = -self.energy(self.backbone(torch.cat([images + noise, samples])))
             real, fake = energies.chunk(2)
             generative = real.mean() - fake.mean()
             loss = loss + self.gen_weight * generative

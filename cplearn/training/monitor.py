@@ -336,9 +336,11 @@ class Monitor:
         return {"code_use": self.usage.state(), "alarms": self.alarms, "verdict": self.last, "start": self.start,
                 "best": self.best}  # fmt: skip
 
-    def load(self, state: dict, device: torch.device) -> None:
+    def load(self, state: dict, device: torch.device, *, same_steps: bool = True) -> None:
+        """Go on from a `state`. `same_steps`: the epoch goes on where it was cut, with the images in the same order."""
         if "code_use" in state:  # not in checkpoints of the first versions
-            self.usage.load(state["code_use"], device)
+            if same_steps:
+                self.usage.load(state["code_use"], device)
             self.alarms, self.last = state["alarms"], state["verdict"]
             self.start, best = state.get("start", {}), state.get("best", {})  # younger still
             of_this_score = self.best_by != "score" or collapse.SCORE in self.start  # versions before had another

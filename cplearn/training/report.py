@@ -33,7 +33,7 @@ def announce(run: Run, lines: list[str]) -> None:
     lines = [
         *lines,
         f"Data: {datasets.summary(images.dataset)}",
-        f"  {images.summary()}, from {side} x {side} pixels on at 1/2, 1/4 or 1/8 of their size",
+        f"  {images.summary()}" + f", from {side} x {side} pixels on at 1/2, 1/4 or 1/8 of their size" * bool(side),
         f"Memory: about {run.memory}",
     ]
     print("\n".join(lines))
@@ -139,7 +139,7 @@ class EpochReport:
             "loss_floor": floor,
             "loss_aligned": references.aligned,
             "out_dim": run.method.out_dim,
-            "uniform_to_floor": (uniform - values["loss"]) / max(uniform - floor, 1e-9),
+            "uniform_to_floor": (uniform - values["loss"]) / (uniform - floor) if uniform > floor else None,
             "skipped_steps": epoch.skipped,
             "replaced_images": epoch.replaced,
             "lr": run.optimizer.param_groups[0]["lr"],

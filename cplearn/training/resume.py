@@ -14,7 +14,7 @@ from cplearn.files import open_own
 from cplearn.host import git_commit
 from cplearn.training.run import Run
 
-# Flags that may differ between a run and its continuation, because they do not change the result.
+# Flags that may differ between a run and its continuation, because they change nothing but how sums are rounded.
 MAY_CHANGE_ON_RESUME = {
     "output_dir",
     "num_workers",
@@ -41,7 +41,7 @@ MAY_CHANGE_ON_RESUME = {
     "dist_timeout",
     "peer_timeout",
     "loss_form",
-    "threads",  # changes bits on a CPU: see the warning
+    "threads",
 }
 
 
@@ -58,6 +58,8 @@ def save(run: Run) -> None:
     sample, view). Raises `WriteError`, and `NonFiniteError` for weights that are not finite.
     """
     if run.bad_steps.in_a_row and run.step < run.last_step:
+        if collectives.is_main():
+            print(f"Nothing is saved at step {run.step}, which was skipped: checkpoint.pth is of step {run.saved_step}")
         return
     if not all(t.isfinite().all() for t in [*run.method.parameters(), *run.method.buffers()]):
         raise NonFiniteError(
@@ -95,8 +97,8 @@ def _write(run: Run, progress: dict) -> None:
     checkpoints.save_run(folder, state)
 
 
-def resume(run: Run, defaults: dict) -> bool:
-    """Go on after the last step in output_dir/checkpoint.pth (or the one before it). Return False if there is none.
+def resume(run: Run, defaults: dict) -> None:
+    """Go on after the last step in output_dir/checkpoint.pth (or the one before it), if there is one.
 
     `defaults` are the values of flags that the checkpoint does not know.
 
@@ -104,7 +106,7 @@ def resume(run: Run, defaults: dict) -> bool:
     """
     path = collectives.on_main(_choose_checkpoint, Path(run.args.output_dir))
     if path is None:
-        return False
+        return
     with collectives.raise_on_all_ranks():  # each rank reads the file on its own
         state = checkpoints.load(path)
         differ = _check_settings(run, state, defaults, path)
@@ -112,8 +114,8 @@ def resume(run: Run, defaults: dict) -> bool:
         checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
         _load_progress(run, state, differ, path)
     run.bad_images.load(state["bad_images"])
-    collectives.on_main(_announce, run, path, differ, state["log_bytes"], state["identity"].get("threads"))
-    return True
+    collectives.on_main(_announce, run, path, differ, state)
+    run.resumed = True
 
 
 def _load_progress(run: Run, state: dict, differ: dict, path: str) -> None:
@@ -130,6 +132,8 @@ def _load_progress(run: Run, state: dict, differ: dict, path: str) -> None:
             run.bad_steps.in_a_row = progress["in_a_row"]
         else:  # another batch: steps cannot be matched inside an epoch
             run.step = state["epoch"] * run.steps_per_epoch
+            if not {"data", "seed"} & differ.keys():  # the probe is the same
+                run.monitor.load(progress, run.device, same_steps=False)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
         raise UserError(f"{path} does not say how far its run was ({reason}): use another copy") from None
@@ -173,14 +177,21 @@ def _check_settings(run: Run, state: dict, defaults: dict, path: str) -> dict[st
     return differ
 
 
-def _announce(run: Run, path: str, differ: dict[str, object], log_bytes: int, threads: int | None) -> None:
+def _announce(run: Run, path: str, differ: dict[str, object], state: dict) -> None:
     """Say where the run goes on, and cut off log lines that are going to be written again."""
+    log_bytes, threads = state["log_bytes"], state["identity"].get("threads")
     epoch, rest = divmod(run.step, run.steps_per_epoch)
     print(f"Resuming {path} after epoch {epoch}" + f" and {rest} of {run.steps_per_epoch} steps" * (rest > 0))
     if run.device.type == "cpu" and threads not in (None, torch.get_num_threads()):
         print(
             f"WARNING: saved with {threads} threads per process, now there are {torch.get_num_threads()}: on a CPU "
             f"sums round differently, so this ends with other bits than an undisturbed run (OMP_NUM_THREADS={threads})"
+        )
+    form = getattr(run.args, "loss_form", None)  # CPLearn's
+    if (before := state["args"].get("loss_form", form)) != form:
+        print(
+            f"WARNING: saved with --loss_form {before}, now it is {form}: sums round differently, so this ends with "
+            "other bits than an undisturbed run"
         )
     if differ:
         print(f"WARNING: forced although different: {', '.join(f'{k} was {v}' for k, v in differ.items())}")

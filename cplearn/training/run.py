@@ -50,6 +50,7 @@ class Run:
     frozen: bool | None = None  # the backbone, in this epoch; None before the first one
     trained: list[nn.Parameter] = field(default_factory=list)  # of the backbone
     step: int = 0  # finished optimizer steps
+    resumed: bool = False  # it goes on from a checkpoint
     epoch: EpochState = field(default_factory=EpochState)
     outcomes: DeferredRead = field(default_factory=DeferredRead)  # of the last step, on their way to the host
     saved_at: float = field(default_factory=time.monotonic)
@@ -72,7 +73,8 @@ class Run:
             self.frozen = frozen
         self.model.train()
         if frozen:
-            backbone.eval()
+            for network in (backbone, self.method.evaluated):  # a teacher is another
+                network.eval()
 
     def close(self) -> None:
         """Stop the loader's processes, and let go of DDP.

@@ -1,7 +1,4 @@
-"""What can stop a run from outside or inside: signals, a second process on the same folder, steps that are not finite.
-
-Exit codes are those of `errors.py`; docs/errors.md lists them.
-"""
+"""The signals that stop a run after the step in which they come. Exit codes are those of `errors.py`."""
 
 import os
 import signal

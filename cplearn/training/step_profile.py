@@ -34,6 +34,8 @@ class StepProfile:
     def close(self) -> None:
         """Write and print what was profiled, also of a run that ends before `STEPS` steps."""
         if self._profiler is None:
+            if self.wanted and self.done < SKIPPED:
+                print(f"--profile: {self.done} steps are too few, the first {SKIPPED} are not profiled")
             return
         profiler, self._profiler = self._profiler, None
         profiler.stop()

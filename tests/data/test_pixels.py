@@ -2,7 +2,9 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from helpers import Script, run_in_processes, same_state, write_images
 from PIL import Image
 
 import main_cplearn
+from cplearn.data import cachefile
 from cplearn.data import pixels as pixels_module
-from cplearn.data.augmentations import build_views
+from cplearn.data.augmentations import View, build_views
 from cplearn.data.datasets import Folder
 from cplearn.data.pixels import CachedPixels, CacheOptions, Pixels, content_key, open_pixels
 from cplearn.data.sources import build_dataset
@@ -147,6 +150,42 @@ def test_a_kill_while_the_cache_is_made(tmp_path):
     assert not list((tmp_path / "cache").glob("*.bin"))
     assert Script(tmp_path / "said2", *command).wait(120).returncode == 0
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
+
+
+def test_who_waits_for_a_file_that_is_given_up_makes_it(tmp_path):
+    """Three processes want the file; the first fails while the others wait."""
+    path, (waiting, made) = tmp_path / "file.bin", (threading.Event(), [])
+
+    def fail(file):
+        waiting.wait(30)
+        time.sleep(0.2)  # for the others to stand in line
+        raise Interrupted("stopped")
+
+    def fill(file):
+        made.append(1)
+        file.write(b"x" * 10_000)
+
+    def wanted(write):
+        cachefile.make_once(path, "key", 1, "pixels", write, "do without")
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(wanted, fail)
+        while not path.with_suffix(".partial").exists():
+            time.sleep(0.01)
+        others = [pool.submit(wanted, fill) for _ in range(2)]
+        time.sleep(0.1)
+        waiting.set()
+        with pytest.raises(Interrupted):
+            first.result(30)
+        for other in others:
+            other.result(30)
+    assert made == [1] and path.stat().st_size == 10_000 and os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_sizes_that_no_image_reaches(tmp_path):
+    dataset = photos(tmp_path / "photos")
+    assert Pixels(dataset, [View(4000, scale=(0.01, 1.0))]).halved_from() is None
+    assert Pixels(dataset, VIEWS).halved_from() < 1000
 
 
 def test_without_shared_memory_a_process_keeps_its_own(tmp_path, monkeypatch):

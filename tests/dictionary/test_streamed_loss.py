@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cplearn.backbones import ResNet8
@@ -347,10 +348,22 @@ def test_the_error_of_tf32_products_is_that_of_docs_losses(monkeypatch):
 
 
 def test_tf32_is_switched_on_inside_and_off_again():
-    seen = []
+    seen, before = [], torch.backends.cuda.matmul.fp32_precision
     with tf32_products(True):
-        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
         with tf32_products(False):  # leaves what the user chose
-            seen.append(torch.backends.cuda.matmul.allow_tf32)
-    seen.append(torch.backends.cuda.matmul.allow_tf32)
-    assert seen == [True, True, False]
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+    seen.append(torch.backends.cuda.matmul.fp32_precision)
+    assert seen == ["tf32", "tf32", before]
+
+
+def test_the_newer_switch_of_tf32_may_have_been_used():
+    code = """
+import torch
+from cplearn_head import CPLearnHead
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+loss, _ = CPLearnHead(in_dim=8, out_dim=16).loss([torch.randn(4, 8), torch.randn(4, 8)])
+print(torch.backends.cuda.matmul.fp32_precision, loss.item() > 0)
+"""
+    ended = run_script("-c", code)
+    assert ended.stdout == "tf32 True\n", ended.stderr

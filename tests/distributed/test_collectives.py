@@ -11,7 +11,7 @@ from cplearn.dictionary.codes import Dictionary
 from cplearn.dictionary.streamed_loss import streamed_loss
 from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.distributed.batch_norm import BatchNorm, convert_batch_norm
 from cplearn.errors import UserError
 from cplearn.methods.cplearn import CPLearn
 from cplearn_head import cplearn_loss
@@ -208,6 +208,16 @@ def test_batch_norms_of_timm_models_share_their_statistics(two):
     torch.testing.assert_close(torch.cat([two[r]["timm"] for r in range(2)]), y, rtol=1e-3, atol=1e-4)
     for rank in range(2):
         torch.testing.assert_close(two[rank]["timm_running"], running, rtol=1e-3, atol=1e-5)
+
+
+def test_a_converted_batch_norm_keeps_its_parameters_type_and_mode():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3, affine=False))).double().eval()
+    net[0].weight.requires_grad_(False)
+    weight, mean = net[0].weight, net[0].running_mean
+    convert_batch_norm(net)
+    assert type(net[0]) is BatchNorm is type(net[1][0]) and net[0].weight is weight and net[0].running_mean is mean
+    assert not weight.requires_grad and not net[0].training and not net[1][0].training
+    assert net[1][0].weight is None and net(torch.rand(2, 3, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_gather_rows_restores_the_order(two):

@@ -29,8 +29,21 @@ def test_sgld_goes_down_the_energy_from_uniform_pixels():
     assert abs((noisy.sample(like)[0] - start).std() / (0.3 * math.sqrt(2)) - 1) < 0.05  # two steps
 
 
+@pytest.mark.parametrize(("views", "noise"), [("cifar", 0), ("svhn", 0), ("digits", 0), ("dino", 0.03)])
+def test_noise_is_added_once(views, noise):
+    assert make("gedi_gen", *GEN, "--augmentation", views).input_noise == noise
+
+
+def test_the_backbone_takes_views_in_the_precision_of_the_run_and_chains_in_float32():
+    method, seen = make("gedi_gen", *GEN).float(), []
+    method.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method([randn(8, 3, 16, 16, seed=v).float() for v in range(2)]).loss
+    assert seen[0] == torch.bfloat16 and set(seen[1:]) == {torch.float32} and loss.dtype == torch.float32
+
+
 def test_gedi_gen_loss_replay_and_limit():
-    method, plain = make("gedi_gen", *GEN), make("gedi", "--out_dim", "6")
+    method, plain = make("gedi_gen", *GEN, "--input_noise", "0.03"), make("gedi", "--out_dim", "6")
     plain.load_state_dict({k: v for k, v in method.state_dict().items() if k in plain.state_dict()})
     views = [randn(8, 3, 16, 16, seed=v) for v in range(2)]
     loss, terms, *_ = method(views)

@@ -42,6 +42,15 @@ def test_the_backbone_stays_as_it_is_and_then_trains(tmp_path, image_folder, sta
     assert same_state(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_teacher_stays_as_it_is_too(tmp_path, image_folder, start):
+    common = ("--data_path", str(image_folder), *FLAGS, "--init_from", str(start / "checkpoint.pth"))
+    train(tmp_path / "dino", *common, "--freeze_backbone_epochs", "2", "--max_steps", "6", "--method", "dino")
+    state = model_of(tmp_path / "dino")
+    loaded, _ = parts(model_of(start))
+    assert same_weights({k: state[k] for k in loaded}, loaded)
+    assert same_weights({k: state[f"teacher.{k}"] for k in loaded}, loaded)
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_processes_freeze_and_thaw(tmp_path, image_folder, start):

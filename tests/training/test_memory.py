@@ -187,6 +187,27 @@ def test_more_than_there_is_is_refused_with_numbers(tmp_path, monkeypatch):
         train(tmp_path, "--method", "barlow_twins", "--out_dim", "65536")
 
 
+def test_the_loss_is_counted_by_its_form():
+    logits = 4 * 2 * 64 * 131072  # of two views of 64 images
+    flags = [*SMALL, "--out_dim", "131072", "--embed_dim", "64", "--local_crops_number", "0"]
+    for form, times in (("plain", 6), ("stored", 1), ("recomputed", 0), ("auto", 1)):
+        _, method, _ = settings(*flags, "--loss_form", form)
+        assert method.loss_memory(64, 2) == times * logits
+    assert method.loss_memory(1025, 2) == 0  # above 1 GiB of logits auto computes them twice
+
+
+def test_samples_of_gedi_gen_are_counted_and_no_parts_advised(capsys, monkeypatch):
+    gen = ("--arch", "resnet8_w8", "--method", "gedi_gen", "--sgld_buffer", "100")
+    args, method, views = settings(*SMALL, *gen, "--local_crops_number", "0")
+    need = memory.expected_memory(method, args, views)
+    _, plain, _ = settings(*SMALL, "--method", "gedi", "--local_crops_number", "0")
+    of_views = memory.expected_memory(plain, args, views).activations
+    assert need.activations == pytest.approx(2 * of_views, rel=0.01)
+    monkeypatch.setattr(memory, "available_memory", lambda: need.total - need.activations + need.activations // 3)
+    memory.check_memory(method, args, views, CPU)
+    assert "a smaller --batch_size_per_gpu" in (said := capsys.readouterr().err) and "--accum" not in said
+
+
 def test_more_than_is_free_is_warned_of_with_the_parts_that_would_fit(capsys, monkeypatch):
     args, method, views = settings(*SMALL, "--arch", "vit_tiny", "--image_size", "96", "--local_crops_number", "0")
     need = memory.check_memory(method, args, views, CPU)

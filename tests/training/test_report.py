@@ -83,5 +83,7 @@ def test_the_epoch_line_has_the_references_that_the_method_has(tmp_path, image_f
     record = json.loads((tmp_path / "a" / "log.txt").read_text())
     way = (0.25 * log_c - record["train_loss"]) / (0.25 * log_c - 0.25 * aligned)
     assert record["uniform_to_floor"] == pytest.approx(way)
+    train(tmp_path / "zero", "--data_path", str(image_folder), "--epochs", "1", "--beta", "0")  # no way at all
+    assert json.loads((tmp_path / "zero" / "log.txt").read_text())["uniform_to_floor"] is None
     train(tmp_path / "b", "--data_path", str(image_folder), "--epochs", "1", "--prior", "forward")
     assert f"  (uniform {1.25 * log_c:.4f}, bound {log_c:.4f})  lr " in capsys.readouterr().out

@@ -115,6 +115,24 @@ def test_another_batch_restarts_the_epoch(tmp_path, image_folder, capsys):
     assert [(r["epoch"], r["step"]) for r in log_of(tmp_path)] == [(0, 3), (1, 12), (2, 18)]
 
 
+@pytest.mark.parametrize("epochs_done", [0, 1])
+def test_another_batch_keeps_what_is_known_of_the_start(tmp_path, image_folder, capsys, epochs_done):
+    common = ("--data_path", str(image_folder), "--epochs", "3", "--knn_freq", "1")
+    train(tmp_path, *common, "--max_steps", str(3 * epochs_done + 2))
+    start = checkpoints.load(tmp_path / "checkpoint.pth")["progress"]["start"]
+    capsys.readouterr()
+    train(tmp_path, *common, "--batch_size_per_gpu", "8", "--resume_force", "batch_size_per_gpu", "--max_steps", "12")
+    assert "Before the first step" not in capsys.readouterr().out and start["retrieval"] > 0
+    assert checkpoints.load(tmp_path / "checkpoint.pth")["progress"]["start"] == start
+    assert log_of(tmp_path)[-1]["start_knn20"] == start["knn20"]
+
+
+def test_another_form_of_the_loss_is_said(tmp_path, image_folder, capsys):
+    train(tmp_path, "--data_path", str(image_folder), "--max_steps", "4")
+    train(tmp_path, "--data_path", str(image_folder), "--max_steps", "5", "--loss_form", "recomputed")
+    assert "WARNING: saved with --loss_form auto, now it is recomputed: sums" in capsys.readouterr().out
+
+
 def test_log_lines_of_an_epoch_without_checkpoint_are_written_once(tmp_path, image_folder):
     common = ("--data_path", str(image_folder), "--epochs", "3")
     train(tmp_path, *common, "--max_steps", "3")
