@@ -19,6 +19,8 @@ NOTE = (
 )
 
 
+OF_FEATURES = ("linear", "knn")  # measures of an untrained network that are the same whatever the size
+
 # --- numbers ----------------------------------------------------------------------------------------------
 
 
@@ -27,10 +29,11 @@ class Line:
     """A line of the table, over its finished seeds."""
 
     row: Row
-    random: bool  # the untrained network of the row's size
+    random: bool  # the untrained network
     n: int  # seeds
     verdict: str
     numbers: dict[str, tuple[float, float]]  # mean and spread by measure; what no seed has is left out
+    backbone: bool = False  # of the untrained network what has no size; else that of the row's size, with its head
 
     def mean(self, name: str) -> float | None:
         return self.numbers[name][0] if name in self.numbers else None
@@ -41,9 +44,11 @@ class Line:
 
 
 def collect(grid: Grid, states: dict[str, CellState]) -> list[Line]:
-    """Return the lines of the complete cells, in the grid's order, then those of the untrained networks."""
+    """Return the lines of the complete cells, in the grid's order, then those of the untrained network: its codes by
+    size, and its features, which some cell of every seed has."""
     trained: dict[str, tuple[Row, list[dict]]] = {}
     untrained: dict[int, tuple[Row, dict[int, dict]]] = {}  # by size, then by seed
+    features: dict[int, dict] = {}  # by seed
     verdicts: dict[str, list[str]] = {}
     for cell in grid.cells:
         if not states[cell.name].complete:
@@ -53,16 +58,24 @@ def collect(grid: Grid, states: dict[str, CellState]) -> list[Line]:
         verdicts.setdefault(cell.row.key, []).append(log[-1].get("verdict", "none") if log else "none")
         random = read_measures(cell.results(random=True))
         if random:  # two cells have one where lines were added later: the first counts
-            untrained.setdefault(cell.row.out_dim, (cell.row, {}))[1].setdefault(cell.seed, random)
+            of_codes = {name: value for name, value in random.items() if name not in OF_FEATURES}
+            untrained.setdefault(cell.row.out_dim, (cell.row, {}))[1].setdefault(cell.seed, of_codes)
+            for name in set(OF_FEATURES) & random.keys():
+                features.setdefault(cell.seed, {}).setdefault(name, random[name])
     order = list(dict.fromkeys(cell.row.key for cell in grid.cells))
     lines = [
         Line(row, False, len(seeds), ", ".join(dict.fromkeys(verdicts[row.key])), _over_seeds(seeds))
         for row, seeds in sorted(trained.values(), key=lambda x: order.index(x[0].key))
     ]
-    return lines + [
+    lines += [
         Line(row, True, len(seeds), "", _over_seeds(list(seeds.values())))
         for row, seeds in sorted(untrained.values(), key=lambda x: order.index(x[0].key))
     ]
+    if features:
+        lines.append(
+            Line(grid.cells[0].row, True, len(features), "", _over_seeds(list(features.values())), backbone=True)
+        )
+    return lines
 
 
 def _over_seeds(seeds: list[dict]) -> dict[str, tuple[float, float]]:
@@ -76,8 +89,8 @@ def caveats(line: Line, untrained: list[Line]) -> list[str]:
     def not_above(name: str, other: float | None) -> bool:
         return line.mean(name) is not None and other is not None and line.mean(name) <= other
 
-    same_size = [x for x in untrained if x.row.out_dim == line.row.out_dim][:1]
-    with_features = [x for x in untrained if x.mean("linear") is not None][:1]
+    same_size = [x for x in untrained if x.row.out_dim == line.row.out_dim and not x.backbone][:1]
+    with_features = [x for x in untrained if x.backbone]
     return [
         *["chance"] * not_above("nmi", line.mean("nmi_shuffled_highest")),
         *["AMI <= untrained" for x in same_size if not_above("ami", x.mean("ami"))],
@@ -118,14 +131,16 @@ def markdown_table(table: int | str, trained: list[Line], untrained: list[Line])
     """Return the table as text: trained, untrained, random codes of every size, every image a code of its own."""
     cells = []
     for x in [*trained, *untrained]:
-        name = f"random init, {NAMES[x.row.method]}'s head" if x.random else NAMES[x.row.method]
+        head = "" if x.backbone else f", {NAMES[x.row.method]}'s head"
+        name = f"random init{head}" if x.random else NAMES[x.row.method]
+        label = "" if x.backbone else f"c = {x.row.out_dim}" if x.random else x.row.label
         paper = x.paper.get("collapse", "") if table == 9 else _paper(x, "nmi")
-        cells.append([name, f"c = {x.row.out_dim}" if x.random else x.row.label, x.n,
+        cells.append([name, label, x.n,
                       _mean_spread(x, "nmi"), paper, _mean_spread(x, "nmi_shuffled"), _mean_spread(x, "ami"),
                       _mean_spread(x, "linear"), _paper(x, "linear"), _mean_spread(x, "knn"),
                       _mean_spread(x, "used_codes"), _mean_spread(x, "features_rank"), x.verdict,
                       "" if x.random else ", ".join(caveats(x, untrained))])  # fmt: skip
-    random_codes = {x.row.out_dim: x.mean("nmi_random_codes") for x in [*untrained, *trained]}
+    random_codes = {x.row.out_dim: x.mean("nmi_random_codes") for x in [*untrained, *trained] if not x.backbone}
     baselines = [("random codes", f"c = {c}", nmi) for c, nmi in sorted(random_codes.items())]
     baselines.append(("singletons", "", trained[0].mean("nmi_singletons")))
     cells += [[name, label, "", f"{nmi:.1f}", *[""] * 10] for name, label, nmi in baselines if nmi is not None]
@@ -153,7 +168,8 @@ def _write_csv(grid: Grid, lines: list[Line]) -> None:
         method = "random init" if x.random else NAMES[x.row.method]
         paper = [x.paper.get(name, "") for name in ("nmi", "linear")]
         numbers = [f"{v:.4f}" if v != "" else "" for name in MEASURES for v in x.numbers.get(name, ("", ""))]
-        rows.append([method, x.row.label, x.row.out_dim, x.n, *paper, x.verdict, *numbers])
+        size = ("features", "") if x.backbone else (x.row.label, x.row.out_dim)
+        rows.append([method, *size, x.n, *paper, x.verdict, *numbers])
     write_csv(grid.folder / f"{stem(grid.settings.table)}.csv", header, rows)
 
 

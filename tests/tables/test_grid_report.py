@@ -64,14 +64,16 @@ def grid(tmp_path):
 
 
 def test_means_spreads_and_caveats(grid):
-    cplearn, swav, untrained = collect(grid, snapshot(grid))
-    assert [x.n for x in (cplearn, swav, untrained)] == [2, 2, 2]
+    cplearn, swav, *untrained = collect(grid, snapshot(grid))
+    assert [x.n for x in (cplearn, swav, *untrained)] == [2, 2, 2, 2]
     assert cplearn.numbers["linear"] == pytest.approx((52, 2)) and cplearn.numbers["nmi"] == pytest.approx((31, 1))
     assert swav.numbers["knn"] == pytest.approx((46, 0)) and swav.numbers["features_rank"] == pytest.approx((12.5, 0))
-    assert untrained.random and untrained.numbers["linear"] == pytest.approx((40, 0))
-    assert (cplearn.verdict, swav.verdict, untrained.verdict) == ("learning", "learning, cluster", "")
-    assert caveats(cplearn, [untrained]) == []
-    assert caveats(swav, [untrained]) == ["chance", "AMI <= untrained", "linear <= untrained"]
+    codes, features = untrained
+    assert features.backbone and features.random and features.numbers["linear"] == pytest.approx((40, 0))
+    assert "linear" not in codes.numbers and codes.numbers["ami"] == pytest.approx((5, 0))
+    assert (cplearn.verdict, swav.verdict, codes.verdict) == ("learning", "learning, cluster", "")
+    assert caveats(cplearn, untrained) == []
+    assert caveats(swav, untrained) == ["chance", "AMI <= untrained", "linear <= untrained"]
 
 
 def test_what_the_table_says(grid, tmp_path):
@@ -91,7 +93,10 @@ def test_what_the_table_says(grid, tmp_path):
     assert "not the paper's setting" in text and "one seed" not in text
     with open(tmp_path / "table3.csv") as f:
         rows = list(csv.DictReader(f))
-    assert [(x["method"], x["paper_nmi"]) for x in rows] == [("CPLearn", "34.1"), ("SwAV", "28.0"), ("random init", "")]
+    assert [(x["method"], x["out_dim"], x["paper_nmi"]) for x in rows] == [
+        ("CPLearn", "128", "34.1"), ("SwAV", "128", "28.0"), ("random init", "128", ""), ("random init", "", "")
+    ]  # fmt: skip
+    assert re.search(r"\| random init +\| +\| 2 \|.*\| 40.0 ± 0.0 \|", text)
     assert float(rows[0]["linear_spread"]) == 2.0
 
 
