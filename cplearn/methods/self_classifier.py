@@ -130,7 +130,8 @@ class SelfClassifier(Method):
         return self.classifier.weight[codes]
 
     def references(self, n: int) -> ReferenceLosses:
-        """Return log c, the loss of equal logits for every image, and the floor: N/c S is at most N/c, and 1."""
+        """Return log c, the loss of equal logits for every image, and the floor: N/c S is at most N/c, and by Gibbs'
+        inequality the loss is never below 0."""
         log_c = math.log(self.out_dim)
         floor = max(0.0, math.log(self.out_dim / (n * collectives.world_size())))
         return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
