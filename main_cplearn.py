@@ -145,7 +145,7 @@ def train_one_epoch(run: Run) -> dict:
         scaler.scale(output.loss).backward()
         method.after_backward()
         votes = vote(run, output.loss, batch.failures)
-        skipped, norms = check_gradients(method, votes[0], optimizer, scaler)
+        skipped, norms = check_gradients(method, votes.loss, optimizer, scaler)
         grad_norm = clip_gradients(method, norms, args.clip_grad)
         scaler.step(optimizer)  # not if `skipped`
         scaler.update(None if args.precision == "fp16" else 1.0)

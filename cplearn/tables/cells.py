@@ -177,16 +177,13 @@ class Grid:
         data = settings.dataset if settings.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
         lines = rows(settings.table, settings.scale, methods, out_dims, data)
         lines = [replace(row, flags=[*row.flags, *tuned(row)]) for row in lines]
-        # One untrained network per size; its backbone is the same whatever the size and the method.
-        by_method = sorted(lines, key=lambda r: r.method != "cplearn")
-        of_size = {row.out_dim: row.key for row in reversed(by_method)}.values()
+        untrained = _untrained_stages(lines)
         epochs = ["--epochs", str(settings.epochs)] if settings.epochs else []
         cells = []
         for seed in seeds:
             for row in lines:
                 flags = settings.evaluation_flags()
-                random = ("cluster",) * (row.key in of_size) + ("knn", "linear") * (row.key == by_method[0].key)
-                flags |= {f"random {name}": flags[name] for name in random}
+                flags |= {f"random {name}": flags[name] for name in untrained.get(row.key, ())}
                 train = [*row.flags, *settings.common_flags(), "--seed", str(seed), *epochs]
                 name = f"{row.key}_s{seed}"
                 cells.append(Cell(row, seed, name, train, flags, folder / name))
@@ -261,6 +258,23 @@ class Grid:
                         f"--train_flags '{self.settings.train_flags}'"
                     )
                 seen[flags] = cell.name
+
+
+def _untrained_stages(lines: Sequence[Row]) -> dict[str, list[str]]:
+    """Return which evaluations of the untrained network go with which lines, by the lines' keys.
+
+    Its codes once for every size, with CPLearn's head if the table has it; its features once, as backbone and seed are
+    the same in every line.
+    """
+    ours_first = sorted(lines, key=lambda row: row.method != "cplearn")
+    found: dict[str, list[str]] = {}
+    sizes = set()
+    for row in ours_first:
+        if row.out_dim not in sizes:
+            sizes.add(row.out_dim)
+            found[row.key] = ["cluster"]
+    found[ours_first[0].key] += ["knn", "linear"]
+    return found
 
 
 def sees_batch_norm(flags: argparse.Namespace) -> bool:

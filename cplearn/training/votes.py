@@ -1,6 +1,7 @@
 """What all ranks agree on at each step: skipped steps, signals, saving, unreadable images."""
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,26 +12,35 @@ from cplearn.training.resume import save
 from cplearn.training.run import Run
 
 
-def vote(run: Run, loss: Tensor, failures: list[tuple[int, str]]) -> Tensor:
-    """Return what all ranks must know of this step, summed over them.
+class Votes(NamedTuple):
+    """What all ranks must know of a step, summed over them. Each is a number on the device, which nobody waits for."""
 
-    Shape: loss (), failures of the batch -> [loss, signals, save due, unshared bad images, replaced images] (5,).
-    """
+    loss: Tensor
+    signals: Tensor  # ranks that were told to stop
+    due: Tensor  # 1 if it is time to save
+    unshared: Tensor  # ranks with bad images that the others do not know
+    replaced: Tensor  # images of this batch
+
+
+def vote(run: Run, loss: Tensor, failures: list[tuple[int, str]]) -> Votes:
+    """Ask all ranks about the step that is being made. Shape: loss (); failures to read an image of the batch."""
     replaced = run.bad_images.note(failures)
     minutes = (time.monotonic() - run.saved_at) / 60
     due = collectives.is_main() and 0 < run.args.saveckp_minutes < minutes
     asked = run.signals.name is not None
     mine = torch.tensor([asked, due, bool(run.bad_images.unshared), replaced], dtype=torch.float64)
     loss = loss.detach().double()[None]
-    return collectives.sum_over_ranks(torch.cat([loss, mine.to(loss.device, non_blocking=True)]))
+    votes = collectives.sum_over_ranks(torch.cat([loss, mine.to(loss.device, non_blocking=True)]))
+    return Votes(*votes.unbind())
 
 
-def act_on_votes(run: Run, skipped: Tensor, votes: Tensor) -> None:
+def act_on_votes(run: Run, skipped: Tensor, votes: Votes) -> None:
     """Act on what all ranks agreed on one step ago: count, share, save, stop. The same on every rank.
 
-    Shape: skipped () and votes (5,), of the step just done.
+    `skipped` (a bool on the device) and `votes` are of the step just done.
     """
-    stop, due = count(run, run.outcomes.push(torch.cat([skipped[None], votes[1:]])))
+    outcome = torch.stack([skipped.double(), votes.signals, votes.due, votes.unshared, votes.replaced])
+    stop, due = count(run, run.outcomes.push(outcome))
     if run.between_epochs or run.step == run.last_step:
         return  # the end of an epoch, and of the run, saves anyway
     if stop or due or run.bad_images.too_many:
@@ -42,7 +52,7 @@ def act_on_votes(run: Run, skipped: Tensor, votes: Tensor) -> None:
 
 
 def count(run: Run, outcome: list[float] | None) -> tuple[bool, bool]:
-    """Add up one step's outcome, if there is one. Return whether to stop, and to save."""
+    """Add up one step's outcome (of `act_on_votes`), if there is one. Return whether to stop, and to save."""
     if outcome is None:
         return False, False
     skipped, stop, due, unshared, replaced = outcome
