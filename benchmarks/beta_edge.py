@@ -12,6 +12,7 @@ command continues. One thread per training; `--jobs` side by side.
 Columns: share of log(c/N) that the mean entropy of an assignment reaches in training (1: spread, 0: one code each),
 |cos| of embeddings and their codes (random directions), mean cos^2 of two images of one code, codes used and their
 perplexity on the test images, AMI, 20-NN and linear top-1; mean over seeds, and the largest distance from it.
+Below the table: where the AMI of the codes bends, by two straight lines through the means that meet there.
 """
 
 import json
@@ -23,6 +24,8 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -130,6 +133,27 @@ def table(found: dict[tuple, list[dict]]) -> str:
     return format_table(rows, header)
 
 
+def bend(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """Return where two straight lines that meet, and fit best by least squares, do so, and their slopes."""
+    x, y, best = np.asarray(x), np.asarray(y), None
+    for place in np.linspace(min(x), max(x), 501)[1:-1]:
+        terms = np.stack([np.ones_like(x), np.minimum(x - place, 0), np.maximum(x - place, 0)], axis=1)
+        weights = np.linalg.lstsq(terms, y, rcond=None)[0]
+        error = ((terms @ weights - y) ** 2).sum()
+        if best is None or error < best[0]:
+            best = (error, float(place), *map(float, weights[1:]))
+    return best[1:]
+
+
+def bends(found: dict[tuple, list[dict]]) -> str:
+    rows = []
+    for n, c in BETAS:
+        mine = {b: runs for (m, d, b), runs in found.items() if (m, d) == (n, c) and b is not None}
+        place, below, above = bend(list(mine), [statistics.mean(x["ami"] for x in runs) for runs in mine.values()])
+        rows.append((n, c, f"{aligned_from(c, n):.2f}", f"{place:.2f}", f"{below:.3f}", f"{above:.3f}"))
+    return format_table(rows, ("N", "c", "beta*", "AMI bends at", "slope below", "slope above"))
+
+
 def figure(found: dict[tuple, list[dict]], path: Path) -> None:
     """Draw the numbers against beta - beta*: an edge would show at 0 in all pairs."""
     panels = {"spread": "mean entropy / log(c/N)", "code_cosine": "|cos| of embedding and code",
@@ -194,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = sum(x.get("seconds", 0) for x in numbers.values())
     setting = f"{args.arch}, {args.epochs} epochs, seeds {args.seeds}, commit {', '.join(commits)}"
     print(f"{setting}, {seconds / 60:.0f} minutes of training")
-    print(f"\n{table(found)}")
+    print(f"\n{table(found)}\n\n{bends(found)}")
     if args.figure:
         figure(found, args.figure)
 

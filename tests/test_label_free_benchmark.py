@@ -45,6 +45,12 @@ def test_few_runs_are_refused(tmp_path):
         label_free.main(["compare", str(tmp_path / "m.jsonl")])
 
 
+def test_where_two_lines_meet():
+    x = np.array([0.05, 0.1, 0.3, 0.5, 0.7, 0.9])
+    y = 1 + 3 * np.minimum(x - 0.4, 0) - 0.5 * np.maximum(x - 0.4, 0)
+    assert beta_edge.bend(x, y) == pytest.approx((0.4, 3, -0.5), abs=0.01)
+
+
 @pytest.mark.parametrize(("n", "c"), beta_edge.BETAS)
 def test_at_the_edge_aligned_costs_what_uniform_does(n, c):
     beta = aligned_from(c, n)
