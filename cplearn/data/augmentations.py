@@ -134,6 +134,9 @@ def check_size(flag: str, size: int) -> None:
 TRIES = 10  # of a random resized crop, before it takes the center
 # Uniform numbers of each view: all are drawn, used or not, so that changing one probability leaves the rest alone.
 NUMBERS = 16 + 4 * TRIES
+# Which of them decides what. 14 and 15 are free.
+NUMBER = {"jitter": 0, "flip": 1, "strengths": slice(2, 6), "order": 6, "gray": 7, "sigma": 8, "blur": 9,
+          "solarize": 10, "noise": 11, "shift_left": 12, "shift_top": 13, "tries": slice(16, NUMBERS)}  # fmt: skip
 
 
 def draw(seed: int, epoch: int, samples: list[int], views: int) -> np.ndarray:
@@ -153,20 +156,20 @@ def color_params(views: list[View], u: np.ndarray) -> Tensor:
     def of(name: str) -> np.ndarray:
         return np.array([getattr(view, name) for view in views], dtype=np.float64)
 
-    u = np.moveaxis(u, -1, 0)
-    jitter, strength = u[0] < of("jitter_p"), of("jitter").T
+    number = {name: np.moveaxis(u, -1, 0)[place] for name, place in NUMBER.items()}
+    jitter, strength = number["jitter"] < of("jitter_p"), of("jitter").T
     low = np.array([1 - strength[0], 1 - strength[1], 1 - strength[2], -strength[3]])[:, None]
-    strengths = low + 2 * strength[:, None] * u[2:6]
+    strengths = low + 2 * strength[:, None] * number["strengths"]
     sigma_low, sigma_high = of("blur_sigma").T
     return torch.from_numpy(
         np.stack(
             [
                 *np.where(jitter, strengths, np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]),
-                np.where(jitter, np.floor(u[6] * len(ORDERS)), -1),  # -1: no jitter
-                u[7] < of("gray_p"),
-                np.where(u[9] < of("blur_p"), sigma_low + (sigma_high - sigma_low) * u[8], 0.0),
-                u[10] < of("solarize_p"),
-                np.where(of("noise_std") > 0, np.floor(u[11] * 2**52), -1),
+                np.where(jitter, np.floor(number["order"] * len(ORDERS)), -1),  # -1: no jitter
+                number["gray"] < of("gray_p"),
+                np.where(number["blur"] < of("blur_p"), sigma_low + (sigma_high - sigma_low) * number["sigma"], 0.0),
+                number["solarize"] < of("solarize_p"),
+                np.where(of("noise_std") > 0, np.floor(number["noise"] * 2**52), -1),
             ],
             axis=-1,
         )
@@ -182,7 +185,7 @@ def crop_boxes(views: list[View], u: np.ndarray, widths: np.ndarray, heights: np
     (low, high), ratio = np.array([v.scale for v in views]).T[..., None], np.array([v.ratio for v in views])
     log_low, log_high = np.log(ratio).T[..., None]
     width, height = (x.reshape(-1, 1, 1).astype(np.float64) for x in (widths, heights))
-    area_u, ratio_u, left_u, top_u = np.moveaxis(u[..., 16:].reshape(*u.shape[:2], TRIES, 4), -1, 0)
+    area_u, ratio_u, left_u, top_u = np.moveaxis(u[..., NUMBER["tries"]].reshape(*u.shape[:2], TRIES, 4), -1, 0)
     area = width * height * (low + (high - low) * area_u)
     aspect = np.exp(log_low + (log_high - log_low) * ratio_u)
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
@@ -197,9 +200,10 @@ def crop_boxes(views: list[View], u: np.ndarray, widths: np.ndarray, heights: np
     found = np.take_along_axis(fits, first, -1)[..., 0]
     boxes = [np.where(found, random, fixed) for random, fixed in zip((left, top, w, h), center, strict=True)]
     pad, size = (np.array([getattr(view, name) for view in views]) for name in ("pad", "size"))
-    padded = (np.floor(u[..., 12] * (2 * pad + 1)), np.floor(u[..., 13] * (2 * pad + 1)), size, size)
+    shifts = [np.floor(u[..., NUMBER[name]] * (2 * pad + 1)) for name in ("shift_left", "shift_top")]
+    padded = (*shifts, size, size)
     boxes = [np.where(pad > 0, a, b) for a, b in zip(padded, boxes, strict=True)]
-    flip = u[..., 1] < np.array([view.flip_p for view in views])
+    flip = u[..., NUMBER["flip"]] < np.array([view.flip_p for view in views])
     return np.stack([*boxes, flip], axis=-1).astype(np.int64)
 
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -149,19 +150,23 @@ class Probe:
                 with plain_average(norms):
                     for images in self._images(range(0, min(counts) - 1, batch), min(counts), batch, device):
                         method.embed(method.evaluated(images[0]))
-            parts = []
+            parts: list[dict[str, Tensor | None]] = []
             for images in self._images(range(0, len(labels), batch), len(labels), batch, device):
                 features = forward_by_size(method.evaluated, images)
                 with torch.autocast(device.type, enabled=False):
                     embeddings = [method.embed(z) for z in features]
                     codes = [method.assign(h) for h in embeddings]
                     vectors = method.code_vectors(codes[0])
-                parts.append((*(z.float() for z in features), *embeddings, vectors, *codes))
+                first, other = (x.float() for x in features)
+                parts.append({"features": first, "other_features": other, "embedding": embeddings[0],
+                              "other_embedding": embeddings[1], "codes": codes[0], "others": codes[1],
+                              "vectors": vectors})  # fmt: skip
         method.train(training)
-        columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-        rows = [None if x is None else collectives.gather_rows(x).cpu() for x in (*columns, labels.to(device))]
+        mine = {name: None if x is None else torch.cat([part[name] for part in parts]) for name, x in parts[0].items()}
+        mine["labels"] = labels.to(device)
+        rows = {name: None if x is None else collectives.gather_rows(x).cpu() for name, x in mine.items()}
         prototypes = method.learned_codes() if collectives.is_main() else None
-        return ProbeResult(*rows, None if prototypes is None else prototypes.cpu())
+        return ProbeResult(**rows, prototypes=None if prototypes is None else prototypes.cpu())
 
     def _images(self, starts: range, count: int, batch: int, device: torch.device) -> Iterator[list[Tensor]]:
         crops, params, _ = self._kept
@@ -185,15 +190,19 @@ def _kept_norms(method: Method) -> Iterator[list[nn.Module]]:
             now.copy_(before)
 
 
+@dataclass(frozen=True)
 class ProbeResult:
-    """What measuring the probe found, of all ranks, on the CPU."""
+    """What measuring the probe found, of all ranks, on the CPU: n images, each in two views."""
 
-    def __init__(self, features: Tensor, other_features: Tensor, embedding: Tensor, other_embedding: Tensor,
-                 vectors: Tensor | None, codes: Tensor, others: Tensor, labels: Tensor,
-                 prototypes: Tensor | None = None):  # fmt: skip
-        self.features, self.other_features = features, other_features
-        self.embedding, self.other_embedding, self.vectors = embedding, other_embedding, vectors
-        self.codes, self.others, self.labels, self.prototypes = codes, others, labels, prototypes
+    features: Tensor  # (n, f)
+    other_features: Tensor
+    embedding: Tensor  # (n, d)
+    other_embedding: Tensor
+    codes: Tensor  # int64 (n,)
+    others: Tensor
+    vectors: Tensor | None  # of the codes of the first view (n, d)
+    labels: Tensor  # int64 (n,), -1 where there are none
+    prototypes: Tensor | None = None  # of all codes, where they are learned (c, d)
 
     def label_free(self) -> dict[str, float]:
         """Return the measures that need no label, of `evaluation/label_free.py`."""

@@ -154,7 +154,7 @@ def test_knn_of_the_probe_is_leave_one_out():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 5, generator=generator), torch.randint(0, 4, (60,), generator=generator)
     codes = torch.zeros(60, dtype=torch.int64)
-    look = ProbeResult(x, x, x, x, None, codes, codes, labels)
+    look = ProbeResult(x, x, x, x, codes, codes, None, labels)
     hits = 0
     for i in range(60):
         cosine = torch.nn.functional.cosine_similarity(x[i : i + 1], x)
@@ -329,7 +329,7 @@ def test_a_backbone_that_sees_nothing_is_named_and_stopped(
 
 def test_features_that_are_not_finite_are_an_alarm():
     x, codes = torch.full((40, 3), math.nan), torch.zeros(40, dtype=torch.int64)
-    found = ProbeResult(x, x, x, x, None, codes, codes, codes).metrics()
+    found = ProbeResult(x, x, x, x, codes, codes, None, codes).metrics()
     assert collapse.verdict({f"probe_{k}": v for k, v in found.items()}, 10).name == "representation"
 
 
