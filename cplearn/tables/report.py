@@ -1,5 +1,6 @@
 """The table that `reproduce_table3.py` is about, from the results of its cells: Markdown, CSV and a figure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cplearn.files import read_json, read_json_lines, write_csv, write_text
@@ -129,24 +130,41 @@ def _at_small_scale(grid: Grid) -> str:
 
 def markdown_table(table: int | str, trained: list[Line], untrained: list[Line]) -> str:
     """Return the table as text: trained, untrained, random codes of every size, every image a code of its own."""
-    cells = []
-    for x in [*trained, *untrained]:
-        head = "" if x.backbone else f", {NAMES[x.row.method]}'s head"
-        name = f"random init{head}" if x.random else NAMES[x.row.method]
-        label = "" if x.backbone else f"c = {x.row.out_dim}" if x.random else x.row.label
-        paper = x.paper.get("collapse", "") if table == 9 else _paper(x, "nmi")
-        cells.append([name, label, x.n,
-                      _mean_spread(x, "nmi"), paper, _mean_spread(x, "nmi_shuffled"), _mean_spread(x, "ami"),
-                      _mean_spread(x, "linear"), _paper(x, "linear"), _mean_spread(x, "knn"),
-                      _mean_spread(x, "used_codes"), _mean_spread(x, "features_rank"), x.verdict,
-                      "" if x.random else ", ".join(caveats(x, untrained))])  # fmt: skip
+
+    def measured(name: str) -> Callable[[Line], str]:
+        return lambda x: _mean_spread(x, name)
+
+    columns = [  # heading, and what a line has there
+        ("method", _name),
+        ("", lambda x: "" if x.backbone else f"c = {x.row.out_dim}" if x.random else x.row.label),
+        ("n", lambda x: x.n),
+        ("NMI", measured("nmi")),
+        ("collapse in the paper", lambda x: x.paper.get("collapse", ""))
+        if table == 9
+        else ("paper", lambda x: _paper(x, "nmi")),
+        ("shuffled", measured("nmi_shuffled")),
+        ("AMI", measured("ami")),
+        ("linear", measured("linear")),
+        ("paper", lambda x: _paper(x, "linear")),
+        ("20-NN", measured("knn")),
+        ("codes used", measured("used_codes")),
+        ("RankMe", measured("features_rank")),
+        ("verdict", lambda x: x.verdict),
+        ("not above", lambda x: "" if x.random else ", ".join(caveats(x, untrained))),
+    ]
+    rows = [[value(x) for _, value in columns] for x in [*trained, *untrained]]
     random_codes = {x.row.out_dim: x.mean("nmi_random_codes") for x in [*untrained, *trained] if not x.backbone}
     baselines = [("random codes", f"c = {c}", nmi) for c, nmi in sorted(random_codes.items())]
     baselines.append(("singletons", "", trained[0].mean("nmi_singletons")))
-    cells += [[name, label, "", f"{nmi:.1f}", *[""] * 10] for name, label, nmi in baselines if nmi is not None]
-    header = ("method", "", "n", "NMI", "collapse in the paper" if table == 9 else "paper", "shuffled", "AMI", "linear",
-              "paper", "20-NN", "codes used", "RankMe", "verdict", "not above")  # fmt: skip
-    return format_table(cells, header)
+    others = [""] * (len(columns) - 4)  # after the NMI
+    rows += [[name, label, "", f"{nmi:.1f}", *others] for name, label, nmi in baselines if nmi is not None]
+    return format_table(rows, [heading for heading, _ in columns])
+
+
+def _name(line: Line) -> str:
+    if not line.random:
+        return NAMES[line.row.method]
+    return "random init" if line.backbone else f"random init, {NAMES[line.row.method]}'s head"
 
 
 def _mean_spread(line: Line, name: str) -> str:
