@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         rows = [("last epoch", metrics["linear_last_top1"], metrics["linear_last_top5"])]
         rows += [(f"best epoch on val ({metrics['linear_best_epoch']})", metrics["linear_best_top1"], None)]
         print(format_table(rows, ("linear", "top-1", "top-5")))
-    cli.write_result(flags, "eval_linear", metrics, val, train=data_of(images) if images else data[0].source)
+    cli.write_result(flags, "eval_linear", metrics, val, train=data[0].source if images is None else data_of(images))
     return metrics
 
 

@@ -335,7 +335,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.global_crops_scale = [0.4, 1.0] if args.local_crops_number else [0.14, 1.0]
     args.global_crops_scale = list(args.global_crops_scale)
     args.local_crops_scale = list(args.local_crops_scale)
-    if given and args.augmentation in augmentations.PADDED:
+    if given and augmentations.views_of(args)[0].pad:
         raise UserError(
             f"--global_crops_scale {given[0]:g} {given[1]:g}: --augmentation {args.augmentation} shifts the whole image "
             "and has no such scale: leave it out, or use --augmentation cifar_strong"
@@ -369,8 +369,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--dist_url {args.dist_url} is unknown: env:// (torchrun), tcp://HOST:PORT or file:///PATH")
     if args.batch_size_per_gpu % args.accum:
         raise UserError(f"--accum {args.accum} does not divide --batch_size_per_gpu {args.batch_size_per_gpu}")
-    if args.accum > 1 and args.method == "gedi_gen":
-        raise UserError(f"--accum {args.accum} cannot split gedi_gen's sampling: leave it out")
+    if args.accum > 1 and not method_class(args.method).SPLITS:
+        raise UserError(f"--accum {args.accum} cannot split {args.method}'s sampling: leave it out")
     if args.best_by == "knn" and not args.knn_freq:
         raise UserError("--best_by knn needs --knn_freq N, epochs between two tests: add --knn_freq 1")
     if args.freeze_backbone_epochs and not args.init_from:

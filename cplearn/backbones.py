@@ -87,6 +87,12 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     return convert_batch_norm(model).to(memory_format=torch.channels_last)  # for convolutions
 
 
+def patch_side(backbone: nn.Module, unknown: int) -> int:
+    """Return the height in pixels of the patches that a backbone takes images in, `unknown` if it does not say."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", unknown)
+    return int(patch if isinstance(patch, int) else patch[0])
+
+
 def resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a ViT, ours or timm's, with position embeddings resampled for the image size of this one.
 

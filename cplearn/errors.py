@@ -95,8 +95,8 @@ def exit_status(error: BaseException) -> tuple[int, str]:
     if isinstance(error, SystemExit):
         return (error.code, "see its log") if isinstance(error.code, int) else (1, str(error.code))
     first = (str(error).strip().splitlines() or [""])[0]
-    # By torch's and NumPy's names: neither is imported here.
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError") or NO_MEMORY in first:
+    # OutOfMemoryError is torch's, which is not imported here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in first:
         remedy = "use a smaller --batch_size_per_gpu; training also has --accum N and --grad_checkpointing"
         return UserError.exit_code, f"out of memory ({first[:120] or type(error).__name__}): {remedy}"
     sign = next((sign for sign in PEER_GONE if sign in str(error)), None)

@@ -83,7 +83,6 @@ RECIPES = {
     "svhn": svhn_views,
     "digits": digits_views,
 }
-PADDED = ("cifar", "svhn")  # those whose global views are padded and shifted, not cropped by a scale
 
 
 def build_views(recipe: str, **sizes) -> list[View]:
@@ -156,7 +155,8 @@ def color_params(views: list[View], u: np.ndarray) -> Tensor:
     def of(name: str) -> np.ndarray:
         return np.array([getattr(view, name) for view in views], dtype=np.float64)
 
-    number = {name: np.moveaxis(u, -1, 0)[place] for name, place in NUMBER.items()}
+    u = np.moveaxis(u, -1, 0)
+    number = {name: u[place] for name, place in NUMBER.items()}
     jitter, strength = number["jitter"] < of("jitter_p"), of("jitter").T
     low = np.array([1 - strength[0], 1 - strength[1], 1 - strength[2], -strength[3]])[:, None]
     strengths = low + 2 * strength[:, None] * number["strengths"]

@@ -46,17 +46,14 @@ def plan_view(image_size: tuple[int, int], size: int, patch: tuple[int, int], *,
     The whole one has a shorter side of `size`, and loses what is left of the longer one after whole patches (height,
     width). Raises `UserError` if it has too many pixels.
     """
-    short, long = sorted(image_size)
-    if keep_aspect:  # as `augmentations.aspect_pixels`
-        width, height = (size if side == short else int(size * side / short) for side in image_size)
+    short = min(image_size)
+    # As `augmentations.aspect_pixels` and `eval_pixels`.
+    shorter = size if keep_aspect else eval_resize(size)
+    width = height = across = down = size
+    if shorter is not None:
+        width, height = (shorter if side == short else int(shorter * side / short) for side in image_size)
+    if keep_aspect:
         across, down = width - width % patch[1], height - height % patch[0]
-    else:  # as `augmentations.eval_pixels`
-        across = down = size
-        shorter = eval_resize(size)
-        if shorter is None:
-            width = height = size
-        else:
-            width, height = (shorter if side == short else int(shorter * side / short) for side in image_size)
     if width * height > MAX_PIXELS:
         remedy = "leave --keep_aspect out, or " * keep_aspect
         raise UserError(

@@ -139,7 +139,7 @@ def view_retrieval(x: Tensor, y: Tensor) -> float:
 
     Chance is 1 / n. Of first views that are equally near, each counts as found with the same probability. Of the
     measures without labels in `label_free.py`, this was among the three that follow k-NN best on the runs it was chosen
-    on, and wrong least often when it said "better"; results/label_free.md has others, too. NaN if an entry is not
+    on, and wrong least often when it said "better"; results/label_free.md also has it on others. NaN if an entry is not
     finite. Shape: (n, d) twice.
     """
     if not (x.isfinite().all() and y.isfinite().all()):

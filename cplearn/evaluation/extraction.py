@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from cplearn import backbones
 from cplearn.data import augmentations, color, datasets, loaders, workers
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
@@ -34,8 +35,7 @@ class Extraction:
     def __init__(self, model: Model, device: torch.device, tokens: str, keep_aspect: bool, head: bool):
         self.model, self.device, self.tokens, self.keep_aspect = model, device, tokens, keep_aspect
         self.method = model.method if head else None
-        patch = getattr(getattr(model.backbone, "patch_embed", None), "patch_size", 1)
-        self.patch = int(patch if isinstance(patch, int) else patch[0])
+        self.patch = backbones.patch_side(model.backbone, 1)
         if tokens != "cls" and not hasattr(model.backbone, "num_prefix_tokens"):
             raise UserError(f"--tokens {tokens} is for ViTs, and --arch {model.arch} is none: leave it out")
         self.ragged = tokens == "patches" and keep_aspect  # images have different numbers of patches

@@ -45,7 +45,9 @@ class Method(nn.Module):
     """
 
     N_GLOBAL = 2  # global crops, the first of the views
-    accum = 1  # parts in which the backbone takes a batch
+    EXTRA_IMAGES = 0  # of a global view's size, that pass the backbone with a gradient beside the views of each image
+    SPLITS = True  # whether the backbone can take a batch in parts (--accum)
+    accum = 1  # those parts
     backbone: nn.Module  # trained; num_features wide
     out_dim: int
     # What to try against each kind of collapse, where there is more to say than `evaluation.collapse` has.
@@ -158,10 +160,6 @@ class Method(nn.Module):
 
     def loss_memory(self, n: int, views: int) -> int:
         """Return the bytes that head and loss hold at once for n images per rank, beside weights; 0 if that is little."""
-        return 0
-
-    def extra_images(self, n: int) -> int:
-        """Return how many images of a global view pass the backbone with a gradient, beside the views of n images."""
         return 0
 
     def warnings(self) -> list[str]:

@@ -25,6 +25,9 @@ from cplearn.precision import float32
 
 
 class GEDIGen(GEDI):
+    EXTRA_IMAGES = 2  # the real and the sampled one, whose energies have a gradient
+    SPLITS = False
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -75,10 +78,6 @@ class GEDIGen(GEDI):
         if args.input_noise is None:
             args.input_noise = 0.0 if views_of(args)[0].noise_std else 0.03
         return super().from_args(backbone, args)
-
-    def extra_images(self, n: int) -> int:
-        """Count the real and the sampled images, whose energies have a gradient."""
-        return 2 * n
 
     def before_step(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         self.step = step

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cplearn.backbones import bytes_kept
+from cplearn.backbones import bytes_kept, patch_side
 from cplearn.data.augmentations import View, by_size
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
@@ -49,11 +49,11 @@ def expected_memory(method: nn.Module, args: argparse.Namespace, views: list[Vie
     groups = [views[group] for group in by_size(views)]
     sizes = [(group[0].size, len(group)) for group in groups]
     kept = sum(count * activation_bytes(method.backbone, size, args.precision) for size, count in sizes)
-    if more := method.extra_images(batch):
-        kept += more * activation_bytes(method.backbone, views[0].size, "fp32") // batch
+    if method.EXTRA_IMAGES:
+        kept += method.EXTRA_IMAGES * activation_bytes(method.backbone, views[0].size, "fp32")
     if args.grad_checkpointing:  # the input of each block, and one block's own with its gradients
         depth, width = len(method.backbone.blocks), method.backbone.num_features
-        patch = method.backbone.patch_embed.patch_size[0]
+        patch = patch_side(method.backbone, args.patch_size)
         tokens = sum(count * ((size // patch) ** 2 + 1) for size, count in sizes)
         kept = 2 * kept // depth + 4 * depth * tokens * width
     return Memory(
@@ -86,8 +86,7 @@ def check_memory(method: nn.Module, args: argparse.Namespace, views: list[View],
         share = collectives.local_world_size()
         have, free = physical_memory() // share, available_memory() // share
     batch, rest, parts = args.batch_size_per_gpu, need.total - need.activations, args.accum
-    splits = args.method != "gedi_gen"  # the one that refuses --accum
-    while splits and rest + need.activations * args.accum // parts > free and batch % (2 * parts) == 0:
+    while method.SPLITS and rest + need.activations * args.accum // parts > free and batch % (2 * parts) == 0:
         parts *= 2
     fix = f"--accum {parts}, a smaller --batch_size_per_gpu" if parts > args.accum else "a smaller --batch_size_per_gpu"
     if need.total > have:

@@ -190,8 +190,8 @@ def _announce(run: Run, path: str, differ: dict[str, object], state: dict) -> No
     form = getattr(run.args, "loss_form", None)  # CPLearn's
     if (before := state["args"].get("loss_form", form)) != form:
         print(
-            f"WARNING: saved with --loss_form {before}, now it is {form}: sums round differently, so this ends with "
-            "other bits than an undisturbed run"
+            f"WARNING: saved with --loss_form {before}, now it is {form}: sums may round differently, so this can "
+            "end with other bits than an undisturbed run"
         )
     if differ:
         print(f"WARNING: forced although different: {', '.join(f'{k} was {v}' for k, v in differ.items())}")

@@ -196,6 +196,17 @@ def test_the_loss_is_counted_by_its_form():
     assert method.loss_memory(1025, 2) == 0  # above 1 GiB of logits auto computes them twice
 
 
+@pytest.mark.parametrize(
+    ("arch", "side"),
+    [("vit_tiny", 8), ("timm:vit_tiny_patch16_224", 16), ("timm:xcit_nano_12_p16_224", 16), ("timm:mixer_s32_224", 8)],
+)
+def test_patches_are_as_large_as_the_network_says(arch, side):
+    """XCiT says it with one number, a mixer not at all: then --patch_size stands."""
+    with torch.device("meta"):
+        backbone = backbones.build_backbone(arch, patch_size=8, image_size=224)
+    assert backbones.patch_side(backbone, 8) == side
+
+
 def test_samples_of_gedi_gen_are_counted_and_no_parts_advised(capsys, monkeypatch):
     gen = ("--arch", "resnet8_w8", "--method", "gedi_gen", "--sgld_buffer", "100")
     args, method, views = settings(*SMALL, *gen, "--local_crops_number", "0")
