@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-venv: $(STAMP)  ## Create .venv and install everything (a few minutes, about 6 GB with PyTorch's GPU libraries)
+venv: $(STAMP)  ## Create .venv and install everything (a few minutes, about 8 GB with PyTorch's GPU libraries)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -21,21 +21,25 @@ $(STAMP): pyproject.toml
 demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (2 to 4 minutes on 2 CPU cores)
 	$(BIN)/python demo.py --output_dir output/demo
 
-test: venv  ## Run the quick tests (CPU, no network; about 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m "not slurm and not slow"
+# Tests run in JOBS processes, of about 2 GB each; 0 for one after the other in pytest's own.
+JOBS ?= 2
+PYTEST := python -m pytest -q -n $(JOBS) --dist worksteal
+
+test: venv  ## Run the quick tests (CPU, no network; 6 to 10 minutes on 2 cores, JOBS=2)
+	$(BIN)/$(PYTEST) -m "not slurm and not slow"
 
 test-all: venv  ## Run all tests but those for Slurm (about 35 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m "not slurm"
+	$(BIN)/$(PYTEST) -m "not slurm"
 
 test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 20 minutes; skipped where there is none)
 	$(BIN)/python -m pytest -q -rs -m slurm
 
 PYTHON_OLDEST ?= python3.11
 
-test-oldest:  ## The quick tests with the oldest supported Python and packages, in .venv-oldest (about 6 GB)
+test-oldest:  ## The quick tests with the oldest supported Python and packages, in .venv-oldest (about 8 GB)
 	$(PYTHON_OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet $$($(PYTHON_OLDEST) tests/oldest.py)
-	.venv-oldest/bin/python -m pytest -q -m "not slurm and not slow"
+	.venv-oldest/bin/$(PYTEST) -m "not slurm and not slow"
 
 lint: venv  ## Check style
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from cplearn.data import augmentations, cachefile, datasets, loaders, workers
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
-from cplearn.errors import LocalError, UserError, WriteError
+from cplearn.errors import LocalError, UserError
 from cplearn.evaluation import cli
 from cplearn.evaluation.features import (
     Features,
@@ -191,10 +191,7 @@ def train_probe(
         probe.epoch += 1
         probe.history.append(accuracy(probe.classifier, val.features, val.labels, device))
         if collectives.is_main():
-            try:
-                checkpoints.save(checkpoint, probe.state())
-            except FileNotFoundError:
-                raise WriteError(f"{checkpoint.parent} was removed meanwhile: run the same command again") from None
+            checkpoints.save(checkpoint, probe.state())
             if probe.epoch % 10 == 0 or probe.epoch == epochs:
                 print(
                     f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {probe.history[-1]['top1']:.4f}",

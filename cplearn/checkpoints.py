@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cplearn import backbones, errors
 from cplearn.errors import ReadError, UserError, WriteError
-from cplearn.files import create, remove_quietly
+from cplearn.files import flush_folder, remove_quietly, written
 from cplearn.flags import ArgumentParser
 
 FORMAT = "cplearn-1"
@@ -45,30 +45,21 @@ def save(path: str | Path, state: dict) -> None:
 
 
 def write(path: str | Path, content: dict) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, then rename: never half a checkpoint.
+    """Write what torch saves to `path`, whole and flushed to the disk: never half a checkpoint.
 
     Raises `WriteError` if that fails; `path` is then as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with create(temporary) as f:
+        with written(path, on_disk=True) as f:
             torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+    except RuntimeError as error:  # torch turns a failed write into one
         if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
             raise
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown"])[0][:120]
+        reason = (str(error).splitlines() or ["unknown"])[0][:120]
         if shutil.disk_usage(path.parent).free < 2**20:  # torch's own words are about positions in the file
             reason = "no space left on the disk"
-        raise WriteError(
-            f"{path} could not be written: {reason}; free some space and run the same command again"
-        ) from error
-    finally:
-        remove_quietly(temporary)
+        raise WriteError(f"{path} could not be written: {reason}; free some space and run again") from error
 
 
 def save_run(folder: str | Path, state: dict) -> None:
@@ -110,21 +101,7 @@ def _shift(folder: Path) -> None:
         except OSError:  # a file system without links
             os.replace(folder / LATEST, folder / PREVIOUS)
     os.replace(folder / f"{LATEST}.new", folder / LATEST)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush the renames themselves to the disk; not every file system lets a folder be opened."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    flush_folder(folder)
 
 
 # --- reading -------------------------------------------------------------------------------------------

@@ -58,11 +58,29 @@ def written(path: Path, *, on_disk: bool = False) -> Iterator[BinaryIO]:
                 f.flush()
                 os.fsync(f.fileno())
         os.replace(temporary, path)
+        if on_disk:
+            flush_folder(path.parent)
     except OSError as error:
+        if not path.parent.is_dir():
+            raise WriteError(f"{path.parent} was removed meanwhile: run the same command again") from None
         reason = error.strerror or str(error)
         raise WriteError(f"{path} could not be written: {reason}; free some space and run again") from None
     finally:
         remove_quietly(temporary)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the renames in a folder to the disk; not every file system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

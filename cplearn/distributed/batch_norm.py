@@ -38,6 +38,18 @@ def running_buffers(module: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Put `running_buffers` back afterwards, as if the batches inside had not been seen."""
+    buffers = running_buffers(module)
+    kept = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for now, before in zip(buffers, kept, strict=True):
+            now.copy_(before)
+
+
+@contextmanager
 def plain_average(norms: list[nn.Module]) -> Iterator[None]:
     """Let batch norms forget what they saw and take a plain average over the batches inside; then they are in eval
     mode."""

@@ -1,8 +1,8 @@
 """What a method is to the training loop and the evaluations: one interface."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cplearn.dictionary.terms import largest_probability
-from cplearn.distributed.batch_norm import running_buffers
+from cplearn.distributed.batch_norm import statistics_kept
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
 
@@ -212,17 +212,6 @@ def _recomputed(backbone: nn.Module, x: Tensor) -> Tensor:
     """Run the backbone without keeping its activations, which backward computes again with the same drop path."""
     if not torch.is_grad_enabled():
         return backbone(x)
-    contexts = lambda: (nullcontext(), _statistics_kept(backbone))  # noqa: E731
+    # A second pass over the same images must not count in the running statistics.
+    contexts = lambda: (nullcontext(), statistics_kept(backbone))  # noqa: E731
     return checkpoint(backbone, x, use_reentrant=False, context_fn=contexts)
-
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Put batch norm's running statistics back afterwards: a second pass over the same images must not count."""
-    buffers = running_buffers(module)
-    kept = [b.clone() for b in buffers]
-    try:
-        yield
-    finally:
-        for now, before in zip(buffers, kept, strict=True):
-            now.copy_(before)

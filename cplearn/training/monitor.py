@@ -8,7 +8,7 @@ statistic and no random number, so a run with and without it comes to the same b
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from cplearn import random_streams
 from cplearn.data import augmentations
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import plain_average, running_buffers
+from cplearn.distributed.batch_norm import plain_average, statistics_kept
 from cplearn.errors import CollapseError, LocalError
 from cplearn.evaluation import collapse, label_free
 from cplearn.evaluation.knn import leave_one_out_knn
@@ -145,7 +145,8 @@ class Probe:
             return None
         training = method.training
         method.eval()
-        with _kept_norms(method) if untrained else nullcontext([]) as norms:
+        norms = _norms_without_batch(method) if untrained else []
+        with statistics_kept(method) if norms else nullcontext():
             if norms and min(counts) > 1:  # as many batches on each rank, none of one image
                 with plain_average(norms):
                     for images in self._images(range(0, min(counts) - 1, batch), min(counts), batch, device):
@@ -175,19 +176,10 @@ class Probe:
             yield augmentations.color_views([x[rows] for x in crops], params[rows], self.views, device)
 
 
-@contextmanager
-def _kept_norms(method: Method) -> Iterator[list[nn.Module]]:
-    """Give the batch norms that have seen no batch; whatever they see meanwhile is forgotten at the end."""
+def _norms_without_batch(method: Method) -> list[nn.Module]:
     kinds = nn.modules.batchnorm._BatchNorm
     norms = [m for m in method.modules() if isinstance(m, kinds) and m.track_running_stats]
-    norms = [m for m in norms if m.num_batches_tracked == 0]
-    buffers = [b for norm in norms for b in running_buffers(norm)]
-    kept = [b.clone() for b in buffers]
-    try:
-        yield norms
-    finally:
-        for now, before in zip(buffers, kept, strict=True):
-            now.copy_(before)
+    return [m for m in norms if m.num_batches_tracked == 0]
 
 
 @dataclass(frozen=True)
