@@ -1,6 +1,6 @@
 """Pre-train on the bundled digits, evaluate against random initialization, and plot the results (`make demo`).
 
-python demo.py [--output_dir output/demo]
+python demo.py [--output_dir output/demo] [--seed 0]
 """
 
 import contextlib
@@ -27,12 +27,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, evaluate, plot; return the metrics of the trained and the random network."""
     parser = ArgumentParser(prog="demo.py", description=__doc__)
     parser.add_argument("--output_dir", default="output/demo", help="Checkpoint, log.txt, plots")
+    parser.add_argument("--seed", type=int, default=0, help="Of weights, order and views")
     parser.add_argument("--max_steps", type=positive(int), default=None, help="Stop training early, for a smoke test")
     args = parser.parse_args(argv)
     expand_paths(args, "output_dir")
     out = Path(args.output_dir)
     start = time.perf_counter()
-    train_flags = [f"@{ROOT}/recipes/digits.txt", "--output_dir", args.output_dir]
+    train_flags = [f"@{ROOT}/recipes/digits.txt", "--output_dir", args.output_dir, "--seed", str(args.seed)]
     if args.max_steps:
         train_flags += ["--max_steps", str(args.max_steps)]
     main_cplearn.main(train_flags)

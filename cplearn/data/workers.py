@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
@@ -212,3 +213,6 @@ def stop_workers(loader: DataLoader) -> None:
         child.join()
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
+    if iterator._worker_pids_set:  # torch knows them by the address of their iterator, which a later one may be given
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision.transforms.v2  # noqa: F401  now, as it takes longer than a deadline here and workers need it
 from helpers import LONG, Script, children_of, write_images
+from torch.utils.data._utils import signal_handling
 
 from cplearn import checkpoints
 from cplearn.data import pixels as pixels_module
@@ -61,6 +62,17 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, how):
     pids = loader.dataset.reading[:, 0].tolist()
     assert min(pids) > 0 and not [p for p in multiprocessing.active_children() if p.pid in pids]
     assert worker_error(RuntimeError("shapes do not match"), loader) is None
+
+
+def test_stopped_workers_are_forgotten_by_torch(tmp_path):
+    """Or the next loader whose iterator lies at the same address could not start."""
+    write_images(tmp_path, 12)
+    loader = small_loader(Folder(tmp_path), 2)
+    next(start_workers(loader))
+    iterator = loader._iterator  # keeps the address
+    stop_workers(loader)
+    signal_handling._set_worker_pids(id(iterator), ())  # ValueError: "should be called only once"
+    signal_handling._remove_worker_pids(id(iterator))
 
 
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
