@@ -52,27 +52,72 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
+def usable_cores() -> int:
+    """Return on how many cores this process may run: in a job that is its share of the node."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_process(processes: int) -> int:
+    """Return the cores for this process, one of so many on this machine: its own ones, where each is kept to some."""
+    return max(1, min(usable_cores(), (os.cpu_count() or 1) // processes))
+
+
 def physical_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the bytes of memory of this machine, or of the container or job in it."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *(limit for limit, _ in memory_limits())])
 
 
 def available_memory() -> int:
-    """Return the bytes that can be had without swapping, as the system and the container's limit have them."""
+    """Return the bytes that can be had without swapping, as the system, container and job allow."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return physical_memory()
-    for group in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
-        try:
-            v2 = Path(group, "memory.max")
-            limit = v2 if v2.exists() else Path(group, "memory.limit_in_bytes")
-            used = Path(group, "memory.current" if v2.exists() else "memory.usage_in_bytes")
-            return min(free, max(0, int(limit.read_text()) - int(used.read_text())))
-        except (OSError, ValueError):  # no such group, or "max"
+        free = physical_memory()
+    return max(0, min([free, *(limit - used for limit, used in memory_limits())]))
+
+
+def resident_memory() -> int | None:
+    """Return the bytes of memory that this process has, its libraries included; None outside Linux."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+# Names of a control group's files, in its second and its first version: limit, use, and in memory.stat the pages of
+# files that are given up when memory is asked for.
+MEMORY_FILES = (("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
+
+
+def memory_limits(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> list[tuple[int, int]]:
+    """Return (limit, use) in bytes of each control group with a limit that this process is in: Docker's, Slurm's, or
+    systemd's, with those around it."""
+    try:
+        lines = [line.split(":", 2) for line in Path(process).read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, kinds, name in (line for line in lines if len(line) == 3):
+        if kinds and "memory" not in kinds.split(","):
             continue
-    return free
+        root = Path(mounted, "memory") if kinds else Path(mounted)
+        # A path that is one of outside this container leads nowhere here; the container's own group is the root.
+        parts = [part for part in name.split("/") if part and part != ".."]
+        groups = [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+        found += [limit for group in groups if (limit := _memory_limit(group, *MEMORY_FILES[bool(kinds)]))]
+    return found
+
+
+def _memory_limit(group: Path, limit: str, use: str, reclaimable: str) -> tuple[int, int] | None:
+    try:
+        most, used = (int((group / name).read_text()) for name in (limit, use))
+        numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return most, used - int(numbers.get(reclaimable, 0))
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
 
 
 def free_shared_memory() -> int | None:

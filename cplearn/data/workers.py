@@ -15,7 +15,13 @@ from torch.utils.data._utils import signal_handling
 
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
-from cplearn.host import allow_open_files, available_memory, free_shared_memory, leave_signals_to_parent
+from cplearn.host import (
+    allow_open_files,
+    available_memory,
+    cores_of_process,
+    free_shared_memory,
+    leave_signals_to_parent,
+)
 from cplearn.text import printable
 
 WORKER_TIMEOUT = 600.0  # seconds, the default of --worker_timeout
@@ -32,13 +38,14 @@ def default_workers(requested: int | None, *, no_gain: bool = False) -> int:
 
     Raises `UserError` for more than could be of use on this machine's cores, or than its memory holds.
     """
-    cores, share = os.cpu_count() or 1, collectives.local_world_size()
+    share = collectives.local_world_size()
+    cores = cores_of_process(share)
     if requested is None:
-        return 0 if no_gain else min(10, max(1, cores // share - 1))
-    useful = max(32, 4 * cores // share)
+        return 0 if no_gain else min(10, max(1, cores - 1))
+    useful = max(32, 4 * cores)
     if requested > useful:
         raise UserError(
-            f"--num_workers {requested}: {cores} cores have no use for so many in {share} processes, {useful} at most"
+            f"--num_workers {requested}: the {cores} cores of a process have no use for so many, {useful} at most"
         )
     fit = available_memory() // share // WORKER_MEMORY
     if requested > fit:

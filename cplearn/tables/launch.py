@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from cplearn.errors import ExpectedError, Interrupted, UserError
 from cplearn.files import read_json, remove_quietly, write_text
 from cplearn.flags import expand_recipes
-from cplearn.host import ROOT, end_with_parent
+from cplearn.host import ROOT, end_with_parent, usable_cores
 from cplearn.slurm.submit import JobRequest, Resources, submit
 from cplearn.tables.cells import Cell, Grid, Stage
 from cplearn.tables.status import CellState
@@ -59,7 +59,7 @@ def environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
         first = slot % len(gpus()) if processes == 1 else slot * processes
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[first : first + processes])
     if not gpus() or jobs > len(gpus()):
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * processes))))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // (jobs * processes))))
     return env
 
 
@@ -67,7 +67,7 @@ def loader_flags(flags: Sequence[str], jobs: int, processes: int) -> list[str]:
     """Return --num_workers, unless it is given: no loader processes beside CPUs that are all busy."""
     if any(flag.split("=")[0] == "--num_workers" for flag in expand_recipes(flags)):
         return []
-    cores = (os.cpu_count() or 1) // (jobs * processes)
+    cores = usable_cores() // (jobs * processes)
     return ["--num_workers", str(min(10, cores) if gpus() else max(0, cores - 1))]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.evaluation import collapse
 from cplearn.files import append_json_line, write_text
-from cplearn.host import git_commit
+from cplearn.host import cores_of_process, git_commit, resident_memory
 from cplearn.methods.base import StepOutput
 from cplearn.precision import slow_precision
 from cplearn.text import format_duration
@@ -34,7 +33,7 @@ def announce(run: Run, lines: list[str]) -> None:
         *lines,
         f"Data: {datasets.summary(images.dataset)}",
         f"  {images.summary()}" + f", from {side} x {side} pixels on at 1/2, 1/4 or 1/8 of their size" * bool(side),
-        f"Memory: about {run.memory}",
+        memory_line(run),
     ]
     print("\n".join(lines))
     args, method, device = run.args, run.method, run.device
@@ -196,6 +195,14 @@ def report_epoch(run: Run, record: dict) -> None:
 LONG_WAIT = 0.2  # share of the time, above which waiting for images is worth a word
 
 
+def memory_line(run: Run) -> str:
+    """Return what the run is expected to take, and on a CPU what this process has by now, which it adds to."""
+    if run.device.type == "cuda":
+        return f"GPU memory: about {run.memory}"
+    now = resident_memory()
+    return f"Memory: about {run.memory}" + f"; beside {now / 1e9:.1f} GB that this process has now" * (now is not None)
+
+
 def loader_advice(wait: float, workers: int, device: torch.device, images: Pixels) -> str:
     """Return what would shorten the wait for images, "" if it is short or nothing would.
 
@@ -203,7 +210,7 @@ def loader_advice(wait: float, workers: int, device: torch.device, images: Pixel
     """
     if wait <= LONG_WAIT:
         return ""
-    cores = (os.cpu_count() or 1) // collectives.local_world_size()
+    cores = cores_of_process(collectives.local_world_size())
     needed = math.ceil((workers or wait) / max(0.01, 1 - wait))
     said = f"{wait:.0%} of the time went into waiting for images"
     if device.type != "cpu" and needed <= cores:  # on a CPU the workers would take the step's own cores

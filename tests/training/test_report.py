@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ def images(tmp_path) -> Pixels:
     ],
 )
 def test_a_long_wait_is_told_with_its_cure(monkeypatch, images, wait, workers, device, cores, words):
-    monkeypatch.setattr(report.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(report, "cores_of_process", lambda processes: cores)
     said = report.loader_advice(wait, workers, device, images)
     assert words in said if words else said == ""
 
@@ -57,6 +59,7 @@ def test_the_start_names_images_cache_reduction_and_memory(tmp_path, image_folde
     train(tmp_path, "--data_path", str(image_folder), "--epochs", "1")
     said = capsys.readouterr().out
     assert "images are decoded once, 0 MB in memory (--cache ram), from " in said and "Memory: about 0." in said
+    assert not Path("/proc/self/statm").exists() or re.search(r"; beside [\d.]+ GB that this process has now\n", said)
 
 
 def test_a_profile_of_twenty_steps(tmp_path, image_folder, capsys):
