@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
-demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (2 to 4 minutes on 2 CPU cores)
+demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (80 s to 4 minutes on 2 CPU cores)
 	$(BIN)/python demo.py --output_dir output/demo
 
 # Tests run in JOBS processes, of about 2 GB each; 0 for one after the other in pytest's own.
