@@ -1,6 +1,6 @@
 """The loss at its minimum: embeddings that no network restrains, optimized with this project's own loss.
 
-    python benchmarks/theory.py [--json FILE] [--figure figures/theory.png] [--only PATTERN]
+    python benchmarks/theory.py [--json FILE] [--figure figures/theory.png] [--only PATTERN] [--seed 0]
 
 n free unit embeddings of width f, the same in both views, c codes, in float64 and on one core: what the loss asks for,
 with no backbone, no data and no end of training between it and the answer. L-BFGS with a strong Wolfe line search,
@@ -107,7 +107,7 @@ CURVES = tuple(
 # --- one row -------------------------------------------------------------------------------------------
 
 
-def starting_point(setting: Setting, codes: Tensor, seed: int = 0) -> Tensor:
+def starting_point(setting: Setting, codes: Tensor, seed: int) -> Tensor:
     """Return the embeddings before the first step. Shape: codes (c, f) -> (n, f) of unit length, float64."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(setting.n, setting.f, dtype=torch.float64, generator=generator)
@@ -119,12 +119,12 @@ def starting_point(setting: Setting, codes: Tensor, seed: int = 0) -> Tensor:
     return F.normalize(F.normalize(one, dim=0) + 0.01 * F.normalize(noise, dim=1), dim=1)
 
 
-def minimize(setting: Setting, calls: int = CALLS) -> dict[str, float | int | None]:
-    """Optimize the embeddings of a row; return its columns by name."""
-    head = CPLearnHead(setting.f, setting.c, n_ref=setting.n_ref, dictionary=setting.dictionary)
+def minimize(setting: Setting, calls: int = CALLS, seed: int = 0) -> dict[str, float | int | None]:
+    """Optimize the embeddings of a row; return its columns by name. The seed is that of the codes and of the start."""
+    head = CPLearnHead(setting.f, setting.c, n_ref=setting.n_ref, dictionary=setting.dictionary, seed=seed)
     codes, scale = head.dictionary.codes(dtype=torch.float64), head.scale * head.kappa
     spec = LossSpec(setting.beta, n_global=1)  # both views are the same: one direction is as good as both
-    free = starting_point(setting, codes).requires_grad_()
+    free = starting_point(setting, codes, seed).requires_grad_()
     losses = []
     optimizer = torch.optim.LBFGS(
         [free], max_iter=calls, max_eval=calls, tolerance_grad=1e-10, tolerance_change=1e-12,
@@ -285,21 +285,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", default=None, help="Also write the rows to this file")
     parser.add_argument("--figure", default=None, help="Also draw alignment and way against n / c into this .png file")
     parser.add_argument("--only", default=None, help="Rows whose size and name have this in them")
+    parser.add_argument("--seed", type=int, default=0, help="Of the codes and of the start")
     args = parser.parse_args(argv)
     check_outputs(args)
     settings, found, commit = chosen(args.only), {}, git_commit()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, cpu, 1 thread, float64, commit {commit}\n")
     for size in dict.fromkeys(s.size for s in settings):
-        rows = {s: minimize(s) for s in settings if s.size == size}
+        rows = {s: minimize(s, seed=args.seed) for s in settings if s.size == size}
         show(size, rows)
         found |= rows
     if args.figure is not None:
-        found |= {s: minimize(s) for s in CURVES if s not in found}
+        found |= {s: minimize(s, seed=args.seed) for s in CURVES if s not in found}
         draw(found, Path(args.figure))
     if args.json is not None:
         rows = [s._asdict() | row for s, row in found.items()]
-        report = {"commit": commit, "torch": torch.__version__, "seconds": time.process_time(), "rows": rows}
+        report = {"commit": commit, "seed": args.seed, "torch": torch.__version__, "seconds": time.process_time(), "rows": rows}
         write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
     print(f"{len(found)} rows, {time.process_time():.0f} s of one core")
 
