@@ -300,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(found, Path(args.figure))
     if args.json is not None:
         rows = [s._asdict() | row for s, row in found.items()]
-        report = {"commit": commit, "seed": args.seed, "torch": torch.__version__, "seconds": time.process_time(), "rows": rows}
+        versions = {"commit": commit, "torch": torch.__version__, "seed": args.seed}
+        report = versions | {"seconds": time.process_time(), "rows": rows}
         write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
     print(f"{len(found)} rows, {time.process_time():.0f} s of one core")
 
