@@ -50,16 +50,16 @@ def write(path: str | Path, content: dict) -> None:
     Raises `WriteError` if that fails; `path` is then as it was.
     """
     path = Path(path)
-    try:
-        with written(path, on_disk=True) as f:
+    with written(path, on_disk=True) as f:
+        try:
             torch.save(content, f)
-    except RuntimeError as error:  # torch turns a failed write into one
-        if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
-            raise
-        reason = (str(error).splitlines() or ["unknown"])[0][:120]
-        if shutil.disk_usage(path.parent).free < 2**20:  # torch's own words are about positions in the file
-            reason = "no space left on the disk"
-        raise WriteError(f"{path} could not be written: {reason}; free some space and run again") from error
+        except RuntimeError as error:  # torch turns a failed write into one
+            if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
+                raise
+            reason = (str(error).splitlines() or ["unknown"])[0][:120]
+            if shutil.disk_usage(path.parent).free < 2**20:  # torch's own words are about positions in the file
+                reason = "no space left on the disk"
+            raise WriteError(f"{path} could not be written: {reason}; free some space and run again") from error
 
 
 def save_run(folder: str | Path, state: dict) -> None:

@@ -199,8 +199,8 @@ def memory_line(run: Run) -> str:
     """Return what the run is expected to take, and on a CPU what this process has by now, which it adds to."""
     if run.device.type == "cuda":
         return f"GPU memory: about {run.memory}"
-    now = resident_memory()
-    return f"Memory: about {run.memory}" + f"; beside {now / 1e9:.1f} GB that this process has now" * (now is not None)
+    line, now = f"Memory: about {run.memory}", resident_memory()
+    return line if now is None else f"{line}; beside {now / 1e9:.1f} GB that this process has now"
 
 
 def loader_advice(wait: float, workers: int, device: torch.device, images: Pixels) -> str:

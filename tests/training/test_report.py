@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 def images(tmp_path) -> Pixels:
     write_images(tmp_path, 6)
     return Pixels(Folder(tmp_path), VIEWS)
+
+
+def test_the_memory_line_where_no_system_tells_what_a_process_has(monkeypatch):
+    monkeypatch.setattr(report, "resident_memory", lambda: None)
+    assert report.memory_line(SimpleNamespace(device=CPU, memory="0.4 GB")) == "Memory: about 0.4 GB"
+    monkeypatch.setattr(report, "resident_memory", lambda: 940_000_000)
+    said = report.memory_line(SimpleNamespace(device=CPU, memory="0.4 GB"))
+    assert said == "Memory: about 0.4 GB; beside 0.9 GB that this process has now"
+    assert report.memory_line(SimpleNamespace(device=GPU, memory="0.4 GB")) == "GPU memory: about 0.4 GB"
 
 
 @pytest.mark.parametrize(
