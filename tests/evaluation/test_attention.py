@@ -1,5 +1,7 @@
 """The CLS token's attention against what timm writes out and DINO's formula; masks, views, components."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -19,12 +21,13 @@ from cplearn.errors import UserError
 from cplearn.evaluation import attention
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 0}
+EVA = {"qk_norm": True} if "qk_norm" in inspect.signature(Eva).parameters else {}  # later versions of timm have it
 NETWORKS = {
     "plain": lambda: VisionTransformer(**SMALL, dynamic_img_size=True),
     "qk_norm": lambda: VisionTransformer(**SMALL, dynamic_img_size=True, qk_norm=True),
     "registers": lambda: VisionTransformer(**SMALL, dynamic_img_size=True, reg_tokens=3, no_embed_class=True),
     "distilled": lambda: VisionTransformerDistilled(**SMALL, dynamic_img_size=True),
-    "rotary": lambda: Eva(**SMALL, dynamic_img_size=True, use_rot_pos_emb=True, num_reg_tokens=2, qk_norm=True),
+    "rotary": lambda: Eva(**SMALL, dynamic_img_size=True, use_rot_pos_emb=True, num_reg_tokens=2, **EVA),
     "ours": lambda: build_backbone("vit_tiny", patch_size=8, image_size=32),
 }
 
