@@ -1,6 +1,7 @@
 """Where else the numbers of an epoch go: TensorBoard, Weights & Biases. Neither package is needed without its flag."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -15,20 +16,30 @@ from cplearn.errors import UserError, exit_status
 from cplearn.files import read_text, write_text
 from cplearn.text import printable
 
+# As in pyproject.toml. Older ones fail with NumPy 2; leave a process behind, or wait without end for a server.
+OLDEST = {"tensorboard": "2.18", "wandb": "0.29"}
 RUN_ID = "wandb_id.txt"  # in the output folder: a continuation goes on in the same run
 START, END = 30, 60  # seconds that Weights & Biases may take for its first answer, and to send what is left at the end
 
 
 def check_writers(args: argparse.Namespace) -> None:
-    """Raise `UserError` if a package that a flag asks for is not there, or for a name that a project cannot have."""
-    for flag, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if not getattr(args, flag):
+    """Raise `UserError` if a package that a flag asks for is not there, or too old, or for a name that a project cannot
+    have."""
+    for package, oldest in OLDEST.items():
+        if not getattr(args, package):
             continue
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:  # a folder of that name, such as wandb's own, is no package
-            raise UserError(f"--{flag} needs the {package} package: pip install {package}")
+            raise UserError(f"--{package} needs the {package} package: pip install {package}")
+        installed = importlib.metadata.version(package)
+        if _numbers(installed) < _numbers(oldest):
+            raise UserError(f"--{package} needs {package} {oldest} or newer, not {installed}: pip install -U {package}")
     if not re.fullmatch(r"[^/\\#?%:\x00-\x1f]{1,128}", args.wandb_project):
         raise UserError(f"--wandb_project {args.wandb_project!r} must be 1 to 128 characters without / \\ # ? % :")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 class Writers:

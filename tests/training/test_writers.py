@@ -2,6 +2,7 @@
 
 import argparse
 import http.server
+import importlib.metadata
 import json
 import os
 import pty
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -228,3 +231,17 @@ def test_only_the_first_process_writes(tmp_path):
     run_in_processes(tmp_path, _write, str(tmp_path / "out"))
     (content,) = written(tmp_path / "out")
     assert b"1.0625" in content
+
+
+def test_versions_that_are_too_old_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for version, refused in (("0.27.2", True), ("0.29.0", False), ("0.100.1rc2", False), ("1.0", False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda package, version=version: version)
+        error = pytest.raises(UserError, match="0.29 or newer, not 0.27.2: pip install -U wandb")
+        with error if refused else nullcontext():
+            writers.check_writers(flags(tmp_path))
+
+
+def test_the_oldest_versions_are_those_of_pyproject():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: [f"{name}>={version}"] for name, version in writers.OLDEST.items()}.items() <= extras.items()
