@@ -67,13 +67,13 @@ def test_timm_by_folder_and_by_name(vit, tmp_path, no_network, capsys):
     options = {"patch_size": 8, "img_size": 32, "num_classes": 0}
     overlay = {"file": str(tmp_path / "net" / "model.safetensors"), "custom_load": False}
     models = [timm.create_model("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **options)]
-    if timm_folder.knows_folders():
-        models.append(timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True))
-        with torch.no_grad():
-            assert models[-1].eval()(pixels(1, 64)).shape == (1, 192)  # other sizes, as in training here
-        assert timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True, num_classes=5).head.out_features == 5
-        config = timm.data.resolve_data_config({}, model=models[-1])
-        assert torch.allclose(timm.data.create_transform(**config)(photo()), transform(photo()), atol=1e-5)
+    models.append(timm.create_model("vit_tiny_patch16_224", checkpoint_path=overlay["file"], **options))
+    models.append(timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True))
+    with torch.no_grad():
+        assert models[-1].eval()(pixels(1, 64)).shape == (1, 192)  # other sizes, as in training here
+    assert timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True, num_classes=5).head.out_features == 5
+    config = timm.data.resolve_data_config({}, model=models[-1])
+    assert torch.allclose(timm.data.create_transform(**config)(photo()), transform(photo()), atol=1e-5)
     with torch.no_grad():
         for model in models:
             assert apart(ours(pixels(2, 32)), model.eval()(pixels(2, 32))) < 1e-5

@@ -10,7 +10,6 @@ from cplearn.errors import UserError, WriteError
 from cplearn.evaluation.features import Model
 from cplearn.evaluation.pretrained import EvalTransform
 from cplearn.export import common
-from cplearn.files import read_json
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "timm", "timm", "", ("timm", "safetensors.torch")
 COMPARED = common.ON_IMAGES
@@ -83,27 +82,11 @@ def preprocessing(model: Model) -> dict[str, object]:
     return {"interpolation": "bicubic", **crop, "mean": list(color.MEAN), "std": list(color.STD)}
 
 
-def knows_folders() -> bool:
-    """Return whether the installed timm reads folders (from 1.0.16 on)."""
-    from timm.models import parse_model_name
-
-    try:
-        return parse_model_name("local-dir:folder")[0] == "local-dir"
-    except (AssertionError, ValueError):
-        return False
-
-
 def load(folder: Path) -> torch.nn.Module:
-    """Load it as timm's users do: the folder, or its weights by timm's name of the network where timm is older."""
+    """Load it as timm's users do."""
     import timm
 
-    if knows_folders():
-        return timm.create_model(f"local-dir:{folder.absolute()}", True).eval()
-    config = read_json(folder / "config.json")
-    overlay = {**config["pretrained_cfg"], "file": str(folder / "model.safetensors"), "custom_load": False}
-    return timm.create_model(
-        config["architecture"], True, pretrained_cfg_overlay=overlay, **config["model_args"]
-    ).eval()
+    return timm.create_model(f"local-dir:{folder.absolute()}", True).eval()
 
 
 def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
@@ -122,6 +105,4 @@ def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
 
 
 def usage(path: Path) -> str:
-    return f'model = timm.create_model("local-dir:{path}", pretrained={True}).eval()' + (
-        "" if knows_folders() else "  # with a newer timm: docs/export.md has the older way"
-    )
+    return f'model = timm.create_model("local-dir:{path}", pretrained=True).eval()'
