@@ -28,7 +28,7 @@ PYTEST := python -m pytest -q -n $(JOBS) --dist worksteal
 test: venv  ## Run the quick tests (CPU, no network; 6 to 10 minutes on 2 cores, JOBS=2)
 	$(BIN)/$(PYTEST) -m "not slurm and not slow"
 
-test-all: venv  ## Run all tests but those for Slurm (about 35 minutes on 2 cores)
+test-all: venv  ## Run all tests but those for Slurm (20 to 35 minutes on 2 cores)
 	$(BIN)/$(PYTEST) -m "not slurm"
 
 test-slurm: venv  ## Run the tests that submit to a Slurm of two nodes (about 20 minutes; skipped where there is none)
