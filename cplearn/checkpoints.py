@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from cplearn import backbones, errors
 from cplearn.errors import ReadError, UserError, WriteError
-from cplearn.files import flush_folder, remove_quietly, written
+from cplearn.files import flush_folder, is_full, remove_quietly, written
 from cplearn.flags import ArgumentParser
 
 FORMAT = "cplearn-1"
@@ -57,7 +56,7 @@ def write(path: str | Path, content: dict) -> None:
             if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
                 raise
             reason = (str(error).splitlines() or ["unknown"])[0][:120]
-            if shutil.disk_usage(path.parent).free < 2**20:  # torch's own words are about positions in the file
+            if is_full(path.parent):  # torch's own words are about positions in the file
                 reason = "no space left on the disk"
             raise WriteError(f"{path} could not be written: {reason}; free some space and run again") from error
 

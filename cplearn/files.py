@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -81,6 +82,11 @@ def flush_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether there is no space left: libraries that write speak of something else then."""
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -58,10 +58,13 @@ def real_group(limit: int):
     folder = root / f"cplearn_test_{os.getpid()}"
     try:
         folder.mkdir()
-        (folder / f"memory.{name}").write_text(str(limit))
     except OSError:
         pytest.skip("no control group can be made here")
     try:
+        try:
+            (folder / f"memory.{name}").write_text(str(limit))
+        except OSError:
+            pytest.skip("no control group can be given a limit here")
         yield folder
     finally:
         folder.rmdir()

@@ -22,7 +22,7 @@ from cplearn.checkpoints import EXPORTED
 from cplearn.data import augmentations, color
 from cplearn.errors import ExpectedError, UserError, WriteError
 from cplearn.evaluation.features import Model
-from cplearn.files import read_json
+from cplearn.files import is_full, read_json
 from cplearn.host import git_commit
 from cplearn.text import printable
 
@@ -141,7 +141,7 @@ def write_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
         names = " ".join(sorted({name.partition(".")[0] for name in packages}))
         raise UserError(f"the installed versions do not fit ({error}): pip install --upgrade {names}") from None
     except Exception as error:
-        full = shutil.disk_usage(target.absolute().parent).free < 2**20
+        full = is_full(target.absolute().parent)
         if not full and not isinstance(error, OSError):
             raise
         reason = "no space left on the disk" if full else (getattr(error, "strerror", None) or str(error))

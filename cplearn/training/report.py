@@ -70,6 +70,14 @@ def announce(run: Run, lines: list[str]) -> None:
     sys.stdout.flush()
 
 
+def memory_line(run: Run) -> str:
+    """Return what the run is expected to take, and on a CPU what this process has by now, which it adds to."""
+    if run.device.type == "cuda":
+        return f"GPU memory: about {run.memory}"
+    line, now = f"Memory: about {run.memory}", resident_memory()
+    return line if now is None else f"{line}; beside {now / 1e9:.1f} GB that this process has now"
+
+
 class EpochReport:
     """Records the steps of an epoch, or of what is left of one: averages, time, a progress bar."""
 
@@ -193,14 +201,6 @@ def report_epoch(run: Run, record: dict) -> None:
 
 
 LONG_WAIT = 0.2  # share of the time, above which waiting for images is worth a word
-
-
-def memory_line(run: Run) -> str:
-    """Return what the run is expected to take, and on a CPU what this process has by now, which it adds to."""
-    if run.device.type == "cuda":
-        return f"GPU memory: about {run.memory}"
-    line, now = f"Memory: about {run.memory}", resident_memory()
-    return line if now is None else f"{line}; beside {now / 1e9:.1f} GB that this process has now"
 
 
 def loader_advice(wait: float, workers: int, device: torch.device, images: Pixels) -> str:

@@ -31,9 +31,11 @@ def check_writers(args: argparse.Namespace) -> None:
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:  # a folder of that name, such as wandb's own, is no package
             raise UserError(f"--{package} needs the {package} package: pip install {package}")
-        installed = importlib.metadata.version(package)
-        if _numbers(installed) < _numbers(oldest):
-            raise UserError(f"--{package} needs {package} {oldest} or newer, not {installed}: pip install -U {package}")
+        with suppress(importlib.metadata.PackageNotFoundError):  # installed under another name, such as tb-nightly
+            if _numbers(installed := importlib.metadata.version(package)) < _numbers(oldest):
+                raise UserError(
+                    f"--{package} needs {package} {oldest} or newer, not {installed}: pip install -U {package}"
+                )
     if not re.fullmatch(r"[^/\\#?%:\x00-\x1f]{1,128}", args.wandb_project):
         raise UserError(f"--wandb_project {args.wandb_project!r} must be 1 to 128 characters without / \\ # ? % :")
 

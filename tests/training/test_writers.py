@@ -242,6 +242,19 @@ def test_versions_that_are_too_old_are_refused(tmp_path, monkeypatch):
             writers.check_writers(flags(tmp_path))
 
 
+def test_a_package_that_was_installed_under_another_name_is_taken(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    asked = []
+
+    def version(package: str) -> str:
+        asked.append(package)
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    writers.check_writers(flags(tmp_path))
+    assert asked == ["wandb"]
+
+
 def test_the_oldest_versions_are_those_of_pyproject():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {name: [f"{name}>={version}"] for name, version in writers.OLDEST.items()}.items() <= extras.items()
