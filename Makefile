@@ -25,7 +25,7 @@ demo: venv  ## Pre-train on the bundled digits, evaluate, draw plots (80 s to 4 
 JOBS ?= 2
 PYTEST := python -m pytest -q -n $(JOBS) --dist worksteal
 
-test: venv  ## Run the quick tests (CPU, no network; 6 to 10 minutes on 2 cores, JOBS=2)
+test: venv  ## Run the quick tests (CPU, no network; 6 to 12 minutes on 2 cores, JOBS=2)
 	$(BIN)/$(PYTEST) -m "not slurm and not slow"
 
 test-all: venv  ## Run all tests but those for Slurm (20 to 35 minutes on 2 cores)
