@@ -4,7 +4,6 @@ Each part takes the device, whether to be tiny (small enough for a CPU: nothing 
 before it, and the time at which it has to end: what does not fit is left out and said so.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ import main_cplearn
 from cplearn.data import augmentations, loaders
 from cplearn.data.pixels import Pixels
 from cplearn.dictionary.streamed_loss import pick_form
+from cplearn.host import usable_cores
 from cplearn.precision import tf32_products
 from cplearn.training.step_profile import device_times, largest_costs
 
@@ -250,7 +250,7 @@ def data_path(device: torch.device, tiny: bool, before: Cells, until: float) -> 
             colored = len(items) / median_seconds(color, device, 5)
             rates = [x["rate"] for x in before.get("steps", []) if x["views"] == f"2 + {local}" and "rate" in x]
             cells.append({"views": f"2 + {local}", "cut": cut, "colored": colored, "step": max(rates, default=None)})
-    cores = (os.cpu_count() or 1) / max(1, torch.cuda.device_count())
+    cores = usable_cores() / max(1, torch.cuda.device_count())
     rows, misses, says = [], [], []
     for x in cells:
         x["cores"] = x["step"] and x["step"] / x["cut"]

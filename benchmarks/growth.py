@@ -28,7 +28,7 @@ from cplearn import errors
 from cplearn.distributed import launch
 from cplearn.files import check_output_dir, write_text
 from cplearn.flags import ArgumentParser, positive
-from cplearn.host import git_commit
+from cplearn.host import git_commit, usable_cores
 from cplearn.plots.drawing import pyplot
 from cplearn.text import format_table
 
@@ -70,7 +70,7 @@ def step_of_rank(rank: int, args: argparse.Namespace, where: str, result: str) -
     """Take steps on one rank; rank 0 writes what they took."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(args.processes), LOCAL_RANK=str(rank),
                       LOCAL_WORLD_SIZE=str(args.processes))  # fmt: skip
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.processes))
+    torch.set_num_threads(max(1, usable_cores() // args.processes))
     if args.processes > 1:
         launch.init(where, "cpu")
     flags = ["--arch", "vit_small", "--image_size", "96", "--out_dim", str(args.out_dim), "--local_crops_number",

@@ -6,7 +6,6 @@ takes the flags of main_cplearn.py and runs some steps of that training with eac
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from cplearn.data import workers as loader_workers
 from cplearn.data.pixels import SMALL, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import launch
 from cplearn.flags import ArgumentParser, positive
-from cplearn.host import available_memory
+from cplearn.host import available_memory, usable_cores
 from cplearn.methods import build_method
 from cplearn.precision import autocast, choose_precision
 from cplearn.text import format_table
@@ -87,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trial = Trial(args, device)
     expected = Pixels(trial.dataset, trial.views).expected_bytes()
     kinds = ["none"] + (["ram"] if expected < available_memory() // 2 else [])
-    print(f"{len(trial.dataset):,} images, about {expected / 1e9:.2f} GB decoded, {os.cpu_count()} cores, {device}\n")
-    numbers = sorted({0, 1, *(n for n in (2, 4, 8, 16, 32) if n < (os.cpu_count() or 1))})
+    print(f"{len(trial.dataset):,} images, about {expected / 1e9:.2f} GB decoded, {usable_cores()} cores, {device}\n")
+    numbers = sorted({0, 1, *(n for n in (2, 4, 8, 16, 32) if n < usable_cores())})
     tried = []
     for kind in kinds:
         pixels = open_pixels(trial.dataset, trial.views, CacheOptions(kind, args.cache_dir, max(numbers)))

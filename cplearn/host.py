@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: scripts, recipes, tables of the paper
@@ -52,14 +53,24 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
+def machine_cores() -> int:
+    """Return the cores of this machine, or of the container in it, rounded down."""
+    return max(1, int(min([os.cpu_count() or 1, *core_limits()])))
+
+
 def usable_cores() -> int:
     """Return on how many cores this process may run: in a job that is its share of the node."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()
+    return min(own, machine_cores())
 
 
 def cores_of_process(processes: int) -> int:
-    """Return the cores for this process, one of so many on this machine: its own ones, where each is kept to some."""
-    return max(1, min(usable_cores(), (os.cpu_count() or 1) // processes))
+    """Return the cores for this process, one of so many on this machine.
+
+    A scheduler keeps each of its tasks to cores of its own; processes of torchrun share those that it may use.
+    """
+    shared = usable_cores() if "TORCHELASTIC_RUN_ID" in os.environ else machine_cores()
+    return max(1, min(usable_cores(), shared // processes))
 
 
 def physical_memory() -> int:
@@ -90,24 +101,37 @@ def resident_memory() -> int | None:
 # files that are given up when memory is asked for.
 MEMORY_FILES = (("memory.max", "memory.current", "inactive_file"),
                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
+# Microseconds of computing within so many of time: in one file of the second version, in two of the first.
+CORE_FILES = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
 
 
 def memory_limits(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> list[tuple[int, int]]:
     """Return (limit, use) in bytes of each control group with a limit that this process is in: Docker's, Slurm's, or
     systemd's, with those around it."""
+    groups = control_groups("memory", process, mounted)
+    return [limit for group, first in groups if (limit := _memory_limit(group, *MEMORY_FILES[first]))]
+
+
+def core_limits(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> list[float]:
+    """Return the cores that each control group with a limit lets its processes use together."""
+    groups = control_groups("cpu", process, mounted)
+    return [limit for group, first in groups if (limit := _core_limit(group, CORE_FILES[first]))]
+
+
+def control_groups(kind: str, process: str, mounted: str) -> list[tuple[Path, bool]]:
+    """Return folders of the groups that may limit this process, innermost first, and whether of the first version."""
     try:
         lines = [line.split(":", 2) for line in Path(process).read_text().splitlines()]
     except OSError:
         return []
     found = []
     for _, kinds, name in (line for line in lines if len(line) == 3):
-        if kinds and "memory" not in kinds.split(","):
+        if kinds and kind not in kinds.split(","):
             continue
-        root = Path(mounted, "memory") if kinds else Path(mounted)
+        root = Path(mounted, kind) if kinds else Path(mounted)
         # A path that is one of outside this container leads nowhere here; the container's own group is the root.
         parts = [part for part in name.split("/") if part and part != ".."]
-        groups = [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
-        found += [limit for group in groups if (limit := _memory_limit(group, *MEMORY_FILES[bool(kinds)]))]
+        found += [(root.joinpath(*parts[:depth]), bool(kinds)) for depth in range(len(parts), -1, -1)]
     return found
 
 
@@ -117,6 +141,14 @@ def _memory_limit(group: Path, limit: str, use: str, reclaimable: str) -> tuple[
         numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return most, used - int(numbers.get(reclaimable, 0))
     except (OSError, ValueError):  # no such group, or "max"
+        return None
+
+
+def _core_limit(group: Path, names: Sequence[str]) -> float | None:
+    try:
+        quota, period = (int(x) for x in " ".join((group / name).read_text() for name in names).split())
+        return quota / period if quota > 0 else None
+    except (OSError, ValueError):  # no such group, or "max"; -1 in the first version
         return None
 
 
