@@ -5,8 +5,9 @@
 
 `measure` takes the folders of runs (with --saveckp_freq, so that there is more than the end) and appends a line for
 the untrained network and for every checkpoint: all measures of `cplearn/evaluation/label_free.py` on the probe that the
-run itself had, two views of up to 2,000 training images, and 20-NN on images that were not trained on (4,000 training
-images vote on 2,000 of the test split; one draw for all runs). What is in the file is not measured again.
+run itself had, two views of up to 2,000 training images, and 20-NN on images that were not trained on (of the run's
+own --data_path or of the one given: 4,000 training images vote on 2,000 of the test split, or as --knn_images says; one
+draw for all runs). What is in the file is not measured again.
 
 `compare` takes the difference of each measure and of 20-NN to the untrained network of the same run, and prints
 
@@ -17,6 +18,10 @@ images vote on 2,000 of the test split; one draw for all runs). What is in the f
     told      a threshold chosen on the first half, so that the fewest runs are misjudged: how many of the second half
               it sorts rightly into "20-NN above the start by more than noise" and the rest; beside it how many the
               more frequent answer alone would get right
+    all       the rank correlation over all runs with its interval, for runs on which nothing was chosen
+    rules     of how many runs a rule says "better", and how many of these are: the verdict's (view retrieval, one
+              standard error above the start as if of other images), and tests of the same images, by retrieval and
+              by the logarithm of the place of an image's own view
 """
 
 import argparse
@@ -39,21 +44,19 @@ from cplearn import checkpoints, errors, random_streams
 from cplearn.data import sources
 from cplearn.data.pixels import CacheOptions, open_pixels
 from cplearn.errors import UserError
+from cplearn.evaluation import collapse, label_free
 from cplearn.files import append_json_line, read_json_lines, write_text
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit
 from cplearn.text import format_table
 from cplearn.training.monitor import Monitor
 
-NOISE = 0.02  # of 20-NN on 2,000 images, in one direction: twice its standard error at 0.3
-
-
 # --- measuring --------------------------------------------------------------------------------------------
 
 
-def write_lists(data_path: str, folder: Path, seed: int = 0) -> None:
-    """Write lists of 4,000 training images and 2,000 of the test split for 20-NN."""
-    for split, name, count in (("train", "train", 4000), ("val", "val", 2000)):
+def write_lists(data_path: str, folder: Path, counts: Sequence[int], seed: int = 0) -> None:
+    """Write lists of so many training images and images of the test split for 20-NN."""
+    for split, name, count in (("train", "train", counts[0]), ("val", "val", counts[1])):
         dataset = sources.build_dataset("folder", data_path, split, None)
         sample = sources.Sample(dataset, count, seed)
         lines = [
@@ -62,7 +65,7 @@ def write_lists(data_path: str, folder: Path, seed: int = 0) -> None:
         write_text(folder / f"{name}.txt", "\n".join(lines) + "\n")
 
 
-def measure_run(run: Path, out: Path, done: set[tuple[str, int]]) -> None:
+def measure_run(run: Path, settings: argparse.Namespace, done: set[tuple[str, int]]) -> None:
     """Append the lines of one run that are not there yet."""
     last = checkpoints.load(run / "checkpoint.pth")
     args = argparse.Namespace(**last["args"])
@@ -71,11 +74,13 @@ def measure_run(run: Path, out: Path, done: set[tuple[str, int]]) -> None:
     todo = [epoch for epoch in (0, *sorted(epochs)) if (str(run), epoch) not in done]
     if not todo:
         return
-    data = hashlib.sha256(f"{args.dataset} {args.data_path}".encode()).hexdigest()[:12]
-    lists = out.parent / f"knn_lists_{data}"
+    where = settings.data_path or args.data_path
+    key = f"{args.dataset} {where} {settings.knn_images}"
+    data = hashlib.sha256(key.encode()).hexdigest()[:12]
+    lists = settings.out.parent / f"knn_lists_{data}"
     if not (lists / "val.txt").exists():
         lists.mkdir(parents=True, exist_ok=True)
-        write_lists(args.data_path, lists)
+        write_lists(where, lists, settings.knn_images)
     device = torch.device("cpu")
     dataset, views = main_cplearn.find_images(args)
     pixels = open_pixels(dataset, views, CacheOptions("none", args.cache_dir, 0))
@@ -89,7 +94,7 @@ def measure_run(run: Path, out: Path, done: set[tuple[str, int]]) -> None:
             state = checkpoints.load(epochs[epoch])
             checkpoints.load_into(method, state["model"], str(epochs[epoch]))
         probed = probe.measure(method, device, 250, untrained=epoch == 0)
-        place = out.parent / "knn"
+        place = settings.out.parent / f"knn_{settings.out.stem}"
         (place / "results.jsonl").unlink(missing_ok=True)
         weights = ["--pretrained_weights", str(epochs[epoch] if epoch else run / "checkpoint.pth")]
         weights += ["--random_init"] * (epoch == 0)
@@ -97,8 +102,9 @@ def measure_run(run: Path, out: Path, done: set[tuple[str, int]]) -> None:
                        "--output_dir", str(place)])  # fmt: skip
         knn = read_json_lines(place / "results.jsonl")[-1]["metrics"]["knn20_top1"]
         found = probed.label_free() | {"knn": knn, "probe_images": len(probed.features)}
+        found["ranks"] = label_free.view_ranks(probed.features, probed.other_features).tolist()
         line = {"run": str(run), "epoch": epoch, "method": args.method, "commit": git_commit(), **found}
-        append_json_line(out, line)
+        append_json_line(settings.out, line)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -107,7 +113,7 @@ def measure(args: argparse.Namespace) -> None:
     done = {(x["run"], x["epoch"]) for x in read_json_lines(args.out)} if args.out.exists() else set()
     for run in args.paths:
         if (run / "checkpoint.pth").exists():
-            measure_run(run.absolute(), args.out, done)
+            measure_run(run.absolute(), args, done)
 
 
 # --- comparing --------------------------------------------------------------------------------------------
@@ -133,6 +139,11 @@ def _minus(a: float | None, b: float | None) -> float:
     return math.nan if a is None or b is None else a - b
 
 
+def measures(runs: dict[str, list[dict]]) -> list[str]:
+    """Return the names of the measures."""
+    return [k for k in next(iter(runs.values()))[-1] if k not in ("epoch", "method", "knn", "retrieval_chance")]
+
+
 def correlation(ends: list[dict], name: str) -> float:
     """Return the rank correlation of a measure's difference with 20-NN's; NaN where it does not vary."""
     from scipy.stats import spearmanr
@@ -150,27 +161,70 @@ def interval(ends: list[dict], name: str, rng: np.random.Generator, draws: int) 
     return float(low), float(high)
 
 
-def within(runs: dict[str, list[dict]], name: str) -> tuple[float, int]:
+def within(runs: dict[str, list[dict]], name: str, noise: float) -> tuple[float, int]:
     """Return the share of pairs of one run's checkpoints that a measure and 20-NN rank alike, and how many there are.
 
-    Pairs whose 20-NN differ by less than `NOISE` do not count.
+    Pairs whose 20-NN differ by less than `noise` do not count.
     """
     alike = total = 0
     for epochs in runs.values():
         for i, a in enumerate(epochs):
             for b in epochs[i + 1 :]:
                 knn, value = b["knn"] - a["knn"], b[name] - a[name]
-                if abs(knn) >= NOISE and math.isfinite(value):
+                if abs(knn) >= noise and math.isfinite(value):
                     total += 1
                     alike += knn * value > 0
     return (alike / total if total else math.nan), total
 
 
-def best_threshold(ends: list[dict], name: str, sign: float) -> float:
+def best_threshold(ends: list[dict], name: str, sign: float, noise: float) -> float:
     """Return the threshold of sign * difference above which a run counts as better, with the fewest mistakes."""
     values = sorted({sign * x[name] for x in ends if math.isfinite(x[name])})
     between = [-math.inf, *((a + b) / 2 for a, b in zip(values, values[1:], strict=False)), math.inf]
-    return min(between, key=lambda t: sum((sign * x[name] > t) != (x["knn"] > NOISE) for x in ends))
+    return min(between, key=lambda t: sum((sign * x[name] > t) != (x["knn"] > noise) for x in ends))
+
+
+def risen(start: Sequence[float], end: Sequence[float]) -> float:
+    """Return by how many standard errors the mean over the same images has risen; 0 where nothing differs."""
+    difference = np.asarray(end, float) - np.asarray(start, float)
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    return float(difference.mean() / error) if error > 0 else 0.0
+
+
+def rules(lines: list[dict], noise: float) -> list[tuple]:
+    """Return rows: a rule, of how many runs it says "better", how many of those are, lose; how many it misses."""
+    found: dict[str, list[tuple[bool, float]]] = {}
+    by_run: dict[str, list[dict]] = {}
+    for line in sorted((x for x in lines if "ranks" in x), key=lambda x: (x["run"], x["epoch"])):
+        by_run.setdefault(line["run"], []).append(line)
+    for start, *_, end in (x for x in by_run.values() if len(x) > 1 and x[0]["epoch"] == 0):
+        a, b = np.array(start["ranks"]), np.array(end["ranks"])
+        said = {"retrieval, other images, 1 (the verdict's)": collapse.has_risen(
+            end["features_retrieval"], start["features_retrieval"], len(a))}  # fmt: skip
+        for errors_above in (1, 2):
+            said[f"retrieval, same images, {errors_above}"] = risen(a == 1, b == 1) > errors_above
+            said[f"log rank, same images, {errors_above}"] = risen(-np.log(a), -np.log(b)) > errors_above
+        for name, better in said.items():
+            found.setdefault(name, []).append((better, end["knn"] - start["knn"]))
+    rows = []
+    for name, answers in found.items():
+        called = [knn for better, knn in answers if better]
+        missed = sum(knn > noise for better, knn in answers if not better)
+        rows.append((name, len(called), sum(k > noise for k in called), sum(k < 0 for k in called), missed))
+    return rows
+
+
+def compare_all(runs: dict[str, list[dict]], lines: list[dict], args: argparse.Namespace) -> None:
+    """Print the correlations over all runs, and what rules say of them."""
+    rng, ends = np.random.default_rng(0), [epochs[-1] for epochs in runs.values()]
+    rows = []
+    for name in measures(runs):
+        value, (low, high) = correlation(ends, name), interval(ends, name, rng, args.draws)
+        rows.append((name, f"{value:.2f}", f"{low:.2f} to {high:.2f}"))
+    rows.sort(key=lambda row: -abs(float(row[1])) if row[1] != "nan" else 1)
+    print("\n" + format_table(rows, ("measure", f"all {len(ends)} runs", "95 %")))
+    header = ("rule, standard errors", "called better", "better", "below the start", "better and missed")
+    print("\n" + format_table(rules(lines, args.noise), header))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -180,19 +234,19 @@ def compare(args: argparse.Namespace) -> None:
     if len(runs) < 10:
         raise UserError(f"{args.paths[0]} has {len(runs)} runs: at least 10 are needed")
     rng = np.random.default_rng(0)
-    names = [k for k in next(iter(runs.values()))[-1] if k not in ("epoch", "method", "knn", "retrieval_chance")]
+    names, noise = measures(runs), args.noise
     order = rng.permutation(sorted(runs))
     halves = [[runs[name][-1] for name in order[k::2]] for k in (0, 1)]
     rows, found = [], {}
     for name in names:
         first, second = (correlation(half, name) for half in halves)
         low, high = interval(halves[1], name, rng, args.draws)
-        ordered, pairs = within(runs, name)
+        ordered, pairs = within(runs, name, noise)
         sign = 1.0 if not first < 0 else -1.0
         ordered = ordered if sign > 0 else 1 - ordered
-        threshold = best_threshold(halves[0], name, sign)
-        right = [(sign * x[name] > threshold) == (x["knn"] > NOISE) for x in halves[1]]
-        false = sum(sign * x[name] > threshold and x["knn"] <= NOISE for x in halves[1])
+        threshold = best_threshold(halves[0], name, sign, noise)
+        right = [(sign * x[name] > threshold) == (x["knn"] > noise) for x in halves[1]]
+        false = sum(sign * x[name] > threshold and x["knn"] <= noise for x in halves[1])
         found[name] = {"first": first, "second": second, "low": low, "high": high, "within": ordered,
                        "sign": sign, "threshold": sign * threshold, "right": sum(right), "false": false}  # fmt: skip
         rows.append((name, "+" if sign > 0 else "-", f"{first:.2f}", f"{second:.2f}", f"{low:.2f} to {high:.2f}",
@@ -202,14 +256,15 @@ def compare(args: argparse.Namespace) -> None:
               "told, second half", "of them called better and not")  # fmt: skip
     ends = halves[0] + halves[1]
     methods = {m: sum(x["method"] == m for x in ends) for m in sorted({x["method"] for x in ends})}
-    better = [sum(x["knn"] > NOISE for x in half) for half in halves]
+    better = [sum(x["knn"] > noise for x in half) for half in halves]
     knn = [x["knn"] for x in ends]
     print(f"{len(runs)} runs ({', '.join(f'{n} {m}' for m, n in methods.items())}); {sum(better)} of them end with a "
-          f"20-NN above the start's by {NOISE:g}, difference {min(knn):.3f} to {max(knn):.3f}, median "
+          f"20-NN above the start's by {noise:g}, difference {min(knn):.3f} to {max(knn):.3f}, median "
           f"{statistics.median(knn):.3f}; commit {', '.join(sorted({x['commit'] for x in lines}))}")  # fmt: skip
     base = max(better[1], len(halves[1]) - better[1])
     print(f"Always the more frequent answer: {base} of {len(halves[1])} right in the second half\n")
     print(format_table(rows, header))
+    compare_all(runs, lines, args)
     if args.json:
         write_text(args.json, json.dumps({"runs": len(runs), "measures": found}, indent=1) + "\n")
 
@@ -220,6 +275,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("measure", "compare"))
     parser.add_argument("paths", nargs="+", type=Path, help="Folders of runs; for compare, the file that measure wrote")
     parser.add_argument("--out", type=Path, default=Path("output/label_free.jsonl"))
+    parser.add_argument("--data_path", default=None, help="Images for 20-NN (default: those of each run)")
+    parser.add_argument("--knn_images", type=positive(int), nargs=2, default=[4000, 2000], metavar=("VOTE", "TEST"))
+    noise = "Of 20-NN in one direction (default: 0.02, twice the standard error of 2,000 images at 0.3)"
+    parser.add_argument("--noise", type=positive(float), default=0.02, help=noise)
     parser.add_argument("--threads", type=positive(int), default=1)
     parser.add_argument("--draws", type=positive(int), default=1000, help="Bootstrap samples")
     parser.add_argument("--json", type=Path, default=None)

@@ -39,6 +39,31 @@ def test_the_measure_that_follows_is_found(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0].startswith("40 runs (40 cplearn)")
 
 
+def test_rules_say_better_where_the_same_images_rise():
+    base = [1] * 10 + [20] * 90
+    ends = {  # ranks at the end, difference of 20-NN
+        "same": (base, -0.01),
+        "five more": ([1] * 15 + [20] * 85, 0.05),
+        "nearer": ([1] * 10 + [10] * 90, 0.03),
+        "fewer": ([1] * 3 + [20] * 97, -0.03),
+        "others": ([20] * 12 + [1] * 12 + [20] * 76, 0.01),  # ten lost, twelve found
+    }
+    lines = []
+    for name, (ranks, gain) in ends.items():
+        for epoch, of, knn in ((0, base, 0.3), (2, ranks, 0.3 + gain)):
+            share = of.count(1) / 100
+            lines.append({"run": name, "epoch": epoch, "ranks": of, "features_retrieval": share, "knn": knn})
+    found = {name: row for name, *row in label_free.rules(lines, 0.02)}
+    assert found == {  # called better, of them better, below the start; better and missed
+        "retrieval, other images, 1 (the verdict's)": [1, 1, 0, 1],
+        "retrieval, same images, 1": [1, 1, 0, 1],
+        "retrieval, same images, 2": [1, 1, 0, 1],
+        "log rank, same images, 1": [2, 2, 0, 0],
+        "log rank, same images, 2": [2, 2, 0, 0],
+    }
+    assert label_free.risen([0, 0, 0, 0], [1, 0, 1, 0]) == pytest.approx(0.5 / (np.sqrt(1 / 3) / 2))
+
+
 def test_few_runs_are_refused(tmp_path):
     write_runs(tmp_path / "m.jsonl", 9)
     with pytest.raises(UserError, match="9 runs: at least 10 are needed"):

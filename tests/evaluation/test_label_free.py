@@ -60,6 +60,21 @@ def test_view_retrieval_is_a_loop_and_counts_ties_in_part():
     assert collapse.view_retrieval(torch.ones(50, 3), torch.ones(50, 3)) == pytest.approx(1 / 50)
 
 
+def test_view_rank_is_a_sorted_list_and_tells_near_misses_apart():
+    a, b = views(noise=0.8)
+    cosine = [[torch.cosine_similarity(row, other, dim=0).item() for other in a] for row in b]
+    places = [1 + sorted(row, reverse=True).index(row[i]) for i, row in enumerate(cosine)]
+    ranks = label_free.view_ranks(a, b)
+    assert ranks.tolist() == places and (ranks == 1).double().mean() == pytest.approx(collapse.view_retrieval(a, b))
+    whole = np.mean(np.log(np.arange(1, 41)))
+    assert label_free.view_rank(ranks) == pytest.approx(1 - np.mean(np.log(places)) / whole)
+    assert label_free.view_rank(label_free.view_ranks(a, 3 * a)) == 1
+    assert label_free.view_ranks(torch.ones(9, 3), torch.ones(9, 3)).tolist() == [5] * 9
+    chance = [label_free.view_rank(label_free.view_ranks(randn(200, 9, seed=s), randn(200, 9, seed=s + 50)))
+              for s in range(20)]  # fmt: skip
+    assert abs(np.mean(chance)) < 0.02
+
+
 def blobs(n=400, k=4):
     group = torch.arange(n) % k
     return 20 * torch.eye(k, 6, dtype=torch.float64)[group] + randn(n, 6), group
