@@ -20,8 +20,8 @@ draw for all runs). What is in the file is not measured again.
               more frequent answer alone would get right
     all       the rank correlation over all runs with its interval, for runs on which nothing was chosen
     rules     of how many runs a rule says "better", and how many of these are: the verdict's (view retrieval, one
-              standard error above the start as if of other images), and tests of the same images, by retrieval and
-              by the logarithm of the place of an image's own view
+              standard error above the start as if of other images), the same of the same images, and both by the
+              logarithm of the place of an image's own view
 """
 
 import argparse
@@ -204,6 +204,9 @@ def rules(lines: list[dict], noise: float) -> list[tuple]:
         for errors_above in (1, 2):
             said[f"retrieval, same images, {errors_above}"] = risen(a == 1, b == 1) > errors_above
             said[f"log rank, same images, {errors_above}"] = risen(-np.log(a), -np.log(b)) > errors_above
+            error = math.sqrt((np.log(a).var(ddof=1) + np.log(b).var(ddof=1)) / len(a))
+            fallen = (np.log(a) - np.log(b)).mean()
+            said[f"log rank, other images, {errors_above}"] = bool(fallen > errors_above * error)
         for name, better in said.items():
             found.setdefault(name, []).append((better, end["knn"] - start["knn"]))
     rows = []

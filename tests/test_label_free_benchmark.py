@@ -59,6 +59,8 @@ def test_rules_say_better_where_the_same_images_rise():
         "retrieval, same images, 1": [1, 1, 0, 1],
         "retrieval, same images, 2": [1, 1, 0, 1],
         "log rank, same images, 1": [2, 2, 0, 0],
+        "log rank, other images, 1": [2, 2, 0, 0],
+        "log rank, other images, 2": [1, 1, 0, 1],
         "log rank, same images, 2": [2, 2, 0, 0],
     }
     assert label_free.risen([0, 0, 0, 0], [1, 0, 1, 0]) == pytest.approx(0.5 / (np.sqrt(1 / 3) / 2))
