@@ -78,7 +78,7 @@ FORCED = {
 }
 SCORES = ("probe_features_rank", "probe_features_dimensions", "probe_features_std", "probe_embedding_rank",
           "probe_embedding_dimensions", "probe_codes_perplexity", "probe_within_code", "probe_agreement",
-          "probe_score", "probe_retrieval", "information")  # fmt: skip
+          "probe_score", "probe_view_nearness", "information")  # fmt: skip
 
 
 def train(args: argparse.Namespace, name: str, flags: str, *more: str) -> tuple[Path, list[dict]]:

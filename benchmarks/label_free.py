@@ -19,13 +19,14 @@ draw for all runs). What is in the file is not measured again.
               it sorts rightly into "20-NN above the start by more than noise" and the rest; beside it how many the
               more frequent answer alone would get right
     all       the rank correlation over all runs with its interval, for runs on which nothing was chosen
-    rules     of how many runs a rule says "better", and how many of these are: the verdict's (view retrieval, one
-              standard error above the start as if of other images), the same of the same images, and both by the
-              logarithm of the place of an image's own view
+    rules     of how many runs a rule says "better", and how many of these are. By retrieval and by nearness of an
+              image's own view, as many standard errors above the start, of the same images or as if of others. The
+              verdict's rule is nearness, other images, 1; before, retrieval, other images, 1
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -44,7 +45,7 @@ from cplearn import checkpoints, errors, random_streams
 from cplearn.data import sources
 from cplearn.data.pixels import CacheOptions, open_pixels
 from cplearn.errors import UserError
-from cplearn.evaluation import collapse, label_free
+from cplearn.evaluation import collapse
 from cplearn.files import append_json_line, read_json_lines, write_text
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit
@@ -102,7 +103,7 @@ def measure_run(run: Path, settings: argparse.Namespace, done: set[tuple[str, in
                        "--output_dir", str(place)])  # fmt: skip
         knn = read_json_lines(place / "results.jsonl")[-1]["metrics"]["knn20_top1"]
         found = probed.label_free() | {"knn": knn, "probe_images": len(probed.features)}
-        found["ranks"] = label_free.view_ranks(probed.features, probed.other_features).tolist()
+        found["places"] = collapse.view_places(probed.features, probed.other_features).tolist()
         line = {"run": str(run), "epoch": epoch, "method": args.method, "commit": git_commit(), **found}
         append_json_line(settings.out, line)
 
@@ -184,36 +185,32 @@ def best_threshold(ends: list[dict], name: str, sign: float, noise: float) -> fl
     return min(between, key=lambda t: sum((sign * x[name] > t) != (x["knn"] > noise) for x in ends))
 
 
-def risen(start: Sequence[float], end: Sequence[float]) -> float:
-    """Return by how many standard errors the mean over the same images has risen; 0 where nothing differs."""
-    difference = np.asarray(end, float) - np.asarray(start, float)
-    error = difference.std(ddof=1) / math.sqrt(len(difference))
-    return float(difference.mean() / error) if error > 0 else 0.0
+def risen(start: np.ndarray, end: np.ndarray, *, same: bool) -> float:
+    """Return by how many standard errors a mean over images has risen; 0 where nothing varies.
+
+    The error is that of the differences of the same images, or, as if they had been others, of two means.
+    """
+    parts = [end - start] if same else [start, end]
+    rise, error = end.mean() - start.mean(), math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
+    return float(rise / error) if error > 0 else 0.0
 
 
 def rules(lines: list[dict], noise: float) -> list[tuple]:
     """Return rows: a rule, of how many runs it says "better", how many of those are, lose; how many it misses."""
-    found: dict[str, list[tuple[bool, float]]] = {}
     by_run: dict[str, list[dict]] = {}
-    for line in sorted((x for x in lines if "ranks" in x), key=lambda x: (x["run"], x["epoch"])):
+    for line in sorted((x for x in lines if "places" in x), key=lambda x: (x["run"], x["epoch"])):
         by_run.setdefault(line["run"], []).append(line)
-    for start, *_, end in (x for x in by_run.values() if len(x) > 1 and x[0]["epoch"] == 0):
-        a, b = np.array(start["ranks"]), np.array(end["ranks"])
-        said = {"retrieval, other images, 1 (the verdict's)": collapse.has_risen(
-            end["features_retrieval"], start["features_retrieval"], len(a))}  # fmt: skip
-        for errors_above in (1, 2):
-            said[f"retrieval, same images, {errors_above}"] = risen(a == 1, b == 1) > errors_above
-            said[f"log rank, same images, {errors_above}"] = risen(-np.log(a), -np.log(b)) > errors_above
-            error = math.sqrt((np.log(a).var(ddof=1) + np.log(b).var(ddof=1)) / len(a))
-            fallen = (np.log(a) - np.log(b)).mean()
-            said[f"log rank, other images, {errors_above}"] = bool(fallen > errors_above * error)
-        for name, better in said.items():
-            found.setdefault(name, []).append((better, end["knn"] - start["knn"]))
+    pairs = [(x[0], x[-1]) for x in by_run.values() if len(x) > 1 and x[0]["epoch"] == 0]
+    gains = [end["knn"] - start["knn"] for start, end in pairs]
     rows = []
-    for name, answers in found.items():
-        called = [knn for better, knn in answers if better]
-        missed = sum(knn > noise for better, knn in answers if not better)
-        rows.append((name, len(called), sum(k > noise for k in called), sum(k < 0 for k in called), missed))
+    of_image = {"retrieval": lambda place: 1.0 * (place == 1), "nearness": lambda place: -np.log(place)}
+    for (name, value), same, errors_above in itertools.product(of_image.items(), (False, True), (1, 2)):
+        values = [[value(np.array(x["places"])) for x in pair] for pair in pairs]
+        said = [risen(*pair, same=same) > errors_above for pair in values]
+        called = [gain for gain, better in zip(gains, said, strict=True) if better]
+        missed = sum(gain > noise for gain, better in zip(gains, said, strict=True) if not better)
+        rows.append((name, "same" if same else "other", errors_above, len(called), sum(x > noise for x in called),
+                     sum(x < 0 for x in called), missed))  # fmt: skip
     return rows
 
 
@@ -226,7 +223,7 @@ def compare_all(runs: dict[str, list[dict]], lines: list[dict], args: argparse.N
         rows.append((name, f"{value:.2f}", f"{low:.2f} to {high:.2f}"))
     rows.sort(key=lambda row: -abs(float(row[1])) if row[1] != "nan" else 1)
     print("\n" + format_table(rows, ("measure", f"all {len(ends)} runs", "95 %")))
-    header = ("rule, standard errors", "called better", "better", "below the start", "better and missed")
+    header = ("rule", "images", "errors", "called better", "better", "below the start", "better and missed")
     print("\n" + format_table(rules(lines, args.noise), header))
 
 

@@ -7,6 +7,7 @@ import beta_edge
 import label_free
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind, ttest_rel
 
 from cplearn.errors import UserError
 from cplearn.methods.cplearn import aligned_from
@@ -51,19 +52,26 @@ def test_rules_say_better_where_the_same_images_rise():
     lines = []
     for name, (ranks, gain) in ends.items():
         for epoch, of, knn in ((0, base, 0.3), (2, ranks, 0.3 + gain)):
-            share = of.count(1) / 100
-            lines.append({"run": name, "epoch": epoch, "ranks": of, "features_retrieval": share, "knn": knn})
-    found = {name: row for name, *row in label_free.rules(lines, 0.02)}
-    assert found == {  # called better, of them better, below the start; better and missed
-        "retrieval, other images, 1 (the verdict's)": [1, 1, 0, 1],
-        "retrieval, same images, 1": [1, 1, 0, 1],
-        "retrieval, same images, 2": [1, 1, 0, 1],
-        "log rank, same images, 1": [2, 2, 0, 0],
-        "log rank, other images, 1": [2, 2, 0, 0],
-        "log rank, other images, 2": [1, 1, 0, 1],
-        "log rank, same images, 2": [2, 2, 0, 0],
+            lines.append({"run": name, "epoch": epoch, "places": of, "knn": knn})
+    found = {tuple(row[:3]): row[3:] for row in label_free.rules(lines, 0.02)}
+    assert found == {  # called better; of these better, below the start; better and missed
+        ("retrieval", "other", 1): (1, 1, 0, 1),
+        ("retrieval", "other", 2): (0, 0, 0, 2),
+        ("retrieval", "same", 1): (1, 1, 0, 1),
+        ("retrieval", "same", 2): (1, 1, 0, 1),
+        ("nearness", "other", 1): (2, 2, 0, 0),
+        ("nearness", "other", 2): (1, 1, 0, 1),
+        ("nearness", "same", 1): (2, 2, 0, 0),
+        ("nearness", "same", 2): (2, 2, 0, 0),
     }
-    assert label_free.risen([0, 0, 0, 0], [1, 0, 1, 0]) == pytest.approx(0.5 / (np.sqrt(1 / 3) / 2))
+
+
+def test_a_rise_in_standard_errors():
+    a, b = np.random.default_rng(0).normal(size=(2, 50))
+    b += 0.3
+    assert label_free.risen(a, b, same=True) == pytest.approx(ttest_rel(b, a).statistic)
+    assert label_free.risen(a, b, same=False) == pytest.approx(ttest_ind(b, a, equal_var=False).statistic)
+    assert label_free.risen(a, a, same=True) == 0
 
 
 def test_few_runs_are_refused(tmp_path):

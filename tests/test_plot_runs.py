@@ -25,8 +25,8 @@ def log(folder, name="run", epochs=5, **more):
     path.mkdir(parents=True)
     fields = ("train_loss", "uniform_to_floor", "usage_perplexity", "probe_codes_used", "information",
               "probe_features_rank", "probe_embedding_rank", "probe_features_cosine", "probe_embedding_cosine",
-              "probe_agreement", "probe_agreement_chance", "probe_retrieval", "probe_knn20", "lr", "train_grad_norm",
-              "images_per_second", "data_wait")  # fmt: skip
+              "probe_agreement", "probe_agreement_chance", "probe_view_nearness", "probe_knn20", "lr",
+              "train_grad_norm", "images_per_second", "data_wait")  # fmt: skip
     with open(path / "log.txt", "w") as f:
         for e in range(epochs):
             record = {name: 1 / (k + 2 + e) for k, name in enumerate(fields)}

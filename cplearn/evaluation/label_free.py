@@ -1,7 +1,7 @@
 """Measures of a representation that need no label, of two views of the same images.
 
 Each is a pure function of tensors on the CPU, computed in float64, and returns NaN for what is not finite or too small
-to measure. Which of them follow k-NN was measured (results/label_free.md); one of these, `collapse.view_retrieval`, is
+to measure. Which of them follow k-NN was measured (results/label_free.md); one of these, `collapse.view_nearness`, is
 the score of a run.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from cplearn.evaluation import collapse
 
 MEASURES = ("rank", "dimensions", "std", "lidar", "alpha", "alpha_distance", "learnability", "intrinsic_dimension",
-            "clid", "retrieval", "view_rank", "cluster_agreement", "cluster_ami")  # fmt: skip
+            "clid", "retrieval", "view_nearness", "cluster_agreement", "cluster_ami")  # fmt: skip
 
 
 def lidar(views: Tensor, delta: float = 1e-4, epsilon: float = 1e-7) -> float:
@@ -136,27 +136,17 @@ def clid(learnability: float, dimension: float) -> float:
     return math.log(product) if product > 0 else math.nan
 
 
-def view_ranks(x: Tensor, y: Tensor) -> Tensor:
-    """Return at which place, by cosine to an image's second view, its own first view stands among all first views.
+def view_retrieval(x: Tensor, y: Tensor) -> float:
+    """Return how often an image's second view has its first as the nearest of all first views, by cosine.
 
-    1 is the nearest; of equally near ones the mean of their places counts. Shape: (n, d) twice; float64 (n,).
+    Chance is 1 / n. Of first views that are equally near, each counts as found with the same probability. NaN if an
+    entry is not finite. Shape: (n, d) twice.
     """
-    cosine = F.normalize(y.double(), dim=1) @ F.normalize(x.double(), dim=1).T
-    own = cosine.diagonal()[:, None]
-    nearer, alike = cosine > own + 1e-12, (cosine - own).abs() <= 1e-12
-    return nearer.sum(1) + (alike.sum(1) + 1) / 2.0
-
-
-def view_rank(ranks: Tensor) -> float:
-    """Return how near an image's own view is among all: 1 if always the nearest, 0 on average by chance.
-
-    One minus the mean logarithm of `view_ranks`, in units of its mean over all places. `collapse.view_retrieval` is the
-    share of ranks of 1; this one also tells 2 from 200. NaN with fewer than two. Shape: (n,).
-    """
-    if len(ranks) < 2:
+    if not (x.isfinite().all() and y.isfinite().all()):
         return math.nan
-    places = torch.arange(1, len(ranks) + 1, dtype=torch.float64)
-    return 1 - (ranks.log().mean() / places.log().mean()).item()
+    cosine = F.normalize(y.double(), dim=1) @ F.normalize(x.double(), dim=1).T
+    best = cosine >= cosine.amax(1, keepdim=True) - 1e-12
+    return (best.diagonal().double() / best.sum(1)).mean().item()
 
 
 def of_views(x: Tensor, y: Tensor) -> dict[str, float]:
@@ -168,7 +158,7 @@ def of_views(x: Tensor, y: Tensor) -> dict[str, float]:
     values = (
         collapse.rankme(x), collapse.dimensions(collapse.covariance_spectrum(x)), collapse.feature_std(x),
         lidar(torch.stack([x, y], 1)), alpha, abs(alpha - 1), learnable, dimension, clid(learnable, dimension),
-        collapse.view_retrieval(x, y), view_rank(view_ranks(x, y)), agreement, ami,
+        view_retrieval(x, y), collapse.view_nearness(x, y)[0], agreement, ami,
     )  # fmt: skip
     return dict(zip(MEASURES, values, strict=True))
 

@@ -24,7 +24,7 @@ class Panel:
 # fmt: off
 PANELS = (
     # What the verdict is built on, and what it shows beside that.
-    Panel("Score without labels", {"probe_retrieval": ""}, percent=True, verdict=True, help="How often another view of an image is nearest to that image, of all of the probe's"),
+    Panel("Score without labels", {"probe_view_nearness": ""}, verdict=True, help="How near an image is to another view of itself, of all of the probe's: 1 if always the nearest, 0 by chance"),
     Panel("Two views get the same code", {"probe_agreement": "", "probe_agreement_chance": "by chance"}, percent=True, verdict=True, help="Of the probe's images"),
     Panel("Codes used", {"probe_codes_used": ""}, {"probe_images": "images"}, verdict=True, help="Different codes on the probe's images"),
     Panel("Effective rank of the features", {"probe_features_rank": ""}, verdict=True, help="RankMe: in how many directions the probe's vectors go"),

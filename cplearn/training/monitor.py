@@ -217,9 +217,9 @@ class ProbeResult:
 
 # Numbers of the probe that are kept from before the first step, to stand beside those of later epochs.
 AT_START = tuple(dict.fromkeys((
-    collapse.SCORE, *collapse.KEPT, "features_dimensions", "embedding_rank", "embedding_dimensions", "score",
-    "features_std", "features_cosine", "embedding_cosine", "agreement", "agreement_chance", "codes_used",
-    "codes_perplexity", "within_code", "unique_prototypes", "knn20",
+    collapse.SCORE, f"{collapse.SCORE}_error", *collapse.KEPT, "features_dimensions", "embedding_rank",
+    "embedding_dimensions", "score", "features_std", "features_cosine", "embedding_cosine", "agreement",
+    "agreement_chance", "codes_used", "codes_perplexity", "within_code", "unique_prototypes", "knn20",
 )))  # fmt: skip
 BEST = {"score": f"probe_{collapse.SCORE}", "knn": "probe_knn20"}  # what --best_by names, by its name in the log
 

@@ -55,24 +55,29 @@ def test_alpha_req_finds_the_exponent_of_a_power_law():
 def test_view_retrieval_is_a_loop_and_counts_ties_in_part():
     a, b = views(noise=0.8)
     hits = [max(range(40), key=lambda i, row=row: torch.cosine_similarity(a[i], row, dim=0)) for row in b]
-    assert collapse.view_retrieval(a, b) == pytest.approx(np.mean([i == j for i, j in enumerate(hits)]))
-    assert 0.1 < collapse.view_retrieval(a, b) < 1 and collapse.view_retrieval(a, 3 * a) == 1
-    assert collapse.view_retrieval(torch.ones(50, 3), torch.ones(50, 3)) == pytest.approx(1 / 50)
+    assert label_free.view_retrieval(a, b) == pytest.approx(np.mean([i == j for i, j in enumerate(hits)]))
+    assert 0.1 < label_free.view_retrieval(a, b) < 1 and label_free.view_retrieval(a, 3 * a) == 1
+    assert label_free.view_retrieval(torch.ones(50, 3), torch.ones(50, 3)) == pytest.approx(1 / 50)
 
 
-def test_view_rank_is_a_sorted_list_and_tells_near_misses_apart():
+def test_view_nearness_is_a_sorted_list_and_tells_near_misses_apart():
     a, b = views(noise=0.8)
     cosine = [[torch.cosine_similarity(row, other, dim=0).item() for other in a] for row in b]
     places = [1 + sorted(row, reverse=True).index(row[i]) for i, row in enumerate(cosine)]
-    ranks = label_free.view_ranks(a, b)
-    assert ranks.tolist() == places and (ranks == 1).double().mean() == pytest.approx(collapse.view_retrieval(a, b))
-    whole = np.mean(np.log(np.arange(1, 41)))
-    assert label_free.view_rank(ranks) == pytest.approx(1 - np.mean(np.log(places)) / whole)
-    assert label_free.view_rank(label_free.view_ranks(a, 3 * a)) == 1
-    assert label_free.view_ranks(torch.ones(9, 3), torch.ones(9, 3)).tolist() == [5] * 9
-    chance = [label_free.view_rank(label_free.view_ranks(randn(200, 9, seed=s), randn(200, 9, seed=s + 50)))
-              for s in range(20)]  # fmt: skip
-    assert abs(np.mean(chance)) < 0.02
+    found = collapse.view_places(a, b)
+    assert found.tolist() == places and (found == 1).double().mean() == pytest.approx(label_free.view_retrieval(a, b))
+    by_chance = np.mean(np.log(np.arange(1, 41)))
+    assert collapse.mean_log_place(40) == pytest.approx(by_chance)
+    scores = 1 - np.log(places) / by_chance
+    assert collapse.view_nearness(a, b) == pytest.approx((scores.mean(), scores.std(ddof=1) / np.sqrt(40)))
+    assert collapse.view_nearness(a, 3 * a) == (1, 0)
+    assert collapse.view_places(torch.ones(9, 3), torch.ones(9, 3)).tolist() == [5] * 9
+    assert all(math.isnan(x) for x in collapse.view_nearness(a[:1], b[:1]))
+
+
+def test_view_nearness_is_0_by_chance_and_its_error_what_it_varies_by():
+    found = np.array([collapse.view_nearness(randn(200, 30, seed=s), randn(200, 30, seed=s + 500)) for s in range(100)])
+    assert abs(found[:, 0].mean()) < 0.006 and found[:, 0].std() == pytest.approx(found[:, 1].mean(), rel=0.25)
 
 
 def blobs(n=400, k=4):
@@ -124,7 +129,7 @@ def test_all_together_have_the_names_and_values_of_each():
     codes, others = torch.arange(100) % 7, torch.arange(100) % 5
     found = label_free.label_free(a, b, 3 * a[:, :10], b[:, :10], codes, others)
     assert found["features_lidar"] == label_free.lidar(torch.stack([a, b], 1))
-    assert found["embedding_retrieval"] == collapse.view_retrieval(a[:, :10], b[:, :10])
+    assert found["embedding_retrieval"] == label_free.view_retrieval(a[:, :10], b[:, :10])
     assert found["features_rank"] == collapse.rankme(a) and found["embedding_alpha"] == label_free.alpha_req(
         a[:, :10] * 3
     )
@@ -132,7 +137,8 @@ def test_all_together_have_the_names_and_values_of_each():
     assert found["retrieval_chance"] == 0.01
     assert (found["features_cluster_agreement"], found["features_cluster_ami"]) == label_free.cluster_agreement(a, b)
     probe = collapse.probe_metrics(a, b, codes, None, b, others)
-    assert found["features_retrieval"] == probe["retrieval"]
+    assert found["features_view_nearness"] == probe["view_nearness"]
+    assert (probe["view_nearness"], probe["view_nearness_error"]) == collapse.view_nearness(a, b)
     assert (found["codes_score"], found["codes_agreement"]) == (probe["score"], probe["agreement"])
     assert found["features_std"] == pytest.approx(probe["features_std"])
     assert found["codes_ami"] == pytest.approx(adjusted_mutual_info_score(codes, others))

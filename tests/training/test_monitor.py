@@ -271,7 +271,7 @@ def test_a_run_too_short_says_so_once_at_its_end(tmp_path, image_folder, capsys)
 def test_what_a_run_says_of_its_start_and_of_its_verdict(tmp_path, image_folder, capsys):
     record = train(tmp_path, "--data_path", str(image_folder), "--epochs", "11", "--knn_freq", "1", "--max_steps", "99")
     said = capsys.readouterr().out
-    assert "Before the first step: another view of an image is nearest to its own in" in said
+    assert "Before the first step: another view finds its image at place" in said
     assert record["verdict"] in (*collapse.WARNINGS, "learning")
     words = f"(at the start {record['start_features_rank']:.0f})"
     if record["verdict"] in ("learning", "no better than at the start"):
@@ -401,7 +401,7 @@ def test_the_start_stands_beside_later_numbers_and_survives_resuming(tmp_path, i
         train(tmp_path / "parts", *flags, "--max_steps", steps)
     whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
     starts = [{k: v for k, v in r.items() if k.startswith("start_")} for r in (*whole, parts[-1])]
-    assert set(starts[0]) >= {"start_retrieval", "start_features_rank", "start_knn20"}
+    assert set(starts[0]) >= {"start_view_nearness", "start_features_rank", "start_knn20"}
     assert all(start == starts[0] for start in starts)
     assert len(whole) == 13 and whole[-1]["best_epoch"] == parts[-1]["best_epoch"] >= 10
 
@@ -429,7 +429,7 @@ def test_init_from_is_measured_before_it_is_trained(tmp_path, image_folder):
 # --- the best epoch ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("by", "name"), [("score", "probe_retrieval"), ("knn", "probe_knn20")])
+@pytest.mark.parametrize(("by", "name"), [("score", "probe_view_nearness"), ("knn", "probe_knn20")])
 def test_the_best_epoch_is_kept(tmp_path, image_folder, by, name):
     flags = ("--data_path", str(image_folder), "--epochs", "13", "--lr", "0.05", "--knn_freq", "1", "--best_by", by)
     monitored = []
@@ -457,9 +457,9 @@ def test_the_best_is_of_one_measure_and_may_be_left_out(tmp_path, image_folder):
 
 
 def test_a_best_epoch_by_an_older_score_is_forgotten(image_folder):
-    """Versions before had a score in nats, which a share of images would never reach."""
+    """Versions before had other scores, one in nats, which one of at most 1 would never reach."""
     state = {**monitor_of(image_folder / "train")[0].state(), "best": {"by": "score", "epoch": 3, "value": 3.4}}
-    for start, best in (({"score": 2.0}, {}), ({"score": 2.0, "retrieval": 0.5}, state["best"])):
+    for start, best in (({"score": 2.0}, {}), ({"score": 2.0, "view_nearness": 0.5}, state["best"])):
         monitor, _ = monitor_of(image_folder / "train")
         monitor.load(state | {"start": start}, torch.device("cpu"))
         assert monitor.best == best

@@ -122,7 +122,7 @@ def test_another_batch_keeps_what_is_known_of_the_start(tmp_path, image_folder, 
     start = checkpoints.load(tmp_path / "checkpoint.pth")["progress"]["start"]
     capsys.readouterr()
     train(tmp_path, *common, "--batch_size_per_gpu", "8", "--resume_force", "batch_size_per_gpu", "--max_steps", "12")
-    assert "Before the first step" not in capsys.readouterr().out and start["retrieval"] > 0
+    assert "Before the first step" not in capsys.readouterr().out and start["view_nearness"] > 0
     assert checkpoints.load(tmp_path / "checkpoint.pth")["progress"]["start"] == start
     assert log_of(tmp_path)[-1]["start_knn20"] == start["knn20"]
 
