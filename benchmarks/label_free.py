@@ -120,19 +120,23 @@ def measure(args: argparse.Namespace) -> None:
 # --- comparing --------------------------------------------------------------------------------------------
 
 
-def differences(lines: list[dict]) -> dict[str, list[dict]]:
-    """Return, by run, the lines of its epochs with every number as its difference to the untrained network."""
+def by_run(lines: list[dict]) -> dict[str, list[dict]]:
+    """Return the lines of each run in the order of epochs, of those that have the untrained network and more."""
     runs: dict[str, list[dict]] = {}
     for line in sorted(lines, key=lambda x: (x["run"], x["epoch"])):
         runs.setdefault(line["run"], []).append(line)
+    return {name: epochs for name, epochs in runs.items() if epochs[0]["epoch"] == 0 and len(epochs) > 1}
+
+
+def differences(lines: list[dict]) -> dict[str, list[dict]]:
+    """Return, by run, the lines of its epochs with every number as its difference to the untrained network."""
     left_out = ("epoch", "probe_images")
     numbers = dict.fromkeys(k for x in lines for k, v in x.items() if isinstance(v, int | float) and k not in left_out)
     found = {}
-    for name, epochs in runs.items():
+    for name, epochs in by_run(lines).items():
         start = epochs[0]
-        if start["epoch"] == 0 and len(epochs) > 1:
-            found[name] = [{"epoch": x["epoch"], "method": x["method"],
-                            **{k: _minus(x.get(k), start.get(k)) for k in numbers}} for x in epochs]  # fmt: skip
+        found[name] = [{"epoch": x["epoch"], "method": x["method"],
+                        **{k: _minus(x.get(k), start.get(k)) for k in numbers}} for x in epochs]  # fmt: skip
     return found
 
 
@@ -197,10 +201,7 @@ def risen(start: np.ndarray, end: np.ndarray, *, same: bool) -> float:
 
 def rules(lines: list[dict], noise: float) -> list[tuple]:
     """Return rows: a rule, of how many runs it says "better", how many of those are, lose; how many it misses."""
-    by_run: dict[str, list[dict]] = {}
-    for line in sorted((x for x in lines if "places" in x), key=lambda x: (x["run"], x["epoch"])):
-        by_run.setdefault(line["run"], []).append(line)
-    pairs = [(x[0], x[-1]) for x in by_run.values() if len(x) > 1 and x[0]["epoch"] == 0]
+    pairs = [(x[0], x[-1]) for x in by_run([x for x in lines if "places" in x]).values()]
     gains = [end["knn"] - start["knn"] for start, end in pairs]
     rows = []
     of_image = {"retrieval": lambda place: 1.0 * (place == 1), "nearness": lambda place: -np.log(place)}

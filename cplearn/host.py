@@ -60,8 +60,8 @@ def machine_cores() -> int:
 
 def usable_cores() -> int:
     """Return on how many cores this process may run: in a job that is its share of the node."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()
-    return min(own, machine_cores())
+    cores = machine_cores()
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def cores_of_process(processes: int) -> int:
@@ -69,8 +69,9 @@ def cores_of_process(processes: int) -> int:
 
     A scheduler keeps each of its tasks to cores of its own; processes of torchrun share those that it may use.
     """
-    shared = usable_cores() if "TORCHELASTIC_RUN_ID" in os.environ else machine_cores()
-    return max(1, min(usable_cores(), shared // processes))
+    own = usable_cores()
+    shared = own if "TORCHELASTIC_RUN_ID" in os.environ else machine_cores()
+    return max(1, min(own, shared // processes))
 
 
 def physical_memory() -> int:

@@ -134,15 +134,21 @@ def code_agreement(codes: Tensor, others: Tensor) -> tuple[float, float, float]:
     return agreement, chance, math.log(max(agreement, 1 / n) / max(chance, 1 / n**2))
 
 
+def nearer_and_alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many first views are nearer to an image's second view than its own one, by cosine, and how many are
+    as near, which that one is itself. Shape: (n, d) twice; int64 (n,) twice."""
+    cosine = F.normalize(y.double(), dim=1) @ F.normalize(x.double(), dim=1).T
+    own = cosine.diagonal()[:, None]
+    return (cosine > own + 1e-12).sum(1), ((cosine - own).abs() <= 1e-12).sum(1)
+
+
 def view_places(x: Tensor, y: Tensor) -> Tensor:
     """Return at which place an image is found by its second view: 1 if its own first view is the nearest by cosine.
 
     Of equally near first views the mean of their places counts. Shape: (n, d) twice; float64 (n,).
     """
-    cosine = F.normalize(y.double(), dim=1) @ F.normalize(x.double(), dim=1).T
-    own = cosine.diagonal()[:, None]
-    nearer, alike = cosine > own + 1e-12, (cosine - own).abs() <= 1e-12
-    return nearer.sum(1) + (alike.sum(1) + 1) / 2.0
+    nearer, alike = nearer_and_alike(x, y)
+    return nearer.double() + (alike + 1) / 2
 
 
 def mean_log_place(n: int) -> float:

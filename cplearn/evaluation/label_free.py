@@ -144,9 +144,8 @@ def view_retrieval(x: Tensor, y: Tensor) -> float:
     """
     if not (x.isfinite().all() and y.isfinite().all()):
         return math.nan
-    cosine = F.normalize(y.double(), dim=1) @ F.normalize(x.double(), dim=1).T
-    best = cosine >= cosine.amax(1, keepdim=True) - 1e-12
-    return (best.diagonal().double() / best.sum(1)).mean().item()
+    nearer, alike = collapse.nearer_and_alike(x, y)
+    return ((nearer == 0).double() / alike).mean().item()
 
 
 def of_views(x: Tensor, y: Tensor) -> dict[str, float]:

@@ -17,11 +17,8 @@ BY_TITLE = {panel.title: panel for panel in PANELS}
 def run_of(folder, verdicts, start=True):
     """A run whose participation ratio falls from 9 and 30 at the start, with these verdicts."""
     folder.mkdir()
-    at_start = (
-        {"start_features_dimensions": 9.0, "start_embedding_dimensions": 30.0, "start_view_nearness": 0.1}
-        if start
-        else {}
-    )
+    known = {"start_features_dimensions": 9.0, "start_embedding_dimensions": 30.0, "start_view_nearness": 0.1}
+    at_start = known if start else {}
     lines = [
         {"epoch": e, "step": e + 1, "probe_features_dimensions": 7.0 - e, "probe_embedding_dimensions": 20.0 - e,
          "probe_view_nearness": 0.1 + e / 100, "train_loss": 2.0, "lr": 0.1, "verdict": verdict, **at_start}

@@ -47,11 +47,8 @@ def test_the_numbers_before_the_first_step_are_the_first_point(tmp_path):
     later = [record(e, probe_view_nearness=1.0 + e, start_view_nearness=0.5, start_knn20=0.3) for e in (0, 1)]
     (run,) = runs.read_runs([write(tmp_path / "a", later)])
     assert run.start and run.points("epochs", "probe_view_nearness") == [(0, 0.5), (1, 1), (2, 2)]
-    assert run.points("steps", "probe_view_nearness") == [(0, 0.5), (10, 1), (20, 2)] and run.axes["hours"] == [
-        0,
-        0.5,
-        1,
-    ]
+    assert run.points("steps", "probe_view_nearness") == [(0, 0.5), (10, 1), (20, 2)]
+    assert run.axes["hours"] == [0, 0.5, 1]
     assert run.points("epochs", "probe_knn20") == [(0, 0.3)] and run.points("epochs", "train_loss")[0][0] == 1
     (run,) = runs.read_runs([write(tmp_path / "b", [record(0, probe_view_nearness=1.0)])])  # an older log
     assert not run.start and run.points("epochs", "probe_view_nearness") == [(1, 1)]
