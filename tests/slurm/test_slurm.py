@@ -133,15 +133,15 @@ def again(out, image_folder) -> str:
 def test_a_signal_in_mid_epoch_requeues_and_ends_like_an_undisturbed_run(tmp_path, image_folder, undisturbed, how):
     (job,) = submit(tmp_path / "with a space" / "%j", image_folder)
     out = tmp_path / "with a space" / job
+    stop = ["scontrol", "requeue", job] if how == "scontrol requeue" else ["scancel", f"--signal={how}", job]
     saved, sent = 0, 0
     while saved % 12 == 0 and sent < 3:  # one signal in twelve falls on an epoch's end: once more
         wait_step(out, job, 2 * sent + 2)
         time.sleep(0.7)
-        subprocess.run(
-            ["scontrol", "requeue", job] if how == "scontrol requeue" else ["scancel", f"--signal={how}", job]
-        )
+        subprocess.run(stop)
         sent += 1
         wait_for(lambda words=f"requeued {sent} time": words in the_line(out, job), "the requeue")
+        wait_for(lambda sent=sent: log(out, job).count("Resuming ") == sent, "the second start")
         saved = int(re.findall(r"saved after step (\d+)", log(out, job))[-1])
     ended = wait_end(job, out)
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == str(sent), log(out, job)
