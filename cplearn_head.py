@@ -17,7 +17,7 @@ In a training loop of your own:
     loss, terms = head.loss([backbone(view1), backbone(view2)], beta=0.25)
 
 The loss here is the plain form, which stores the (n, c) logits: the definition. `CPLearnHead.loss` takes the
-same from `cplearn.dictionary.streamed_loss`, whose gradients are closer to exact in float32. The method that trains a
+same from `cplearn.loss.streamed`, whose gradients are closer to exact in float32. The method that trains a
 backbone is `cplearn.methods.cplearn`.
 """
 
@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cplearn.dictionary import DICTIONARIES
-from cplearn.dictionary.streamed_loss import block_size, streamed_loss
-from cplearn.dictionary.terms import LossSpec, largest_probability
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
+from cplearn.loss import DICTIONARIES
+from cplearn.loss.spec import LossSpec, largest_probability
+from cplearn.loss.streamed import block_size, streamed_loss
 from cplearn.precision import float32
 
 

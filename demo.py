@@ -18,8 +18,8 @@ import main_cplearn
 from cplearn import checkpoints, errors
 from cplearn.files import read_json, read_json_lines, write_bytes
 from cplearn.host import ROOT
-from cplearn.plots import picture, runs
-from cplearn.plots.drawing import pyplot, save_figure
+from cplearn.pictures import runs, runs_picture
+from cplearn.pictures.style import pyplot, save_figure
 from utils import ArgumentParser, expand_paths, format_table, positive
 
 
@@ -111,7 +111,7 @@ def plot_losses(out: Path) -> None:
 
 def plot_verdict(out: Path) -> None:
     """Plot the verdict of each epoch, and the numbers that it is built on beside those before the first step."""
-    write_bytes(out / "verdict.png", picture.draw(runs.read_runs([str(out)]), "epochs", only_verdict=True))
+    write_bytes(out / "verdict.png", runs_picture.draw(runs.read_runs([str(out)]), "epochs", only_verdict=True))
 
 
 def plot_code_usage(out: Path, features: dict[str, dict]) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
-from cplearn.evaluation import cli, collapse
-from cplearn.evaluation.features import Features, get_features
+from cplearn.features import cli
+from cplearn.features.splits import Features, get_features
 from cplearn.files import is_own_table, write_csv
+from cplearn.metrics import collapse
 from utils import ArgumentParser, check_output_dir, expand_paths, format_table, positive
 
 COLUMNS = ("nmi", "ami", "ari", "hungarian", "used_codes", "perplexity")

@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from cplearn import errors
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
-from cplearn.evaluation import cli
-from cplearn.evaluation.collapse_figures import check_figures, draw_figures
-from cplearn.evaluation.collapse_numbers import (
+from cplearn.features import cli
+from cplearn.features.splits import get_features
+from cplearn.flags import check_path
+from cplearn.load import Model, read_weights
+from cplearn.metrics.analysis import (
     IMAGES_PER_COMPONENT,
     Network,
     collapse_metrics,
@@ -40,8 +42,7 @@ from cplearn.evaluation.collapse_numbers import (
     mixture_entropy,
     scaled,
 )
-from cplearn.evaluation.features import Model, get_features, read_weights
-from cplearn.flags import check_path
+from cplearn.pictures.collapse import check_figures, draw_figures
 from cplearn.text import names_of
 from utils import ArgumentParser, bool_flag, format_table, positive
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from cplearn import errors
 from cplearn.distributed import collectives
-from cplearn.evaluation import cli
-from cplearn.evaluation.features import get_features
-from cplearn.evaluation.knn import knn
+from cplearn.features import cli
+from cplearn.features.splits import get_features
+from cplearn.metrics.knn import knn
 from utils import ArgumentParser, format_table, positive
 
 

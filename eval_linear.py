@@ -24,16 +24,9 @@ from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError
-from cplearn.evaluation import cli
-from cplearn.evaluation.features import (
-    Features,
-    Model,
-    Tokens,
-    backbone_features,
-    data_of,
-    get_features,
-    has_features,
-)
+from cplearn.features import cli
+from cplearn.features.splits import Features, Tokens, backbone_features, data_of, get_features, has_features
+from cplearn.load import Model
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, cosine, format_table, positive
 

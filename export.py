@@ -14,8 +14,8 @@ import torch
 
 from cplearn import errors
 from cplearn.errors import UserError
-from cplearn.evaluation import cli
 from cplearn.export import common, head_folder, hf_folder, onnx_file, safetensors_file, timm_folder
+from cplearn.features import cli
 from cplearn.text import printable
 from utils import ArgumentParser, expand_paths
 

@@ -19,9 +19,9 @@ from cplearn.data.datasets import ImageDataset
 from cplearn.data.sources import open_images
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation import cli, extraction, feature_files
-from cplearn.evaluation.feature_files import Parts
-from cplearn.training.folder_lock import FolderLock
+from cplearn.features import cli, extract, files
+from cplearn.features.files import Parts
+from cplearn.lock import FolderLock
 from utils import ArgumentParser, check_output_dir, expand_paths, fraction
 
 
@@ -35,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_loader_flags(g)
     g = parser.add_argument_group("features")
     g.add_argument("--out", default=None, help="File to write: .npz, .parquet, or .npy (features alone, names in a .json beside it)")
-    g.add_argument("--tokens", choices=extraction.TOKENS, default="cls", help="cls: what the backbone gives (the pooled feature, if it is no ViT); mean or all of the patch tokens of a ViT")
+    g.add_argument("--tokens", choices=extract.TOKENS, default="cls", help="cls: what the backbone gives (the pooled feature, if it is no ViT); mean or all of the patch tokens of a ViT")
     g.add_argument("--keep_aspect", action="store_true", help="The whole image, its shorter side --image_size, instead of a square from its center")
     g = parser.add_argument_group("run")
     cli.add_run_flags(g)
@@ -51,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     expand_paths(args, "pretrained_weights", "images", "out")
     out = Path(args.out)
     device = launch.init(args.dist_url, args.device)
-    collectives.on_main(feature_files.check_out, out)
+    collectives.on_main(files.check_out, out)
     collectives.on_main(check_output_dir, str(out.parent), "--out")
     model = cli.open_network(args, device)
     dataset = open_images(args.images, "--images")
-    job = extraction.Extraction(model, device, args.tokens, args.keep_aspect, head=out.suffix != ".npy")
+    job = extract.Extraction(model, device, args.tokens, args.keep_aspect, head=out.suffix != ".npy")
     identity = job.identity(dataset, args.images)
     collectives.check_same(identity)
-    files = {"files_sha256": collectives.on_main(hash_of_files, dataset)}  # parts may go on with images repaired
-    if collectives.on_main(is_done, out, identity | files):
+    content = {"files_sha256": collectives.on_main(hash_of_files, dataset)}  # parts may go on with images repaired
+    if collectives.on_main(is_done, out, identity | content):
         if collectives.is_main():
             print(f"{out} is there already, of the same weights and images: remove it to extract again")
         return
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with FolderLock(parts.folder, "--out"):
         collectives.on_main(begin, parts, job, identity, dataset, args.batch_size_per_gpu)
         parts.read_plan()
-        extraction.extract(job, dataset, parts, args)
+        extract.extract(job, dataset, parts, args)
         if collectives.is_main():
-            source = job.source(identity | files, parts, dataset.names)
-            count = feature_files.assemble(out, parts, dataset.names, source)
+            source = job.source(identity | content, parts, dataset.names)
+            count = files.assemble(out, parts, dataset.names, source)
             parts.remove()
             print(summary(out, count, job, source))
     if collectives.is_main():
@@ -85,11 +85,11 @@ def hash_of_files(dataset: ImageDataset) -> str:
 
 def is_done(out: Path, identity: dict[str, object]) -> bool:
     """Return whether the file is there, and what this command would write."""
-    source = feature_files.source_of(out) if out.exists() else None
+    source = files.source_of(out) if out.exists() else None
     return source is not None and identity.items() <= source.items()
 
 
-def begin(parts: Parts, job: extraction.Extraction, identity: dict, dataset, batch_size: int) -> None:
+def begin(parts: Parts, job: extract.Extraction, identity: dict, dataset, batch_size: int) -> None:
     """Start the parts, or go on with those that are there. Raises `UserError` for too little space on the disk."""
     parts.open(identity, len(dataset), job.part_size(len(dataset), batch_size))
     parts.read_plan()
@@ -107,12 +107,12 @@ def begin(parts: Parts, job: extraction.Extraction, identity: dict, dataset, bat
         )
 
 
-def summary(out: Path, count: int, job: extraction.Extraction, source: dict) -> str:
+def summary(out: Path, count: int, job: extract.Extraction, source: dict) -> str:
     """Return the last line: what the file holds."""
     left_out = f", {len(source['unreadable'])} left out (they are named in it)" if source["unreadable"] else ""
     width = job.model.backbone.num_features
     if out.suffix == ".npy":
-        return f"{out}: {count:,} images{left_out}, {width} numbers each; names in {feature_files.sidecar(out).name}"
+        return f"{out}: {count:,} images{left_out}, {width} numbers each; names in {files.sidecar(out).name}"
     head = "no head in these weights, so no embedding and no codes"
     if job.method is not None:
         head = f"embedding of {job.empty['embedding'].shape[1]}, codes of {job.method.out_dim}"

@@ -14,7 +14,7 @@ from torch import nn as _nn
 # Not `utils`: while this file is read its folder comes first in sys.path, and a user's own utils.py must stay theirs.
 from cplearn import backbones as _backbones
 from cplearn.errors import UserError as _UserError
-from cplearn.evaluation.pretrained import load_pretrained as _load_pretrained
+from cplearn.load import load_pretrained as _load_pretrained
 from cplearn_head import CPLearnHead as _CPLearnHead
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL"]

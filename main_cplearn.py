@@ -24,19 +24,19 @@ from cplearn.data import augmentations, cachefile, datasets, loaders, sources, w
 from cplearn.data.pixels import KINDS, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
+from cplearn.lock import FolderLock
 from cplearn.methods import METHODS, build_method_for, method_class
 from cplearn.precision import autocast, choose_precision
+from cplearn.probe.monitor import Monitor
 from cplearn.training.bad_batches import BadImages, BadSteps, RunningStatistics, check_gradients
-from cplearn.training.folder_lock import FolderLock
 from cplearn.training.memory import check_memory
-from cplearn.training.monitor import Monitor
+from cplearn.training.meters import EpochState
 from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
-from cplearn.training.progress import EpochState
+from cplearn.training.profile import StepProfile
 from cplearn.training.report import EpochReport, announce, report_end, report_epoch
 from cplearn.training.resume import resume, save
 from cplearn.training.run import Run
-from cplearn.training.run_control import StopSignals
-from cplearn.training.step_profile import StepProfile
+from cplearn.training.stop import StopSignals
 from cplearn.training.votes import act_on_votes, count, stop_if_asked, vote
 from cplearn.training.writers import Writers, check_writers
 from utils import (

@@ -16,7 +16,7 @@ from pathlib import Path
 from cplearn import errors, files
 from cplearn.errors import UserError
 from cplearn.flags import check_path
-from cplearn.plots import page, picture, runs
+from cplearn.pictures import runs, runs_page, runs_picture
 from utils import ArgumentParser, check_output_dir, expand_paths
 
 
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         if path.suffix == ".html":
             read = max(len(run.verdicts) - run.start for run in found)
             note = f"{len(found)} run{'s' * (len(found) > 1)}, up to {read} epochs, as of {time.strftime('%Y-%m-%d %H:%M')}"
-            files.write_text(path, page.page(found, args.x, note))
+            files.write_text(path, runs_page.page(found, args.x, note))
         elif path.suffix == ".png":
-            files.write_bytes(path, picture.draw(found, args.x))
+            files.write_bytes(path, runs_picture.draw(found, args.x))
     if args.csv:
         files.write_csv(Path(args.csv), *runs.csv_table(found))
         paths.append(Path(args.csv))
@@ -60,7 +60,7 @@ def outputs(args: argparse.Namespace) -> list[Path]:
     else:
         base = Path(args.out) / "plots" if os.path.isdir(args.out) or args.out.endswith("/") else Path(args.out)
     paths = [base] if base.suffix in (".html", ".png") else [base.with_name(base.name + x) for x in (".html", ".png")]
-    marks = {".html": b'content="plot_runs.py"', ".png": picture.SOFTWARE.encode()}
+    marks = {".html": b'content="plot_runs.py"', ".png": runs_picture.SOFTWARE.encode()}
     check_output_dir(str(base.parent), "--out")
     for path in paths:
         check_own(path, "--out", marks[path.suffix])

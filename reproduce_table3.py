@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         show_plan(args, grid, train_command(settings, rest, launcher))
         return
-    from cplearn.training.folder_lock import FolderLock  # loads torch
+    from cplearn.lock import FolderLock  # loads torch
 
     submit = submitter(args, settings, launcher) if launcher else None
     with FolderLock(args.output_dir):
@@ -255,8 +255,8 @@ def find_best(args: argparse.Namespace, grid: Grid, images, submit: Callable | N
     With `submit` they are submitted instead, and None is returned as long as there are any. Raises `UserError` if some
     failed and must be tried again.
     """
+    from cplearn.lock import FolderLock
     from cplearn.tables.split import write_split
-    from cplearn.training.folder_lock import FolderLock
 
     trials = tuning.trial_grid(grid)
     check_output_dir(str(trials.folder))

@@ -21,10 +21,11 @@ from cplearn.data import color, sources
 from cplearn.data.datasets import ImageDataset
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation import attention, cli
-from cplearn.evaluation import attention_figures as figures
-from cplearn.evaluation.features import Model
+from cplearn.features import cli
 from cplearn.host import git_commit
+from cplearn.load import Model
+from cplearn.pictures import attention
+from cplearn.pictures import attention_figures as figures
 from cplearn.text import printable
 from utils import ArgumentParser, expand_paths, format_table, positive
 

@@ -18,15 +18,15 @@ from cplearn import errors
 from cplearn.data import datasets, sources
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
-from cplearn.evaluation import cli
-from cplearn.evaluation import code_gallery as codes
-from cplearn.evaluation.codes_page import render
-from cplearn.evaluation.codes_sheet import draw_sheet
-from cplearn.evaluation.features import Features, Model, calibrate_batch_norm, extract_features
-from cplearn.evaluation.pretrained import EvalTransform
+from cplearn.features import cli
+from cplearn.features.splits import Features, calibrate_batch_norm, extract_features
 from cplearn.files import check_output_dir, write_bytes
 from cplearn.flags import check_path
 from cplearn.host import git_commit
+from cplearn.load import EvalTransform, Model
+from cplearn.pictures import gallery as codes
+from cplearn.pictures.codes_page import render
+from cplearn.pictures.codes_sheet import draw_sheet
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, expand_paths, format_table, positive
 

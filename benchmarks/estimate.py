@@ -23,9 +23,9 @@ from steps import flops_per_image
 
 import main_cplearn
 from cplearn import errors
-from cplearn.dictionary.streamed_loss import pick_form
 from cplearn.errors import UserError
 from cplearn.flags import ArgumentParser, fraction, positive
+from cplearn.loss.streamed import pick_form
 from cplearn.methods import build_method
 from cplearn.text import format_table
 from cplearn.training.memory import expected_memory

@@ -438,7 +438,7 @@ def fuzz_files(place: Place, count: int, seed: int) -> list[tuple[str, str, list
     """Try files that lie. Returns (part, script, flags, problem or "") of each."""
     make_whole_files(place)
     rng, found, commands = random.Random(seed), [], file_commands(place)
-    from cplearn.training.folder_lock import FolderLock
+    from cplearn.lock import FolderLock
 
     FolderLock.QUIET = 0.2  # how long a foreign lock is watched
     for k in range(count):

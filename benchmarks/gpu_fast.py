@@ -21,10 +21,10 @@ from steps import TrainingStep, dino_step, flops_per_image, random_views
 import main_cplearn
 from cplearn.data import augmentations, loaders
 from cplearn.data.pixels import Pixels
-from cplearn.dictionary.streamed_loss import pick_form
 from cplearn.host import usable_cores
+from cplearn.loss.streamed import pick_form
 from cplearn.precision import tf32_products
-from cplearn.training.step_profile import device_times, largest_costs
+from cplearn.training.profile import device_times, largest_costs
 
 Cells = dict[str, list[dict]]
 

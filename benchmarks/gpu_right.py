@@ -29,13 +29,13 @@ import eval_knn
 import main_cplearn
 from cplearn import checkpoints
 from cplearn.data import color
-from cplearn.dictionary import DICTIONARIES
-from cplearn.dictionary.codes import Dictionary
-from cplearn.dictionary.streamed_loss import streamed_loss
-from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import launch
 from cplearn.errors import UserError, leave_group
 from cplearn.host import ROOT
+from cplearn.loss import DICTIONARIES
+from cplearn.loss.codes import Dictionary
+from cplearn.loss.spec import LossSpec
+from cplearn.loss.streamed import streamed_loss
 from cplearn.methods import METHODS
 from cplearn_head import CPLearnHead, cplearn_loss
 

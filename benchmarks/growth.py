@@ -29,7 +29,7 @@ from cplearn.distributed import launch
 from cplearn.files import check_output_dir, write_text
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit, usable_cores
-from cplearn.plots.drawing import pyplot
+from cplearn.pictures.style import pyplot
 from cplearn.text import format_table
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ Rows of the tables, each in a process of its own, one after the other:
 
     plain         autograd through the (n, c) logits and a float dictionary that is unpacked once, beforehand
     compiled      torch.compile of the same
-    stored, recomputed, triton     the forms of cplearn/dictionary/streamed_loss.py (triton: on a GPU), products in
+    stored, recomputed, triton     the forms of cplearn/loss/streamed.py (triton: on a GPU), products in
                   float32, or on a GPU with inputs in tf32 or bf16 where the name says so
     hadamard      stored, with the Hadamard dictionary's fast transform
     products      the peer: torch's bare products h W^T and G W for each view, with the same float dictionary
@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measure import peak_memory, run_cell, seconds, start_memory
 
 from cplearn import errors
-from cplearn.dictionary import DICTIONARIES
-from cplearn.dictionary.streamed_loss import streamed_loss
-from cplearn.dictionary.terms import LossSpec
 from cplearn.files import check_output_dir, write_text
 from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import git_commit
+from cplearn.loss import DICTIONARIES
+from cplearn.loss.spec import LossSpec
+from cplearn.loss.streamed import streamed_loss
 from cplearn.text import format_table
 from cplearn_head import cplearn_loss
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import main_cplearn
 from cplearn import backbones
-from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
+from cplearn.loss.spec import LossSpec
 from cplearn.methods import build_method
 from cplearn.methods.base import StepOutput
 from cplearn.precision import DTYPES, autocast

@@ -45,11 +45,11 @@ from cplearn import checkpoints, errors  # noqa: E402
 from cplearn.data import datasets  # noqa: E402
 from cplearn.errors import LocalError, UserError  # noqa: E402
 from cplearn.host import git_commit  # noqa: E402
+from cplearn.lock import FolderLock  # noqa: E402
 from cplearn.precision import choose_precision  # noqa: E402
 from cplearn.text import format_table, from_printable  # noqa: E402
-from cplearn.training.folder_lock import FolderLock  # noqa: E402
 from cplearn.training.resume import save  # noqa: E402
-from cplearn.training.run_control import StopSignals  # noqa: E402
+from cplearn.training.stop import StopSignals  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 

@@ -34,9 +34,9 @@ from steps import TrainingStep, dino_step, plain_step
 from cplearn import backbones, errors
 from cplearn.data import augmentations, color, datasets, loaders, sources, workers
 from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
-from cplearn.evaluation.knn import knn
 from cplearn.flags import ArgumentParser, positive
 from cplearn.host import git_commit, keep_freed_memory
+from cplearn.metrics.knn import knn
 from cplearn.text import format_table
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ __all__ = ["load_backbone", "load_pretrained"]
 
 def __getattr__(name: str):
     if name in __all__:  # on demand, for the head and the loss need none of what these import
-        from cplearn.evaluation import pretrained
+        from cplearn import load
 
-        return getattr(pretrained, name)
+        return getattr(load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

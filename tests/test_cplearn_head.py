@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import hadamard
 
-from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
+from cplearn.loss.spec import LossSpec
 from cplearn_head import CPLearnHead, cplearn_loss, invariance, log_mean_probs, prior_forward, prior_reverse
 
 

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main_cplearn
-from cplearn.dictionary import streamed_loss
-from cplearn.dictionary.blockwise import blockwise_loss
-from cplearn.dictionary.codes import Dictionary
-from cplearn.dictionary.terms import LossSpec
 from cplearn.errors import UserError
+from cplearn.loss import streamed
+from cplearn.loss.blockwise import blockwise_loss
+from cplearn.loss.codes import Dictionary
+from cplearn.loss.spec import LossSpec
 
 RECIPE = [f"@{ROOT}/recipes/imagenet100_cplearn.txt", "--data_path", "X", "--out_dim", "131072"]
 
@@ -53,7 +53,7 @@ class CountBytes(TorchDispatchMode):
 @pytest.mark.parametrize(("views", "store"), [(2, True), (10, True), (10, False)])
 def test_bytes_of_the_loss_are_those_of_its_operations(views, store, monkeypatch):
     n, f, c = 16, 32, 32768
-    monkeypatch.setattr(streamed_loss, "STORED_LIMIT", 2**40 if store else 0)
+    monkeypatch.setattr(streamed, "STORED_LIMIT", 2**40 if store else 0)
     h, dictionary, spec = torch.randn(views, n, f), Dictionary(c, f), LossSpec(0.25)
     with CountBytes() as count:
         blockwise_loss(h, dictionary, spec, with_grad=True, store=store, block=4096)

@@ -13,9 +13,9 @@ import eval_cluster
 import eval_collapse
 from cplearn import checkpoints
 from cplearn.errors import UserError
-from cplearn.evaluation.collapse_figures import FIGURES
-from cplearn.evaluation.collapse_numbers import good_values
-from cplearn.plots.drawing import as_text, is_own_figure
+from cplearn.metrics.analysis import good_values
+from cplearn.pictures.collapse import FIGURES
+from cplearn.pictures.style import as_text, is_own_figure
 
 
 def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):

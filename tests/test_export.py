@@ -19,8 +19,8 @@ import eval_knn
 import export
 from cplearn import checkpoints, load_backbone
 from cplearn.errors import UserError, WriteError
-from cplearn.evaluation.pretrained import EvalTransform, load_pretrained
 from cplearn.export import common, hf_folder, timm_folder
+from cplearn.load import EvalTransform, load_pretrained
 
 timm = pytest.importorskip("timm")
 

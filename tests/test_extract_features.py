@@ -14,12 +14,12 @@ from PIL import Image
 
 import eval_knn
 import extract_features
-from cplearn import checkpoints
+from cplearn import checkpoints, load
 from cplearn.data.color import normalize, to_float
 from cplearn.data.datasets import Folder
 from cplearn.errors import UserError
-from cplearn.evaluation import feature_files, features
-from cplearn.evaluation.pretrained import load_pretrained
+from cplearn.features import files, splits
+from cplearn.load import load_pretrained
 
 
 def flags(weights, images, out, *more):
@@ -58,8 +58,8 @@ def test_features_are_those_of_the_evaluations_in_every_format(run, tmp_path, im
     """Names and order, too; and a file says what it is of."""
     images = image_folder / "val"
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--batch_size_per_gpu", "4"))
-    model = features.load_model(args, torch.device("cpu"))
-    expected = features.extract_features(model, Folder(images), args, torch.device("cpu"))
+    model = load.load_model(args, torch.device("cpu"))
+    expected = splits.extract_features(model, Folder(images), args, torch.device("cpu"))
     found = extract(run / "checkpoint.pth", images, tmp_path / "f.npz")
     assert np.array_equal(found["features"], expected.features.numpy())
     assert np.array_equal(found["codes"], expected.codes.numpy())
@@ -176,7 +176,7 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch, parts, name="write"):
     """End the command as it begins to write its next part after so many; return those that were written."""
-    before, made = getattr(feature_files.Parts, name), []
+    before, made = getattr(files.Parts, name), []
 
     def write(self, k, *rest):
         if len(made) == parts:
@@ -184,7 +184,7 @@ def kill_after(monkeypatch, parts, name="write"):
         made.append(k)
         before(self, k, *rest)
 
-    monkeypatch.setattr(feature_files.Parts, name, write)
+    monkeypatch.setattr(files.Parts, name, write)
     return made
 
 

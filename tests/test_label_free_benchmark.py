@@ -1,4 +1,4 @@
-"""`benchmarks/label_free.py compare` on runs whose answer is known, and the edge of `benchmarks/beta_edge.py`."""
+"""`experiments/label_free.py compare` on runs whose answer is known, and the edge of `experiments/beta_edge.py`."""
 
 import json
 import math

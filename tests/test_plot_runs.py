@@ -116,10 +116,10 @@ def test_the_page_needs_no_network(tmp_path):
 
 
 def test_a_new_panel_is_one_entry(tmp_path, monkeypatch):
-    from cplearn.plots import page, panels, picture, runs
+    from cplearn.pictures import panels, runs, runs_page, runs_picture
 
     table = (panels.Panel("Within a code", {"probe_within_code": ""}),)
-    for module in (page, picture):
+    for module in (runs_page, runs_picture):
         monkeypatch.setattr(module, "PANELS", table)
     monkeypatch.setattr(runs, "CURVES", ("probe_within_code",))
     plot_runs.main(

@@ -1,4 +1,4 @@
-"""`benchmarks/theory.py`: the minimum of the loss against closed forms, and what it says of wrong flags."""
+"""`experiments/theory.py`: the minimum of the loss against closed forms, and what it says of wrong flags."""
 
 import json
 import math
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from theory import Setting
 
-from cplearn.dictionary import DICTIONARIES
 from cplearn.errors import UserError
+from cplearn.loss import DICTIONARIES
 
 
 def terms_of(row: dict, setting: Setting) -> float:

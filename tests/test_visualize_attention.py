@@ -15,7 +15,7 @@ import visualize_attention
 from cplearn import checkpoints, load_backbone
 from cplearn.backbones import build_backbone
 from cplearn.errors import UserError
-from cplearn.evaluation import attention
+from cplearn.pictures import attention
 
 
 @pytest.fixture(scope="module")

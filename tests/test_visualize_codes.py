@@ -17,7 +17,7 @@ import visualize_codes
 from cplearn import checkpoints
 from cplearn.data.datasets import Folder
 from cplearn.errors import UserError
-from cplearn.evaluation.pretrained import EvalTransform, load_pretrained
+from cplearn.load import EvalTransform, load_pretrained
 
 
 def buttons(page: str, words: str = "") -> list[dict[str, str]]:

@@ -21,9 +21,9 @@ from cplearn import backbones
 from cplearn.checkpoints import EXPORTED
 from cplearn.data import augmentations, color
 from cplearn.errors import ExpectedError, UserError, WriteError
-from cplearn.evaluation.features import Model
 from cplearn.files import is_full, read_json
 from cplearn.host import git_commit
+from cplearn.load import Model
 from cplearn.text import printable
 
 TOLERANCE = 1e-5  # largest difference that passes, in units of the largest absolute value of our features

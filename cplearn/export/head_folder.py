@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from cplearn.data import color
-from cplearn.dictionary import DICTIONARIES
-from cplearn.dictionary.hadamard import hadamard
 from cplearn.errors import UserError, WriteError
-from cplearn.evaluation.features import Model
 from cplearn.export import common
+from cplearn.load import Model
+from cplearn.loss import DICTIONARIES
+from cplearn.loss.hadamard import hadamard
 from cplearn_head import CPLearnHead
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "head", "codes.py", "", ("safetensors.torch",)

@@ -9,9 +9,8 @@ from torch import Tensor
 from cplearn import backbones
 from cplearn.data import augmentations, color
 from cplearn.errors import UserError, WriteError
-from cplearn.evaluation.features import Model
-from cplearn.evaluation.pretrained import EvalTransform
 from cplearn.export import common
+from cplearn.load import EvalTransform, Model
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "hf", "transformers", "", ("transformers", "safetensors.torch")
 COMPARED = common.ON_IMAGES

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from cplearn import checkpoints
 from cplearn.data import color
 from cplearn.errors import UserError
-from cplearn.evaluation.features import Model
 from cplearn.export import common
+from cplearn.load import Model
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "onnx", "onnxruntime", ".onnx", ("onnx", "onnxscript", "onnxruntime")
 COMPARED = common.ON_IMAGES

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from cplearn import checkpoints
 from cplearn.errors import UserError
-from cplearn.evaluation.features import Model
-from cplearn.evaluation.pretrained import load_backbone
 from cplearn.export import common
+from cplearn.load import Model, load_backbone
 
 NAME, LIBRARY, SUFFIX, PACKAGES = "safetensors", "load_backbone", ".safetensors", ("safetensors.torch",)
 COMPARED = common.ON_IMAGES

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cplearn.dictionary.terms import largest_probability
 from cplearn.distributed.batch_norm import statistics_kept
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
+from cplearn.loss.spec import largest_probability
 
 
 class ReferenceLosses(NamedTuple):

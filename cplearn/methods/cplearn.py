@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cplearn.dictionary import DICTIONARIES
-from cplearn.dictionary.prior_buffer import PriorBuffer
-from cplearn.dictionary.streamed_loss import FORMS, pick_form
-from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.flags import nonnegative, positive
+from cplearn.loss import DICTIONARIES
+from cplearn.loss.prior_buffer import PriorBuffer
+from cplearn.loss.spec import LossSpec
+from cplearn.loss.streamed import FORMS, pick_form
 from cplearn.methods.base import Method, ReferenceLosses, StepOutput
 from cplearn.precision import float32
 from cplearn_head import PRIORS, CPLearnHead

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import positive
+from cplearn.loss.spec import LossSpec
 from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
 from cplearn.methods.cplearn import BETA_REMEDIES, forward_prior_warning, reference_losses
 from cplearn.precision import float32

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cplearn.plots.drawing import pyplot, save_figure
+from cplearn.pictures.style import pyplot, save_figure
 from cplearn.tables.cells import Settings
 from cplearn.tables.rows import NAMES, OF_SIZES, title
 

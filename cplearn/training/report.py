@@ -12,14 +12,14 @@ from torch import Tensor
 from cplearn.data import datasets
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
-from cplearn.evaluation import collapse
 from cplearn.files import append_json_line, write_text
 from cplearn.host import cores_of_process, git_commit, resident_memory
 from cplearn.methods.base import StepOutput
 from cplearn.precision import slow_precision
+from cplearn.probe import verdict
 from cplearn.text import format_duration
+from cplearn.training.meters import Progress
 from cplearn.training.optimizer import actual_lr
-from cplearn.training.progress import Progress
 from cplearn.training.run import Run
 
 TIMED_STEPS = 6  # after which a run says how long it will take; the first one is not counted
@@ -189,7 +189,7 @@ def report_epoch(run: Run, record: dict) -> None:
     if run.step == args.epochs * run.steps_per_epoch:  # one cut by --max_steps goes on: no line of its log may differ
         record |= ending
     if said := record if "verdict" in record else ending:
-        mark = "WARNING: " if said["verdict"] in collapse.WARNINGS else ""
+        mark = "WARNING: " if said["verdict"] in verdict.WARNINGS else ""
         print(f"  {mark}{said['verdict_line']}", flush=True)
     if "probe_knn20" in record:
         start = f" ({record['start_knn20']:.4f} before the first step)" if "start_knn20" in record else ""

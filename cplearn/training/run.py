@@ -13,14 +13,14 @@ from cplearn.data import loaders, workers
 from cplearn.data.augmentations import View
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
+from cplearn.lock import FolderLock
 from cplearn.methods.base import Method
+from cplearn.probe.monitor import Monitor
 from cplearn.training.bad_batches import BadImages, BadSteps
-from cplearn.training.folder_lock import FolderLock
 from cplearn.training.memory import Memory
-from cplearn.training.monitor import Monitor
-from cplearn.training.progress import DeferredRead, EpochState
-from cplearn.training.run_control import StopSignals
-from cplearn.training.step_profile import StepProfile
+from cplearn.training.meters import DeferredRead, EpochState
+from cplearn.training.profile import StepProfile
+from cplearn.training.stop import StopSignals
 from cplearn.training.writers import Writers
 
 

@@ -7,12 +7,12 @@ from torch import nn
 
 from cplearn import backbones
 from cplearn.backbones import ResNet8
-from cplearn.dictionary.codes import Dictionary
-from cplearn.dictionary.streamed_loss import streamed_loss
-from cplearn.dictionary.terms import LossSpec
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm, convert_batch_norm
 from cplearn.errors import UserError
+from cplearn.loss.codes import Dictionary
+from cplearn.loss.spec import LossSpec
+from cplearn.loss.streamed import streamed_loss
 from cplearn.methods.cplearn import CPLearn
 from cplearn_head import cplearn_loss
 

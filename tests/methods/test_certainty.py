@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import GEN, make, randn
 
-from cplearn.dictionary.terms import largest_probability
+from cplearn.loss.spec import largest_probability
 from cplearn.methods import METHODS, base, method_class
 
 

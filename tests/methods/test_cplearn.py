@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cplearn.backbones import ResNet8
-from cplearn.dictionary.terms import LossSpec
+from cplearn.loss.spec import LossSpec
 from cplearn.methods.base import forward_by_size
 from cplearn.methods.cplearn import (
     CPLearn,

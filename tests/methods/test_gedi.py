@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import FakeBackbone, all_close, gradients, make, randn
 
-from cplearn.dictionary.terms import LossSpec
+from cplearn.loss.spec import LossSpec
 from cplearn.methods import base as base
 from cplearn.methods.gedi import GEDI, gedi_loss_as_published
 from cplearn_head import cplearn_loss

@@ -25,10 +25,10 @@ import main_cplearn
 from cplearn import checkpoints
 from cplearn.data.loaders import BatchSampler
 from cplearn.errors import NonFiniteError, UserError
+from cplearn.lock import FolderLock
 from cplearn.training.bad_batches import BadSteps, RunningStatistics
-from cplearn.training.folder_lock import FolderLock
 from cplearn.training.resume import save
-from cplearn.training.run_control import StopSignals
+from cplearn.training.stop import StopSignals
 
 
 def test_running_statistics_are_as_before_a_skipped_step():

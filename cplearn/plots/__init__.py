@@ -1,1 +1,0 @@
-"""Pictures of runs, from their logs alone. Standard library and matplotlib."""
