@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from cplearn.errors import UserError, WriteError
+from cplearn.errors import ExpectedError, UserError, WriteError
 from cplearn.text import csv_rows
 
 APPENDED = ("log.txt", "results.jsonl")  # files of an output folder that grow; all others are replaced
@@ -108,6 +108,52 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     text = io.StringIO()
     csv.writer(text).writerows([header, *csv_rows(rows)])
     write_text(path, text.getvalue())
+
+
+MARK_WITHIN = 2**16  # bytes from the beginning or the end of a file in which its mark stands
+
+
+def replaceable(path: Path, mark: bytes) -> bool:
+    """Return whether an output may be written here: nothing is there, or a file that says it is ours by its mark.
+
+    What is not ours is never replaced (docs/promises.md). A link is not ours.
+    """
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(MARK_WITHIN)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - MARK_WITHIN))
+        return mark in head or mark in file.read()
+
+
+def check_replaceable(path: Path, mark: bytes, flag: str) -> None:
+    """Raise `UserError` if something stands here that is not ours, or that cannot be looked at."""
+    try:
+        if replaceable(path, mark):
+            return
+        reason = "exists and was not written by this command"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    raise UserError(f"{flag} {path} {reason}: choose another name, or move it away")
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, fix: str = "restore a copy, or move it away") -> Iterator[None]:
+    """Read a file of ours inside: whatever goes wrong there means that it is damaged. Raises `UserError`.
+
+    `ExpectedError` passes, and so does FileNotFoundError.
+    """
+    try:
+        yield
+    except (ExpectedError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {reason}): {fix}") from None
 
 
 def is_own_table(path: Path, header: Sequence[str]) -> bool:
