@@ -1,4 +1,4 @@
-"""Write the tables of docs/files.md from the first sentence of every file: python docs/generate.py
+"""Write the lists of docs/files.md from the first sentence of every file: python docs/generate.py
 
 A test compares the page with what this makes, so change the docstring, not the page.
 """
@@ -33,23 +33,23 @@ def first_sentence(path: Path) -> str:
     else:
         paragraph = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
     sentence = re.split(r"(?<=[a-z0-9)`*\"])[.:] (?=[A-Z`])", " ".join(paragraph.split()))[0]
-    return sentence.rstrip(".:").replace("|", "\\|")
+    return sentence.rstrip(".:")
 
 
-def tables() -> str:
-    """Return the sections of the page, a table each."""
+def lists() -> str:
+    """Return the sections of the page, a line per file."""
     sections = []
     for title, pattern in SECTIONS.items():
         paths = [path for path in sorted(ROOT.glob(pattern)) if path.name != "__init__.py"]
-        rows = [f"| `{path.name}` | {first_sentence(path)} |" for path in paths]
-        sections.append("\n".join([f"## {title}\n", "| file | what is inside |", "|---|---|", *rows]))
+        rows = [f"- `{path.name}`: {first_sentence(path)}" for path in paths]
+        sections.append("\n".join([f"## {title}\n", *rows]))
     return "\n\n".join(sections) + "\n"
 
 
 def page() -> str:
     """Return the page as it should be."""
     before, rest = PAGE.read_text().split(BEGIN)
-    return before + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1]
+    return before + BEGIN + "\n" + lists() + "\n" + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
