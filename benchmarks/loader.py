@@ -8,7 +8,7 @@ takes the flags of main_cplearn.py and runs some steps of that training with eac
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,13 @@ from cplearn.text import format_table
 from cplearn.training.optimizer import build_optimizer
 
 NEAR = 1.03  # within this factor of the fastest, the setting with fewer processes is taken
+
+
+def endless(loader: torch.utils.data.DataLoader) -> Iterator[loaders.Batch]:
+    """Yield batches of one epoch after the other."""
+    while True:
+        yield from loader
+        loader.batch_sampler.epoch += 1
 
 
 class Trial:
@@ -56,19 +63,15 @@ class Trial:
             pixels, self.views, batch_size=self.args.batch_size_per_gpu, seed=0, num_workers=workers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
-        done, waited, start = 0, 0.0, 0.0
-        while done < steps + 2:
-            batches = iter(loader)
-            for _ in range(min(len(loader), steps + 2 - done)):
-                if done == 2:
-                    synchronize(self.device)
-                    waited, start = 0.0, time.perf_counter()
-                before = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - before
-                self.step(batch)
-                done += 1
-            loader.batch_sampler.epoch += 1
+        batches, waited, start = endless(loader), 0.0, 0.0
+        for done in range(steps + 2):
+            if done == 2:
+                synchronize(self.device)
+                waited, start = 0.0, time.perf_counter()
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            self.step(batch)
         synchronize(self.device)
         seconds = time.perf_counter() - start
         loader_workers.stop_workers(loader)
