@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cplearn.host import git_commit
 
 CPU = torch.device("cpu")
+
+
+class Outcome(NamedTuple):
+    """What a part of `gpu.py` comes to."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]  # of the table that is printed
+    cells: list[dict]  # the same as numbers
+    says: str  # the finding in a few words
+    misses: list[str]  # what is not as expected, with numbers
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
