@@ -1,4 +1,4 @@
-"""Short runs of `benchmarks/stress.py` and `fuzz.py`: real kill -9, a full disk, damaged and hostile files and flags."""
+"""Short runs of `benchmarks/stress.py` and `fuzz.py`: kill -9, a full disk, damaged and hostile files and flags."""
 
 import subprocess
 import sys
