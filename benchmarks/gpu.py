@@ -83,19 +83,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def hardware(device: str) -> dict[str, str]:
     """Return what the numbers are of: names, driver, clocks as they are now."""
-    found = {"commit": git_commit(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    facts = {"commit": git_commit(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     if device == "cpu":
-        return found | {"device": f"cpu, {torch.get_num_threads()} threads"}
+        return facts | {"device": f"cpu, {torch.get_num_threads()} threads"}
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found |= {"device": f"{len(names)} x {names[0]}", "CUDA": str(torch.version.cuda)}
+    facts |= {"device": f"{len(names)} x {names[0]}", "CUDA": str(torch.version.cuda)}
     wanted = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
     try:
         command = ["nvidia-smi", "-i", "0", f"--query-gpu={wanted}", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-        found |= dict(zip(wanted.split(","), (x.strip() for x in said.split(",")), strict=True))
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        facts |= dict(zip(wanted.split(","), (x.strip() for x in answer.split(",")), strict=True))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        found["nvidia-smi"] = f"did not answer ({type(error).__name__})"
-    return found
+        facts["nvidia-smi"] = f"did not answer ({type(error).__name__})"
+    return facts
 
 
 def run_part(args: argparse.Namespace) -> gpu_fast.Outcome:

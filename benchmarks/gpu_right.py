@@ -129,14 +129,14 @@ def loss_forms(device: torch.device, tiny: bool) -> list[Check]:
         for form, precision in LOSS_FORMS:
             what = f"{form}, {precision}{', logits of +-150' * (length > 10)}"
             try:  # also: no bf16 products in Triton's interpreter
-                found = _loss_and_gradient(case, device, form, precision, torch.float32)
+                values = _loss_and_gradient(case, device, form, precision, torch.float32)
             except UserError as error:
                 worst[what] = left_out(what, str(error))
                 continue
             # A logit is a sum of f_h terms of either sign: rounding each moves it by about `rounding * length`; log p
             # is kept in float32; the gradient is off in proportion. The 8 is for a largest of many, and what sums add.
             bound = 8 * (ROUNDING[precision] * (1 + length) + ROUNDING["ieee"] * depth)
-            check = Check(what, max(map(_relative_error, found, exact)), bound, f"farthest at {case.name}")
+            check = Check(what, max(map(_relative_error, values, exact)), bound, f"farthest at {case.name}")
             before = worst.get(what)
             if before is None or not check.found / check.bound <= before.found / before.bound:
                 worst[what] = check
@@ -159,9 +159,9 @@ def _largest_log_p(case: Case) -> float:
     return max(F.log_softmax(x @ codes.T, dim=1).abs().max().item() for x in case.h)
 
 
-def _relative_error(found: Tensor, exact: Tensor) -> float:
+def _relative_error(value: Tensor, exact: Tensor) -> float:
     """Return the largest difference, relative to the largest entry."""
-    return ((found.cpu().double() - exact).abs().max() / exact.abs().max()).item()
+    return ((value.cpu().double() - exact).abs().max() / exact.abs().max()).item()
 
 
 # --- colors ------------------------------------------------------------------------------------------------
@@ -244,15 +244,15 @@ def gradient(
         step.scaler = torch.amp.GradScaler(device.type, init_scale=float(scale))
         step.gradients()
         grads = [p.grad for p in step.method.parameters() if p.grad is not None]
-        found = torch.cat([g.detach().cpu().double().flatten() / float(scale) for g in grads])
-        if found.isfinite().all():
+        vector = torch.cat([g.detach().cpu().double().flatten() / float(scale) for g in grads])
+        if vector.isfinite().all():
             break
-    return found
+    return vector
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
+def distance(vector: Tensor, exact: Tensor) -> float:
     """Return the length of the difference relative to that of `exact`."""
-    return ((found - exact).norm() / exact.norm()).item()
+    return ((vector - exact).norm() / exact.norm()).item()
 
 
 # --- runs --------------------------------------------------------------------------------------------------
@@ -322,9 +322,12 @@ def all_methods(device: torch.device, tiny: bool) -> list[Check]:
             out = Path(folder, method)
             record = train([*run_flags(device, tiny), "--method", method, "--max_steps", steps, *more], out)
             with contextlib.redirect_stdout(io.StringIO()):
-                found = eval_knn.main(["--pretrained_weights", str(out / "checkpoint.pth"), "--output_dir", str(out),
+                metrics = eval_knn.main(["--pretrained_weights", str(out / "checkpoint.pth"), "--output_dir", str(out),
                                        "--num_workers", "0", "--nb_knn", "20", "--device", device.type])  # fmt: skip
-            accuracy, healthy = found["knn20_top1"], math.isfinite(record["train_loss"]) and not record["skipped_steps"]
+            accuracy, healthy = (
+                metrics["knn20_top1"],
+                math.isfinite(record["train_loss"]) and not record["skipped_steps"],
+            )
             note = f"loss {record['train_loss']:.3f}, 20-NN {accuracy:.3f} (chance 0.1)"
             checks.append(
                 yes(f"{method}: {steps} finite steps, then k-NN above chance", healthy and accuracy > 0.2, note)
@@ -389,9 +392,9 @@ def _two_process_gradient(device: torch.device, tiny: bool) -> Check:
 def _gradient_of_rank(rank: int, flags: list[str], device: str, ranks: list[dict], images: list[Tensor], folder: str):
     os.environ.update(ranks[rank])
     place = launch.init("env://", device)
-    found = gradient(flags, place, [x[4 * rank : 4 * rank + 4] for x in images])
+    vector = gradient(flags, place, [x[4 * rank : 4 * rank + 4] for x in images])
     if rank == 0:
-        torch.save(found, f"{folder}/gradient")
+        torch.save(vector, f"{folder}/gradient")
     leave_group()
 
 
@@ -435,10 +438,10 @@ def _wait(condition: Callable[[], bool], seconds: float) -> None:
 def _children_of(pid: int) -> list[int]:
     """Return the processes that `pid` has started, oldest first."""
     try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return sorted(map(int, found))
+    return sorted(map(int, pids))
 
 
 PARTS = {

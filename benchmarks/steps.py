@@ -105,9 +105,9 @@ def dino_step(
         with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
             with torch.no_grad():
                 targets = teacher(torch.cat(images)).chunk(2)
-            found = list(student(torch.cat(images)).chunk(2))
-            found += student(torch.cat(crops)).chunk(local) if local else []
-            loss = criterion(list(targets), found, epoch=5)
+            predictions = list(student(torch.cat(images)).chunk(2))
+            predictions += student(torch.cat(crops)).chunk(local) if local else []
+            loss = criterion(list(targets), predictions, epoch=5)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

@@ -20,7 +20,7 @@ import math
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shared import mean_in_text, run_script
+from shared import run_script
 
 from cplearn import errors
 from cplearn.files import read_json, read_json_lines, write_text
@@ -36,6 +36,7 @@ from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import ROOT, git_commit
 from cplearn.methods.cplearn import aligned_from
 from cplearn.pictures.style import COLORS, pyplot, save_figure
+from cplearn.tables.measures import in_text, mean_and_spread
 from cplearn.text import format_table
 
 BETAS = {  # by (N, c); three below beta* and three above it
@@ -98,6 +99,12 @@ def with_spread(numbers: dict, n: int, c: int) -> dict:
     """Add the share of log(c/N) that the mean entropy of an assignment reaches."""
     entropy = numbers.get("entropy")
     return numbers | {"spread": None if entropy is None else entropy / math.log(c / n)}
+
+
+def mean_in_text(values: Iterable[float | None], form: str) -> str:
+    """Return the mean of what is there, and the largest distance from it where there are several; "" for nothing."""
+    numbers = [x for x in values if x is not None]
+    return in_text(*mean_and_spread(numbers), len(numbers), form) if numbers else ""
 
 
 def of_pair(runs: Runs, n: int, c: int) -> dict[float, list[dict]]:

@@ -1,14 +1,10 @@
-"""The collapse monitor on runs that are meant to learn, and on runs made to collapse; sweeps.
+"""The collapse monitor on runs that are meant to learn, and on runs made to collapse.
 
     python experiments/collapse.py verdicts --output_dir output/verdicts
-    python experiments/collapse.py sweeps --output_dir output/sweeps
 
-All train on the bundled digits, or on --data_path. Every run stays in --output_dir and is not repeated.
-
-    verdicts   what was forced, the verdict at the end, and the epoch of the first alarm; also the rank correlation,
-               over the epochs of all runs and over their ends, of label-free numbers with 20-NN among the probe's
-               images
-    sweeps     beta (the paper's Table 9) and the number of codes (its Corollaries 2 and 3), for each of --seeds
+All train on the bundled digits, or on --data_path. Every run stays in --output_dir and is not repeated. Printed are
+what was forced, the verdict at the end, and the epoch of the first alarm; also the rank correlation, over the epochs of
+all runs and over their ends, of label-free numbers with 20-NN among the probe's images.
 """
 
 import argparse
@@ -18,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shared import mean_in_text, rank_correlation, run_script
+from shared import rank_correlation, run_script
 
 from cplearn import errors
 from cplearn.errors import UserError
@@ -67,8 +63,8 @@ SCORES = ("probe_features_rank", "probe_features_dimensions", "probe_features_st
           "probe_score", "probe_view_nearness", "information")  # fmt: skip
 
 
-def train(args: argparse.Namespace, name: str, flags: str, seed: int) -> tuple[Path, list[dict]]:
-    """Train, resume, or leave alone a run that is there already; return its folder and log."""
+def train(args: argparse.Namespace, name: str, flags: str, seed: int) -> list[dict]:
+    """Train, resume, or leave alone a run that is there already; return its log."""
     out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name)).absolute()
     data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
     print(f"{name} ...", file=sys.stderr, flush=True)
@@ -77,12 +73,7 @@ def train(args: argparse.Namespace, name: str, flags: str, seed: int) -> tuple[P
                    "--output_dir", out)  # fmt: skip
     except UserError as error:  # a run that was forced to fail has a verdict too
         print(error, file=sys.stderr)
-    return out, read_json_lines(out / "log.txt")
-
-
-def heading(args: argparse.Namespace) -> None:
-    """Print what the tables below it belong to."""
-    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
+    return read_json_lines(out / "log.txt")
 
 
 def verdicts(args: argparse.Namespace) -> None:
@@ -90,7 +81,7 @@ def verdicts(args: argparse.Namespace) -> None:
     rows, epochs, ends = [], [], []
     for group, settings in (("forced", FORCED), ("meant to learn", LEARNING)):
         for name, flags in settings.items():
-            _, log = train(args, name, flags, args.seeds[0] + len(rows))  # each run its own
+            log = train(args, name, flags, args.seeds[0] + len(rows))  # each run its own
             # From the numbers of the log, so that new thresholds need no new runs.
             out_dim = int(flags.split("--out_dim ")[1].split()[0])
             judged = [(r["epoch"] + 1, verdict.judge(r, out_dim)) for r in log if "verdict" in r]
@@ -105,7 +96,7 @@ def verdicts(args: argparse.Namespace) -> None:
                                                  "probe_agreement_chance", "information"))))  # fmt: skip
     header = ("", "run", "verdict", "first alarm", "alarms", "20-NN", "cosine", "dimensions", "perplexity",
               "within code", "agreement", "chance", "information")  # fmt: skip
-    heading(args)
+    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
     print(format_table(rows, header))
     print("\nRank correlation with 20-NN among the probe's images:\n")
     table = [(key, *correlation(epochs, key), *correlation(ends, key)) for key in SCORES]
@@ -118,53 +109,16 @@ def correlation(records: list[dict], key: str) -> tuple[float, int]:
     return rank_correlation(pairs), len(pairs)
 
 
-def sweeps(args: argparse.Namespace) -> None:
-    """Train every setting with every seed, evaluate, and print means and distances to the largest."""
-    betas = {f"beta {beta}": f"--out_dim 512 --beta {beta}" for beta in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)}
-    codes = {f"c = {c}": f"--out_dim {c} --beta 0.25 --n_ref 4" for c in (10, 128, 2048, 16384)}
-    names = ("embedding_off_diagonal", "embedding_dimensions", "block_mean", "block_max", "same_code_cos2",
-             "other_code_cos2", "within_code", "code_cosine")  # fmt: skip
-    runs: dict[str, list[dict]] = {}
-    for seed in args.seeds:
-        for name, flags in (betas | codes).items():
-            out, log = train(args, f"{name} s{seed}", flags, seed)
-            ends = {"verdict": log[-1]["verdict"], "codes": log[-1]["probe_codes_perplexity"]}
-            runs.setdefault(name, []).append(ends | evaluate(out))
-    heading(args)
-
-    def cells(name: str, keys: Sequence[str]) -> list[str]:
-        return [mean_in_text([x.get(key) for x in runs[name]], ".3g") for key in keys]
-
-    shown = ("knn20_top1", "linear_last_top1", "codes")
-    of_beta = [(name, "; ".join(sorted({x["verdict"] for x in runs[name]})), *cells(name, shown)) for name in betas]
-    print(format_table(of_beta, ("c = 512", "verdict", "20-NN", "linear", "perplexity of codes")))
-    print()
-    print(format_table([(name, *cells(name, ("knn20_top1", *names))) for name in codes], ("", "20-NN", *names)))
-
-
-def evaluate(out: Path) -> dict[str, float]:
-    """Run the evaluations of a run; return all metrics in its results.jsonl."""
-    scripts = {
-        "eval_knn.py": ("--nb_knn", "20"),
-        "eval_linear.py": ("--augment", "false", "--optimizer", "adam", "--epochs", "30"),
-        "eval_collapse.py": ("--components", "--tsne_images", "0", "--split", "train", "--baseline", "false"),
-    }
-    for script, flags in scripts.items():
-        run_script(script, "--pretrained_weights", out / "checkpoint.pth", *flags)
-    return {k: v for result in read_json_lines(out / "results.jsonl") for k, v in result["metrics"].items()}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of the two measurements."""
+    """Train and print."""
     parser = ArgumentParser(prog="experiments/collapse.py", description=__doc__)
-    kinds = {"verdicts": verdicts, "sweeps": sweeps}
-    parser.add_argument("what", choices=tuple(kinds))
+    parser.add_argument("what", choices=("verdicts",))
     parser.add_argument("--data_path", default=None)
     parser.add_argument("--epochs", type=positive(int), default=10)
-    parser.add_argument("--seeds", type=nonnegative(int), nargs="+", default=[0])
+    parser.add_argument("--seeds", type=nonnegative(int), nargs=1, default=[0], help="Of the first run")
     parser.add_argument("--output_dir", default="output/collapse")
     args = parser.parse_args(argv)
-    kinds[args.what](args)
+    verdicts(args)
 
 
 if __name__ == "__main__":

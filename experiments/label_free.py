@@ -228,12 +228,12 @@ def of_halves(name: str, runs: dict[str, list[dict]], halves: list[list[dict]], 
     """Return what one measure tells: chosen on the first half of the runs, reported on the second."""
     first, second = (correlation(half, name) for half in halves)
     sign = -1.0 if first < 0 else 1.0
-    alike, pairs = within(runs, name, noise)
+    alike, _ = within(runs, name, noise)
     threshold = best_threshold(halves[0], name, sign, noise)
     calls = [(sign * x[name] > threshold, x["knn"] > noise) for x in halves[1]]
     return {"first": first, "second": second, "low": low, "high": high, "within": alike if sign > 0 else 1 - alike,
             "sign": sign, "threshold": sign * threshold, "right": sum(a == b for a, b in calls),
-            "false": sum(a and not b for a, b in calls), "pairs": pairs}  # fmt: skip
+            "false": sum(a and not b for a, b in calls)}  # fmt: skip
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -242,13 +242,11 @@ def compare(args: argparse.Namespace) -> None:
     runs = differences(lines)
     if len(runs) < 10:
         raise UserError(f"{args.paths[0]} has {len(runs)} runs: at least 10 are needed")
-    rng, noise = np.random.default_rng(0), args.noise
+    rng, noise, names = np.random.default_rng(0), args.noise, measures(runs)
     order = rng.permutation(sorted(runs))
     halves = [[runs[name][-1] for name in order[k::2]] for k in (0, 1)]
-    found = {
-        name: of_halves(name, runs, halves, *interval(halves[1], name, rng, args.draws), noise)
-        for name in measures(runs)
-    }
+    intervals = {name: interval(halves[1], name, rng, args.draws) for name in names}
+    results = {name: of_halves(name, runs, halves, *intervals[name], noise) for name in names}
     ends = halves[0] + halves[1]
     methods = ", ".join(f"{sum(x['method'] == m for x in ends)} {m}" for m in sorted({x["method"] for x in ends}))
     better, gains = [sum(x["knn"] > noise for x in half) for half in halves], [x["knn"] for x in ends]
@@ -257,17 +255,17 @@ def compare(args: argparse.Namespace) -> None:
           f"commit {', '.join(sorted({x['commit'] for x in lines}))}")  # fmt: skip
     count = len(halves[1])
     print(f"Always the more frequent answer: {max(better[1], count - better[1])} of {count} right in the second half\n")
-    pairs = [x.pop("pairs") for x in found.values()][-1]
+    pairs = within(runs, names[-1], noise)[1]
     rows = [(name, "+" if x["sign"] > 0 else "-", f"{x['first']:.2f}", f"{x['second']:.2f}",
              f"{x['low']:.2f} to {x['high']:.2f}", f"{x['within']:.0%}", f"{x['threshold']:.3g}",
-             f"{x['right']} of {count}", x["false"]) for name, x in found.items()]  # fmt: skip
-    rows.sort(key=lambda row: -abs(found[row[0]]["first"]) if math.isfinite(found[row[0]]["first"]) else 1)
+             f"{x['right']} of {count}", x["false"]) for name, x in results.items()]  # fmt: skip
+    rows.sort(key=lambda row: -abs(results[row[0]]["first"]) if math.isfinite(results[row[0]]["first"]) else 1)
     header = ("measure", "sign", "first half", "second half", "95 %", f"within ({pairs} pairs)", "threshold",
               "told, second half", "of them called better and not")  # fmt: skip
     print(format_table(rows, header))
     compare_all(runs, lines, args)
     if args.json:
-        write_text(args.json, json.dumps({"runs": len(runs), "measures": found}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"runs": len(runs), "measures": results}, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

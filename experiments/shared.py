@@ -1,9 +1,9 @@
-"""What the experiments share: scripts run as commands, means over seeds, rank correlations."""
+"""What the experiments share: scripts run as commands, rank correlations."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cplearn.errors import UserError
 from cplearn.host import ROOT
-from cplearn.tables.measures import in_text, mean_and_spread
 
 
 def run_script(script: str, *flags: object, output: Path | None = None, **environment: str) -> None:
@@ -26,12 +25,6 @@ def run_script(script: str, *flags: object, output: Path | None = None, **enviro
     if ended.returncode:
         where = f": see {output}" if output else ""
         raise UserError(f"{script} {' '.join(map(str, flags))} ended with code {ended.returncode}{where}")
-
-
-def mean_in_text(values: Iterable[float | None], form: str) -> str:
-    """Return the mean of what is there, and the largest distance from it where there are several; "" for nothing."""
-    numbers = [x for x in values if x is not None]
-    return in_text(*mean_and_spread(numbers), len(numbers), form) if numbers else ""
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:

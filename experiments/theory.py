@@ -220,20 +220,20 @@ def expected_energy(setting: Setting) -> float | None:
 def chosen(pattern: str | None) -> list[Setting]:
     """Return the rows whose name, with their size in front, has the pattern. Raises `UserError` if none has."""
     rows = [*SMALL, *LARGE, *RECIPES]
-    found = [row for row in rows if fnmatch.fnmatchcase(f"{row.size}, {row.name}", f"*{pattern or ''}*")]
-    if not found:
+    matching = [row for row in rows if fnmatch.fnmatchcase(f"{row.size}, {row.name}", f"*{pattern or ''}*")]
+    if not matching:
         raise UserError(f"--only {pattern!r} is part of no row's name, such as '{rows[0].size}, {rows[0].name}'")
-    return found
+    return matching
 
 
-def show(size: str, found: dict[Setting, dict]) -> None:
+def show(size: str, results: dict[Setting, dict]) -> None:
     """Print the rows of one size."""
     rows = [(setting.name, *(None if row[k] is None else format(row[k], form) for k, form in COLUMNS.items()))
-            for setting, row in found.items()]  # fmt: skip
+            for setting, row in results.items()]  # fmt: skip
     print(format_table(rows, (size, *COLUMNS)) + "\n", flush=True)
 
 
-def draw(found: dict[Setting, dict], path: Path) -> None:
+def draw(results: dict[Setting, dict], path: Path) -> None:
     """Draw alignment and way against n / c. Raises `WriteError`."""
     figure, axes = pyplot().subplots(2, 2, figsize=(9.5, 6.4), layout="constrained", sharex=True, sharey="row")
     c = CURVES[0].c
@@ -242,12 +242,12 @@ def draw(found: dict[Setting, dict], path: Path) -> None:
             curve = [s for s in CURVES if (s.beta, s.start) == (beta, start)]
             images = [s.n / c for s in curve]
             for axis, name in zip(axes[:, column], ("alignment", "way"), strict=True):
-                values = [found[s][name] for s in curve]
+                values = [results[s][name] for s in curve]
                 axis.plot(images, values, "o", color=color, ms=4, ls=line, label=f"{start} start")
         refs = [reference_losses(beta, c, s.n) for s in curve]
         state = [(x.uniform - x.aligned) / (x.uniform - x.floor) for x in refs]
         axes[1, column].plot(images, state, color="0.45", ls=":", label="one code per image")
-        axes[0, column].axhline(found[curve[0]]["random"], color="0.45", ls=":", label="random directions")
+        axes[0, column].axhline(results[curve[0]]["random"], color="0.45", ls=":", label="random directions")
         axes[1, column].axhline(0, color="0.75", lw=0.8)
         for axis in axes[:, column]:
             axis.axvline(c**-beta, color="0.2", lw=1, label=f"n = c^(1 - beta) = {c ** (1 - beta):.0f}")
@@ -279,22 +279,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_output_dir(str(Path(name).parent), f"{flag} {name}: folder")
     if args.figure is not None and Path(args.figure).suffix != ".png":
         raise UserError(f"--figure {args.figure}: the name must end in .png")
-    settings, found, commit = chosen(args.only), {}, git_commit()
+    settings, results, commit = chosen(args.only), {}, git_commit()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, cpu, 1 thread, float64, commit {commit}\n")
     for size in dict.fromkeys(s.size for s in settings):
         rows = {s: minimize(s, seed=args.seed) for s in settings if s.size == size}
         show(size, rows)
-        found |= rows
+        results |= rows
     if args.figure is not None:
-        found |= {s: minimize(s, seed=args.seed) for s in CURVES if s not in found}
-        draw(found, Path(args.figure))
+        results |= {s: minimize(s, seed=args.seed) for s in CURVES if s not in results}
+        draw(results, Path(args.figure))
     if args.json is not None:
-        rows = [s._asdict() | row for s, row in found.items()]
+        rows = [s._asdict() | row for s, row in results.items()]
         versions = {"commit": commit, "torch": torch.__version__, "seed": args.seed}
         report = versions | {"seconds": time.process_time(), "rows": rows}
         write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
-    print(f"{len(found)} rows, {time.process_time():.0f} s of one core")
+    print(f"{len(results)} rows, {time.process_time():.0f} s of one core")
 
 
 if __name__ == "__main__":
