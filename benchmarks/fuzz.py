@@ -63,7 +63,7 @@ NUMBERS = ["", " ", "-1", "0", "-0", "1e309", "nan", "-inf", "1e-320", "1e300", 
            "1,5", "\u0967\u0968", "1/0", "--1", "2147483648", "18446744073709551616", "0.5", "3", "33"]  # fmt: skip
 WORDS = ["None", "true", "a\nb", "\t", "x" * 5000, "\u00e9", "\udcff", "{}", "[1", "*", "@", "%j", "-", "--", "$bad$",
          "timm:resnet50", "resnet8_w999999999", "vit_smal", "\x1b[31m", "=1", "a b", "'", '"', "\\"]  # fmt: skip
-PATHS = ["{place}", "{place}/noise", "{place}/empty", "{place}/text", "/", "..", "~", "~nobody/x", "{place}/nowhere/x",
+PATHS = ["{place}", "{place}/noise", "{place}/empty", "{place}/text", "..", "~", "~no_such_user/x", "{place}/nowhere/x",
          "{place}/" + "d/" * 2000, "{place}/caf\udce9", "{checkpoint}", "{images}"]  # fmt: skip
 Result = tuple[str, str, list[str], str]  # part, script, flags, what went wrong or ""
 

@@ -103,7 +103,7 @@ class GEDIGen(GEDI):
         Every rank draws the numbers of all, so that they depend on seed and step and not on the number of processes.
         """
         n, world = len(like), collectives.world_size()
-        own = slice(collectives.rank(), n * world, world)
+        mine = slice(collectives.rank(), n * world, world)
         seed = random_streams.seed_of(random_streams.FOR_SGLD, self.seed, self.step)
         generator = torch.Generator(like.device).manual_seed(seed)
         shape = (n * world, *self.replay.shape[1:])
@@ -115,16 +115,16 @@ class GEDIGen(GEDI):
             raise UserError(f"--sgld_buffer {len(self.replay)} is smaller than a batch of {n * world} images")
         rows = torch.randperm(len(self.replay), generator=generator, device=like.device)[: n * world]
         fresh = torch.rand(n * world, generator=generator, device=like.device) < self.restart
-        uniform, noise = normalize(draw(torch.rand)), draw(torch.randn)[own]
+        uniform, noise = normalize(draw(torch.rand)), draw(torch.randn)[mine]
         kept = self.replay[rows].to(like.dtype)
         fresh |= ~kept.flatten(1).any(1)  # never written yet
-        x = torch.where(fresh[:, None, None, None], uniform, kept)[own].contiguous()
+        x = torch.where(fresh[:, None, None, None], uniform, kept)[mine].contiguous()
         for _ in range(self.steps):
             x.requires_grad_(True)
             with torch.enable_grad():
                 energy = -self.energy(self.backbone(x)).sum()
                 (slope,) = torch.autograd.grad(energy, x)
-            x = x.detach() - self.step_size * slope + self.noise * draw(torch.randn)[own]
+            x = x.detach() - self.step_size * slope + self.noise * draw(torch.randn)[mine]
         self._drawn = rows, collectives.gather_rows(x.detach())
         return x.detach(), noise
 
