@@ -85,12 +85,20 @@ def _memory_of_process(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def run_cell(script: str, *arguments: object) -> tuple[dict, str]:
-    """Run a script that prints JSON last, in a process of its own; return the result, or {} and the last error line."""
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+def run_cell(script: str, *arguments: object, limit: float | None = None) -> tuple[dict, str]:
+    """Run a script that prints JSON last, in a process of its own, for `limit` seconds at most.
+
+    Return the result, or {} and why there is none.
+    """
+    command = [sys.executable, script, *map(str, arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {}, f"no end after {limit:.0f} s"
     if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        return {}, (done.stderr.strip().splitlines() or ["killed"])[-1]
+        print(done.stderr[-3000:], file=sys.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {}, f"ended with code {done.returncode}: {last[:200]}"
     return json.loads(done.stdout.strip().splitlines()[-1]), ""
 
 
