@@ -209,26 +209,27 @@ def one_step(device: torch.device, tiny: bool) -> list[Check]:
         vit = ["--arch", "timm:test_vit", "--image_size", "32", "--batch_size_per_gpu", "8", "--out_dim", "512",
                "--local_crops_number", "2", "--local_image_size", "16"]  # fmt: skip
         resnet = ["--arch", "resnet8_w8", "--image_size", "16", "--batch_size_per_gpu", "8", "--out_dim", "64"]
-    checks = []
-    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(False)
-    for flags in ([*vit, "--drop_path_rate", "0"], resnet):
-        images = random_views(main_cplearn.parse_args(flags), CPU)
-        exact = gradient(flags, CPU, images, double=True)
+    return network_checks([*vit, "--drop_path_rate", "0"], device) + network_checks(resnet, device)
 
-        def check(what: str, bound: float, where: torch.device, *more: str, note="", tf32=False, flags=flags,
-                  images=images, exact=exact) -> Check:  # fmt: skip
-            off = distance(gradient([*flags, *more], where, images, tf32=tf32), exact)
-            return Check(f"{flags[1]}, {what}", off, bound, note)
 
-        here = check("fp32", 0.0, CPU).found
-        checks.append(check("fp32", max(20 * here, 1e-5), device, note=f"this CPU's own fp32: {here:.1e}"))
-        if device.type == "cuda":
-            checks.append(check("fp32, convolutions in TF32 (torch's default)", 0.02, device, tf32=True))
-        # Weights, activations and gradients of all layers are rounded: by eight times as much in bf16.
-        checks.append(check("bf16", 0.4, device, "--precision", "bf16") if bf16 else
-                      left_out(f"{flags[1]}, bf16", "this card has no bf16"))  # fmt: skip
-        checks.append(check("fp16", 0.05, device, "--precision", "fp16"))
-    return checks
+def network_checks(flags: list[str], device: torch.device) -> list[Check]:
+    """Return the checks of one network's gradient."""
+    images, arch = random_views(main_cplearn.parse_args(flags), CPU), flags[1]
+    exact = gradient(flags, CPU, images, double=True)
+
+    def off(where: torch.device, *more: str, tf32: bool = False) -> float:
+        return distance(gradient([*flags, *more], where, images, tf32=tf32), exact)
+
+    here = off(CPU)
+    checks = [Check(f"{arch}, fp32", off(device), max(20 * here, 1e-5), f"this CPU's own fp32: {here:.1e}")]
+    if device.type == "cuda":
+        checks.append(Check(f"{arch}, fp32, convolutions in TF32 (torch's default)", off(device, tf32=True), 0.02))
+    # Weights, activations and gradients of all layers are rounded: by eight times as much in bf16.
+    if device.type == "cpu" or torch.cuda.is_bf16_supported(False):
+        checks.append(Check(f"{arch}, bf16", off(device, "--precision", "bf16"), 0.4))
+    else:
+        checks.append(left_out(f"{arch}, bf16", "this card has no bf16"))
+    return [*checks, Check(f"{arch}, fp16", off(device, "--precision", "fp16"), 0.05)]
 
 
 def gradient(

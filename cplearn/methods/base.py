@@ -82,9 +82,9 @@ class Method(nn.Module):
     """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
 
     A method defines `add_flags`, `forward`, `embed`, `references`, and `codebook` (or, without vectors for its codes,
-    `assign` and `certainty`); the other functions do nothing unless it needs them. Its settings are keyword-only arguments of its constructor, whose defaults are those
-    of the flags of the same names. The order of a step is `before_step`, `forward`, backward, `after_backward`, the
-    optimizer's step, `after_step`.
+    `assign` and `certainty`); the other functions do nothing unless it needs them. Its settings are keyword-only
+    arguments of its constructor, whose defaults are those of the flags of the same names. The order of a step is
+    `before_step`, `forward`, backward, `after_backward`, the optimizer's step, `after_step`.
     """
 
     N_GLOBAL = 2  # global crops, the first of the views
@@ -93,7 +93,7 @@ class Method(nn.Module):
     accum = 1  # those parts
     backbone: nn.Module  # trained; num_features wide
     out_dim: int
-    # What to try against each kind of collapse, where there is more to say than `evaluation.collapse` has.
+    # What to try against each kind of collapse, where there is more to say than `probe.verdict` has.
     REMEDIES: dict[str, str] = {}
     CERTAINTY = "probability"  # what `certainty` returns, in words
     UNIFORM = "uniform"  # what the state of `ReferenceLosses.uniform` is called at the start
