@@ -61,7 +61,7 @@ def all_rows(x: Tensor) -> Tensor:
 
 
 class BarlowTwins(Method):
-    CERTAINTY = "standardized output"
+    CERTAINTY, UNIFORM = "standardized output", "unrelated"
     REMEDIES = {"dimensional": "a larger --lambd"}
 
     def __init__(
@@ -125,11 +125,3 @@ class BarlowTwins(Method):
         """Count zhat of all ranks, its gradient and a product's copy for each view, and the Gram matrices; never c x c."""
         population = n * collectives.world_size()
         return 4 * views * (3 * population * self.out_dim + population**2)
-
-    def describe(self, n: int) -> dict[str, float | str]:
-        refs = self.references(n)
-        return {
-            "head_parameters": sum(p.numel() for p in self.projector.parameters()),
-            "loss_unrelated": refs.uniform,
-            "loss_floor": refs.floor,
-        }

@@ -18,7 +18,7 @@ from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import plain_average, statistics_kept
 from cplearn.errors import LocalError
 from cplearn.methods.base import Method, forward_by_size
-from cplearn.metrics import collapse, label_free
+from cplearn.metrics import collapse
 from cplearn.metrics.knn import leave_one_out_knn
 
 
@@ -131,11 +131,6 @@ class ProbeResult:
     vectors: Tensor | None  # of the codes of the first view (n, d)
     labels: Tensor  # int64 (n,), -1 where there are none
     prototypes: Tensor | None = None  # of all codes, where they are learned (c, d)
-
-    def label_free(self) -> dict[str, float]:
-        """Return the measures that need no label, of `metrics/label_free.py`."""
-        return label_free.label_free(self.features, self.other_features, self.embedding, self.other_embedding,
-                                     self.codes, self.others)  # fmt: skip
 
     def metrics(self) -> dict:
         """Return the numbers of the verdict; NaN as the cosine, and no more, if an entry is not finite."""
