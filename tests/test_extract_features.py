@@ -14,12 +14,13 @@ from PIL import Image
 
 import eval_knn
 import extract_features
-from cplearn import checkpoints, load
+from cplearn import checkpoints
 from cplearn.data.color import normalize, to_float
 from cplearn.data.datasets import Folder
 from cplearn.errors import UserError
 from cplearn.features import files, splits
-from cplearn.load import load_pretrained
+from cplearn.features.cli import request_of
+from cplearn.load import load_model, load_pretrained
 
 
 def flags(weights, images, out, *more):
@@ -58,7 +59,7 @@ def test_features_are_those_of_the_evaluations_in_every_format(run, tmp_path, im
     """Names and order, too; and a file says what it is of."""
     images = image_folder / "val"
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--batch_size_per_gpu", "4"))
-    model = load.load_model(args, torch.device("cpu"))
+    model = load_model(request_of(args, "digits"), torch.device("cpu"))
     expected = splits.extract_features(model, Folder(images), args, torch.device("cpu"))
     found = extract(run / "checkpoint.pth", images, tmp_path / "f.npz")
     assert np.array_equal(found["features"], expected.features.numpy())

@@ -17,6 +17,7 @@ import vision_transformer
 from cplearn import checkpoints, load_backbone, load_pretrained
 from cplearn.data.datasets import Folder
 from cplearn.errors import UserError
+from cplearn.features.cli import request_of
 from cplearn.features.splits import extract_features
 from cplearn.load import load_model
 
@@ -27,7 +28,7 @@ def expected_features(tmp_path, image_folder, weights, *more):
              "cpu", "--output_dir", str(tmp_path), *more]  # fmt: skip
     args = eval_knn.get_args_parser().parse_args(flags)
     cpu = torch.device("cpu")
-    return extract_features(load_model(args, cpu), Folder(image_folder / "val"), args, cpu).features
+    return extract_features(load_model(request_of(args, "digits"), cpu), Folder(image_folder / "val"), args, cpu).features
 
 
 def features_of(pretrained, image_folder):

@@ -16,6 +16,7 @@ import eval_linear
 import main_cplearn
 from cplearn import backbones, checkpoints
 from cplearn.errors import UserError, WorkerError
+from cplearn.features.cli import request_of
 from cplearn.features.splits import extract_features
 from cplearn.load import load_model
 
@@ -35,7 +36,7 @@ def test_features_do_not_depend_on_batch_size_and_come_in_order(run, tmp_path):
 def test_a_model_says_what_the_file_completed_and_leaves_the_flags_alone(run, tmp_path, image_folder, monkeypatch):
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--image_size", "16"))
     before = copy.deepcopy(args)
-    model = load_model(args, torch.device("cpu"))
+    model = load_model(request_of(args, "digits"), torch.device("cpu"))
     assert args == before and model.network is None and model.epoch == 2 and not model.backbone.training
     assert model.flags() == {"arch": "resnet8_w8", "patch_size": 16, "image_size": 16, "dataset": "folder",
                              "data_path": str(image_folder), "class_list": None, "method": "cplearn"}  # fmt: skip
@@ -152,7 +153,7 @@ def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_p
     write_images(tmp_path / "data" / "val", 4)
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
     args.num_workers = int(workers)
-    model = load_model(args, torch.device("cpu"))
+    model = load_model(request_of(args, "digits"), torch.device("cpu"))
     dataset = model.images("val")
     extract_features(model, dataset, args, torch.device("cpu"))
     (tmp_path / "data" / "val" / "002.jpg").unlink()
