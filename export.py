@@ -63,12 +63,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     kind, target = FORMATS[args.to], Path(args.out)
     for package in kind.PACKAGES:
         common.need(package, args.to)
-    if not Path(args.pretrained_weights).is_file():
-        cli.open_network(args, torch.device("cpu"))  # which says what is wrong with it, before anything about --out
+    model = cli.open_network(args, torch.device("cpu"))
     if target.exists() and target.samefile(args.pretrained_weights):
         raise UserError(f"--out {printable(target)} is the file to export itself: name another with --out")
-    common.check_target(target, folder=not kind.SUFFIX, is_ours=kind.is_earlier)
-    model = cli.open_network(args, torch.device("cpu"))
+    common.check_target(target, args.to, folder=not kind.SUFFIX)
     kind.check(model)
     model = common.at_image_size(model)
     options = {"with_preprocessing": True} if args.with_preprocessing else {}
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
             new.mkdir()
         kind.write(model, new, **options)
         difference, notes = kind.verify(model, new, **options)
-        common.move_into_place(new, target, folder=not kind.SUFFIX)
+        common.move_into_place(new, target)
     size = f"{model.image_size} x {model.image_size} pixels"
     print(f"{printable(target)}: {model.arch}, {size}, {model.backbone.num_features} features")
     print(

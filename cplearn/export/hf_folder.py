@@ -40,10 +40,6 @@ def check(model: Model) -> None:
         )
 
 
-def is_earlier(path: Path) -> bool:
-    return common.is_marked_folder(path, NAME)
-
-
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a ViT's weights under Hugging Face's names: query, key and value apart."""
     found = {}
@@ -63,8 +59,7 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def write(model: Model, folder: Path) -> None:
     """Write config.json, model.safetensors and preprocessor_config.json."""
     vit = model.backbone
-    save = common.need("safetensors.torch", NAME).save
-    (folder / "model.safetensors").write_bytes(save(renamed(common.plain_weights(vit)), {"format": "pt"}))
+    common.write_weights(folder / "model.safetensors", renamed(common.plain_weights(vit)))
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -139,9 +134,7 @@ def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
     from transformers import AutoImageProcessor
 
     loaded = load(folder)
-    difference = common.compare(
-        model, lambda x: loaded(pixel_values=x).last_hidden_state[:, 0], common.normalized, LIBRARY
-    )
+    difference = common.compare(model, lambda x: loaded(pixel_values=x).last_hidden_state[:, 0], LIBRARY)
     processor = AutoImageProcessor.from_pretrained(folder.absolute(), local_files_only=True)
     image = common.sample_image()
     theirs = torch.as_tensor(processor(images=image, return_tensors="np")["pixel_values"])[0]
