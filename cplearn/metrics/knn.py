@@ -1,12 +1,43 @@
 """Weighted k-nearest-neighbor classification: between two sets of images, and among the images of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cplearn.errors import UserError
+
+# Unit vectors (n, f) and k -> cosine and row of the k nearest training images, largest first: (n, k) and (n, k).
+Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+CPU = torch.device("cpu")
+LARGEST_PRODUCT = 2**28  # cosines that a GPU holds at once: 1 GiB
+
+
+def faiss_search(train: Tensor) -> Search:
+    """Search exactly on the CPU, in faiss's own blocks. Shape: unit vectors (N, f)."""
+    import faiss
+
+    index = faiss.IndexFlatIP(train.shape[1])
+    index.add(train.numpy())
+
+    def search(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        cosine, neighbor = index.search(x.numpy(), k)
+        return torch.from_numpy(cosine), torch.from_numpy(neighbor)
+
+    return search
+
+
+def product_search(train: Tensor, device: torch.device) -> Search:
+    """Search exactly by products on a device, for GPUs (not measured). Shape: unit vectors (N, f)."""
+    columns = train.to(device).T
+
+    def search(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        rows = x.split(max(1, LARGEST_PRODUCT // columns.shape[1]))
+        nearest = [(part.to(device) @ columns).topk(k, dim=1) for part in rows]
+        return torch.cat([x.values.cpu() for x in nearest]), torch.cat([x.indices.cpu() for x in nearest])
+
+    return search
 
 
 def knn(
@@ -18,6 +49,7 @@ def knn(
     ks: Sequence[int],
     temperature: float,
     leave_one_out: bool = False,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy for each k; k is capped at the number of training images.
 
@@ -27,20 +59,16 @@ def knn(
     weight exp(cosine / temperature). With `leave_one_out`, train and test are the same images, and none is its own
     neighbor. Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
     """
-    import faiss
-
-    train = F.normalize(train, dim=1).numpy()
-    test = F.normalize(test, dim=1).numpy()
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    search = faiss_search(train) if device.type == "cpu" else product_search(train, device)
     n_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    index = faiss.IndexFlatIP(train.shape[1])
-    index.add(train)
     own = int(leave_one_out)
     if len(train) <= own:
         raise UserError(f"{len(train)} images: k-NN compares each with another, which needs at least 2")
     ks = sorted({min(k, len(train) - own) for k in ks})
     hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
     for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
-        cosine, neighbor = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1] + own))
+        cosine, neighbor = search(test[start : start + 4096], ks[-1] + own)
         if own:  # to the end, where no k reaches it
             itself = neighbor == torch.arange(start, start + len(neighbor))[:, None]
             order = itself.int().argsort(dim=1, stable=True)
