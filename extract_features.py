@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with FolderLock(parts.folder, "--out"):
         size = job.part_size(len(dataset), args.batch_size_per_gpu)
         parts.images, parts.size = collectives.on_main(begin, parts, job, identity, dataset, size)
-        extract.extract(job, dataset, parts, args)
+        unreadable = extract.extract(job, dataset, parts, args)
         if collectives.is_main():
-            source = job.source(identity | content, parts, dataset.names)
+            source = job.source(identity | content, unreadable)
             count = files.assemble(out, parts, job.columns, dataset.names, source)
             parts.remove()
             print(summary(out, count, job, source))

@@ -331,6 +331,6 @@ def test_wrong_weights(run, tmp_path):
 
 def test_a_missing_package_is_named(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="pip install onnxruntime"):
+    with pytest.raises(UserError, match="onnxruntime.*pip install"):
         export.main([str(run / "checkpoint.pth"), "--to", "onnx", "--out", str(tmp_path / "x.onnx")])
     assert os.listdir(tmp_path) == []

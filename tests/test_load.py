@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval_knn
 import vision_transformer
-from cplearn import checkpoints, load_backbone, load_pretrained
+from cplearn import checkpoints, load_backbone
 from cplearn.data.datasets import Folder
 from cplearn.errors import UserError
 from cplearn.features.cli import request_of
@@ -102,14 +102,6 @@ def test_the_transform_takes_images_of_any_mode(run):
     for image in (Image.fromarray(gray), Image.fromarray(gray).convert("RGBA"), Image.fromarray(gray * np.uint16(257))):
         assert torch.equal(transform(image), plain)
     assert repr(transform) == "EvalTransform(size=100)"
-
-
-def test_the_head_comes_along(run, tmp_path):
-    model = load_pretrained(run / "checkpoint.pth")
-    saved = checkpoints.load(run / "checkpoint.pth")["model"]
-    assert model.method.out_dim == 40
-    assert torch.equal(model.method.head.linear.weight, saved["head.linear.weight"])
-    assert model.method.predict(model.backbone(torch.zeros(2, 3, 32, 32))).shape == (2,)
 
 
 def test_random_numbers_of_the_caller_are_left_alone(run, tmp_path):

@@ -1,7 +1,6 @@
 """What every format shares: what it says of the network, where it is written, and the comparison with ours."""
 
 import contextlib
-import importlib
 import json
 import os
 import shutil
@@ -9,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -79,20 +77,6 @@ def plain_weights(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
 
-# --- packages of others ---------------------------------------------------------------------------------
-
-
-def need(package: str, to: str) -> ModuleType:
-    """Import a package that only exports need. Raises `UserError` with the command that installs it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        top = package.partition(".")[0]
-        missing = (getattr(error, "name", None) or top).partition(".")[0]
-        hint = "pip install " + top if missing == top else f"pip install --upgrade {top} {missing}"
-        raise UserError(f"--to {to} needs the package {top} ({error}): {hint}") from None
-
-
 # --- where it is written ----------------------------------------------------------------------------------
 
 
@@ -126,16 +110,16 @@ def workspace(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def write_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
-    """Turn whatever a library raises where a disk fails into a `WriteError`, and versions that do not fit each other
-    into a `UserError`."""
+def library_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
+    """Turn whatever a library raises where a disk fails into a `WriteError`, and packages that are not there, or do not
+    fit each other, into a `UserError` with the command that installs them."""
     try:
         yield
     except ExpectedError:
         raise
     except ImportError as error:
         names = " ".join(sorted({name.partition(".")[0] for name in packages}))
-        raise UserError(f"the installed versions do not fit ({error}): pip install --upgrade {names}") from None
+        raise UserError(f"this export needs other packages ({error}): pip install --upgrade {names}") from None
     except Exception as error:
         full = is_full(target.absolute().parent)
         if not full and not isinstance(error, OSError):

@@ -1,5 +1,7 @@
 """`--to hf`: a folder for Hugging Face's `ViTModel.from_pretrained`, with an image processor."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -111,19 +113,11 @@ def preprocessing(model: Model) -> dict[str, object]:
 def load(folder: Path) -> torch.nn.Module:
     """Load it as Hugging Face's users do, with nothing fetched and nothing printed."""
     import transformers
-    from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with contextlib.redirect_stderr(io.StringIO()):
         return transformers.ViTModel.from_pretrained(
             folder.absolute(), add_pooling_layer=False, local_files_only=True
         ).eval()
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def verify(model: Model, folder: Path) -> tuple[float, list[str]]:

@@ -125,15 +125,14 @@ class Extraction:
             "data_hash": datasets.fingerprint(dataset),
         }
 
-    def source(self, identity: dict[str, object], parts: Parts, names) -> dict[str, object]:
+    def source(self, identity: dict[str, object], unreadable: dict[str, str]) -> dict[str, object]:
         """Return what the file has to say of itself: the identity, and what was left out."""
-        failures = {str(names[i]): reason for k in range(len(parts)) for i, reason in parts.failures(k).items()}
         return {
             **self.model.source(),
             **identity,
             "patch_size": self.patch if self.patch > 1 else None,
             "out_dim": self.method.out_dim if self.method is not None else None,
-            "unreadable": failures,
+            "unreadable": unreadable,
             "commit": git_commit(),
             "script": SCRIPT,  # the last: where `files.MARK` is looked for
         }
@@ -144,9 +143,10 @@ class Extraction:
         return max(1, min(max(most // batch_size, 1) * batch_size, -(-images // collectives.world_size())))
 
 
-def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) -> None:
+def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) -> dict[str, str]:
     """Make the parts that are missing, one per process and round. Every rank calls it.
 
+    Returns why images could not be read, by name: parts that miss some are made again by every run, so these are all.
     Raises `UserError` on all ranks when more images cannot be read than `--max_bad_images` allows.
     """
     missing = collectives.on_main(parts.missing)
@@ -161,9 +161,9 @@ def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) ->
         device=job.device,
     )
     failures: dict[int, str] = {}
-    missing_images = sum(len(parts.samples(k)) for k in missing)
-    silent = not (collectives.is_main() and sys.stderr.isatty())
-    bar = tqdm(total=parts.images, initial=parts.images - missing_images, unit="image", disable=silent)
+    done = parts.images - sum(len(parts.samples(k)) for k in missing)
+    quiet = None if collectives.is_main() else True  # None: without a terminal
+    bar = tqdm(total=parts.images, initial=done, unit="image", disable=quiet)
     with workers.watched(loader, args.worker_timeout) as batches, bar:
         for first in range(0, len(missing), world):
             local: dict[int, str] = {}
@@ -182,6 +182,7 @@ def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) ->
                     f"{args.max_bad_images:g} allows ({int(args.max_bad_images * len(dataset))}): repair them, or "
                     f"allow more, and run again; the last: {list(failures.values())[-1]}"
                 )
+    return {str(dataset.names[i]): reason for i, reason in sorted(failures.items())}
 
 
 def _make(job: Extraction, parts: Parts, k: int, batches: Iterator, batch_size: int, bar: tqdm) -> dict[int, str]:
@@ -194,5 +195,5 @@ def _make(job: Extraction, parts: Parts, k: int, batches: Iterator, batch_size: 
         for group in groups:
             rows.update(zip(group.samples, job.run(group.pixels), strict=True))
         bar.update(len(unreadable) + sum(len(group.samples) for group in groups))
-    parts.write(k, job.stack(rows), failures)
+    parts.write(k, job.stack(rows))
     return failures

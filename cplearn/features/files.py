@@ -28,8 +28,8 @@ Rows = dict[str, np.ndarray]  # by column: features, embedding, codes, grid
 class Parts:
     """The folder of parts beside an output file: `.NAME.parts/`, with plan.json and a file per part.
 
-    A part holds the rows of consecutive images, and the reasons for those that have none. Several processes, also of
-    several machines, write different parts: no file has two writers.
+    A part holds the rows of consecutive images, of those that could be read, and their numbers as `samples`. Several
+    processes, also on several machines, write different parts: no file has two writers.
     """
 
     def __init__(self, out: Path):
@@ -72,16 +72,14 @@ class Parts:
 
     def missing(self) -> list[int]:
         """Return the parts to make: not there, or with images that could not be read and may be repaired by now."""
-        return [k for k in range(len(self)) if not self._path(k).exists() or self.failures(k)]
+        there = [k for k in range(len(self)) if self._path(k).exists()]
+        whole = {k for k in there if len(self._read(k, "samples")) == len(self.samples(k))}
+        return [k for k in range(len(self)) if k not in whole]
 
-    def failures(self, k: int) -> dict[int, str]:
-        """Return the reasons for the images of a part that have no row, by sample."""
-        return {int(i): reason for i, reason in json.loads(str(self._read(k, "failures"))).items()}
-
-    def write(self, k: int, rows: Rows, failures: dict[int, str]) -> None:
-        """Write a part, whole or not at all. `rows` has the column `samples`, too. Raises `WriteError`."""
+    def write(self, k: int, rows: Rows) -> None:
+        """Write a part, whole or not at all. Raises `WriteError`."""
         with written(self._path(k), on_disk=True) as f:
-            np.savez(f, failures=np.array(json.dumps(failures)), **rows)
+            np.savez(f, **rows)
 
     def read(self, name: str) -> Iterator[np.ndarray]:
         """Yield a column, part by part."""

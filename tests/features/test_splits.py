@@ -1,10 +1,12 @@
 """Features from a checkpoint: their order, what is kept of them, wrong data, weights of other kinds."""
 
+import argparse
 import copy
 import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,15 @@ import eval_cluster
 import eval_knn
 import eval_linear
 import main_cplearn
-from cplearn import backbones, checkpoints
+from cplearn import checkpoints, random_streams
+from cplearn.data.augmentations import eval_pixels
+from cplearn.data.color import network_input
+from cplearn.data.datasets import Folder
 from cplearn.errors import UserError, WorkerError
 from cplearn.features.cli import request_of
 from cplearn.features.splits import extract_features
 from cplearn.load import load_model
+from cplearn.methods import build_method
 
 
 def test_features_do_not_depend_on_batch_size_and_come_in_order(run, tmp_path):
@@ -48,19 +54,16 @@ def test_a_model_says_what_the_file_completed_and_leaves_the_flags_alone(run, tm
 
 
 def test_random_init_is_the_run_before_training(run, tmp_path):
-    args = json.loads((run / "args.json").read_text())["args"]
     eval_cluster.main(eval_flags(run, tmp_path, "--random_init", "--dump_features", str(tmp_path)))
     random = checkpoints.load(tmp_path / "features_val_last1.pth")["features"]
-    assert last_result(tmp_path)["random_init"] is True
-    torch.manual_seed(1)
-    untrained = backbones.build_backbone("resnet8_w8", patch_size=16, image_size=32).eval()
-    trained = checkpoints.load(run / "checkpoint.pth")["model"]
-    assert random.shape == (12, 8) and args["seed"] == 0
-    checkpoints.load_into(
-        untrained, checkpoints.backbone_weights({"format": checkpoints.FORMAT, "model": trained}), "x"
-    )
-    eval_cluster.main(eval_flags(run, tmp_path, "--dump_features", str(tmp_path)))
-    assert not torch.allclose(random, checkpoints.load(tmp_path / "features_val_last1.pth")["features"])
+    assert last_result(tmp_path)["random_init"] is True and random.shape == (12, 8)
+    args = json.loads((run / "args.json").read_text())["args"]
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args["seed"])
+    untrained = build_method(argparse.Namespace(**args)).eval()
+    pixels = [eval_pixels(Folder(Path(args["data_path"]) / "val")[i][0], 32) for i in range(12)]
+    with torch.no_grad():
+        expected = untrained.backbone(network_input(torch.stack(pixels), torch.device("cpu")))
+    torch.testing.assert_close(random, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_dumped_features_give_the_same_results_without_images(run, tmp_path):
