@@ -9,35 +9,25 @@ from torch import Tensor
 from cplearn.errors import UserError
 
 # Unit vectors (n, f) and k -> cosine and row of the k nearest training images, largest first: (n, k) and (n, k).
-Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Search = Callable[[Tensor, int], tuple[Tensor, ...]]
 CPU = torch.device("cpu")
+BLOCK = 4096  # images that are classified at once: votes are (BLOCK, classes)
 LARGEST_PRODUCT = 2**28  # cosines that a GPU holds at once: 1 GiB
 
 
 def faiss_search(train: Tensor) -> Search:
-    """Search exactly on the CPU, in faiss's own blocks. Shape: unit vectors (N, f)."""
+    """Return an exact search on the CPU, in faiss's own blocks. Shape: unit vectors (N, f)."""
     import faiss
 
     index = faiss.IndexFlatIP(train.shape[1])
     index.add(train.numpy())
-
-    def search(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        cosine, neighbor = index.search(x.numpy(), k)
-        return torch.from_numpy(cosine), torch.from_numpy(neighbor)
-
-    return search
+    return lambda x, k: tuple(map(torch.from_numpy, index.search(x.numpy(), k)))
 
 
 def product_search(train: Tensor, device: torch.device) -> Search:
-    """Search exactly by products on a device, for GPUs (not measured). Shape: unit vectors (N, f)."""
+    """Return an exact search by plain products, for a GPU (not measured). Shape: unit vectors (N, f)."""
     columns = train.to(device).T
-
-    def search(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        rows = x.split(max(1, LARGEST_PRODUCT // columns.shape[1]))
-        nearest = [(part.to(device) @ columns).topk(k, dim=1) for part in rows]
-        return torch.cat([x.values.cpu() for x in nearest]), torch.cat([x.indices.cpu() for x in nearest])
-
-    return search
+    return lambda x, k: tuple(nearest.cpu() for nearest in (x.to(device) @ columns).topk(k, dim=1))
 
 
 def knn(
@@ -60,20 +50,23 @@ def knn(
     neighbor. Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    search = faiss_search(train) if device.type == "cpu" else product_search(train, device)
+    if device.type == "cpu":
+        search, block = faiss_search(train), BLOCK
+    else:
+        search, block = product_search(train, device), max(1, min(BLOCK, LARGEST_PRODUCT // len(train)))
     n_classes = int(max(train_labels.max(), test_labels.max())) + 1
     own = int(leave_one_out)
     if len(train) <= own:
         raise UserError(f"{len(train)} images: k-NN compares each with another, which needs at least 2")
     ks = sorted({min(k, len(train) - own) for k in ks})
     hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
-    for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
-        cosine, neighbor = search(test[start : start + 4096], ks[-1] + own)
+    for start in range(0, len(test), block):
+        cosine, neighbor = search(test[start : start + block], ks[-1] + own)
         if own:  # to the end, where no k reaches it
             itself = neighbor == torch.arange(start, start + len(neighbor))[:, None]
             order = itself.int().argsort(dim=1, stable=True)
             cosine, neighbor = cosine.gather(1, order), neighbor.gather(1, order)
-        labels, truth = train_labels[neighbor], test_labels[start : start + 4096]
+        labels, truth = train_labels[neighbor], test_labels[start : start + block]
         for k in ks:
             hits[k] += count_hits(cosine[:, :k], labels[:, :k], truth, n_classes, temperature)
     results: dict[str, float] = {}

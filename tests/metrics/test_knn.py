@@ -30,10 +30,9 @@ def test_knn_equals_a_loop():
         assert got[f"knn{k}_top5"] == pytest.approx(top5 / 25)
 
 
-def test_products_find_what_faiss_finds(monkeypatch):
+def test_products_find_what_faiss_finds():
     generator = torch.Generator().manual_seed(2)
     train, test = (F.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (300, 70))
-    monkeypatch.setattr("cplearn.metrics.knn.LARGEST_PRODUCT", 300 * 9)  # nine images at once
     cosine, neighbor = product_search(train, torch.device("cpu"))(test, 20)
     expected = faiss_search(train)(test, 20)
     torch.testing.assert_close(cosine, expected[0])
