@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
 
 DINO's protocol sends random crops (bilinear) and flips of every training image through the backbone in every epoch, the
-last, smaller batch too. `--augment false` extracts the features once, from center crops, and takes seconds. The result on the last
-epoch is the one to report; the best epoch is chosen on the evaluation images and is named for what it is.
+last, smaller batch too. `--augment false` extracts the features once, from center crops, and takes seconds. The result
+on the last epoch is the one to report; the best epoch is chosen on the evaluation images and is named for what it is.
 """
 
 import argparse

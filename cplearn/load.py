@@ -52,8 +52,6 @@ class Model:
     """A frozen backbone in eval mode, the method around it if the file had one, and what file and flags say of them."""
 
     backbone: nn.Module
-    method: nn.Module | None
-    method_name: str | None
     arch: str
     patch_size: int
     image_size: int
@@ -62,9 +60,11 @@ class Model:
     class_list: str | None
     weights: str  # path of the file
     weights_sha256: str
-    epoch: int | None  # epochs that the weights were trained for, if the file says so
     random_init: bool  # not the file's weights, but those that such a model starts from
-    network: str | None  # teacher or student, where the method has two
+    epoch: int | None = None  # epochs that the weights were trained for, if the file says so
+    method: nn.Module | None = None
+    method_name: str | None = None
+    network: str | None = None  # teacher or student, where the method has two
 
     def flags(self) -> dict[str, object]:
         """Return the flags as the file completes them."""
@@ -116,8 +116,6 @@ def _run_model(request: ModelRequest, file: WeightsFile) -> Model:
     method.use(network)
     return Model(
         backbone=method.evaluated,
-        method=method,
-        method_name=run.method,
         arch=run.arch,
         patch_size=run.patch_size,
         image_size=request.image_size or run.image_size,
@@ -126,8 +124,10 @@ def _run_model(request: ModelRequest, file: WeightsFile) -> Model:
         class_list=class_list,
         weights=file.path,
         weights_sha256=file.sha256,
-        epoch=file.state["epoch"],
         random_init=request.random_init,
+        epoch=file.state["epoch"],
+        method=method,
+        method_name=run.method,
         network=network if hasattr(method, "network") else None,
     )
 
@@ -172,8 +172,6 @@ def _bare_model(request: ModelRequest, file: WeightsFile) -> Model:
         checkpoints.load_backbone(backbone, file.state, file.path, request.checkpoint_key or "teacher")
     return Model(
         backbone=backbone,
-        method=None,
-        method_name=None,
         arch=arch,
         patch_size=patch_size,
         image_size=image_size,
@@ -182,9 +180,8 @@ def _bare_model(request: ModelRequest, file: WeightsFile) -> Model:
         class_list=request.class_list,
         weights=file.path,
         weights_sha256=file.sha256,
-        epoch=exported.get("epoch"),
         random_init=request.random_init,
-        network=None,
+        epoch=exported.get("epoch"),
     )
 
 
