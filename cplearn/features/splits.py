@@ -1,7 +1,7 @@
 """Features of the splits of a data set: extracted once, or those that an evaluation kept earlier."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from cplearn.data import augmentations, color, datasets, loaders, workers
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import plain_average
 from cplearn.errors import UserError
+from cplearn.files import reading
 from cplearn.load import Model
 from cplearn.text import few
 
@@ -156,26 +157,22 @@ def _load_features(folder: str, split: str, tokens: Tokens) -> Features:
     if not path.is_file():
         raise UserError(f"--load_features {folder} has no {path.name}: extract it first with --dump_features")
     state = checkpoints.load(path)
-    kept = {name: state.get(name) for name in Features.__dataclass_fields__}
-    if not _whole(**kept):
-        raise UserError(f"{path} holds no kept features: extract them again with --dump_features")
-    return Features(**kept)
+    with reading(path, "extract the features again with --dump_features"):
+        kept = Features(**{field.name: state[field.name] for field in fields(Features)})
+        _check_rows(kept)
+    return kept
 
 
-def _whole(features, labels, codes, names, classes, out_dim, arch, source) -> bool:
-    """Return whether these are what `Features` has, each of n images."""
-    rows = isinstance(features, Tensor) and features.dtype == torch.float32 and features.dim() == 2
-    shape = features.shape[:1] if rows else None
-    whole = [isinstance(x, Tensor) and x.dtype == torch.int64 and x.shape == shape for x in (labels, codes)]
-    texts = [isinstance(x, list) and all(isinstance(y, str) for y in x) for x in (names, classes)]
-    return (
-        (rows and whole[0] and texts[0] and len(names) == len(features) and isinstance(arch, str))
-        and (whole[1] or codes is None)
-        and (texts[1] or classes is None)
-        and (out_dim is None or (type(out_dim) is int and out_dim > 1))
-        and (codes is None or (out_dim is not None and bool(((codes >= 0) & (codes < out_dim)).all())))
-        and (isinstance(source, dict) and all(isinstance(k, str) for k in source))
-    )
+def _check_rows(kept: Features) -> None:
+    """Raise ValueError for what would give wrong numbers in silence: each column has n usable rows."""
+    n = len(kept.names)
+    if kept.features.dtype != torch.float32 or kept.features.shape[:-1] != (n,) or not kept.features.isfinite().all():
+        raise ValueError(f"features are not {n} rows of finite float32")
+    for rows in (kept.labels,) if kept.codes is None else (kept.labels, kept.codes):
+        if rows.dtype != torch.int64 or rows.shape != (n,):
+            raise ValueError(f"labels or codes are not {n} whole numbers")
+    if kept.codes is not None and not ((kept.codes >= 0) & (kept.codes < kept.out_dim)).all():
+        raise ValueError(f"codes are not below {kept.out_dim}")
 
 
 @torch.inference_mode()
