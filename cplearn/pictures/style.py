@@ -50,6 +50,20 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def panels(columns: int, rows: int = 1, *, width: float = 5, height: float = 4, aside: float = 0):
+    """Return a figure and its axes (rows, columns), which have this size in inches; `aside`: for a color bar."""
+    size = (width * columns + aside, height * rows)
+    return pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def finish(axis, **labels) -> None:
+    """Label an axis with curves; draw its grid and its legend."""
+    axis.set(**labels)
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=8)
+
+
 def png_mark(software: str = SOFTWARE) -> bytes:
     """Return what the PNG files of `save_picture` hold: see `cplearn.files.replaceable`."""
     return b"Software\0" + software.encode()
