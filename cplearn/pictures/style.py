@@ -46,8 +46,9 @@ def diverging():
 
 
 def shortened(text: str, most: int) -> str:
-    """Return at most so many characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    """Return at most so many characters, without the middle: names often differ at their ends."""
+    kept = most - 3
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}...{text[-(kept // 2) :]}"
 
 
 def panels(columns: int, rows: int = 1, *, width: float = 5, height: float = 4, aside: float = 0):
