@@ -4,18 +4,17 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 
 import pytest
+from browser import PROGRAM as BROWSER
 from helpers import train
 from PIL import Image
 
 import plot_runs
 from cplearn.errors import UserError
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror=alert(1)>&'\"$a_b$ </script>\n\udce9"
 
 
