@@ -9,7 +9,7 @@ from cplearn.pictures.runs import RunLog
 from cplearn.text import printable
 
 STYLES = ("-", ":")  # of a panel's curves; dashed is the value at the start
-SMALL = {"fontsize": 7, "color": "0.35"}
+MOST_NAMED = 4  # levels that a legend names
 DPI = 90
 
 
@@ -84,57 +84,47 @@ def curves(panel: Panel, runs: Sequence[RunLog], axis: str) -> Iterator[tuple[Ru
 
 
 def draw_panel(axes, panel: Panel, runs: Sequence[RunLog], axis: str) -> None:
-    """Draw the curves of all runs, and the levels that belong to them."""
+    """Draw the curves of all runs, with their values at the start and the levels that belong to them."""
     from matplotlib.ticker import PercentFormatter
 
     drawn = list(curves(panel, runs, axis))
-    dashes = dict(zip(panel.curves, STYLES, strict=False))
+    names, styles = list(panel.curves.values()), dict(zip(panel.curves, STYLES, strict=False))
     for run, field, points in drawn:
         marker = {"marker": "o" if len(points) < 12 else None, "ms": 3}
-        axes.plot(*zip(*points, strict=True), dashes[field], color=run.color, lw=1.4, **marker)
+        axes.plot(*zip(*points, strict=True), styles[field], color=run.color, lw=1.4, **marker)
         if (start := run.at_start(field)) is not None and len(points) > 1:
             axes.axhline(start, color=run.color, lw=0.9, ls="--", alpha=0.7)
     values = [y for *_, points in drawn for _, y in points]
     if panel.log and max(values) >= 10 * min(values):
         axes.set_yscale("log")
-    title, names = panel.title, list(panel.curves.values())
-    if len(names) > 1:
-        for field, name in panel.curves.items():
-            axes.plot([], [], dashes[field], color="0.3", lw=1.2, label=name or "measured")
-    elif names[0]:
-        title = f"{title} ({names[0]})"
+    for field, name in panel.curves.items() if len(names) > 1 else ():
+        axes.plot([], [], styles[field], color="0.3", lw=1.2, label=name or "measured")
     if any(run.at_start(field) is not None for run, field, _ in drawn):
         axes.plot([], [], "--", color="0.3", lw=0.9, label="at the start")
+    draw_levels(axes, panel, [run for run, *_ in drawn])
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7, framealpha=0.6)
-    draw_levels(axes, panel, drawn)
     axes.set_xlim(0, None)
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(panel.title + (f" ({names[0]})" if len(names) == 1 and names[0] else ""), fontsize=10, loc="left")
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
 
 
-def draw_levels(axes, panel: Panel, drawn: list[tuple[RunLog, str, list[tuple[float, float]]]]) -> None:
-    """Draw the reference values as dotted lines, or name them at the edge beyond which they lie."""
-    runs = [run for run, *_ in drawn]
-    near = [(name, y) for field, name in panel.references.items() for y in _levels(runs, field)]
-    for _, y in near:
-        axes.axhline(y, color="0.5", lw=0.9, ls=":")
-    low, high = axes.get_ylim()
-    far = [(name, y) for field, name in panel.far.items() for y in _levels(runs, field)]
-    for name, y in near + [level for level in far if low <= level[1] <= high]:
-        axes.axhline(y, color="0.5", lw=0.9, ls=":")
-        # Its name stands at the end from which the curves are further away.
-        first, last = (min(abs(points[k][1] - y) for *_, points in drawn) for k in (0, -1))
-        at = {"x": 0.01, "ha": "left"} if first > last else {"x": 0.99, "ha": "right"}
-        va = "top" if y > low + 0.9 * (high - low) else "bottom"  # inside the panel
-        axes.text(s=f"{name} {short(y)}", y=y, va=va, transform=axes.get_yaxis_transform(), **at, **SMALL)
-    for outside, y, va, arrow in (([x for x in far if x[1] > high], 0.97, "top", "↑"),
-                                  ([x for x in far if x[1] < low], 0.03, "bottom", "↓")):  # fmt: skip
-        words = "  ".join(f"{name} {short(level)} {arrow}" for name, level in outside[:3])
-        axes.text(0.5, y, words, ha="center", va=va, transform=axes.transAxes, **SMALL)
+def draw_levels(axes, panel: Panel, runs: Sequence[RunLog]) -> None:
+    """Draw reference values as dotted lines, named in the legend; of those far away say on which side they lie."""
+    for named, reached in ((panel.references, True), (panel.far, False)):
+        levels = [(name, y) for field, name in named.items() for y in _levels(runs, field)]
+        for name, y in levels:
+            low, high = axes.get_ylim()
+            look, where = {"color": "0.5", "lw": 0.9, "ls": ":"}, ""
+            if reached or low <= y <= high:
+                axes.axhline(y, **look)
+            else:
+                where = " ↑" if y > high else " ↓"
+            if len(levels) <= MOST_NAMED:
+                axes.plot([], [], **look, label=f"{name} {short(y)}{where}")
 
 
 def _levels(runs: Sequence[RunLog], field: str) -> list[float]:
