@@ -35,7 +35,7 @@ from cplearn import backbones, errors
 from cplearn.data import augmentations, color, datasets, loaders, sources, workers
 from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
 from cplearn.flags import ArgumentParser, positive
-from cplearn.host import git_commit, keep_freed_memory
+from cplearn.host import git_commit
 from cplearn.metrics.knn import knn
 from cplearn.text import format_table
 
@@ -277,7 +277,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.data_path is None and args.what != "step":
         parser.error(f"{args.what} needs --data_path: a folder of images")
-    keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, commit {git_commit()}, medians\n")
     kinds[args.what](args)
 

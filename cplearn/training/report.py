@@ -13,11 +13,12 @@ from cplearn.data import datasets
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.files import append_json_line, write_text
-from cplearn.host import cores_of_process, git_commit, resident_memory
+from cplearn.host import cores_of_process, git_commit
 from cplearn.methods.base import StepOutput
 from cplearn.precision import slow_precision
 from cplearn.probe import verdict
 from cplearn.text import format_duration
+from cplearn.training.memory import peak_memory
 from cplearn.training.meters import Progress
 from cplearn.training.optimizer import actual_lr
 from cplearn.training.run import Run
@@ -33,7 +34,7 @@ def announce(run: Run, lines: list[str]) -> None:
         *lines,
         f"Data: {datasets.summary(images.dataset)}",
         f"  {images.summary()}" + f", from {side} x {side} pixels on at 1/2, 1/4 or 1/8 of their size" * bool(side),
-        memory_line(run),
+        f"{'GPU memory' if run.device.type == 'cuda' else 'Memory'}: about {run.memory}",
     ]
     print("\n".join(lines))
     args, method, device = run.args, run.method, run.device
@@ -68,14 +69,6 @@ def announce(run: Run, lines: list[str]) -> None:
     if run.step < run.last_step:
         write_text(Path(args.output_dir, "args.json"), content + "\n")
     sys.stdout.flush()
-
-
-def memory_line(run: Run) -> str:
-    """Return what the run is expected to take, and on a CPU what this process has by now, which it adds to."""
-    if run.device.type == "cuda":
-        return f"GPU memory: about {run.memory}"
-    line, now = f"Memory: about {run.memory}", resident_memory()
-    return line if now is None else f"{line}; beside {now / 1e9:.1f} GB that this process has now"
 
 
 class EpochReport:
@@ -118,7 +111,8 @@ class EpochReport:
             return
         print(
             f"{seconds:.2g} s per step: an epoch takes about {format_duration(epoch)}, what is left of "
-            f"{run.args.epochs} epochs {format_duration(seconds * (run.last_step - run.step))}",
+            f"{run.args.epochs} epochs {format_duration(seconds * (run.last_step - run.step))}; "
+            f"{peak_memory(run.device) / 1e9:.1f} GB of memory at most until now",
             flush=True,
         )
         if run.device.type == "cpu" and epoch > SLOW_EPOCH:
