@@ -304,7 +304,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if owners:
             raise UserError(f"{flag} belongs to --method {' or '.join(owners)}, not to {method}: leave it out")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.refuse(unknown)
     fill_defaults(args)
     check_args(args)
     return args

@@ -115,7 +115,7 @@ class FolderLock(Lock):
 
 
 def in_use(folder: str | Path) -> bool:
-    """Return at once whether a living process holds a folder's lock; one elsewhere is judged by its last sign of life."""
+    """Return at once whether a living process holds a folder's lock; one elsewhere by its last sign of life."""
     holder, touched = _read(Path(folder) / ".lock")
     lives = _lives(holder)
     return touched is not None and (time.time() - touched < Lock.QUIET if lives is None else lives)

@@ -1,4 +1,4 @@
-"""Batches in parts, checkpointed blocks, a compiled backbone: the same numbers. Memory: counted, measured, warned of."""
+"""Batches in parts, checkpointed blocks, a compiled backbone: the same numbers. Memory: counted, measured."""
 
 import ctypes
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 
 import pytest
 import torch
@@ -199,29 +198,29 @@ def test_another_number_of_threads_is_said(tmp_path, image_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "refused"),
     [
-        (lambda s: s.update(args=[1]), "was written by another version (keys args)"),
-        (lambda s: s.update(step="many"), "was written by another version (keys step)"),
-        (lambda s: s.update(progress=None), "was written by another version (keys progress)"),
-        (lambda s: s.update(more=1), "was written by another version (keys more)"),
-        (lambda s: s["progress"].pop("meter"), "does not say how far its run was (KeyError"),
-        (lambda s: s["progress"].update(meter=7), "does not say how far its run was (TypeError"),
-        (lambda s: s["progress"].update(waiting=1e308), "does not say how far its run was (ValueError"),
-        (lambda s: s["model"].update({"head.linear.weight": "x"}), "does not fit this model"),
-        (lambda s: s["optimizer"].update(state=[]), "the optimizer state in"),
-        (lambda s: s.update(bad_images={1: 2}), None),  # no such image: none to look at
+        (lambda s: s.update(args=[1]), True),
+        (lambda s: s.update(step="many"), True),
+        (lambda s: s.update(progress=None), True),
+        (lambda s: s["progress"].pop("meter"), True),
+        (lambda s: s["progress"].update(meter=7), True),
+        (lambda s: s["model"].update({"head.linear.weight": "x"}), True),
+        (lambda s: s["optimizer"].update(state=[]), True),
+        (lambda s: s.pop("identity"), True),
+        (lambda s: s.update(bad_images={1: 2}), False),  # no such image: none to look at
     ],
 )
-def test_a_checkpoint_with_foreign_fields_is_refused_in_one_line(tmp_path, image_folder, change, words):
+def test_a_checkpoint_with_foreign_fields_is_refused_in_one_line(tmp_path, image_folder, change, refused):
     train(tmp_path, "--data_path", str(image_folder))
-    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    path = tmp_path / "checkpoint.pth"
+    state = checkpoints.load(path)
     change(state)
-    checkpoints.write(tmp_path / "checkpoint.pth", state)
+    checkpoints.write(path, state)
     (tmp_path / "checkpoint_previous.pth").unlink(missing_ok=True)
-    if words is None:
+    if not refused:
         assert train(tmp_path, "--data_path", str(image_folder), "--max_steps", "13")["step"] == 13
         return
-    with pytest.raises(UserError, match=re.escape(words)) as error:
+    with pytest.raises(UserError, match=str(path)) as error:
         train(tmp_path, "--data_path", str(image_folder))
     assert "\n" not in str(error.value)
