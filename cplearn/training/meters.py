@@ -118,10 +118,6 @@ class DeferredRead:
         self._waiting = (x, event)
         return before
 
-    @property
-    def waiting(self) -> bool:
-        return self._waiting is not None
-
     def flush(self) -> list[float] | None:
         """Return what is still under way, if anything."""
         if self._waiting is None:

@@ -58,7 +58,7 @@ def test_the_start_names_images_cache_reduction_and_memory(tmp_path, image_folde
     train(tmp_path, "--data_path", str(image_folder), "--epochs", "1")
     said = capsys.readouterr().out
     assert "images are decoded once, 0 MB in memory (--cache ram), from " in said and "Memory: about 0." in said
-    assert len(re.findall(r"; [\d.]+ GB of memory at most until now\n", said)) == 1
+    assert len(re.findall(r"\n[\d.]+ GB of memory at most so far\n", said)) == 1
 
 
 def test_a_profile_of_twenty_steps(tmp_path, image_folder, capsys):
