@@ -137,8 +137,10 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
             yield file
     except ExpectedError:
         raise
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{path} is no checkpoint ({error.strerror}): give the path of one") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist: give the path of a checkpoint") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the path of a checkpoint") from None
     except pickle.UnpicklingError:
         reason = "it holds Python objects, which could run code, or is damaged"
         raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
@@ -310,10 +312,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> 
 
 
 def convert_dino(source: str | Path, target: str | Path, key: str = "teacher") -> int:
-    """Write the backbone weights of an original DINO checkpoint as a plain state dict; returns how many.
-
-    Only the classes in `DINO_CLASSES` are let through. Raises `UserError` for anything else.
-    """
+    """Write the backbone weights of DINO's own checkpoint as a plain state dict; return how many."""
     state = load_file(source, DINO_CLASSES)
     weights = backbone_weights(state, key)
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):

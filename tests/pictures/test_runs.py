@@ -100,11 +100,9 @@ def test_what_is_no_run(tmp_path):
     good = write(tmp_path / "good", [record(0)])
     for given, labels, message in (
         ([""], None, "RUN '' is empty"),
-        (["x\0y"], None, "NUL"),
         ([str(tmp_path / "no")], None, "/no does not exist: name the output folder of a run, or its log.txt"),
         ([str(tmp_path / "folder")], None, "/folder has no log.txt: name the output folder of a run"),
         ([str(tmp_path / "notes.txt")], None, "/notes.txt is no log of main_cplearn.py"),
-        (["/dev/null"], None, "/dev/null cannot be read: is no regular file"),
         ([good, f"{good}/log.txt"], None, "/good/log.txt is given twice"),
         ([good], ["a", "b"], "--labels names 2 runs, there are 1"),
         ([good, str(tmp_path / "good" / "log.txt")], ["a", "a"], "given twice"),
