@@ -92,26 +92,27 @@ def available_memory() -> int:
 
 def memory_limits(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> list[tuple[int, int]]:
     """Return (limit, use) in bytes of each control group with a limit that this process is in: Docker's, Slurm's."""
-    found = []
+    limits = []
     for group in control_groups("memory", process, mounted):
         for limit, use in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
                 most, used = (int((group / name).read_text()) for name in (limit, use))
                 pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 # Pages of files are given up when memory is asked for.
-                found.append((most, used - int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))))
-    return found
+                limits.append((most, used - int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))))
+    return limits
 
 
 def core_limits(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> list[float]:
     """Return the cores that each control group with a limit lets its processes use together."""
-    found = []
+    limits = []
     for group in control_groups("cpu", process, mounted):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # microseconds within so many
             with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
                 quota, period = (int(x) for x in " ".join((group / name).read_text() for name in names).split())
-                found += [quota / period] * (quota > 0)  # -1 is no limit
-    return found
+                if quota > 0:  # -1 is no limit
+                    limits.append(quota / period)
+    return limits
 
 
 def control_groups(kind: str, process: str, mounted: str) -> list[Path]:
@@ -121,15 +122,15 @@ def control_groups(kind: str, process: str, mounted: str) -> list[Path]:
         lines = [line.split(":", 2) for line in Path(process).read_text().splitlines()]
     except OSError:
         return []
-    found = []
+    groups = []
     for _, kinds, name in (line for line in lines if len(line) == 3):
         if kinds and kind not in kinds.split(","):
             continue
         root = Path(mounted, kind) if kinds else Path(mounted)
         # A path that is one of outside this container leads nowhere here; the container's own group is the root.
         parts = [part for part in name.split("/") if part and part != ".."]
-        found += [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
-    return found
+        groups += [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return groups
 
 
 def free_shared_memory() -> int | None:

@@ -54,15 +54,15 @@ class Filling:
 
     def __init__(self, doing: str, done_to_images: str, images: int, stop: Callable[[], bool]):
         self.doing, self.done_to_images, self.images, self.stop = doing, done_to_images, images, stop
-        self.start = self.said = time.monotonic()
+        self.start = self.printed = time.monotonic()
 
     def reached(self, done: int) -> None:
         """Raises `Interrupted` if `stop` says so."""
         if self.stop():
             raise Interrupted(f"stopped while images were {self.done_to_images}, nothing is lost: run it again")
-        if time.monotonic() - self.said > self.EVERY:
-            self.said = time.monotonic()
-            print(f"{self.doing}: {done:,} of {self.images:,}, {self.said - self.start:.0f} s", flush=True)
+        if time.monotonic() - self.printed > self.EVERY:
+            self.printed = time.monotonic()
+            print(f"{self.doing}: {done:,} of {self.images:,}, {self.printed - self.start:.0f} s", flush=True)
 
 
 def write_head(file: BinaryIO, key: str) -> None:

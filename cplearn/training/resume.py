@@ -112,13 +112,13 @@ def _load_progress(run: Run, state: dict, differ: dict) -> None:
 def _choose_checkpoint(folder: Path) -> str | None:
     """Clear up after a killed run, and return the newest checkpoint that can be read. None if there is none."""
     checkpoints.finish_writing(folder)
-    found = checkpoints.load_run(folder)
+    newest = checkpoints.load_run(folder)
     log = folder / "log.txt"
-    if found is None:
+    if newest is None:
         if log.exists():  # of a run that was killed before its first checkpoint
             os.replace(log, log.with_name("log_old.txt"))
         return None
-    _, path, problem = found
+    _, path, problem = newest
     if problem:
         latest = folder / checkpoints.LATEST
         if latest.exists():  # out of the way of the good one, which is the next to be called previous
