@@ -92,7 +92,14 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--accum", type=positive(int), default=1, help="Take the batch through the backbone in N parts: the memory of one of them, a second forward pass; loss, prior and head still see the whole batch (batch norm inside the backbone sees a part)")
     g.add_argument("--grad_checkpointing", action="store_true", help="Keep only the inputs of a ViT's blocks, and compute the rest again in backward: same numbers, less memory, a third more work")
     g.add_argument("--compile", action="store_true", help="torch.compile the backbone (a minute at the start; needs a C++ compiler)")
+    # fmt: on
+    add_run_flags(p)
+    return p
 
+
+def add_run_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of where a run is kept, what it prints and when it stops."""
+    # fmt: off
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="output/cplearn", help="Checkpoints, log.txt and args.json; resumes if a checkpoint is there")
     g.add_argument("--saveckp_freq", type=nonnegative(int), default=20, help="Keep a numbered checkpoint every N epochs; 0 for none")
@@ -118,7 +125,6 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--dist_timeout", type=positive(float), default=5.0, help="Minutes to wait for all processes at the start")
     g.add_argument("--peer_timeout", type=positive(float), default=5.0, help="Minutes without a sign of life after which another process counts as frozen")
     # fmt: on
-    return p
 
 
 def train_one_epoch(run: Run) -> dict:
