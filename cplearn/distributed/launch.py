@@ -17,7 +17,7 @@ from cplearn.distributed import alive
 from cplearn.distributed.collectives import local_world_size, world_size
 from cplearn.errors import LocalError, PeerError, UserError
 from cplearn.files import read_text, remove_quietly, write_text
-from cplearn.host import host_name, keep_freed_memory
+from cplearn.host import host_name
 from cplearn.text import format_table
 
 # How long a rank may work while the others wait for it in a collective: rank 0 alone may decode images into a cache,
@@ -54,7 +54,6 @@ def init(
     place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)
-    keep_freed_memory()
     if "RANK" in numbers and not dist.is_initialized():
         rank, world = numbers["RANK"], numbers["WORLD_SIZE"]
         store = _store(dist_url, rank, world, timedelta(minutes=minutes))

@@ -121,7 +121,6 @@ class BarlowTwins(Method):
         floor = min(1.0, lambd) * max(0, c - population + 1)
         return ReferenceLosses(self.scale_loss * unrelated, float("inf"), self.scale_loss * floor)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count zhat of all ranks, its gradient and a product's copy for each view, and the Gram matrices; never c x c."""
-        population = n * collectives.world_size()
-        return 4 * views * (3 * population * self.out_dim + population**2)
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count zhat of all ranks, its gradient and a product's copy for each view; never c x c."""
+        return 3 * views * collectives.world_size()

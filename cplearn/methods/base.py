@@ -208,8 +208,8 @@ class Method(nn.Module):
         refs = self.references(n)
         return {"head_parameters": trained - backbone, f"loss_{self.UNIFORM}": refs.uniform, "loss_floor": refs.floor}
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Return the bytes that head and loss hold at once for n images per rank, beside weights; 0 if that is little."""
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Return how many (n, c) float32 matrices head and loss hold at once for n images per rank."""
         return 0
 
     def warnings(self) -> list[str]:

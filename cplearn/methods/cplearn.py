@@ -190,11 +190,10 @@ class CPLearn(Method):
         population = n * collectives.world_size() if self.spec.prior_group == "global" else n
         return population * (1 + len(self.buffer.ring)) if self.buffer is not None else population
 
-    def loss_memory(self, n: int, views: int) -> int:
+    def loss_matrices(self, n: int, views: int) -> float:
         """Count, as measured, the logits of all views once where they are stored, six times in the plain form."""
-        logits = 4 * views * n * self.out_dim
         form = self.loss_form if self.loss_form == "plain" else pick_form(self.loss_form, views * n, self.out_dim)
-        return {"plain": 6, "stored": 1}.get(form, 0) * logits
+        return {"plain": 6, "stored": 1}.get(form, 0) * views
 
     def describe(self, n: int) -> dict[str, float | str]:
         """Return derived values that decide a run, for n images per rank."""

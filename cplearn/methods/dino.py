@@ -192,9 +192,9 @@ class DINO(Method):
         """Return the loss of uniform targets and predictions, and of one code for all images, which centering is against."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=0.0, floor=0.0)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count the teacher's logits and targets, their sum, one view's targets and logits; the prototypes' gradient twice."""
-        return 4 * self.out_dim * ((2 * self.N_GLOBAL + 3) * n + 2 * 256)
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count the teacher's logits and targets, their sum, one view's targets and logits."""
+        return 2 * self.N_GLOBAL + 3
 
     def describe(self, n: int) -> dict[str, float | str]:
         return super().describe(n) | {"teacher_temp": "{:g} to {:g} over {} epochs".format(*self.temperatures)}

@@ -84,9 +84,9 @@ class GEDI(Method):
         c, log_c = self.out_dim, math.log(self.out_dim)
         return ReferenceLosses(0.5 * (self.beta + c) * log_c, math.inf, 0.5 * c * log_c)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count, as measured, nine tensors of images x codes per view (gradient runs through both sides) and a weight gradient."""
-        return 4 * self.out_dim * (9 * views * n + self.projector[-1].in_features)
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count nine per view, as measured: gradient runs through both sides."""
+        return 9 * views
 
     def warnings(self) -> list[str]:
         messages = []

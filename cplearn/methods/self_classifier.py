@@ -126,6 +126,6 @@ class SelfClassifier(Method):
         floor = max(0.0, math.log(self.out_dim / (n * collectives.world_size())))
         return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count, as measured, ten tensors of images x codes per view, as gradient runs through both sides."""
-        return 4 * 10 * views * n * self.out_dim
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count ten per view, as measured: gradient runs through both sides."""
+        return 10 * views

@@ -141,7 +141,7 @@ class SwAV(Method):
         leave room below that."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=math.inf, floor=0.0)
 
-    def loss_memory(self, n: int, views: int) -> int:
+    def loss_matrices(self, n: int, views: int) -> float:
         """Count the scores of images and queue four times in Sinkhorn, the targets, one view's targets and logits."""
-        queue = self.queue.shape[1] // collectives.world_size()
-        return 4 * self.out_dim * (4 * (n + queue) + (self.N_GLOBAL + 3) * n + 2 * self.WIDTH)
+        queue = self.queue.shape[1] / collectives.world_size()
+        return 4 * (1 + queue / n) + self.N_GLOBAL + 3

@@ -128,13 +128,13 @@ class BadImages:
 
     def _still_unreadable(self, known: dict[str, str]) -> dict[str, str]:
         place = {str(name): i for i, name in enumerate(self.dataset.names)} if known else {}
-        found = {}
+        unreadable = {}
         for name in known.keys() & place.keys():
             try:
                 self.dataset[place[name]]
             except LocalError as error:
-                found[name] = str(error).partition("; repair it")[0]
-        return dict(sorted(found.items()))
+                unreadable[name] = str(error).partition("; repair it")[0]
+        return dict(sorted(unreadable.items()))
 
     def _write(self) -> None:
         write_text(self.path, "".join(f"{printable(name)}\t{reason}\n" for name, reason in self.known.items()))
