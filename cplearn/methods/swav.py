@@ -105,7 +105,9 @@ class SwAV(Method):
             with torch.no_grad():
                 targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
                 if self.fill_queue:
-                    self._fresh = torch.stack([collectives.gather_rows(x[a].detach()) for a in range(self.N_GLOBAL)])
+                    self._fresh = torch.stack(
+                        [collectives.gather_equal_rows(x[a].detach()) for a in range(self.N_GLOBAL)]
+                    )
                 total = sum(targets)
             others = (total - targets[b] if b < self.N_GLOBAL else total for b in range(len(x)))
             loss = soft_target_loss(x, prototypes, others, 1 / self.TEMPERATURE)
