@@ -23,6 +23,8 @@ from cplearn.slurm.status import AT_WORK, read_ends, show_job, the_cause
 
 # Exit code that makes submitit's local executor start the tasks again.
 LOCAL_REQUEUE = 144
+# Signals that tell a job to stop. SIGTERM may also be srun's, when a process has died.
+FROM_SLURM = ("SIGUSR1", "SIGUSR2")
 
 
 # --- every process of the job -----------------------------------------------------------------------------
@@ -119,8 +121,7 @@ def classify(ends: list[dict], processes: int, srun_code: int) -> Ending:
         return Ending.FAILED
     if 0 < srun_code < PeerError.exit_code:  # an error that a full disk could not record
         return Ending.FAILED
-    # srun sends SIGTERM, too, when a process has died; nobody but Slurm and its user sends the others.
-    told = any(end.get("signal") in ("SIGUSR1", "SIGUSR2") for end in ends)
+    told = any(end.get("signal") in FROM_SLURM for end in ends)
     if told or (Interrupted.exit_code in codes and heard_all):
         return Ending.STOPPED
     return Ending.LOST
@@ -144,16 +145,16 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
     ending, cause = classify(ends, processes, srun_code), the_cause(ends)
     if ending is Ending.DONE:
         return 0
-    if ending is Ending.FAILED and cause is None:
-        return srun_code
     if ending is Ending.FAILED:
+        if cause is None or cause["code"] == PeerError.exit_code:
+            return srun_code
         _decide(folder, job, f"failed on rank {cause['rank']} with exit code {cause['code']}: {cause['line']}")
         return cause["code"]
     if (now := show_job(job)).get("JobState", "RUNNING") not in AT_WORK:  # cancelled, or requeued by Slurm itself
         return Interrupted.exit_code
     if ending is Ending.STOPPED:
         stopped = [end for end in ends if end["code"] == Interrupted.exit_code]
-        stopped.sort(key=lambda end: end.get("signal") is None)  # the others only heard of it
+        stopped.sort(key=lambda end: end.get("signal") not in FROM_SLURM)  # the others only heard of it
         _requeue(folder, job, stopped[0]["line"], max_requeues)
         return Interrupted.exit_code
     silent = ", ".join(str(rank) for rank in sorted(set(range(processes)) - {end["rank"] for end in ends}))

@@ -11,11 +11,13 @@ import time
 
 import pytest
 from helpers import ROOT, SMALL, log_of, run_script, same_state, without_time
+from submitit.core.utils import DelayedSubmission
 
 import run_with_submitit
 from cplearn.errors import UserError
 from cplearn.host import process_start
 from cplearn.slurm.checks import _minutes, check_inputs, output_dir_of, parse_flags
+from cplearn.slurm.job import Task
 from cplearn.slurm.status import status
 from cplearn.slurm.submit import JobRequest, Resources, batch_script
 
@@ -145,12 +147,26 @@ def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
     assert "COMPLETED" in wait_end(tmp_path / "out", job)
 
 
-def test_the_batch_script_imports_nothing_from_the_working_folder(tmp_path):
-    fill_with_other_modules(tmp_path)
-    command = [sys.executable, str(ROOT / "cplearn/slurm/__main__.py"), "finish", "/nowhere", "0", "0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep, "SLURM_JOB_ID": "7"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+def started_by_path(tmp_path, *words, **env):
+    """What the lines of a batch script start, from a working folder full of other modules."""
+    (tmp_path / "elsewhere").mkdir()
+    fill_with_other_modules(tmp_path / "elsewhere")
+    command = [sys.executable, str(ROOT / "cplearn/slurm/__main__.py"), *map(str, words)]
+    return subprocess.run(command, cwd=tmp_path / "elsewhere", env={**os.environ, "PYTHONPATH": os.pathsep, **env},
+                          capture_output=True, text=True, timeout=100)  # fmt: skip
+
+
+def test_the_last_line_of_a_batch_script(tmp_path):
+    done = started_by_path(tmp_path, "finish", "/nowhere", 0, 0, SLURM_JOB_ID="7")
     assert (done.returncode, done.stdout, done.stderr) == (4, "job 7: /nowhere is gone\n", "")
+
+
+def test_a_process_of_a_job_that_older_code_has_queued(tmp_path):
+    task = Task("main_cplearn", [*SMALL, "--data_path", "/nowhere", "--output_dir", str(tmp_path)], str(tmp_path), 20)
+    DelayedSubmission(task).dump(tmp_path / "7_submitted.pkl")
+    done = started_by_path(tmp_path, "task", tmp_path, SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID="7")
+    end = json.loads((tmp_path / "7_0_end.json").read_text())
+    assert done.returncode == end["code"] == 2 and "/nowhere" in end["line"], done.stderr
 
 
 # Text that does something, or becomes something else, where it is not quoted; the last ones are refused.
