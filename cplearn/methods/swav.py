@@ -104,7 +104,9 @@ class SwAV(Method):
             with torch.no_grad():
                 targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
                 if self.fill_queue:
-                    self._fresh = torch.stack([collectives.gather_rows(x[a].detach()) for a in range(self.N_GLOBAL)])
+                    self._fresh = torch.stack(
+                        [collectives.gather_equal_rows(x[a].detach()) for a in range(self.N_GLOBAL)]
+                    )
             loss = loss_over_pairs(x, self.prototypes.weight, targets, 1 / self.TEMPERATURE)
             with torch.no_grad():
                 entropy = sum(torch.special.entr(q).sum(1).mean() for q in targets) / self.N_GLOBAL

@@ -93,5 +93,6 @@ def interrupt(run: Run) -> None:
     saved = f"saved after step {run.saved_step} in {run.args.output_dir}" if run.saved_step else "nothing to save yet"
     raise Interrupted(
         f"{run.signals.name or 'a signal to another process'}: stopped after step {run.step} of {run.last_step}, "
-        f"{saved}; the same command goes on from there"
+        f"{saved}; the same command goes on from there",
+        signal=run.signals.name,
     )
