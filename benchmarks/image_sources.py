@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             where = (f"hf:{out}/copy", None) if kind == "hf" else ("folder", str(out / kind))
             data[kind] = build_dataset(*where, "train")
             if kind == "parquet":
-                data[kind].allow_any_order(str(out / "cache"), lambda: False)
+                data[kind].allow_any_order(str(out / "cache"))
             opened[kind] = time.process_time() - start
         rounds = []
         for _ in range(args.repeats):

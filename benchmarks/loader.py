@@ -20,7 +20,6 @@ from measure import synchronize
 import main_cplearn
 from cplearn import errors
 from cplearn.data import augmentations, loaders
-from cplearn.data import workers as loader_workers
 from cplearn.data.pixels import SMALL, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import launch
 from cplearn.flags import ArgumentParser, positive
@@ -71,7 +70,7 @@ class Trial:
             loader.batch_sampler.epoch += 1
         synchronize(self.device)
         seconds = time.perf_counter() - start
-        loader_workers.stop_workers(loader)
+        loader.stop()
         return steps * self.args.batch_size_per_gpu / seconds, waited / seconds
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from cplearn.data.scan import Progress
 from cplearn.errors import Interrupted, UserError, WriteError
 from cplearn.files import remove_quietly
 
@@ -27,7 +28,6 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial) as file:
-            made = False
             try:
                 if _is_whole(path, key):
                     return
@@ -42,10 +42,8 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
                 write_head(file, key)
                 os.fsync(file.fileno())
                 os.replace(partial, path)
-                made = True
             finally:  # while it is locked: whoever waits for it begins a new one
-                if not made:
-                    remove_quietly(partial)
+                remove_quietly(partial)
     except OSError as error:
         raise WriteError(f"{what}: {path} could not be written: {error.strerror}; see --cache_dir") from None
 
@@ -64,19 +62,16 @@ def _locked(partial: Path) -> BinaryIO:
 class Filling:
     """How far a file is that is filled from many images: a line now and then, an end where one is asked for."""
 
-    EVERY = 10.0  # seconds between two lines
-
     def __init__(self, doing: str, done_to_images: str, images: int, stop: Callable[[], bool]):
         self.doing, self.done_to_images, self.images, self.stop = doing, done_to_images, images, stop
-        self.start = self.said = time.monotonic()
+        self.start, self.progress = time.monotonic(), Progress()
 
     def reached(self, done: int) -> None:
         """Raises `Interrupted` if `stop` says so."""
         if self.stop():
             raise Interrupted(f"stopped while images were {self.done_to_images}, nothing is lost: run it again")
-        if time.monotonic() - self.said > self.EVERY:
-            self.said = time.monotonic()
-            print(f"{self.doing}: {done:,} of {self.images:,}, {self.said - self.start:.0f} s", flush=True)
+        seconds = time.monotonic() - self.start
+        self.progress.tell(lambda: f"{self.doing}: {done:,} of {self.images:,}, {seconds:.0f} s")
 
 
 def write_head(file: BinaryIO, key: str) -> None:
