@@ -324,9 +324,6 @@ def aspect_pixels(image: Image.Image, size: int, multiple: int = 1) -> Tensor:
     return tvf.center_crop(pixels, [side - side % multiple for side in pixels.shape[1:]])
 
 
-# --- second half: color ------------------------------------------------------------------------------
-
-
 def color_views(crops: list[Tensor], params: Tensor, views: list[View], device: torch.device) -> list[Tensor]:
     """Apply the color half to a batch, views of equal size in one go.
 

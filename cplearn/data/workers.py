@@ -1,5 +1,6 @@
 """Loader processes: room for them before they start, what each reads, and what is said when one dies or hangs."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -117,8 +118,9 @@ class Loader:
         self.names, self.num_workers = names, num_workers
         self.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()
         self.processes: list[BaseProcess] = []
-        self.late = 0.0
+        self.late = 0.0  # seconds in which a batch did not come
         self._batches: Iterator | None = None
+        self._awaited: int | None = None  # number of the batch that is waited for
         self._loader = DataLoader(
             dataset,
             num_workers=num_workers,
@@ -141,15 +143,35 @@ class Loader:
         Raises `LocalError` where processes cannot be started, `WorkerError` for one that died or hangs.
         """
         self._start()
+        done = threading.Event()
+        if timeout and self.processes:
+            threading.Thread(target=self._watch, args=(timeout, done), daemon=True).start()
         try:
-            while True:
-                with self._killed_after(timeout):
-                    batch = next(self._batches, None)
+            for self._awaited in itertools.count():
+                batch = next(self._batches, None)
+                self._awaited = None
                 if batch is None:
                     return
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:  # torch's, or of a connection to a process that is gone
             raise self.failure() or error from None
+        finally:
+            done.set()
+
+    def _watch(self, seconds: float, done: threading.Event) -> None:
+        """Kill the processes when a batch does not come, which ends the wait for it.
+
+        torch's own timeout does not see a process that is frozen while it hands over a batch. Of the time in which this
+        process is itself stopped (Ctrl-Z) little counts: all its ticks come as one.
+        """
+        before, ticks = None, 0
+        while not done.wait(seconds / TICKS):
+            still = before is not None and self._awaited == before
+            ticks = ticks + 1 if still else 0
+            before = self._awaited
+            if ticks == TICKS:
+                self.late = seconds
+                self._kill()
 
     def _start(self) -> None:
         before = multiprocessing.active_children()
@@ -165,29 +187,6 @@ class Loader:
                 f"--num_workers {self.num_workers}: they cannot be started ({failed}): fewer of them, or raise the "
                 "limits of open files and processes (ulimit -n, ulimit -u) and the size of /dev/shm"
             )
-
-    @contextmanager
-    def _killed_after(self, seconds: float) -> Iterator[None]:
-        """Kill the processes if the inside takes longer, which ends the wait for them; 0 for never.
-
-        torch's own timeout does not see a process that is frozen while it hands over a batch. Of the time in which this
-        process is itself stopped (Ctrl-Z) little counts: all its ticks come as one.
-        """
-        if not seconds or not self.processes:
-            yield
-            return
-        done = threading.Event()
-
-        def watch() -> None:
-            if not any(done.wait(seconds / TICKS) for _ in range(TICKS)):
-                self.late = seconds
-                self._kill()
-
-        threading.Thread(target=watch, daemon=True).start()
-        try:
-            yield
-        finally:
-            done.set()
 
     def failure(self) -> WorkerError | None:
         """Return what to say of processes that died or hang, with their images; None if all are well."""
