@@ -109,7 +109,7 @@ def augmented_batches(
     """Return batches of DINO's protocol: features of random crops of every training image."""
     view = training_view(model)
     with collectives.raise_on_all_ranks():
-        dataset.allow_any_order(cachefile.FOLDER, lambda: False)
+        dataset.allow_any_order(cachefile.FOLDER)
     loader = loaders.train_loader(
         Pixels(dataset, [view]),
         [view],

@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             with Writers(args, run.step // run.steps_per_epoch) as run.writers:
                 return train(run)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
-            raise workers.worker_error(error, run.loader) or error from None
+            raise run.loader.failure() or error from None
         finally:
             run.close()
 

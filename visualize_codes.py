@@ -146,7 +146,7 @@ def random_init_use(args: argparse.Namespace, dataset: datasets.ImageDataset, de
     if len(dataset) < 2:  # batch norm has no statistics of one
         return None
     model = open_model(args, device, random_init=True)
-    calibrate_batch_norm(model, dataset, device, seed=args.seed, timeout=args.worker_timeout)
+    calibrate_batch_norm(model, dataset, device, seed=args.seed)
     return codes.measure_use(extract_features(model, dataset, args, device), args.seed)
 
 

@@ -20,7 +20,6 @@ from steps import TrainingStep
 import main_cplearn
 from cplearn import errors
 from cplearn.data import augmentations, loaders
-from cplearn.data import workers as loader_workers
 from cplearn.data.pixels import SMALL, CacheOptions, Pixels, open_pixels
 from cplearn.distributed import launch
 from cplearn.flags import ArgumentParser, positive
@@ -56,7 +55,7 @@ def measure(step: TrainingStep, pixels: Pixels, views: list, workers: int, steps
         step()
     synchronize(step.device)
     seconds = time.perf_counter() - start
-    loader_workers.stop_workers(loader)
+    loader.stop()
     return steps * n / seconds, waited / seconds
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from cplearn.data.scan import Progress
 from cplearn.errors import Interrupted, UserError, WriteError
 from cplearn.files import remove_quietly
 from cplearn.lock import Lock
@@ -50,19 +51,16 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
 class Filling:
     """How far a file is that is filled from many images: a line now and then, an end where one is asked for."""
 
-    EVERY = 10.0  # seconds between two lines
-
     def __init__(self, doing: str, done_to_images: str, images: int, stop: Callable[[], bool]):
         self.doing, self.done_to_images, self.images, self.stop = doing, done_to_images, images, stop
-        self.start = self.printed = time.monotonic()
+        self.start, self.progress = time.monotonic(), Progress()
 
     def reached(self, done: int) -> None:
         """Raises `Interrupted` if `stop` says so."""
         if self.stop():
             raise Interrupted(f"stopped while images were {self.done_to_images}, nothing is lost: run it again")
-        if time.monotonic() - self.printed > self.EVERY:
-            self.printed = time.monotonic()
-            print(f"{self.doing}: {done:,} of {self.images:,}, {self.printed - self.start:.0f} s", flush=True)
+        seconds = time.monotonic() - self.start
+        self.progress.tell(lambda: f"{self.doing}: {done:,} of {self.images:,}, {seconds:.0f} s")
 
 
 def write_head(file: BinaryIO, key: str) -> None:

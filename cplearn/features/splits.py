@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cplearn import backbones, checkpoints, random_streams
 from cplearn.data import augmentations, color, datasets, loaders, workers
@@ -85,7 +84,7 @@ def get_features(
     _check_classes([dataset.classes for dataset in data.values()], splits, labels_for)
     if model.random_init:
         train = data.get("train") or model.images("train")
-        calibrate_batch_norm(model, train, device, seed=args.seed, timeout=args.worker_timeout)
+        calibrate_batch_norm(model, train, device, seed=args.seed)
     extracted = []
     for split, dataset in data.items():
         if collectives.is_main():
@@ -126,7 +125,6 @@ def calibrate_batch_norm(
     *,
     seed: int,
     images: int = 2048,
-    timeout: float = workers.WORKER_TIMEOUT,
 ) -> None:
     """Give batch norms of an untrained network the statistics of training images.
 
@@ -139,9 +137,9 @@ def calibrate_batch_norm(
     order = random_streams.random_stream(random_streams.FOR_ORDER, seed).permutation(len(dataset))[:images]
     starts = range(0, max(1, len(order) - 1), 256)  # no batch of one image, of which there are no statistics
     parts = [order[start : start + 256].tolist() for start in starts]
-    loader = DataLoader(loaders.EvalDataset(dataset, augmentations.eval_view(model.image_size)), batch_sampler=parts)
-    with plain_average(norms), workers.watched(loader, timeout) as batches:
-        for pixels, _, _ in batches:
+    images = loaders.EvalDataset(dataset, augmentations.eval_view(model.image_size))
+    with plain_average(norms):
+        for pixels, _, _ in workers.Loader(images, dataset.names, num_workers=0, batch_sampler=parts):
             features = model.backbone(color.network_input(pixels, device))
             if model.method is not None:
                 model.method.predict(features)

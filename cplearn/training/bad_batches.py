@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cplearn.data.datasets import ImageError
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import running_buffers
-from cplearn.errors import LocalError, NonFiniteError, UserError, WriteError
+from cplearn.errors import NonFiniteError, UserError, WriteError
 from cplearn.files import write_text
 from cplearn.text import printable
 
@@ -132,8 +133,8 @@ class BadImages:
         for name in known.keys() & place.keys():
             try:
                 self.dataset[place[name]]
-            except LocalError as error:
-                unreadable[name] = str(error).partition("; repair it")[0]
+            except ImageError as error:
+                unreadable[name] = error.reason
         return dict(sorted(unreadable.items()))
 
     def _write(self) -> None:

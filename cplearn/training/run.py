@@ -37,7 +37,7 @@ class Run:
     device: torch.device
     images: Pixels
     views: list[View]
-    loader: torch.utils.data.DataLoader
+    loader: workers.Loader
     method: Method
     model: nn.Module  # the method, in several processes inside DDP
     optimizer: torch.optim.Optimizer
@@ -86,7 +86,7 @@ class Run:
         DDP must be gone before its process group is: found by the garbage collector after that, it aborts the process.
         """
         self.profile.close()
-        workers.stop_workers(self.loader)
+        self.loader.stop()
         self.model = self.method
         gc.collect()
 
