@@ -7,9 +7,9 @@
         --seeds 0 1 2                                                  # the same tuning budget for every method
     python reproduce_table3.py --output_dir output/table3 --status                                      # progress
 
-A cell is a pre-training and its evaluations, each by its own script, in output_dir/CELL. The same command again
-continues a grid that was stopped or killed; more --methods, --out_dims or --seeds add cells. The table (table3.md,
-.csv, .png) is written after every cell, with --launcher slurm by --status. docs/tables.md says more.
+A cell is a pre-training and its evaluations, one command (cplearn/tables/cell.py) in output_dir/CELL. The same command
+again continues a grid that was stopped or killed; more --methods, --out_dims or --seeds add cells. The table
+(table3.md, .csv, .png) is written after every cell, with --launcher slurm by --status. docs/tables.md says more.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from cplearn.errors import UserError, WriteError
 from cplearn.slurm.checks import check_partition, check_slurm, parse_flags
 from cplearn.slurm.submit import Resources
 from cplearn.tables import tuning
-from cplearn.tables.cells import Grid, Settings, paper_batch, timed_epochs
-from cplearn.tables.launch import device_name, gpus, run_here, run_on_slurm
+from cplearn.tables.grid import Grid, Settings, paper_batch, timed_epochs
 from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES, OF_SIZES, TABLES, stem
-from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
+from cplearn.tables.run import device_name, gpus, run_here, run_on_slurm
+from cplearn.tables.status import CellState, snapshot, status_lines
 from utils import (
     ArgumentParser,
     check_output_dir,
@@ -67,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--tune_out_dim", type=positive(int), default=None, metavar="C", help=f"Size of every trial (default: {tuning.OUT_DIM})")
     g.add_argument("--tune_epochs", type=positive(int), default=None, help="Of every trial (default: as many as the cells)")
     g = p.add_argument_group("launch")
-    g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="One after another on this machine, or as jobs: then all other flags go to run_with_submitit.py")
+    g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="Side by side on this machine, or a job for each cell: then all other flags go to run_with_submitit.py")
     g.add_argument("--jobs", type=positive(int), default=None, help="Cells side by side (default: 1, 4 with slurm, as many as fit with --cells_per_gpu)")
     g.add_argument("--cells_per_gpu", type=positive(int), default=1, metavar="N", help="Cells that share a GPU, for networks too small to fill one (then --jobs is N times the GPUs here)")
     g.add_argument("--ngpus", type=positive(int), default=None, help="GPUs (without any: processes) per cell, which share its batch: 512 for Table 3, else 64 (default: 8 for Table 3 where there are so many, else 1)")
@@ -185,7 +185,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = grid.save(tuning.outdated(grid, best))  # with the cells of earlier commands
         states = snapshot(whole)
         if submit:
-            record_trained(whole, states)
             submit(grid, states)
             return
         run_here(grid, states, args.jobs, lambda: report(whole, snapshot(whole)))
@@ -205,7 +204,7 @@ def refuse_unfinished(what: str, left: list[str], total: int) -> None:
 
 
 def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.Namespace) -> Callable:
-    """Return what submits the missing stages of a grid. Raises `UserError` if this cluster cannot run them."""
+    """Return what submits the cells of a grid. Raises `UserError` if this cluster cannot run them."""
     resources = dataclasses.replace(Resources.from_args(launcher), ngpus=settings.ngpus)
     check_slurm(resources, "main_cplearn")
     check_partition(resources)
@@ -263,10 +262,8 @@ def find_best(args: argparse.Namespace, grid: Grid, images, submit: Callable | N
     with FolderLock(trials.folder):
         counts = write_split(images, trials.folder / "data")
         whole = trials.save()
-        states = snapshot(whole)
-        record_trained(whole, states)
-        found = tuning.outcomes(trials, states)
-        todo = [x.cell for x in found if not tuning.is_over(x, states)]
+        states = snapshot(trials)
+        todo = [x.cell for x in tuning.outcomes(trials, states) if not x.over]
         if todo:
             print(f"Tuning: {len(trials.cells) - len(todo)} of {len(trials.cells)} trials are over, in {trials.folder}")
             some = dataclasses.replace(trials, cells=todo)
@@ -275,10 +272,8 @@ def find_best(args: argparse.Namespace, grid: Grid, images, submit: Callable | N
                 print("The table's cells follow: the same command again, when these are finished")
                 return None
             run_here(some, states, args.jobs, lambda: None)
-        states = snapshot(trials)
-        found = tuning.outcomes(trials, states)
-        left = [x.cell.name for x in found if not tuning.is_over(x, states)]
-        refuse_unfinished("trials", left, len(trials.cells))
+        found = tuning.outcomes(trials, snapshot(trials))
+        refuse_unfinished("trials", [x.cell.name for x in found if not x.over], len(trials.cells))
         best = tuning.choose(found)
         tuning.write(grid.folder, trials, found, best, counts, len(whole.cells) - len(trials.cells))
     shown = ", ".join(f"{NAMES[method]} {trial}" for method, trial in best.items())
@@ -387,12 +382,11 @@ def train_command(settings: Settings, rest: list[str], launcher: argparse.Namesp
 
 
 def report(grid: Grid, states: dict[str, CellState]) -> None:
-    """Write the table of the complete cells, and what is known of training jobs.
+    """Write the table of the complete cells.
 
     A full disk must not stop the other cells, nor another user's folder --status.
     """
     try:
-        record_trained(grid, states)
         write(grid, states)
     except (OSError, WriteError) as error:
         print(f"WARNING: the table could not be written: {error}")

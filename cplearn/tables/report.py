@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from cplearn.files import read_json, read_json_lines, write_csv, write_text
 from cplearn.tables import paired, tuning
-from cplearn.tables.cells import Cell, Grid
 from cplearn.tables.figure import draw
+from cplearn.tables.grid import Cell, Grid
 from cplearn.tables.measures import MEASURES, in_text, mean_and_spread, read_measures
 from cplearn.tables.rows import CHOICES, NAMES, Row, stem, title
 from cplearn.tables.status import CellState

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cplearn.errors import CollapseError, NonFiniteError, UserError
-from cplearn.files import read_json_lines, write_text
+from cplearn.files import read_json, read_json_lines, write_text
 from cplearn.slurm.checks import parse_flags
-from cplearn.slurm.status import LIVE, read_ends, the_cause
-from cplearn.tables.cells import Cell, Grid, read_object, without_folders
+from cplearn.tables.grid import Cell, Grid, without_folders
 from cplearn.tables.measures import read_measures
 from cplearn.tables.rows import NAMES, OF_SIZES, Row, rows
 from cplearn.tables.status import CellState
@@ -170,6 +169,7 @@ class Outcome:
     """What is known of a trial."""
 
     cell: Cell
+    complete: bool
     knn: float | None  # percent, on the images held out; None without a number
     failure: str  # why it counts as the worst, "" otherwise
     verdict: str  # the collapse monitor's, after the last epoch
@@ -179,24 +179,36 @@ class Outcome:
     def score(self) -> float:
         return -math.inf if self.knn is None else self.knn
 
+    @property
+    def over(self) -> bool:
+        """Whether it has a number, or will get none."""
+        return self.complete or bool(self.failure)
 
-def failed_for_good(cell: Cell, state: CellState) -> str:
+    def record(self) -> dict:
+        """Return what tuning.json has of it."""
+        return {
+            "trial": trial_of(self.cell),
+            "settings": settings_of(self.cell),
+            "knn": self.knn,
+            "verdict": self.verdict,
+            "failure": self.failure,
+            "minutes": round(self.minutes, 2),
+        }
+
+
+def failed_for_good(state: CellState) -> str:
     """Return why a trial will get no number, "" if it has one or may still get one.
 
     Its loss became infinite, or it collapsed with --on_collapse stop (both happen again), or it failed twice.
     """
-    if state.complete or state.live_jobs:
+    if state.complete or (state.job and state.job.live):
         return ""
     code, line, times = (state.failure.get(x) for x in ("code", "line", "times"))
-    if not state.failure:
-        ended = [job for job in state.jobs if job.state not in (*LIVE, "COMPLETED")]
-        if not ended:
-            return ""
-        cause = the_cause(read_ends(ended[-1].folder, ended[-1].number)) or {}
-        code, line, times = cause.get("code"), cause.get("line", ended[-1].state), ended[-1].submitted
+    if not state.failure and state.job and state.job.state != "COMPLETED":  # a job that could not even say so
+        line, times = state.job.state, state.job.submitted
     if code in (NonFiniteError.exit_code, CollapseError.exit_code):
         return str(line)
-    return f"{line} ({times} times)" if isinstance(times, int) and times >= TRIES else ""
+    return f"{line} ({times} times)" if times and times >= TRIES else ""
 
 
 def outcomes(trials: Grid, states: dict[str, CellState]) -> list[Outcome]:
@@ -205,16 +217,10 @@ def outcomes(trials: Grid, states: dict[str, CellState]) -> list[Outcome]:
     for cell in trials.cells:
         state, log = states[cell.name], read_json_lines(cell.folder / "log.txt")
         knn = read_measures(cell.results()).get("knn") if state.complete else None
-        seconds = sum(x["seconds"] for x in log if isinstance(x.get("seconds"), int | float))
+        minutes = trials.settings.ngpus * sum(line.get("seconds", 0) for line in log) / 60
         verdict = str(log[-1].get("verdict", "")) if log else ""
-        failure = failed_for_good(cell, state)
-        found.append(Outcome(cell, knn, failure, verdict, trials.settings.ngpus * seconds / 60))
+        found.append(Outcome(cell, state.complete, knn, failed_for_good(state), verdict, minutes))
     return found
-
-
-def is_over(outcome: Outcome, states: dict[str, CellState]) -> bool:
-    """Return whether a trial has a number, or will get none."""
-    return bool(outcome.failure) or states[outcome.cell.name].complete
 
 
 def choose(found: Sequence[Outcome]) -> dict[str, int]:
@@ -265,25 +271,12 @@ def write(
     untrained = random_knn(trials.cells)
     methods = {}
     for method, trial in best.items():
-        mine = [x for x in found if x.cell.row.method == method]
-        methods[method] = {"best": trial, "minutes": round(sum(x.minutes for x in mine), 2), "trials": _records(mine)}
+        tried = [x for x in found if x.cell.row.method == method]
+        minutes = round(sum(x.minutes for x in tried), 2)
+        methods[method] = {"best": trial, "minutes": minutes, "trials": [x.record() for x in tried]}
     content = {"budget": budget, "random_init_knn": untrained, "methods": methods}
     write_text(folder / "tuning.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "tuning.md", _page(budget, untrained, methods))
-
-
-def _records(found: Iterable[Outcome]) -> list[dict]:
-    return [
-        {
-            "trial": trial_of(x.cell),
-            "settings": settings_of(x.cell),
-            "knn": x.knn,
-            "verdict": x.verdict,
-            "failure": x.failure,
-            "minutes": round(x.minutes, 2),
-        }
-        for x in found
-    ]
 
 
 def settings_of(cell: Cell) -> dict[str, str]:
@@ -323,7 +316,7 @@ def _page(budget: dict, untrained: float | None, methods: dict[str, dict]) -> st
 
 def sentence(folder: Path) -> str:
     """Return what the table says of its tuning, from tuning.json."""
-    content = read_object(folder / "tuning.json")
+    content = read_json(folder / "tuning.json")
     if not content:
         return "Tuned, but tuning.json is gone."
     budget, parts = content["budget"], []

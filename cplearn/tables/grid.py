@@ -1,7 +1,6 @@
-"""The cells of a grid, and the folder that keeps them. `reproduce_table3.py` runs them.
+"""The cells of a grid, its settings, and the folder that keeps both. `reproduce_table3.py` runs them.
 
-Everything about a cell lies in its folder: the checkpoint and log.txt of its training, trained.json when that is over,
-and in trained/ and random_init/ the results of its evaluations. A killed grid continues from what is there.
+Everything about a cell lies in its folder (`cell.py`). grid.json lists settings and cells.
 """
 
 import argparse
@@ -9,26 +8,16 @@ import contextlib
 import hashlib
 import json
 import shlex
-import typing
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.files import read_json, read_json_lines, read_text, write_text
+from cplearn.files import read_json, read_json_lines, read_text, reading, write_text
+from cplearn.flags import expand_recipes
 from cplearn.host import git_commit
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.rows import OF_SIZES, Row, rows
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One script of a cell: its training, or an evaluation."""
-
-    name: str  # train; knn, linear, cluster or collapse; "random ..." is of the untrained network
-    script: str  # module name
-    flags: list[str]
-    place: Path  # folder of its results
 
 
 @dataclass(frozen=True)
@@ -39,38 +28,44 @@ class Cell:
     seed: int
     name: str  # of its folder
     train: list[str]  # flags of main_cplearn.py
-    evaluate: dict[str, list[str]]  # flags of eval_*.py, by the stage's name
+    evaluate: dict[str, list[str]]  # flags of eval_NAME.py by name; "random NAME" is of the untrained network
     folder: Path
 
-    def stages(self) -> list[Stage]:
-        """Return the stages in the order in which they run."""
-        train = Stage("train", "main_cplearn", [*self.train, "--output_dir", str(self.folder)], self.folder)
-        weights = ["--pretrained_weights", str(self.folder / "checkpoint.pth")]
-        stages = [train]
-        for name, flags in self.evaluate.items():
-            random, place = name.startswith("random"), self._results_folder(random=name.startswith("random"))
-            where = ["--output_dir", str(place), "--seed", str(self.seed)]
-            argv = [*weights, *["--random_init"] * random, *where, *flags]
-            stages.append(Stage(name, f"eval_{name.split()[-1]}", argv, place))
-        return stages
+    def as_json(self) -> dict:
+        """Return what grid.json keeps of it."""
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+    @classmethod
+    def from_json(cls, content: dict, folder: Path) -> "Cell":
+        """Return the cell in this folder."""
+        kept = {name: content[name] for name in ("seed", "name", "train", "evaluate")}
+        return cls(Row(**content["row"]), folder=folder, **kept)
+
+    def write(self, processes: int) -> None:
+        """Write cell.json, which says what to do: recipes as they are now, and in how many processes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = self.as_json() | {"train": expand_recipes(self.train), "processes": processes}
+        write_text(self.folder / "cell.json", json.dumps(content, indent=1) + "\n")
+
+    def results_folder(self, *, random: bool) -> Path:
+        """Return where the evaluations of the trained network, or of the untrained one, put their results."""
+        return self.folder / ("random_init" if random else "trained")
 
     def results(self, *, random: bool = False) -> list[dict]:
         """Return the lines of results.jsonl of the trained network, or of the untrained one.
 
         None but those of the checkpoint that trained.json names (those of earlier versions name none).
         """
-        lines = read_json_lines(self._results_folder(random=random) / "results.jsonl")
-        kinds = {"script": str, "weights_sha256": str, "metrics": dict}
+        lines = read_json_lines(self.results_folder(random=random) / "results.jsonl")
         weights = read_json(self.folder / "trained.json").get("weights_sha256")
-        return [
-            line
-            for line in lines
-            if all(isinstance(line.get(name), kind) for name, kind in kinds.items())
-            and weights in (None, line["weights_sha256"])
-        ]
+        return [line for line in lines if weights in (None, line.get("weights_sha256"))]
 
-    def _results_folder(self, *, random: bool) -> Path:
-        return self.folder / ("random_init" if random else "trained")
+    def missing(self) -> list[str]:
+        """Return what is still to be done: "train", and the names of evaluations, in their order."""
+        if not (self.folder / "trained.json").exists():
+            return ["train", *self.evaluate]
+        done = {(random, line.get("script")) for random in (False, True) for line in self.results(random=random)}
+        return [name for name in self.evaluate if (is_random(name), script_of(name)) not in done]
 
     def own_flags(self) -> dict[str, str | int]:
         """Return what makes the cell this one, as flags of main_cplearn.py."""
@@ -81,12 +76,14 @@ class Cell:
 
         The folder may hold another run: copied there, or trained by hand with other flags.
         """
-        said, cell = checkpoint_args(self.folder / "checkpoint.pth"), self.own_flags()
+        trained, cell = checkpoint_args(self.folder / "checkpoint.pth"), self.own_flags()
         if "--epochs" in self.train:
             last = max(i for i, flag in enumerate(self.train) if flag == "--epochs")
             cell["epochs"] = int(self.train[last + 1])
         wrong = [
-            f"--{name} {said[name]}, not {value}" for name, value in cell.items() if said.get(name, value) != value
+            f"--{name} {trained[name]}, not {value}"
+            for name, value in cell.items()
+            if trained.get(name, value) != value
         ]
         return ", ".join(wrong)
 
@@ -96,6 +93,16 @@ class Cell:
         with contextlib.suppress(FileNotFoundError), open(self.folder / "checkpoint.pth", "rb") as file:
             content["weights_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         write_text(self.folder / "trained.json", json.dumps(content) + "\n")
+
+
+def is_random(evaluation: str) -> bool:
+    """Return whether an evaluation is of the untrained network."""
+    return evaluation.startswith("random ")
+
+
+def script_of(evaluation: str) -> str:
+    """Return the module of an evaluation."""
+    return f"eval_{evaluation.rpartition(' ')[2]}"
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,9 @@ class Settings:
     train_flags: str
     ngpus: int  # processes per cell
     epochs: int | None  # None: the recipe's
-    tune: int | None  # trials of each method (cplearn.tables.tuning); None: every method is as it stands
-    tune_out_dim: int | None
-    tune_epochs: int | None  # None: as many as the cells
+    tune: int | None = None  # trials of each method (cplearn.tables.tuning); None: every method is as it stands
+    tune_out_dim: int | None = None
+    tune_epochs: int | None = None  # None: as many as the cells
 
     @property
     def batch(self) -> int:
@@ -177,7 +184,7 @@ class Grid:
         data = settings.dataset if settings.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
         lines = rows(settings.table, settings.scale, methods, out_dims, data)
         lines = [replace(row, flags=[*row.flags, *tuned(row)]) for row in lines]
-        untrained = _untrained_stages(lines)
+        untrained = _untrained_evaluations(lines)
         epochs = ["--epochs", str(settings.epochs)] if settings.epochs else []
         cells = []
         for seed in seeds:
@@ -191,23 +198,26 @@ class Grid:
 
     @classmethod
     def load(cls, folder: Path) -> "Grid":
-        """Return the grid that a folder holds. Raises `UserError` if there is none."""
-        content = read_object(folder / "grid.json")
-        if not content:
-            raise UserError(f"{folder} holds no grid: was it started with this --output_dir?")
-        return cls(folder, *_read_grid(folder, content))
+        """Return the grid that a folder holds. Raises `UserError` if there is none, or if grid.json is damaged."""
+        path = folder / "grid.json"
+        try:
+            with reading(path):
+                content = json.loads(read_text(path))
+                cells = [Cell.from_json(x, folder / x["name"]) for x in content["cells"]]
+                return cls(folder, Settings(**content["settings"]), cells)
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no grid: was it started with this --output_dir?") from None
 
     def kept(self) -> list[Cell]:
         """Return the cells that the folder holds. Raises `UserError` if they have other settings than these."""
-        before, now = read_object(self.folder / "grid.json"), asdict(self.settings)
-        if not before:
+        if not (self.folder / "grid.json").exists():
             return []
-        settings, cells = _read_grid(self.folder, before)
-        theirs = asdict(settings)
-        if settings.tune and self.settings.tune:  # more trials are no other setting
+        before = Grid.load(self.folder)
+        theirs, now = asdict(before.settings), asdict(self.settings)
+        if theirs["tune"] and now["tune"]:  # more trials are no other setting
             theirs["tune"] = now["tune"]
         self._refuse([f"--{k} {theirs[k]}, now {v}" for k, v in now.items() if theirs[k] != v])
-        return cells
+        return before.cells
 
     def _refuse(self, changed: list[str]) -> None:
         if changed:
@@ -218,49 +228,50 @@ class Grid:
 
         Raises `UserError` if the folder's cells have other settings.
         """
-        cells = [cell for cell in self.kept() if cell.name not in forget]
-        kept = {cell.name: {k: v for k, v in asdict(cell).items() if k != "folder"} for cell in cells}
-        changed = []
-        for cell in self.cells:
-            there = kept.get(cell.name)
-            if there and without_folders(there["train"]) != without_folders(cell.train):
-                changed.append(f"other flags for {cell.name}")
-            kept[cell.name] = {k: v for k, v in asdict(cell).items() if k != "folder"}
-        self._refuse(changed)
-        content = {"settings": asdict(self.settings), "commit": git_commit(), "cells": list(kept.values())}
+        kept = {cell.name: cell for cell in self.kept() if cell.name not in forget}
+        self._refuse(
+            [
+                f"other flags for {cell.name}"
+                for cell in self.cells
+                if cell.name in kept and without_folders(kept[cell.name].train) != without_folders(cell.train)
+            ]
+        )
+        cells = [*(kept | {cell.name: cell for cell in self.cells}).values()]
+        listed = [cell.as_json() for cell in cells]
+        content = {"settings": asdict(self.settings), "commit": git_commit(), "cells": listed}
         write_text(self.folder / "grid.json", json.dumps(content, indent=1) + "\n")
-        return Grid.load(self.folder)
+        return Grid(self.folder, self.settings, cells)
 
     def check(self) -> None:
-        """Let every script check its flags before the first of them runs. Raises `UserError` with the cell's name, also
-        if its flags (a recipe in --train_flags, say) make it another cell or two cells one and the same."""
+        """Let main_cplearn.py check every cell's flags before the first of them runs.
+
+        Raises `UserError` with the cell's name, also if its flags (a recipe in --train_flags, say) make it another
+        cell, or two cells one and the same.
+        """
         seen: dict[str, str] = {}
         for cell in self.cells:
-            for stage in cell.stages():
-                try:
-                    parsed = parse_flags(stage.script, stage.flags)
-                except UserError as error:
-                    raise UserError(f"{cell.name}: {error}") from None
-                if stage.name != "train":
-                    continue
-                for name, value in cell.own_flags().items():
-                    if getattr(parsed, name) != value:
-                        raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
-                if parsed.method == "gedi_gen" and sees_batch_norm(parsed):
-                    raise UserError(
-                        f"{cell.name} samples images with its network, and {parsed.arch} has batch norm: give all "
-                        "lines one without, by --train_flags '--arch resnet8_w32', or leave gedi_gen out of --methods"
-                    )
-                flags = repr(sorted((vars(parsed) | {"output_dir": ""}).items()))
-                if flags in seen:
-                    raise UserError(
-                        f"{cell.name} and {seen[flags]} would be the same training: take what sets them apart out of "
-                        f"--train_flags '{self.settings.train_flags}'"
-                    )
-                seen[flags] = cell.name
+            try:
+                parsed = parse_flags("main_cplearn", cell.train)
+            except UserError as error:
+                raise UserError(f"{cell.name}: {error}") from None
+            for name, value in cell.own_flags().items():
+                if getattr(parsed, name) != value:
+                    raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
+            if parsed.method == "gedi_gen" and sees_batch_norm(parsed):
+                raise UserError(
+                    f"{cell.name} samples images with its network, and {parsed.arch} has batch norm: give all lines "
+                    "one without, by --train_flags '--arch resnet8_w32', or leave gedi_gen out of --methods"
+                )
+            flags = repr(sorted(vars(parsed).items()))
+            if flags in seen:
+                raise UserError(
+                    f"{cell.name} and {seen[flags]} would be the same training: take what sets them apart out of "
+                    f"--train_flags '{self.settings.train_flags}'"
+                )
+            seen[flags] = cell.name
 
 
-def _untrained_stages(lines: Sequence[Row]) -> dict[str, list[str]]:
+def _untrained_evaluations(lines: Sequence[Row]) -> dict[str, list[str]]:
     """Return which evaluations of the untrained network go with which lines, by the lines' keys.
 
     Its codes once for every size, with CPLearn's head if the table has it; its features once, as backbone and seed are
@@ -273,7 +284,7 @@ def _untrained_stages(lines: Sequence[Row]) -> dict[str, list[str]]:
         if row.out_dim not in sizes:
             sizes.add(row.out_dim)
             found[row.key] = ["cluster"]
-    found[ours_first[0].key] += ["knn", "linear"]
+    found[ours_first[0].key] = ["knn", "linear", "cluster"]
     return found
 
 
@@ -299,65 +310,20 @@ def checkpoint_args(path: Path) -> dict:
         return {}
 
 
-def read_object(path: Path) -> dict:
-    """Return the JSON object in a file that this project wrote, {} if there is no such file.
-
-    Raises `UserError` for a damaged file: taken for none, what it keeps would be overwritten.
-    """
-    try:
-        content = json.loads(read_text(path))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore a copy, or move it away to begin anew") from None
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} is damaged (no JSON object): restore a copy, or move it away to begin anew")
-    return content
-
-
-def _read_grid(folder: Path, content: dict) -> tuple[Settings, list[Cell]]:
-    """Return settings and cells of grid.json. Raises `UserError` for fields that are not those of `Grid.save`."""
-    try:
-        settings = _fill(Settings, {field.name: None for field in fields(Settings)} | content["settings"])
-        cells = [
-            _fill(Cell, x | {"row": _fill(Row, x["row"]), "folder": folder / str(x["name"])}) for x in content["cells"]
-        ]
-    except KeyError as error:
-        raise UserError(f"{folder}/grid.json has no field {error}: restore a copy, or move it away") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}/grid.json is not what a grid writes ({error}): restore a copy") from None
-    return settings, cells
-
-
-def _fill(kind: type, content: dict):
-    """Return the dataclass with these fields. Raises `TypeError` or `ValueError` that names what does not fit it."""
-    wrong = [x.name for x in fields(kind) if not fits(content.get(x.name), x.type)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is {content.get(wrong[0])!r}")
-    return kind(**content)
-
-
-def fits(value: object, kind: type) -> bool:
-    """Return whether a value out of a JSON file is of a type like `int`, `str | None` or `dict[str, list[str]]`."""
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin is list:
-        return isinstance(value, list) and all(fits(x, inside[0]) for x in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(k, inside[0]) and fits(x, inside[1]) for k, x in value.items())
-    if inside:
-        return any(fits(value, x) for x in inside)
-    return isinstance(value, (kind, int) if kind is float else kind)
-
-
 def without_folders(flags: list[str]) -> list[str]:
     """Return flags without the recipes' folders: a recipe is the same in another checkout."""
     return [x.rpartition("/")[2] if x.startswith("@") else x for x in flags]
 
 
+def not_among(flags: Sequence[str], more: dict[str, object]) -> list[str]:
+    """Return the flags in `more` that have a value and are not among `flags`."""
+    given = {word.split("=")[0] for word in expand_recipes(flags)}
+    return [x for flag, value in more.items() if value is not None and flag not in given for x in (flag, str(value))]
+
+
 def timed_epochs(folder: Path, minutes_per_cell: float | None) -> int | None:
     """Return the epochs that were chosen when this folder's grid began, if it had the same --minutes_per_cell."""
-    content = read_object(folder / "grid.json")
-    settings = asdict(_read_grid(folder, content)[0]) if content else {}
-    return settings["epochs"] if minutes_per_cell and settings.get("minutes_per_cell") == minutes_per_cell else None
+    if not minutes_per_cell or not (folder / "grid.json").exists():
+        return None
+    settings = Grid.load(folder).settings
+    return settings.epochs if settings.minutes_per_cell == minutes_per_cell else None
