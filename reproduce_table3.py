@@ -24,13 +24,13 @@ from cplearn import errors
 from cplearn.errors import UserError, WriteError
 from cplearn.slurm.checks import check_partition, check_slurm, parse_flags
 from cplearn.slurm.submit import Resources
-from cplearn.tables import tuning
+from cplearn.tables import trial_rule, tuning
 from cplearn.tables.grid import Grid, Settings, paper_batch, timed_epochs
 from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import write
 from cplearn.tables.rows import NAMES, OF_SIZES, TABLES, stem
 from cplearn.tables.run import device_name, gpus, run_here, run_on_slurm
-from cplearn.tables.status import CellState, snapshot, status_lines
+from cplearn.tables.status import CellState, refuse_unfinished, snapshot, status_lines
 from utils import (
     ArgumentParser,
     check_output_dir,
@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--train_flags", default="", metavar="'FLAGS'", help="More flags of main_cplearn.py for every cell, in quotes")
     g = p.add_argument_group("the same tuning budget for every method (Table 3 and falcon)")
     g.add_argument("--tune", type=int, default=None, metavar="N", help="First N trials of every method on a part of the training images, scored by 20-NN on the rest; the best one's settings are then used for all its cells (docs/tables.md)")
-    g.add_argument("--tune_out_dim", type=positive(int), default=None, metavar="C", help=f"Size of every trial (default: {tuning.OUT_DIM})")
+    g.add_argument("--tune_out_dim", type=positive(int), default=None, metavar="C", help=f"Size of every trial (default: {trial_rule.OUT_DIM})")
     g.add_argument("--tune_epochs", type=positive(int), default=None, help="Of every trial (default: as many as the cells)")
     g = p.add_argument_group("launch")
     g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="Side by side on this machine, or a job for each cell: then all other flags go to run_with_submitit.py")
@@ -125,10 +125,10 @@ def check_tuning_flags(args: argparse.Namespace, words: set[str]) -> None:
         return
     if args.tune < 2:
         raise UserError(f"--tune {args.tune} leaves nothing to choose from (trial 0 is the recipe): at least 2")
-    tuned = sorted(words & tuning.own_settings())
+    tuned = sorted(words & trial_rule.own_settings())
     if tuned:
         raise UserError(f"--train_flags '{args.train_flags}': --tune chooses {', '.join(tuned)}: leave it out")
-    args.tune_out_dim = args.tune_out_dim or tuning.OUT_DIM
+    args.tune_out_dim = args.tune_out_dim or trial_rule.OUT_DIM
 
 
 def check_sharing(args: argparse.Namespace) -> None:
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     submit = submitter(args, settings, launcher) if launcher else None
     with FolderLock(args.output_dir):
-        best = find_best(args, grid, images, submit) if args.tune else {}
+        best = tuning.find_best(grid, images, args.jobs, submit) if args.tune else {}
         if best is None:
             return
         if best:
@@ -192,15 +192,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(whole, states)
     refuse_unfinished("cells", [cell.name for cell in grid.cells if not states[cell.name].complete], len(grid.cells))
     print(f"Done: {args.output_dir}/{stem(args.table)}.md, .csv, .png")
-
-
-def refuse_unfinished(what: str, left: list[str], total: int) -> None:
-    """Raise `UserError` with the names of what is not finished, if anything is."""
-    if left:
-        raise UserError(
-            f"{len(left)} of {total} {what} are not finished ({', '.join(left[:3])}): see --status; "
-            "the same command tries them again"
-        )
 
 
 def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.Namespace) -> Callable:
@@ -246,39 +237,6 @@ def tuning_images(args: argparse.Namespace, settings: Settings):
     grid = build_grid(args, dataclasses.replace(settings, epochs=settings.epochs or timed or untimed))
     tuning.trial_grid(grid).check()
     return open_training_images(parse_flags("main_cplearn", grid.cells[0].train))
-
-
-def find_best(args: argparse.Namespace, grid: Grid, images, submit: Callable | None) -> dict[str, int] | None:
-    """Run the trials that are not over, and return the best one of every method.
-
-    With `submit` they are submitted instead, and None is returned as long as there are any. Raises `UserError` if some
-    failed and must be tried again.
-    """
-    from cplearn.lock import FolderLock
-    from cplearn.tables.split import write_split
-
-    trials = tuning.trial_grid(grid)
-    check_output_dir(str(trials.folder))
-    with FolderLock(trials.folder):
-        counts = write_split(images, trials.folder / "data")
-        whole = trials.save()
-        states = snapshot(trials)
-        todo = [x.cell for x in tuning.outcomes(trials, states) if not x.over]
-        if todo:
-            print(f"Tuning: {len(trials.cells) - len(todo)} of {len(trials.cells)} trials are over, in {trials.folder}")
-            some = dataclasses.replace(trials, cells=todo)
-            if submit:
-                submit(some, states)
-                print("The table's cells follow: the same command again, when these are finished")
-                return None
-            run_here(some, states, args.jobs, lambda: None)
-        found = tuning.outcomes(trials, snapshot(trials))
-        refuse_unfinished("trials", [x.cell.name for x in found if not x.over], len(trials.cells))
-        best = tuning.choose(found)
-        tuning.write(grid.folder, trials, found, best, counts, len(whole.cells) - len(trials.cells))
-    shown = ", ".join(f"{NAMES[method]} {trial}" for method, trial in best.items())
-    print(f"Tuning: the best trials are {shown} (tuning.md); now the table's cells", flush=True)
-    return best
 
 
 def show_plan(args: argparse.Namespace, grid: Grid, command: str) -> None:
@@ -350,7 +308,7 @@ def build_grid(args: argparse.Namespace, settings: Settings, best: dict[str, int
     """
     lines = {"methods": args.methods, "out_dims": args.out_dims, "seeds": args.seeds}
     if best:
-        lines["tuned"] = tuning.tuned(best)
+        lines["tuned"] = trial_rule.tuned(best)
     folder = Path(args.output_dir)
     epochs = settings.epochs or timed_epochs(folder, args.minutes_per_cell)
     if args.minutes_per_cell and epochs is None:

@@ -15,10 +15,10 @@ from typing import BinaryIO, NamedTuple
 from cplearn import errors
 from cplearn.errors import ExpectedError, Interrupted, PeerError
 from cplearn.files import read_json, write_text
-from cplearn.host import end_with_parent
+from cplearn.host import ROOT, end_with_parent
 
 GRACE = 30.0  # seconds for the other processes of a script when one has failed
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # variables of a process group
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # variables of a process group
 
 
 class End(NamedTuple):
@@ -46,24 +46,26 @@ class Children:
     ):
         self._place = tempfile.TemporaryDirectory()
         self._failed_at: float | None = None
-        env = {name: value for name, value in (env or os.environ).items() if name not in LAUNCHERS}
-        start = str(Path(__file__).with_name("__main__.py"))
-        command = [sys.executable, start, str(os.getpid()), self._place.name, script, *flags]
+        # -m would import a cplearn of the working folder.
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        env = (env or dict(os.environ)) | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+        env = {name: value for name, value in env.items() if name not in GROUP}
+        command = [sys.executable, "-m", "cplearn.tables.child", str(os.getpid()), self._place.name, script, *flags]
+        numbers = [{}]
         if processes > 1:
             command += ["--dist_url", f"file://{self._place.name}/meeting"]
             env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
-        self._processes = []
-        for rank in range(processes):
-            numbers = dict(zip(LAUNCHERS, map(str, (rank, processes, rank, processes)), strict=True))
-            self._processes.append(
-                subprocess.Popen(
-                    command,
-                    env=env | (numbers if processes > 1 else {}),
-                    stdout=out,
-                    stderr=subprocess.STDOUT if out is not None else None,
-                    start_new_session=True,  # Ctrl-C comes through `stop`, once
-                )
+            numbers = [dict(zip(GROUP, map(str, (r, processes, r, processes)), strict=True)) for r in range(processes)]
+        self._processes = [
+            subprocess.Popen(
+                command,
+                env=env | own,
+                stdout=out,
+                stderr=None if out is None else subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C comes through `stop`, once
             )
+            for own in numbers
+        ]
 
     def poll(self) -> End | None:
         """Return how the script ended, None while a process of it runs."""
@@ -76,11 +78,11 @@ class Children:
                 self.stop(signal.SIGKILL)
             return None
         rank = min(range(len(codes)), key=lambda rank: _explains(codes[rank]))
-        end = read_json(Path(self._place.name, f"{rank}.json"))
+        line = read_json(Path(self._place.name, f"{rank}.json")).get("line", "see its log")
         self._place.cleanup()
         if codes[rank] < 0:
             return End(PeerError.exit_code, f"killed by {signal.Signals(-codes[rank]).name}")
-        return End(codes[rank], str(end.get("line", "see its log")) if codes[rank] else "")
+        return End(codes[rank], line if codes[rank] else "")
 
     def wait(self) -> End:
         """Wait for the end."""
@@ -101,10 +103,10 @@ def _explains(code: int) -> int:
     return {PeerError.exit_code: 2, Interrupted.exit_code: 4, 0: 5}.get(code, 0)
 
 
-def run(parent: int, ends: str, script: str, flags: list[str]) -> None:
+def run(parent: str, ends: str, script: str, *flags: str) -> None:
     """Run the script in this process, a child of `parent`, and leave how it ended in the folder `ends`."""
     end_with_parent()
-    if os.getppid() != parent:  # gone before that
+    if os.getppid() != int(parent):  # gone before that
         sys.exit(Interrupted.exit_code)
 
     def report(code: int, line: str) -> None:
@@ -115,3 +117,7 @@ def run(parent: int, ends: str, script: str, flags: list[str]) -> None:
 
     sys.argv = [f"{script.rpartition('.')[2]}.py", *flags]
     errors.run_script(lambda _: importlib.import_module(script).main(flags), report)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -137,5 +137,5 @@ def run_on_slurm(
         after = f"afterany:{numbers[-jobs]}" if len(numbers) >= jobs else dependency
         cell.write(grid.settings.ngpus)
         numbers.append(submit(JobRequest(CELL, [str(cell.folder)], cell.folder, resources, cell.name, after, tasks=1)))
-        print(f"{cell.name}: job {numbers[-1]}" + f", after {after.rpartition(':')[2]}" * bool(after), flush=True)
+        print(f"{cell.name}: job {numbers[-1]}" + (f", after {after.rpartition(':')[2]}" if after else ""), flush=True)
     print(f"{len(numbers) - begun} jobs submitted")

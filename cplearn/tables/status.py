@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cplearn.errors import UserError
 from cplearn.files import read_json
 from cplearn.host import process_start
 from cplearn.slurm.status import AT_WORK, FOLDER, LIVE, job_state, last_error, progress, submissions
@@ -93,6 +94,15 @@ def in_use(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return time.time() - (folder / ".lock").stat().st_mtime < 60
     return False
+
+
+def refuse_unfinished(what: str, left: list[str], total: int) -> None:
+    """Raise `UserError` with the names of what is not finished, if anything is."""
+    if left:
+        raise UserError(
+            f"{len(left)} of {total} {what} are not finished ({', '.join(left[:3])}): see --status; "
+            "the same command tries them again"
+        )
 
 
 # --- the lines of --status --------------------------------------------------------------------------------
