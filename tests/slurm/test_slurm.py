@@ -388,7 +388,7 @@ def test_a_grid_stands_in_line(tmp_path):
     assert ask("squeue", "-h", "-j", second, "-o", "%E").strip().replace("(unfulfilled)", "") == f"afterany:{first}"
     assert "0 jobs submitted" in again and again.count("there already") == 2
     wait_for((out / "checkpoint_previous.pth").exists, f"the first epochs: {log(out, first)}")
-    assert show_job(first)["NumTasks"] == "1" and re.search(r"swav_c16_s0 \| +queued", grid("--status"))
+    assert show_job(first)["NumTasks"] == "1" and re.search(r"swav_c16_s0 +\| +queued", grid("--status"))
     subprocess.run(["scancel", "--signal=USR2", first], check=True)
     wait_for(lambda: show_job(first).get("Restarts") == "1", "the requeue")
     for job, name in ((first, "cplearn_c16_s0"), (second, "swav_c16_s0")):
