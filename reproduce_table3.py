@@ -21,13 +21,13 @@ from pathlib import Path
 
 import run_with_submitit
 from cplearn import errors
-from cplearn.errors import UserError, WriteError
+from cplearn.errors import UserError
 from cplearn.slurm.checks import check_partition, check_slurm, parse_flags
 from cplearn.slurm.submit import Resources
 from cplearn.tables import trial_rule, tuning
-from cplearn.tables.grid import Grid, Settings, paper_batch, timed_epochs
+from cplearn.tables.grid import Grid, Settings, timed_epochs
 from cplearn.tables.plan import epochs_within, print_plan, time_steps
-from cplearn.tables.report import write
+from cplearn.tables.report import update
 from cplearn.tables.rows import NAMES, OF_SIZES, TABLES, stem
 from cplearn.tables.run import device_name, gpus, run_here, run_on_slurm
 from cplearn.tables.status import CellState, refuse_unfinished, snapshot, status_lines
@@ -147,14 +147,10 @@ def check_sharing(args: argparse.Namespace) -> None:
 def parse_launcher_flags(rest: list[str]) -> argparse.Namespace:
     """Parse the flags of run_with_submitit.py. Raises `UserError` for those that the grid sets itself."""
     launcher, unknown = run_with_submitit.parse_args(rest)
-    wrong = unknown or [f"--nodes {launcher.nodes}"] * (launcher.nodes > 1)
-    wrong = wrong or [f"--script {launcher.script}"] * (launcher.script != "main_cplearn")
-    for name in ("then", "local", "status", "name"):
-        wrong = wrong or [f"--{name}"] * bool(getattr(launcher, name))
+    fixed = {"nodes": 1, "script": "main_cplearn", "then": None, "local": False, "status": None, "name": None}
+    wrong = unknown or [f"--{x} {getattr(launcher, x)}" for x, value in fixed.items() if getattr(launcher, x) != value]
     if wrong:
-        raise UserError(
-            f"{' '.join(wrong)} is no flag of the grid or of a job here (a cell has one node): leave it out"
-        )
+        raise UserError(f"{' '.join(wrong)} is no flag of the grid, nor of a cell's job: leave it out")
     return launcher
 
 
@@ -171,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = tuning_images(args, settings) if args.tune else None
     grid = build_grid(args, settings)
     if args.dry_run:
-        show_plan(args, grid, train_command(settings, rest, launcher))
+        show_plan(args, grid, rest)
         return
     from cplearn.lock import FolderLock  # loads torch
 
@@ -187,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if submit:
             submit(grid, states)
             return
-        run_here(grid, states, args.jobs, lambda: report(whole, snapshot(whole)))
+        run_here(grid, states, args.jobs, lambda: update(whole, snapshot(whole)))
         states = snapshot(whole)
-        report(whole, states)
+        update(whole, states)
     refuse_unfinished("cells", [cell.name for cell in grid.cells if not states[cell.name].complete], len(grid.cells))
     print(f"Done: {args.output_dir}/{stem(args.table)}.md, .csv, .png")
 
@@ -209,8 +205,7 @@ def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.N
 
 def print_status(folder: Path) -> None:
     """Print the state of every trial and cell, and the table so far."""
-    tuned = (folder / "tuning" / "grid.json").exists()
-    if tuned:
+    if (folder / "tuning" / "grid.json").exists():
         trials = Grid.load(folder / "tuning")
         print("\n".join(["Trials:", *status_lines(trials, snapshot(trials))]))
         best = folder / "tuning.md"
@@ -220,7 +215,7 @@ def print_status(folder: Path) -> None:
     grid = Grid.load(folder)
     states = snapshot(grid)
     print("\n".join(status_lines(grid, states)))
-    report(grid, states)
+    update(grid, states)
     table = folder / f"{stem(grid.settings.table)}.md"
     print("\n" + table.read_text() if table.exists() else "No cell is finished, so there is no table yet")
 
@@ -239,8 +234,14 @@ def tuning_images(args: argparse.Namespace, settings: Settings):
     return open_training_images(parse_flags("main_cplearn", grid.cells[0].train))
 
 
-def show_plan(args: argparse.Namespace, grid: Grid, command: str) -> None:
-    """Time a few steps, and print the plan of the trials, if there are any, and of the cells."""
+def show_plan(args: argparse.Namespace, grid: Grid, rest: list[str]) -> None:
+    """Time a few steps, and print the plan of the trials, if there are any, and of the cells.
+
+    `rest`: the flags of run_with_submitit.py.
+    """
+    command = f"torchrun --nproc_per_node={grid.settings.ngpus} main_cplearn.py"
+    if args.launcher == "slurm":
+        command = f"run_with_submitit.py {shlex.join([*rest, '--ngpus', str(grid.settings.ngpus)])}"
     how = {"jobs": args.jobs, "sharing": args.cells_per_gpu, "launcher": command, "price": args.price}
     if args.tune:
         trials = tuning.trial_grid(grid)
@@ -294,11 +295,11 @@ def choose_settings(args: argparse.Namespace) -> Settings:
         raise UserError(f"--jobs {args.jobs} x --ngpus {ngpus} are more than this machine's {have} GPUs{shared}")
     if args.cells_per_gpu > 1 and not have:
         raise UserError(f"--cells_per_gpu {args.cells_per_gpu}, but there is no GPU here: --jobs cells share the cores")
-    batch = paper_batch(args.table, args.scale)
-    if batch % ngpus:
-        raise UserError(f"--ngpus {ngpus}: a batch of {batch} cannot be shared evenly: a power of two")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    return Settings(**{**given, "ngpus": ngpus})
+    settings = Settings(**{**given, "ngpus": ngpus})
+    if settings.batch % ngpus:
+        raise UserError(f"--ngpus {ngpus}: a batch of {settings.batch} cannot be shared evenly: a power of two")
+    return settings
 
 
 def build_grid(args: argparse.Namespace, settings: Settings, best: dict[str, int] | None = None) -> Grid:
@@ -330,24 +331,6 @@ def time_lines(args: argparse.Namespace, grid: Grid) -> dict[str, dict]:
     sharing = args.cells_per_gpu if here else 1
     steps, images = args.probe_steps, args.probe_images
     return time_steps(grid, processes=processes, jobs=jobs, sharing=sharing, steps=steps, images=images)
-
-
-def train_command(settings: Settings, rest: list[str], launcher: argparse.Namespace | None) -> str:
-    """Return the command that trains a cell, without its flags."""
-    if launcher:
-        return f"run_with_submitit.py {shlex.join([*rest, '--ngpus', str(settings.ngpus)])} --script main_cplearn"
-    return f"torchrun --nproc_per_node={settings.ngpus} main_cplearn.py"
-
-
-def report(grid: Grid, states: dict[str, CellState]) -> None:
-    """Write the table of the complete cells.
-
-    A full disk must not stop the other cells, nor another user's folder --status.
-    """
-    try:
-        write(grid, states)
-    except (OSError, WriteError) as error:
-        print(f"WARNING: the table could not be written: {error}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from cplearn import errors
 from cplearn.errors import ExpectedError, Interrupted, UserError
 from cplearn.files import read_json, read_text, reading, remove_quietly, write_text
-from cplearn.flags import ArgumentParser, ignore_local_rank, nonnegative
+from cplearn.flags import ArgumentParser, nonnegative
 from cplearn.tables.child import Children
 from cplearn.tables.grid import Cell, not_among
 from cplearn.tables.status import in_use
@@ -41,7 +41,6 @@ class PartError(ExpectedError):
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="cplearn.tables.cell", description=__doc__)
-    ignore_local_rank(parser)
     parser.add_argument("folder", help="Folder of the cell, as reproduce_table3.py has begun it")
     parser.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes per process")
     parser.add_argument("--device", default=None, help="auto, cpu or cuda")
@@ -72,44 +71,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     failed = cell.folder / "failed.json"
     times = read_json(failed).get("times", 0)
     remove_quietly(failed)
-    with StopSignals() as signals:
-        try:
-            _train(cell, processes, args, signals)
-            _evaluate(cell, processes, args, signals)
-        except PartError as error:
-            failure = {"stage": error.part, "code": error.exit_code, "line": error.line, "times": times + 1}
-            write_text(failed, json.dumps(failure) + "\n")
-            raise
+    try:
+        with StopSignals() as signals:
+            if "train" in cell.missing():
+                flags = [*cell.train, "--output_dir", str(cell.folder), *machine_flags(args, cell.train)]
+                _run(cell, "main_cplearn", flags, cell.folder, processes, signals)
+                cell.mark_trained()
+            elif differs := cell.differs():
+                raise UserError(f"{cell.name}: its checkpoint has {differs}: move {cell.folder} away")
+            if cell.missing():
+                flags, place = [str(cell.folder), *machine_flags(args)], cell.results_folder(random=False)
+                _run(cell, "cplearn.tables.evaluate", flags, place, processes, signals)
+    except PartError as error:
+        failure = {"stage": error.part, "code": error.exit_code, "line": error.line, "times": times + 1}
+        write_text(failed, json.dumps(failure) + "\n")
+        raise
 
 
-def _train(cell: Cell, processes: int, args: argparse.Namespace, signals: StopSignals) -> None:
-    if "train" in cell.missing():
-        _wait_until_free(cell.folder, signals)
-        flags = [*cell.train, "--output_dir", str(cell.folder), *machine_flags(args, cell.train)]
-        _run(cell, Children("main_cplearn", flags, processes=processes), signals)
-        cell.mark_trained()
-    elif differs := cell.differs():
-        raise UserError(f"{cell.name}: its checkpoint has {differs}: move {cell.folder} away")
-
-
-def _evaluate(cell: Cell, processes: int, args: argparse.Namespace, signals: StopSignals) -> None:
-    if cell.missing():
-        _wait_until_free(cell.results_folder(random=False), signals)
-        flags = [str(cell.folder), *machine_flags(args)]
-        _run(cell, Children("cplearn.tables.evaluate", flags, processes=processes), signals)
-
-
-def _wait_until_free(folder: Path, signals: StopSignals) -> None:
-    end = time.monotonic() + SAVING
-    while in_use(folder) and not signals.name:
-        if time.monotonic() > end:
-            raise UserError(f"{folder} is in use by another process: stop it, or wait for its end")
+def _run(cell: Cell, script: str, flags: list[str], place: Path, processes: int, signals: StopSignals) -> None:
+    """Run a script that locks the folder `place` to its end. A signal is handed on once, so that training can save."""
+    end_of_wait = time.monotonic() + SAVING
+    while in_use(place) and not signals.name:
+        if time.monotonic() > end_of_wait:
+            raise UserError(f"{place} is in use by another process: stop it, or wait for its end")
         time.sleep(0.5)
-
-
-def _run(cell: Cell, children: Children, signals: StopSignals) -> None:
-    """Wait for the end of what the cell is at; a signal is handed on once, so that training can save."""
-    told = False
+    children, told = Children(script, flags, processes=processes), False
     while (end := children.poll()) is None:
         if signals.name and not told:
             children.stop(getattr(signal, signals.name))
@@ -117,7 +103,7 @@ def _run(cell: Cell, children: Children, signals: StopSignals) -> None:
         time.sleep(0.05)
     if end.code == Interrupted.exit_code:
         raise Interrupted(end.line)
-    if signals.name:
+    if end.code and signals.name:
         raise Interrupted(f"{signals.name}: stopped; the same command goes on")
     if end.code:
         raise PartError(cell.missing()[0], end.code, end.line)

@@ -23,58 +23,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     cell, _ = read_cell(args.folder)
     launch.init(args.dist_url, args.device or "auto")
     place = cell.results_folder(random=False)
+    kept = place / ".kept_features"
+
+    def begin() -> list[str]:
+        if differs := cell.differs():
+            raise UserError(f"{cell.name}: its checkpoint has {differs}: move {cell.folder} away")
+        shutil.rmtree(kept, ignore_errors=True)  # of a process that was killed
+        return cell.missing()
+
     collectives.on_main(lambda: place.mkdir(exist_ok=True))
     with FolderLock(place, "cell"):
-        for name in collectives.on_main(_todo, cell):
-            script, flags = script_of(name), _flags(cell, name)
-            more = collectives.on_main(_features, cell, name)
-            importlib.import_module(script).main([*flags, *more, *machine_flags(args), "--dist_url", args.dist_url])
-        collectives.on_main(_forget, cell)
+        for name in collectives.on_main(begin):
+            source = collectives.on_main(feature_flags, cell, name, kept)
+            out = ["--output_dir", str(cell.results_folder(random=is_random(name))), "--seed", str(cell.seed)]
+            flags = [*source, *out, *cell.evaluate[name], *machine_flags(args), "--dist_url", args.dist_url]
+            importlib.import_module(script_of(name)).main(flags)
+        collectives.on_main(shutil.rmtree, kept, True)
 
 
-def _todo(cell: Cell) -> list[str]:
-    """Return the evaluations without a result."""
-    if differs := cell.differs():
-        raise UserError(f"{cell.name}: its checkpoint has {differs}: move {cell.folder} away")
-    _forget(cell)  # what a killed process has kept
-    return cell.missing()
+def feature_flags(cell: Cell, name: str, kept: Path) -> list[str]:
+    """Return the flags that extract features, or load those that an evaluation of the same network has kept.
 
-
-def _flags(cell: Cell, name: str) -> list[str]:
-    """Return the flags of an evaluation, without where its features come from."""
-    place = cell.results_folder(random=is_random(name))
-    return ["--output_dir", str(place), "--seed", str(cell.seed), *cell.evaluate[name]]
-
-
-def _features(cell: Cell, name: str) -> list[str]:
-    """Return the flags that extract features, or take those that an evaluation of the same network has kept."""
-    extract = ["--pretrained_weights", str(cell.folder / "checkpoint.pth"), *["--random_init"] * is_random(name)]
-    splits = _splits(cell, name)
-    if not splits:
-        return extract
-    kept = _kept(cell, random=is_random(name))
-    if all(has_features(str(kept), split) for split in splits):
-        return ["--load_features", str(kept)]
-    return [*extract, "--dump_features", str(kept)]
-
-
-def _splits(cell: Cell, name: str) -> tuple[str, ...]:
-    """Return the splits of which an evaluation takes the plain features of center crops, if these are all it needs.
-
-    eval_collapse.py also takes embeddings. eval_linear.py augments the training images at the paper's scale, and takes
-    more tokens of a ViT.
+    eval_collapse.py extracts its own, as it also takes embeddings; so does eval_linear.py where it augments the
+    training images (ImageNet-100), or takes more tokens (of a ViT).
     """
-    script, flags = script_of(name), " ".join(cell.evaluate[name])
+    random, script = is_random(name), script_of(name)
+    extract = ["--pretrained_weights", str(cell.folder / "checkpoint.pth"), *["--random_init"] * random]
+    splits = {"eval_knn": ("train", "val"), "eval_linear": ("train", "val"), "eval_cluster": ("val",)}.get(script)
     if script == "eval_linear":
-        arch = checkpoint_args(cell.folder / "checkpoint.pth")["arch"]
-        return ("train", "val") if "--augment false" in flags and not is_vit(arch) else ()
-    return {"eval_knn": ("train", "val"), "eval_cluster": ("val",)}.get(script, ())
-
-
-def _kept(cell: Cell, *, random: bool) -> Path:
-    return cell.results_folder(random=random) / ".kept_features"
-
-
-def _forget(cell: Cell) -> None:
-    for random in (False, True):
-        shutil.rmtree(_kept(cell, random=random), ignore_errors=True)
+        vit = is_vit(checkpoint_args(cell.folder / "checkpoint.pth")["arch"])
+        splits = splits if "--augment false" in " ".join(cell.evaluate[name]) and not vit else None
+    if splits is None:
+        return extract
+    place = str(kept / ("random" if random else "trained"))
+    if all(has_features(place, split) for split in splits):
+        return ["--load_features", place]
+    return [*extract, "--dump_features", place]
