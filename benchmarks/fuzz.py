@@ -427,8 +427,10 @@ def make_whole_files(place: Place) -> None:
     args, _ = reproduce_table3.parse_args(flags)
     (place.root / "grid").mkdir()
     (cell,) = reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args)).save().cells
-    for stage in cell.stages()[:2]:  # training and k-NN
-        code, said, _ = place.run(stage.script, [*stage.flags, *EVALUATION])
+    knn = ["--pretrained_weights", str(cell.folder / "checkpoint.pth"), *cell.evaluate["knn"]]
+    stages = {"main_cplearn": (cell.train, cell.folder), "eval_knn": (knn, cell.results_folder(random=False))}
+    for script, (flags, out) in stages.items():
+        code, said, _ = place.run(script, [*flags, "--output_dir", str(out), *EVALUATION])
         if code:
             raise RuntimeError(said)
     cell.mark_trained()
