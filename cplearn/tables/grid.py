@@ -3,7 +3,6 @@
 Everything about a cell lies in its folder (`cell.py`). grid.json lists settings and cells.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -16,7 +15,7 @@ from cplearn.errors import UserError
 from cplearn.files import read_json, read_json_lines, read_text, reading, write_text
 from cplearn.flags import expand_recipes
 from cplearn.host import git_commit
-from cplearn.slurm.checks import parse_flags
+from cplearn.slurm.checks import check_run, parse_flags
 from cplearn.tables.rows import OF_SIZES, Row, rows
 
 
@@ -239,25 +238,24 @@ class Grid:
         return Grid(self.folder, self.settings, cells)
 
     def check(self) -> None:
-        """Let main_cplearn.py check every cell's flags before the first of them runs.
+        """Check what main_cplearn.py would refuse, before the first cell runs; its network once for each method.
 
         Raises `UserError` with the cell's name, also if its flags (a recipe in --train_flags, say) make it another
         cell, or two cells one and the same.
         """
         seen: dict[str, str] = {}
+        methods = set()
         for cell in self.cells:
             try:
                 parsed = parse_flags("main_cplearn", cell.train)
+                if cell.row.method not in methods:
+                    check_run(parsed)
             except UserError as error:
                 raise UserError(f"{cell.name}: {error}") from None
+            methods.add(cell.row.method)
             for name, value in cell.own_flags().items():
                 if getattr(parsed, name) != value:
                     raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
-            if parsed.method == "gedi_gen" and sees_batch_norm(parsed):
-                raise UserError(
-                    f"{cell.name} samples images with its network, and {parsed.arch} has batch norm: give all lines "
-                    "one without, by --train_flags '--arch resnet8_w32', or leave gedi_gen out of --methods"
-                )
             flags = repr(sorted(vars(parsed).items()))
             if flags in seen:
                 raise UserError(
@@ -282,16 +280,6 @@ def _untrained_evaluations(lines: Sequence[Row]) -> dict[str, list[str]]:
             found[row.key] = ["cluster"]
     found[ours_first[0].key] = ["knn", "linear", "cluster"]
     return found
-
-
-def sees_batch_norm(flags: argparse.Namespace) -> bool:
-    """Return whether the network of these flags has batch norm; it is built without weights."""
-    import torch  # not for --help
-
-    from cplearn.backbones import build_backbone, has_batch_norm
-
-    with torch.device("meta"):
-        return has_batch_norm(build_backbone(flags.arch, patch_size=flags.patch_size, image_size=flags.image_size))
 
 
 def checkpoint_args(path: Path) -> dict:

@@ -246,8 +246,8 @@ def _page(budget: dict, untrained: float | None, methods: dict[str, dict]) -> st
         f"{budget['trials']} trials of every method at c = {budget['out_dim']}, {budget['epochs']} epochs, seed "
         f"{budget['seed']}, on {budget['train_images']:,} training images; 20-NN, in percent, of "
         f"{budget['held_out_images']:,} others, held out of the training images. {start}Trial 0 is the method as it "
-        "stands in the recipe; the others are drawn by the rule in cplearn/tables/trial_rule.py. The table's images were "
-        "not read. A failed trial counts as the worst, of equal ones the first is best."
+        "stands in the recipe; the others are drawn by the rule in cplearn/tables/trial_rule.py. The table's images "
+        "were not read. A failed trial counts as the worst, of equal ones the first is best."
     )
     minutes = ", ".join(f"{NAMES[method]} {x['minutes']:.1f}" for method, x in methods.items())
     if budget["others"]:
