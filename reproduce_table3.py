@@ -7,9 +7,9 @@
         --seeds 0 1 2                                                  # the same tuning budget for every method
     python reproduce_table3.py --output_dir output/table3 --status                                      # progress
 
-A cell is a pre-training and its evaluations, each by its own script, in output_dir/CELL. The same command again
-continues a grid that was stopped or killed; more --methods, --out_dims or --seeds add cells. The table (table3.md,
-.csv, .png) is written after every cell, with --launcher slurm by --status. docs/tables.md says more.
+A cell is a pre-training and its evaluations, one command (cplearn/tables/cell.py) in output_dir/CELL. The same command
+again continues a grid that was stopped or killed; more --methods, --out_dims or --seeds add cells. The table
+(table3.md, .csv, .png) is written after every cell, with --launcher slurm by --status. docs/tables.md says more.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from pathlib import Path
 
 import run_with_submitit
 from cplearn import errors
-from cplearn.errors import UserError, WriteError
+from cplearn.errors import UserError
 from cplearn.slurm.checks import check_partition, check_slurm, parse_flags
 from cplearn.slurm.submit import Resources
-from cplearn.tables import tuning
-from cplearn.tables.cells import Grid, Settings, paper_batch, timed_epochs
-from cplearn.tables.launch import device_name, gpus, run_here, run_on_slurm
+from cplearn.tables import trial_rule, tuning
+from cplearn.tables.grid import Grid, Settings, timed_epochs
 from cplearn.tables.plan import epochs_within, print_plan, time_steps
-from cplearn.tables.report import write
+from cplearn.tables.report import update
 from cplearn.tables.rows import NAMES, OF_SIZES, TABLES, stem
-from cplearn.tables.status import CellState, record_trained, snapshot, status_lines
+from cplearn.tables.run import device_name, gpus, run_here, run_on_slurm
+from cplearn.tables.status import CellState, refuse_unfinished, snapshot, status_lines
 from utils import (
     ArgumentParser,
     check_output_dir,
@@ -64,10 +64,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--train_flags", default="", metavar="'FLAGS'", help="More flags of main_cplearn.py for every cell, in quotes")
     g = p.add_argument_group("the same tuning budget for every method (Table 3 and falcon)")
     g.add_argument("--tune", type=int, default=None, metavar="N", help="First N trials of every method on a part of the training images, scored by 20-NN on the rest; the best one's settings are then used for all its cells (docs/tables.md)")
-    g.add_argument("--tune_out_dim", type=positive(int), default=None, metavar="C", help=f"Size of every trial (default: {tuning.OUT_DIM})")
+    g.add_argument("--tune_out_dim", type=positive(int), default=None, metavar="C", help=f"Size of every trial (default: {trial_rule.OUT_DIM})")
     g.add_argument("--tune_epochs", type=positive(int), default=None, help="Of every trial (default: as many as the cells)")
     g = p.add_argument_group("launch")
-    g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="One after another on this machine, or as jobs: then all other flags go to run_with_submitit.py")
+    g.add_argument("--launcher", default="local", choices=("local", "slurm"), help="Side by side on this machine, or a job for each cell: then all other flags go to run_with_submitit.py")
     g.add_argument("--jobs", type=positive(int), default=None, help="Cells side by side (default: 1, 4 with slurm, as many as fit with --cells_per_gpu)")
     g.add_argument("--cells_per_gpu", type=positive(int), default=1, metavar="N", help="Cells that share a GPU, for networks too small to fill one (then --jobs is N times the GPUs here)")
     g.add_argument("--ngpus", type=positive(int), default=None, help="GPUs (without any: processes) per cell, which share its batch: 512 for Table 3, else 64 (default: 8 for Table 3 where there are so many, else 1)")
@@ -125,10 +125,10 @@ def check_tuning_flags(args: argparse.Namespace, words: set[str]) -> None:
         return
     if args.tune < 2:
         raise UserError(f"--tune {args.tune} leaves nothing to choose from (trial 0 is the recipe): at least 2")
-    tuned = sorted(words & tuning.own_settings())
+    tuned = sorted(words & trial_rule.own_settings())
     if tuned:
         raise UserError(f"--train_flags '{args.train_flags}': --tune chooses {', '.join(tuned)}: leave it out")
-    args.tune_out_dim = args.tune_out_dim or tuning.OUT_DIM
+    args.tune_out_dim = args.tune_out_dim or trial_rule.OUT_DIM
 
 
 def check_sharing(args: argparse.Namespace) -> None:
@@ -147,14 +147,10 @@ def check_sharing(args: argparse.Namespace) -> None:
 def parse_launcher_flags(rest: list[str]) -> argparse.Namespace:
     """Parse the flags of run_with_submitit.py. Raises `UserError` for those that the grid sets itself."""
     launcher, unknown = run_with_submitit.parse_args(rest)
-    wrong = unknown or [f"--nodes {launcher.nodes}"] * (launcher.nodes > 1)
-    wrong = wrong or [f"--script {launcher.script}"] * (launcher.script != "main_cplearn")
-    for name in ("then", "local", "status", "name"):
-        wrong = wrong or [f"--{name}"] * bool(getattr(launcher, name))
+    fixed = {"nodes": 1, "script": "main_cplearn", "then": None, "local": False, "status": None, "name": None}
+    wrong = unknown or [f"--{x} {getattr(launcher, x)}" for x, value in fixed.items() if getattr(launcher, x) != value]
     if wrong:
-        raise UserError(
-            f"{' '.join(wrong)} is no flag of the grid or of a job here (a cell has one node): leave it out"
-        )
+        raise UserError(f"{' '.join(wrong)} is no flag of the grid, nor of a cell's job: leave it out")
     return launcher
 
 
@@ -171,13 +167,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = tuning_images(args, settings) if args.tune else None
     grid = build_grid(args, settings)
     if args.dry_run:
-        show_plan(args, grid, train_command(settings, rest, launcher))
+        show_plan(args, grid, rest)
         return
     from cplearn.lock import FolderLock  # loads torch
 
     submit = submitter(args, settings, launcher) if launcher else None
     with FolderLock(args.output_dir):
-        best = find_best(args, grid, images, submit) if args.tune else {}
+        best = tuning.find_best(grid, images, args.jobs, submit) if args.tune else {}
         if best is None:
             return
         if best:
@@ -185,27 +181,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = grid.save(tuning.outdated(grid, best))  # with the cells of earlier commands
         states = snapshot(whole)
         if submit:
-            record_trained(whole, states)
             submit(grid, states)
             return
-        run_here(grid, states, args.jobs, lambda: report(whole, snapshot(whole)))
+        run_here(grid, states, args.jobs, lambda: update(whole, snapshot(whole)))
         states = snapshot(whole)
-        report(whole, states)
+        update(whole, states)
     refuse_unfinished("cells", [cell.name for cell in grid.cells if not states[cell.name].complete], len(grid.cells))
     print(f"Done: {args.output_dir}/{stem(args.table)}.md, .csv, .png")
 
 
-def refuse_unfinished(what: str, left: list[str], total: int) -> None:
-    """Raise `UserError` with the names of what is not finished, if anything is."""
-    if left:
-        raise UserError(
-            f"{len(left)} of {total} {what} are not finished ({', '.join(left[:3])}): see --status; "
-            "the same command tries them again"
-        )
-
-
 def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.Namespace) -> Callable:
-    """Return what submits the missing stages of a grid. Raises `UserError` if this cluster cannot run them."""
+    """Return what submits the cells of a grid. Raises `UserError` if this cluster cannot run them."""
     resources = dataclasses.replace(Resources.from_args(launcher), ngpus=settings.ngpus)
     check_slurm(resources, "main_cplearn")
     check_partition(resources)
@@ -219,8 +205,7 @@ def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.N
 
 def print_status(folder: Path) -> None:
     """Print the state of every trial and cell, and the table so far."""
-    tuned = (folder / "tuning" / "grid.json").exists()
-    if tuned:
+    if (folder / "tuning" / "grid.json").exists():
         trials = Grid.load(folder / "tuning")
         print("\n".join(["Trials:", *status_lines(trials, snapshot(trials))]))
         best = folder / "tuning.md"
@@ -230,7 +215,7 @@ def print_status(folder: Path) -> None:
     grid = Grid.load(folder)
     states = snapshot(grid)
     print("\n".join(status_lines(grid, states)))
-    report(grid, states)
+    update(grid, states)
     table = folder / f"{stem(grid.settings.table)}.md"
     print("\n" + table.read_text() if table.exists() else "No cell is finished, so there is no table yet")
 
@@ -249,45 +234,14 @@ def tuning_images(args: argparse.Namespace, settings: Settings):
     return open_training_images(parse_flags("main_cplearn", grid.cells[0].train))
 
 
-def find_best(args: argparse.Namespace, grid: Grid, images, submit: Callable | None) -> dict[str, int] | None:
-    """Run the trials that are not over, and return the best one of every method.
+def show_plan(args: argparse.Namespace, grid: Grid, rest: list[str]) -> None:
+    """Time a few steps, and print the plan of the trials, if there are any, and of the cells.
 
-    With `submit` they are submitted instead, and None is returned as long as there are any. Raises `UserError` if some
-    failed and must be tried again.
+    `rest`: the flags of run_with_submitit.py.
     """
-    from cplearn.lock import FolderLock
-    from cplearn.tables.split import write_split
-
-    trials = tuning.trial_grid(grid)
-    check_output_dir(str(trials.folder))
-    with FolderLock(trials.folder):
-        counts = write_split(images, trials.folder / "data")
-        whole = trials.save()
-        states = snapshot(whole)
-        record_trained(whole, states)
-        found = tuning.outcomes(trials, states)
-        todo = [x.cell for x in found if not tuning.is_over(x, states)]
-        if todo:
-            print(f"Tuning: {len(trials.cells) - len(todo)} of {len(trials.cells)} trials are over, in {trials.folder}")
-            some = dataclasses.replace(trials, cells=todo)
-            if submit:
-                submit(some, states)
-                print("The table's cells follow: the same command again, when these are finished")
-                return None
-            run_here(some, states, args.jobs, lambda: None)
-        states = snapshot(trials)
-        found = tuning.outcomes(trials, states)
-        left = [x.cell.name for x in found if not tuning.is_over(x, states)]
-        refuse_unfinished("trials", left, len(trials.cells))
-        best = tuning.choose(found)
-        tuning.write(grid.folder, trials, found, best, counts, len(whole.cells) - len(trials.cells))
-    shown = ", ".join(f"{NAMES[method]} {trial}" for method, trial in best.items())
-    print(f"Tuning: the best trials are {shown} (tuning.md); now the table's cells", flush=True)
-    return best
-
-
-def show_plan(args: argparse.Namespace, grid: Grid, command: str) -> None:
-    """Time a few steps, and print the plan of the trials, if there are any, and of the cells."""
+    command = f"torchrun --nproc_per_node={grid.settings.ngpus} main_cplearn.py"
+    if args.launcher == "slurm":
+        command = f"run_with_submitit.py {shlex.join([*rest, '--ngpus', str(grid.settings.ngpus)])}"
     how = {"jobs": args.jobs, "sharing": args.cells_per_gpu, "launcher": command, "price": args.price}
     if args.tune:
         trials = tuning.trial_grid(grid)
@@ -341,11 +295,11 @@ def choose_settings(args: argparse.Namespace) -> Settings:
         raise UserError(f"--jobs {args.jobs} x --ngpus {ngpus} are more than this machine's {have} GPUs{shared}")
     if args.cells_per_gpu > 1 and not have:
         raise UserError(f"--cells_per_gpu {args.cells_per_gpu}, but there is no GPU here: --jobs cells share the cores")
-    batch = paper_batch(args.table, args.scale)
-    if batch % ngpus:
-        raise UserError(f"--ngpus {ngpus}: a batch of {batch} cannot be shared evenly: a power of two")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    return Settings(**{**given, "ngpus": ngpus})
+    settings = Settings(**{**given, "ngpus": ngpus})
+    if settings.batch % ngpus:
+        raise UserError(f"--ngpus {ngpus}: a batch of {settings.batch} cannot be shared evenly: a power of two")
+    return settings
 
 
 def build_grid(args: argparse.Namespace, settings: Settings, best: dict[str, int] | None = None) -> Grid:
@@ -355,7 +309,7 @@ def build_grid(args: argparse.Namespace, settings: Settings, best: dict[str, int
     """
     lines = {"methods": args.methods, "out_dims": args.out_dims, "seeds": args.seeds}
     if best:
-        lines["tuned"] = tuning.tuned(best)
+        lines["tuned"] = trial_rule.tuned(best)
     folder = Path(args.output_dir)
     epochs = settings.epochs or timed_epochs(folder, args.minutes_per_cell)
     if args.minutes_per_cell and epochs is None:
@@ -377,25 +331,6 @@ def time_lines(args: argparse.Namespace, grid: Grid) -> dict[str, dict]:
     sharing = args.cells_per_gpu if here else 1
     steps, images = args.probe_steps, args.probe_images
     return time_steps(grid, processes=processes, jobs=jobs, sharing=sharing, steps=steps, images=images)
-
-
-def train_command(settings: Settings, rest: list[str], launcher: argparse.Namespace | None) -> str:
-    """Return the command that trains a cell, without its flags."""
-    if launcher:
-        return f"run_with_submitit.py {shlex.join([*rest, '--ngpus', str(settings.ngpus)])} --script main_cplearn"
-    return f"torchrun --nproc_per_node={settings.ngpus} main_cplearn.py"
-
-
-def report(grid: Grid, states: dict[str, CellState]) -> None:
-    """Write the table of the complete cells, and what is known of training jobs.
-
-    A full disk must not stop the other cells, nor another user's folder --status.
-    """
-    try:
-        record_trained(grid, states)
-        write(grid, states)
-    except (OSError, WriteError) as error:
-        print(f"WARNING: the table could not be written: {error}")
 
 
 if __name__ == "__main__":

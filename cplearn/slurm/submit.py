@@ -63,6 +63,7 @@ class JobRequest:
     resources: Resources
     name: str | None = None  # of the job; None: the output folder's
     dependency: str | None = None  # as sbatch has it: afterok:123
+    tasks: int | None = None  # processes per node that the job starts, which share its GPUs; None: one for each
 
     def __post_init__(self):
         options = {**vars(self.resources), "output_dir": self.output_dir, "name": self.name}
@@ -75,6 +76,14 @@ class JobRequest:
     def folder(self) -> Path:
         """Where everything about the job lies."""
         return self.output_dir / FOLDER
+
+    @property
+    def tasks_per_node(self) -> int:
+        return self.tasks or self.resources.ngpus
+
+    @property
+    def cpus_per_task(self) -> int:
+        return self.resources.cpus_per_task * self.resources.ngpus // self.tasks_per_node
 
     def full_argv(self) -> list[str]:
         """Return the entry point's flags with those that follow from the resources, unless they were given."""
@@ -119,10 +128,9 @@ def submit(request: JobRequest) -> str:
         raise UserError(f"--output_dir {request.output_dir} cannot be written: {error.strerror or error}") from None
     for path in set(start.glob(".submission_file*")) - before:  # links to the batch script, of no further use
         remove_quietly(path)
-    entry = {"job": job, "cluster": "local" if resources.local else "slurm", "script": request.script, "argv": argv}
-    if resources.local:
-        entry["started"] = process_start(int(job))
-    entry |= {"nodes": resources.nodes, "processes": resources.nodes * resources.ngpus}
+    size = {"nodes": resources.nodes, "processes": resources.nodes * request.tasks_per_node}
+    cluster = {"cluster": "local", "started": process_start(int(job))} if resources.local else {"cluster": "slurm"}
+    entry = {"job": job, **cluster, "script": request.script, "argv": argv, **size}
     jobs_file = Path(str(request.folder).replace("%j", job)) / "jobs.jsonl"
     append_json_line(jobs_file, {**entry, "time": time.time(), "commit": git_commit()})
     return job
@@ -148,10 +156,10 @@ def _slurm_executor(request: JobRequest):
     finish = [sys.executable, "-u", str(ROOT / "cplearn/slurm/__main__.py"), "finish", str(request.folder)]
     executor = Executor(request.folder, python=_python())
     executor.update_parameters(
-        job_name=name if request.script == "main_cplearn" else f"{name}-{request.script}",
+        job_name=name if request.script == "main_cplearn" else f"{name}-{request.script.rpartition('.')[2]}",
         nodes=resources.nodes,
-        ntasks_per_node=resources.ngpus,
-        cpus_per_task=resources.cpus_per_task,
+        ntasks_per_node=request.tasks_per_node,
+        cpus_per_task=request.cpus_per_task,
         time=resources.timeout,
         **{name: getattr(resources, name) for name in _SAME_IN_SBATCH},
         dependency=request.dependency,
@@ -160,7 +168,7 @@ def _slurm_executor(request: JobRequest):
         wckey=None,
         setup=[f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{_threads(resources)}}}"],
         # One process that fails ends the others; and srun does not inherit the number of cores from sbatch.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={request.cpus_per_task}"],
         teardown=[f"{shlex.join(finish)} {resources.max_requeues} $?"],
         additional_parameters={
             "requeue": True,

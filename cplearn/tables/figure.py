@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cplearn.pictures.style import pyplot, save_figure
-from cplearn.tables.cells import Settings
+from cplearn.tables.grid import Settings
 from cplearn.tables.rows import NAMES, OF_SIZES, title
 
 PANELS = {"nmi": "NMI of the codes", "ami": "AMI of the codes", "linear": "linear, top-1"}

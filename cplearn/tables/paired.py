@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cplearn.tables.cells import Grid
+from cplearn.tables.grid import Grid
 from cplearn.tables.measures import read_measures
 from cplearn.tables.rows import NAMES, OF_SIZES
 from cplearn.tables.status import CellState

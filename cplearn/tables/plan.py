@@ -2,19 +2,20 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.files import read_json, read_json_lines, write_text
-from cplearn.host import end_with_parent
+from cplearn.files import read_json, read_json_lines, read_text, reading, write_text
 from cplearn.slurm.checks import parse_flags
-from cplearn.tables.cells import Cell, Grid, Settings, fits, read_object, without_folders
-from cplearn.tables.launch import command_of, device_name, environment, gpus, last_message, loader_flags
+from cplearn.tables.child import Children
+from cplearn.tables.grid import Cell, Grid, Settings, is_random, not_among, script_of, without_folders
+from cplearn.tables.run import device_name, environment, gpus, loader_processes
 from cplearn.tables.status import CellState
 from cplearn.text import format_table
 
@@ -41,7 +42,7 @@ def time_steps(
         more += ["--batch_size_per_gpu", str(images)] if images else []
         more += ["--epoch_queue_starts", "0"] * (row.method == "swav")  # the queue is part of most epochs
         flags = [*row.flags, *grid.settings.common_flags(), *more]
-        flags += loader_flags(flags, jobs, processes)
+        flags += not_among(flags, {"--num_workers": loader_processes(jobs, processes)})
         shared = [f"shared by {sharing}"] * (sharing > 1)
         name = shlex.join([device_name(), str(processes), *shared, *without_folders(flags), "--max_steps", str(steps)])
         timing = timings[row.key] = kept.get(name) or _time_line(flags, steps, processes, jobs, sharing)
@@ -53,32 +54,27 @@ def time_steps(
     return timings
 
 
-# What a kept timing must have, and of which type.
-MEASURED = {"step_seconds": float, "data_wait": float, "images": int, "processes": int, "train_images": int,
-            "views": int, "local": float, "expected_memory_gb": float, "checkpoint_bytes": int}  # fmt: skip
-
-
 def read_timings(path: Path) -> dict[str, dict]:
-    """Return the timings that probe.json keeps. Raises `UserError` if it is damaged or not what was written here."""
-    kept = read_object(path)
-    for timing in kept.values():
-        found = timing if isinstance(timing, dict) else {}
-        wrong = [name for name, kind in MEASURED.items() if not fits(found.get(name), kind)]
-        if wrong:
-            raise UserError(f"{path}: {wrong[0]} is {found.get(wrong[0])!r}: remove the file, to time the steps again")
-    return kept
+    """Return the timings that probe.json keeps. Raises `UserError` if it is damaged."""
+    try:
+        with reading(path, "remove it, to time the steps again"):
+            kept = json.loads(read_text(path))
+            return {name: {**timing, "step_seconds": float(timing["step_seconds"])} for name, timing in kept.items()}
+    except FileNotFoundError:
+        return {}
 
 
 def _time_line(flags: list[str], steps: int, processes: int, jobs: int, sharing: int) -> dict:
     """Train for some steps, beside `sharing` - 1 others that train until these are done."""
     env = environment(0, jobs, processes)
-    with tempfile.TemporaryDirectory() as folder, _others(flags, sharing - 1, env):
-        command = [*command_of("main_cplearn", processes), *flags, "--max_steps", str(steps), "--output_dir", folder]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-        if done.returncode:
-            return {"error": last_message(done.stdout, done.returncode)[1]}
-        log = read_json_lines(Path(folder, "log.txt"))[-1]
-        start = read_json(Path(folder, "args.json"))
+    with tempfile.TemporaryDirectory() as place, _others(flags, sharing - 1, env):
+        folder, printed = Path(place), Path(place, "printed.txt")
+        command = [*flags, "--max_steps", str(steps), "--output_dir", place]
+        with open(printed, "wb") as out:
+            end = Children("main_cplearn", command, processes=processes, env=env, out=out).wait()
+        if end.code:
+            return {"error": end.line}
+        log, start = read_json_lines(folder / "log.txt")[-1], read_json(folder / "args.json")
         if log["steps"] < 2:
             return {"error": "too few images, or --probe_steps, for two steps: the first one is not timed"}
         return {
@@ -91,31 +87,28 @@ def _time_line(flags: list[str], steps: int, processes: int, jobs: int, sharing:
             "views": 2 + start["args"]["local_crops_number"],
             "local": (start["args"]["local_image_size"] / start["args"]["image_size"]) ** 2,
             "expected_memory_gb": start["derived"]["expected_memory_gb"],
-            "checkpoint_bytes": Path(folder, "checkpoint.pth").stat().st_size,
-            "warnings": [x for x in done.stdout.splitlines() if x.startswith("WARNING") and "--" in x],
+            "checkpoint_bytes": (folder / "checkpoint.pth").stat().st_size,
+            "warnings": [x for x in read_text(printed).splitlines() if x.startswith("WARNING") and "--" in x],
         }
 
 
 @contextmanager
 def _others(flags: list[str], count: int, env: dict[str, str]) -> Iterator[None]:
     """Keep `count` trainings busy beside what is timed inside. One that cannot run leaves the GPU to the others."""
-    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        said = [Path(place, f"{k}.txt") for k in range(count)]
-        children = []
-        for path in said:
-            command = [*command_of("main_cplearn", 1), *flags, "--output_dir", str(path.with_suffix(""))]
-            out = stack.enter_context(open(path, "wb"))
-            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, preexec_fn=end_with_parent)
-            children.append(child)
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place, str(k)) for k in range(count)]
+        others = [
+            Children("main_cplearn", [*flags, "--output_dir", str(x)], env=env, out=subprocess.DEVNULL) for x in folders
+        ]
         try:
-            for path, child in zip(said, children, strict=True):
-                while child.poll() is None and "s per step" not in path.read_text():  # its steps have begun
+            for folder, children in zip(folders, others, strict=True):
+                while not (folder / "args.json").exists() and children.poll() is None:  # written before the first step
                     time.sleep(0.2)
             yield
         finally:
-            for child in children:
-                child.kill()
-                child.wait()
+            for children in others:
+                children.stop(signal.SIGKILL)
+                children.wait()
 
 
 def epochs_within(settings: Settings, timings: dict[str, dict]) -> int:
@@ -169,8 +162,7 @@ def print_plan(
             table.append((cell.name, *[None] * 6, reason))
             continue
         step, waits, memory = _step_seconds(settings, timing), timing["data_wait"], timing["expected_memory_gb"]
-        train = cell.stages()[0]
-        epochs = parse_flags(train.script, train.flags).epochs
+        epochs = parse_flags("main_cplearn", cell.train).epochs
         training = settings.ngpus * epochs * _steps_per_epoch(settings, timing) * step / 3600 / sharing
         evaluating = _evaluation_passes(cell) * timing["train_images"] * _forward_seconds(timing) / 3600 / sharing
         hours, disk = hours + training + evaluating, disk + COPIES * timing["checkpoint_bytes"] / 1e9
@@ -210,10 +202,12 @@ def _left_out(settings: Settings, state: CellState, timing: dict) -> str:
 
 def _print_commands(cells: Sequence[Cell], launcher: str) -> None:
     for cell in cells:
-        print(f"{launcher} {shlex.join(cell.stages()[0].flags)}")
+        print(f"{launcher} {shlex.join([*cell.train, '--output_dir', str(cell.folder)])}")
     print("and for each, as for the first:")
-    for stage in cells[0].stages()[1:]:
-        print(f"  {stage.script}.py {shlex.join(stage.flags)}")
+    for name, flags in cells[0].evaluate.items():
+        random = ["--random_init"] * is_random(name)
+        weights = ["--pretrained_weights", str(cells[0].folder / "checkpoint.pth"), *random]
+        print(f"  {script_of(name)}.py {shlex.join([*weights, *flags])}")
 
 
 def _print_how_timed(settings: Settings, timings: Sequence[dict]) -> None:
@@ -231,17 +225,11 @@ def _processes(n: int) -> str:
 
 
 def _evaluation_passes(cell: Cell) -> float:
-    """Return how often the training images are read: k-NN once, linear once or in every epoch; the rest is small."""
-    passes = 0.0
-    for stage in cell.stages()[1:]:
-        if stage.script == "eval_knn":
-            passes += 1
-        elif stage.script == "eval_linear":
-            flags = parse_flags(stage.script, stage.flags)
-            passes += flags.epochs if flags.augment is not False else 1
-        elif stage.name == "collapse":
-            passes += 0.1
-    return passes
+    """Return how often the training images are read: once for each network, and in every epoch of a linear probe that
+    augments them; the rest is small."""
+    passes = len({is_random(name) for name in cell.evaluate if script_of(name) == "eval_knn"})
+    linear = [parse_flags("eval_linear", x) for name, x in cell.evaluate.items() if script_of(name) == "eval_linear"]
+    return passes + sum(flags.epochs for flags in linear if flags.augment is not False)
 
 
 def _forward_seconds(timing: dict) -> float:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cplearn.errors import WriteError
 from cplearn.files import read_json, read_json_lines, write_csv, write_text
 from cplearn.tables import paired, tuning
-from cplearn.tables.cells import Cell, Grid
 from cplearn.tables.figure import draw
+from cplearn.tables.grid import Cell, Grid
 from cplearn.tables.measures import MEASURES, in_text, mean_and_spread, read_measures
 from cplearn.tables.rows import CHOICES, NAMES, Row, stem, title
 from cplearn.tables.status import CellState
@@ -101,6 +102,14 @@ def caveats(line: Line, untrained: list[Line]) -> list[str]:
 
 
 # --- the files --------------------------------------------------------------------------------------------
+
+
+def update(grid: Grid, states: dict[str, CellState]) -> None:
+    """Write the table, if possible: a full disk must not stop the other cells, nor another user's folder --status."""
+    try:
+        write(grid, states)
+    except (OSError, WriteError) as error:
+        print(f"WARNING: the table could not be written: {error}")
 
 
 def write(grid: Grid, states: dict[str, CellState]) -> None:

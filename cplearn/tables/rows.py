@@ -26,8 +26,11 @@ NAMES = {
 TABLES = (1, 2, 3, 4, 9, "falcon")
 OF_SIZES = (3, "falcon")  # methods x sizes, on ImageNet-100
 
-TABLE3_METHODS = ("barlow_twins", "swav", "dino", "gedi", "cplearn")
-FALCON_METHODS = {"dino": "DINO", "cplearn": "FALCON"}  # by the earlier version's names
+# Methods of the tables of sizes, by the names that the paper has there.
+METHODS = {
+    3: {method: NAMES[method] for method in ("barlow_twins", "swav", "dino", "gedi", "cplearn")},
+    "falcon": {"dino": "DINO", "cplearn": "FALCON"},
+}
 OUT_DIMS = {"paper": (128, 1024, 2048, 32768, 65536, 131072), "small": (16, 128, 1024, 4096, 16384)}
 
 SMALL_ARCH = "timm:resnet10t"  # of recipes/small_comparison.txt
@@ -81,10 +84,8 @@ def rows(table: int | str, scale: str, methods: Sequence[str], out_dims: Sequenc
 
     `data`: cifar10, cifar100 or svhn, for the paper's column. Raises `UserError` if no line is left.
     """
-    if table == 3:
-        lines = _table3(scale, methods or TABLE3_METHODS, out_dims or OUT_DIMS[scale])
-    elif table == "falcon":
-        lines = _falcon(scale, methods or list(FALCON_METHODS), out_dims)
+    if table in OF_SIZES:
+        lines = _by_size(table, scale, methods, out_dims)
     elif table == 9:
         if set(methods) - {"cplearn"} or len(out_dims) > 1:
             raise UserError("--table 9 is of CPLearn at one size: leave out --methods, and name one --out_dims")
@@ -140,33 +141,20 @@ def _method_of(name: str) -> str:
     return next(method for method, theirs in NAMES.items() if theirs == name)
 
 
-def _table3(scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list[Row]:
-    paper = {(_method_of(x["method"]), int(x["out_dim"])): x for x in paper_lines(3)}
+def _by_size(table: int | str, scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list[Row]:
+    names, falcon = METHODS[table], table == "falcon"
+    paper = {(x["method"], int(x["c" if falcon else "out_dim"])): x for x in paper_lines(table)}
+    sizes = out_dims or (sorted({c for _, c in paper}) if falcon else OUT_DIMS[scale])
+    more = ["--epochs", "100"] if falcon and scale == "paper" else []
     lines = []
-    for method in methods:
-        if scale == "paper" and method not in TABLE3_METHODS:
-            raise UserError(f"--methods {method} is not in the paper's Table 3: {', '.join(TABLE3_METHODS)}")
-        for c in out_dims:
-            there = paper.get((method, c))
-            known = {"nmi": there["nmi_percent"], "linear": there["linear_top1_percent"]} if there else {}
-            known = {name: _percent(value) for name, value in known.items()}
-            flags = _flags(scale, f"imagenet100_{method}", method, c)
-            lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
-    return lines
-
-
-def _falcon(scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list[Row]:
-    paper = {(x["method"], int(x["c"])): x for x in paper_lines("falcon")}
-    sizes = out_dims or sorted({c for _, c in paper})
-    lines = []
-    for method in methods:
-        if method not in FALCON_METHODS:
-            raise UserError(f"--methods {method} is not in the earlier version's grid: {', '.join(FALCON_METHODS)}")
+    for method in methods or names:
+        if method not in names and (falcon or scale == "paper"):
+            raise UserError(f"--methods {method} is not in --table {table}: {', '.join(names)}")
         for c in sizes:
-            there = paper.get((FALCON_METHODS[method], c))
-            known = {"linear": _percent(there["linear_top1_percent"])} if there else {}
-            flags = _flags(scale, f"imagenet100_{method}", method, c)
-            flags += ["--epochs", "100"] if scale == "paper" else []
+            there = paper.get((names.get(method), c), {})
+            columns = {"nmi": "nmi_percent", "linear": "linear_top1_percent"}
+            known = {name: _percent(there[column]) for name, column in columns.items() if column in there}
+            flags = [*_flags(scale, f"imagenet100_{method}", method, c), *more]
             lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
     return lines
 

@@ -14,7 +14,7 @@ from cplearn.data.datasets import Folder, read_class_list
 from cplearn.errors import UserError
 from cplearn.files import read_text, write_text
 from cplearn.random_streams import FOR_TUNING, random_stream
-from cplearn.tables.tuning import HELD_OUT
+from cplearn.tables.trial_rule import HELD_OUT
 from cplearn.text import few, printable
 
 SEED = 0  # of the split, whatever the seeds of the cells
@@ -78,7 +78,7 @@ def write_split(images: Folder, folder: Path) -> dict[str, int]:
         lines = [f"{images.root / str(images.names[i])}\t{images.classes[labels[i]]}\n" for i in np.flatnonzero(part)]
         texts[folder / f"{name}.txt"] = "".join(lines)
     for path, text in texts.items():
-        if (path.exists() or path.is_symlink()) and _content(path) != text:
+        if path.exists() and read_text(path) != text:
             raise UserError(
                 f"{printable(path)} does not list the images of {printable(images.where)} as they are now: "
                 "choose another --output_dir"
@@ -88,10 +88,3 @@ def write_split(images: Folder, folder: Path) -> dict[str, int]:
         if not path.exists():
             write_text(path, text)
     return {name: int(part.sum()) for name, part in parts.items()}
-
-
-def _content(path: Path) -> str | None:
-    try:
-        return read_text(path)
-    except OSError:
-        return None

@@ -1,7 +1,4 @@
-"""The state of every cell at one moment (`snapshot`), and the lines of --status.
-
-Nothing here starts or changes anything, except `record_trained`.
-"""
+"""The state of every cell at one moment (`snapshot`), and the lines of --status. Nothing here changes anything."""
 
 import contextlib
 import os
@@ -9,22 +6,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cplearn.errors import UserError
 from cplearn.files import read_json
 from cplearn.host import process_start
 from cplearn.slurm.status import AT_WORK, FOLDER, LIVE, job_state, last_error, progress, submissions
-from cplearn.tables.cells import Cell, Grid
+from cplearn.tables.grid import Cell, Grid
 from cplearn.text import format_table
 
 
 @dataclass(frozen=True)
-class StageJob:
-    """The newest job of a stage."""
+class Job:
+    """A job of a cell."""
 
-    stage: str
     folder: Path  # of its logs
     entry: dict  # its line in jobs.jsonl
     now: dict[str, str]  # JobState, Reason, ...: `job_state`
-    submitted: int  # how often the stage was
+    submitted: int  # jobs of the cell so far
 
     @property
     def number(self) -> str:
@@ -34,70 +31,61 @@ class StageJob:
     def state(self) -> str:
         return self.now["JobState"]
 
+    @property
+    def live(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in LIVE
+
 
 @dataclass(frozen=True)
 class CellState:
     """What is known of a cell at one moment."""
 
-    missing: tuple[str, ...]  # names of the stages without a result, in the order in which they run
-    jobs: tuple[StageJob, ...]  # of stages that had no result, by the time of submission
-    trained_by_job: bool  # training's job ended well, and trained.json does not say so yet
+    missing: tuple[str, ...]  # `Cell.missing`, in the order in which it runs
     differs: str  # where the checkpoint is not of this cell: then nothing in its folder counts
-    training_here: bool  # a process holds the lock of its folder
-    grid_runs: bool  # a process holds the lock of the grid's folder
-    failure: dict  # failed.json: the stage that failed on this machine
+    job: Job | None  # of a cell that is not complete: one that waits or runs, or else the newest
+    work: str  # "training" or "evaluating" if a process does so now
+    failure: dict  # failed.json
 
     @property
     def complete(self) -> bool:
         return not self.missing
 
-    @property
-    def live_jobs(self) -> list[StageJob]:
-        """Jobs that wait or run, by the time of submission."""
-        return [job for job in self.jobs if job.state in LIVE]
-
 
 def snapshot(grid: Grid) -> dict[str, CellState]:
     """Read the state of every cell once, from its files and from Slurm. Returns it by the cell's name."""
-    grid_runs = in_use(grid.folder)
-    return {cell.name: _read_state(cell, grid_runs) for cell in grid.cells}
+    return {cell.name: _read_state(cell) for cell in grid.cells}
 
 
-def _read_state(cell: Cell, grid_runs: bool) -> CellState:
-    scripts = {random: {x["script"] for x in cell.results(random=random)} for random in (False, True)}
+def _read_state(cell: Cell) -> CellState:
     differs = cell.differs()
-    trained = (cell.folder / "trained.json").exists() and not differs
-    trained_by_job, missing, jobs = False, [], []
-    for stage in cell.stages():  # training comes first: results of what was trained before it do not count
-        evaluated = (trained or trained_by_job) and stage.script in scripts[stage.name.startswith("random")]
-        if trained if stage.name == "train" else evaluated:
-            continue
-        folder = stage.place / FOLDER
-        entries = [entry for entry in submissions(folder) if entry["script"] == stage.script]
-        if entries:  # only the newest may be alive: no stage is submitted twice
-            jobs.append(StageJob(stage.name, folder, entries[-1], job_state(folder, entries[-1]), len(entries)))
-            trained_by_job |= not differs and stage.name == "train" and jobs[-1].state == "COMPLETED"
-        missing.append(stage.name)
+    missing = ["train", *cell.evaluate] if differs else cell.missing()
+    training, evaluating = in_use(cell.folder), in_use(cell.results_folder(random=False))
     return CellState(
-        missing=tuple(name for name in missing if not (name == "train" and trained_by_job)),
-        jobs=tuple(sorted(jobs, key=lambda job: job.entry["time"])),
-        trained_by_job=trained_by_job,
+        missing=tuple(missing),
         differs=differs,
-        training_here=in_use(cell.folder),
-        grid_runs=grid_runs,
+        job=newest_job(cell) if missing else None,
+        work="training" if training else "evaluating" if evaluating else "",
         failure=read_json(cell.folder / "failed.json"),
     )
 
 
-def record_trained(grid: Grid, states: dict[str, CellState]) -> None:
-    """Write trained.json for every training whose job was seen to end well, because Slurm forgets its jobs."""
-    for cell in grid.cells:
-        if states[cell.name].trained_by_job:
-            cell.mark_trained()
+def newest_job(cell: Cell) -> Job | None:
+    """Return a job of the cell that waits or runs, or else the newest.
+
+    Earlier versions had a job for every evaluation, beside its results.
+    """
+    places = [cell.folder, *(cell.results_folder(random=random) for random in (False, True))]
+    jobs = []
+    for place in places:
+        entries = submissions(place / FOLDER)
+        for entry in entries[-1:]:
+            jobs.append(Job(place / FOLDER, entry, job_state(place / FOLDER, entry), len(entries)))
+    return next((job for job in jobs if job.live), jobs[0] if jobs else None)
 
 
 def in_use(folder: Path) -> bool:
-    """Return whether a living process holds the lock of a run: known on this host, by the lock's beat elsewhere."""
+    """Return whether a living process holds the folder's lock: known on this host, by the lock's beat elsewhere."""
     lock = read_json(folder / ".lock")
     if not lock:
         return False
@@ -106,6 +94,15 @@ def in_use(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return time.time() - (folder / ".lock").stat().st_mtime < 60
     return False
+
+
+def refuse_unfinished(what: str, left: list[str], total: int) -> None:
+    """Raise `UserError` with the names of what is not finished, if anything is."""
+    if left:
+        raise UserError(
+            f"{len(left)} of {total} {what} are not finished ({', '.join(left[:3])}): see --status; "
+            "the same command tries them again"
+        )
 
 
 # --- the lines of --status --------------------------------------------------------------------------------
@@ -133,24 +130,21 @@ def describe(cell: Cell, state: CellState) -> tuple[str, str]:
         return "failed", f"its checkpoint has {state.differs}: move {cell.folder} away"
     if state.complete:
         return "done", ""
-    for job in state.live_jobs:
-        if job.state in AT_WORK:
-            if job.stage != "train":
-                return "evaluating", job.entry["script"]
-            return "training", progress(job.folder, job.number, running=True)
-    if state.live_jobs:
-        return "queued", f"job {state.live_jobs[0].number}"
-    if state.training_here:
-        return "training", progress(cell.folder / FOLDER, "", running=True)
+    job, following = state.job, state.missing[0]
+    logs, number = (job.folder, job.number) if job and job.live else (cell.folder / FOLDER, "")
+    at_work = job is not None and job.state in AT_WORK
+    if state.work == "training" or (at_work and following == "train"):
+        return "training", progress(logs, number, running=True)
+    if state.work == "evaluating" or at_work:
+        return "evaluating", following
+    if job and job.live:
+        return "queued", f"job {number}"
     if state.failure:
         return "failed", "{}, exit code {}: {}".format(*(state.failure.get(x, "?") for x in ("stage", "code", "line")))
-    if state.missing[0] != "train" and state.grid_runs:
-        return "evaluating", f"{state.missing[0]} is next"
-    for job in state.jobs:
-        if job.state != "COMPLETED":
-            return "failed", f"{job.entry['script']}: {last_error(job.folder, job.entry, job.now)}"
-    if state.missing[0] != "train":
-        return "stopped", f"before {state.missing[0]}"
+    if job and job.state != "COMPLETED":
+        return "failed", last_error(job.folder, job.entry, job.now)
+    if following != "train":
+        return "stopped", f"before {following}"
     if (cell.folder / "log.txt").exists():
-        return "stopped", progress(cell.folder / FOLDER, "", running=False)
+        return "stopped", progress(logs, "", running=False)
     return "waiting", ""

@@ -1,9 +1,7 @@
 """The same tuning budget for every method (--tune N): N trials each, and the best one's settings for all its cells.
 
-The rule by which trials are drawn is RULE and `trial_flags`, and it was written down before anything was measured.
-Trial 0 is the method as it stands in rows.py. Trial k does not depend on N or on the other methods: all have the
-same points. A trial is a cell in output_dir/tuning that trains on a part of the training images and is scored by
-20-NN on the rest (`split`), so that no trial reads what the table is evaluated on.
+A trial is a cell in output_dir/tuning that trains on a part of the training images and is scored by 20-NN on the rest
+(`split`), so that no trial reads what the table is evaluated on. `trial_rule` draws them.
 """
 
 import json
@@ -13,105 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cplearn.errors import CollapseError, NonFiniteError, UserError
-from cplearn.files import read_json_lines, write_text
+from cplearn.files import check_output_dir, read_json, read_json_lines, write_text
 from cplearn.slurm.checks import parse_flags
-from cplearn.slurm.status import LIVE, read_ends, the_cause
-from cplearn.tables.cells import Cell, Grid, read_object, without_folders
+from cplearn.tables.grid import Cell, Grid, without_folders
 from cplearn.tables.measures import read_measures
-from cplearn.tables.rows import NAMES, OF_SIZES, Row, rows
-from cplearn.tables.status import CellState
+from cplearn.tables.rows import NAMES, OF_SIZES, rows
+from cplearn.tables.run import run_here
+from cplearn.tables.status import CellState, refuse_unfinished, snapshot
+from cplearn.tables.trial_rule import HELD_OUT, RULE, SEED, tuned
 from cplearn.text import format_table
 
-HELD_OUT = 5  # one image of so many, in every class
-SEED = 0  # of every trial, whatever the seeds of the cells
-OUT_DIM = 1024  # of every trial, unless --tune_out_dim says otherwise
-LR_FACTOR = 4.0  # learning rates from a quarter to four times the recipe's
 TRIES = 2  # a trial that fails so often counts as the worst
-
-# --- the rule ---------------------------------------------------------------------------------------------
-
-Value = Callable[[float, int], str]  # of a place in [0, 1) and the size
-
-
-def _log_uniform(low: float, high: float) -> Value:
-    return lambda place, out_dim: f"{low * (high / low) ** place:.3g}"
-
-
-def _one_of(*values: float | str) -> Value:
-    return lambda place, out_dim: str(values[int(place * len(values))])
-
-
-def _one_minus(low: float, high: float) -> Value:
-    return lambda place, out_dim: f"{1 - low * (high / low) ** place:.5g}"
-
-
-def _over_log_size(low: float, high: float) -> Value:
-    return lambda place, out_dim: f"{low * (high / low) ** place / math.log(out_dim):.3g}"
-
-
-# The learning rate, and of every method its own two most important settings.
-RULE: dict[str, dict[str, Value]] = {
-    # The paper's Tables 7 and 9 (0.05 to 1; above 1 a run can fall to a few codes); 1 is the theory's logit scale,
-    # 64 the published code's.
-    "cplearn": {"--beta": _log_uniform(0.05, 1), "--n_ref": _one_of(1, 4, 16, 64)},
-    # A tenth to ten times the paper's 0.0051, over which its ablation goes; its projector gets better with width.
-    "barlow_twins": {"--lambd": _log_uniform(0.00051, 0.051), "--projector_width": _one_of(512, 1024, 2048)},
-    # Its ablation goes from 0.02 up, and above 0.07 it is unstable; 0.9 to 0.999 is around 0.99 for short runs.
-    "dino": {"--teacher_temp": _log_uniform(0.02, 0.07), "--momentum_teacher": _one_minus(0.001, 0.1)},
-    # 0.05, and 0.03 where it sticks, in the original; its queue is for small batches: none, 15 or 60 batches of 64.
-    "swav": {"--epsilon": _log_uniform(0.02, 0.1), "--queue_length": _one_of(0, 960, 3840)},
-    # Below where the forward prior lets all images fall to one code (1.8 over log c at c = 128, 1.4 at 131,072); mean
-    # is the equation, sum the published code.
-    "gedi": {"--beta": _over_log_size(0.1, 1), "--gedi_prior_reduction": _one_of("mean", "sum")},
-}
-
-# Halton's sequence: every axis is filled evenly from the first trials on, and none of its points depends on their
-# number.
-BASES = (2, 3, 5)
-
-
-def point(trial: int) -> tuple[float, float, float]:
-    """Return the place of a trial in the unit cube: learning rate, first and second setting.
-
-    It has the digits of the trial's number in each base, mirrored at the point: trial 1 is at 1/2, 1/3, 1/5.
-    """
-    return tuple(_mirrored(trial, base) for base in BASES)
-
-
-def _mirrored(number: int, base: int) -> float:
-    place, unit = 0.0, 1.0
-    while number:
-        number, digit = divmod(number, base)
-        unit /= base
-        place += digit * unit
-    return place
-
-
-def trial_flags(method: str, trial: int, out_dim: int, lr: float) -> list[str]:
-    """Return what a trial adds to the flags of its method at a size; `lr` is the rate that these have."""
-    if trial == 0:
-        return []
-    first, *others = point(trial)
-    flags = ["--lr", f"{lr * LR_FACTOR ** (2 * first - 1):.3g}"]
-    for (flag, value), place in zip(RULE[method].items(), others, strict=True):
-        flags += [flag, value(place, out_dim)]
-    return flags
-
-
-def tuned(best: dict[str, int]) -> Callable[[Row], list[str]]:
-    """Return what is added to a row's flags where these trials are their methods' best."""
-
-    def flags(row: Row) -> list[str]:
-        lr = parse_flags("main_cplearn", [*row.flags, "--data_path", "."]).lr
-        return trial_flags(row.method, best[row.method], row.out_dim, lr)
-
-    return flags
-
-
-def own_settings() -> set[str]:
-    """Return the flags that trials set."""
-    return {"--lr", *(flag for settings in RULE.values() for flag in settings)}
-
 
 # --- the trials -------------------------------------------------------------------------------------------
 
@@ -156,13 +66,11 @@ def timings(trials: Grid, by_line: dict[str, dict]) -> dict[str, dict]:
 
     They train on a part of the images.
     """
-    of_method = {key.rpartition("_c")[0]: timing for key, timing in by_line.items()}
-    found = {}
-    for cell in trials.cells:
-        timing = of_method[cell.row.method]
-        images = timing.get("train_images", 0)
-        found[cell.row.key] = timing | {"train_images": images - images // HELD_OUT}
-    return found
+    of_method = {
+        key.rpartition("_c")[0]: timing | {"train_images": (n := timing.get("train_images", 0)) - n // HELD_OUT}
+        for key, timing in by_line.items()
+    }
+    return {cell.row.key: of_method[cell.row.method] for cell in trials.cells}
 
 
 @dataclass(frozen=True)
@@ -170,6 +78,7 @@ class Outcome:
     """What is known of a trial."""
 
     cell: Cell
+    complete: bool
     knn: float | None  # percent, on the images held out; None without a number
     failure: str  # why it counts as the worst, "" otherwise
     verdict: str  # the collapse monitor's, after the last epoch
@@ -179,24 +88,36 @@ class Outcome:
     def score(self) -> float:
         return -math.inf if self.knn is None else self.knn
 
+    @property
+    def over(self) -> bool:
+        """Whether it has a number, or will get none."""
+        return self.complete or bool(self.failure)
 
-def failed_for_good(cell: Cell, state: CellState) -> str:
+    def record(self) -> dict:
+        """Return what tuning.json has of it."""
+        return {
+            "trial": trial_of(self.cell),
+            "settings": settings_of(self.cell),
+            "knn": self.knn,
+            "verdict": self.verdict,
+            "failure": self.failure,
+            "minutes": round(self.minutes, 2),
+        }
+
+
+def failed_for_good(state: CellState) -> str:
     """Return why a trial will get no number, "" if it has one or may still get one.
 
     Its loss became infinite, or it collapsed with --on_collapse stop (both happen again), or it failed twice.
     """
-    if state.complete or state.live_jobs:
+    if state.complete or (state.job and state.job.live):
         return ""
     code, line, times = (state.failure.get(x) for x in ("code", "line", "times"))
-    if not state.failure:
-        ended = [job for job in state.jobs if job.state not in (*LIVE, "COMPLETED")]
-        if not ended:
-            return ""
-        cause = the_cause(read_ends(ended[-1].folder, ended[-1].number)) or {}
-        code, line, times = cause.get("code"), cause.get("line", ended[-1].state), ended[-1].submitted
+    if not state.failure and state.job and state.job.state != "COMPLETED":  # a job that could not even say so
+        line, times = state.job.state, state.job.submitted
     if code in (NonFiniteError.exit_code, CollapseError.exit_code):
         return str(line)
-    return f"{line} ({times} times)" if isinstance(times, int) and times >= TRIES else ""
+    return f"{line} ({times} times)" if times and times >= TRIES else ""
 
 
 def outcomes(trials: Grid, states: dict[str, CellState]) -> list[Outcome]:
@@ -205,16 +126,10 @@ def outcomes(trials: Grid, states: dict[str, CellState]) -> list[Outcome]:
     for cell in trials.cells:
         state, log = states[cell.name], read_json_lines(cell.folder / "log.txt")
         knn = read_measures(cell.results()).get("knn") if state.complete else None
-        seconds = sum(x["seconds"] for x in log if isinstance(x.get("seconds"), int | float))
+        minutes = trials.settings.ngpus * sum(line.get("seconds", 0) for line in log) / 60
         verdict = str(log[-1].get("verdict", "")) if log else ""
-        failure = failed_for_good(cell, state)
-        found.append(Outcome(cell, knn, failure, verdict, trials.settings.ngpus * seconds / 60))
+        found.append(Outcome(cell, state.complete, knn, failed_for_good(state), verdict, minutes))
     return found
-
-
-def is_over(outcome: Outcome, states: dict[str, CellState]) -> bool:
-    """Return whether a trial has a number, or will get none."""
-    return bool(outcome.failure) or states[outcome.cell.name].complete
 
 
 def choose(found: Sequence[Outcome]) -> dict[str, int]:
@@ -234,6 +149,39 @@ def choose(found: Sequence[Outcome]) -> dict[str, int]:
             "draws more of them, or leave it out of --methods"
         )
     return {method: trial_of(outcome.cell) for method, outcome in best.items()}
+
+
+def find_best(grid: Grid, images, jobs: int, submit: Callable | None) -> dict[str, int] | None:
+    """Run the trials that are not over, `jobs` at a time, and return the best one of every method.
+
+    `images`: those that are split (`open_training_images`). With `submit` the trials are submitted instead, and None is
+    returned as long as there are any. Raises `UserError` if some failed and must be tried again.
+    """
+    from cplearn.lock import FolderLock  # loads torch
+    from cplearn.tables.split import write_split
+
+    trials = trial_grid(grid)
+    check_output_dir(str(trials.folder))
+    with FolderLock(trials.folder):
+        counts = write_split(images, trials.folder / "data")
+        kept = len(trials.save().cells)
+        states = snapshot(trials)
+        todo = [x.cell for x in outcomes(trials, states) if not x.over]
+        if todo:
+            print(f"Tuning: {len(trials.cells) - len(todo)} of {len(trials.cells)} trials are over, in {trials.folder}")
+            some = replace(trials, cells=todo)
+            if submit:
+                submit(some, states)
+                print("The table's cells follow: the same command again, when these are finished")
+                return None
+            run_here(some, states, jobs, lambda: None)
+        found = outcomes(trials, snapshot(trials))
+        refuse_unfinished("trials", [x.cell.name for x in found if not x.over], len(trials.cells))
+        best = choose(found)
+        write(grid.folder, trials, found, best, counts, kept - len(trials.cells))
+    shown = ", ".join(f"{NAMES[method]} {trial}" for method, trial in best.items())
+    print(f"Tuning: the best trials are {shown} (tuning.md); now the table's cells", flush=True)
+    return best
 
 
 # --- what is kept of them ---------------------------------------------------------------------------------
@@ -265,25 +213,12 @@ def write(
     untrained = random_knn(trials.cells)
     methods = {}
     for method, trial in best.items():
-        mine = [x for x in found if x.cell.row.method == method]
-        methods[method] = {"best": trial, "minutes": round(sum(x.minutes for x in mine), 2), "trials": _records(mine)}
+        tried = [x for x in found if x.cell.row.method == method]
+        minutes = round(sum(x.minutes for x in tried), 2)
+        methods[method] = {"best": trial, "minutes": minutes, "trials": [x.record() for x in tried]}
     content = {"budget": budget, "random_init_knn": untrained, "methods": methods}
     write_text(folder / "tuning.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "tuning.md", _page(budget, untrained, methods))
-
-
-def _records(found: Iterable[Outcome]) -> list[dict]:
-    return [
-        {
-            "trial": trial_of(x.cell),
-            "settings": settings_of(x.cell),
-            "knn": x.knn,
-            "verdict": x.verdict,
-            "failure": x.failure,
-            "minutes": round(x.minutes, 2),
-        }
-        for x in found
-    ]
 
 
 def settings_of(cell: Cell) -> dict[str, str]:
@@ -311,8 +246,8 @@ def _page(budget: dict, untrained: float | None, methods: dict[str, dict]) -> st
         f"{budget['trials']} trials of every method at c = {budget['out_dim']}, {budget['epochs']} epochs, seed "
         f"{budget['seed']}, on {budget['train_images']:,} training images; 20-NN, in percent, of "
         f"{budget['held_out_images']:,} others, held out of the training images. {start}Trial 0 is the method as it "
-        "stands in the recipe; the others are drawn by the rule in cplearn/tables/tuning.py. The table's images were "
-        "not read. A failed trial counts as the worst, of equal ones the first is best."
+        "stands in the recipe; the others are drawn by the rule in cplearn/tables/trial_rule.py. The table's images "
+        "were not read. A failed trial counts as the worst, of equal ones the first is best."
     )
     minutes = ", ".join(f"{NAMES[method]} {x['minutes']:.1f}" for method, x in methods.items())
     if budget["others"]:
@@ -323,7 +258,7 @@ def _page(budget: dict, untrained: float | None, methods: dict[str, dict]) -> st
 
 def sentence(folder: Path) -> str:
     """Return what the table says of its tuning, from tuning.json."""
-    content = read_object(folder / "tuning.json")
+    content = read_json(folder / "tuning.json")
     if not content:
         return "Tuned, but tuning.json is gone."
     budget, parts = content["budget"], []

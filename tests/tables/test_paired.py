@@ -10,6 +10,7 @@ from scipy import stats
 
 import reproduce_table3
 from cplearn.tables import paired
+from cplearn.tables.report import update
 from cplearn.tables.status import snapshot
 
 SEEDS = 3
@@ -70,7 +71,7 @@ def test_what_the_table_says_of_differences(grid):
         "Clear differences (the interval excludes 0): 4.** linear below CPLearn's: SwAV at 16. linear above CPLearn's: "
         "Barlow at 16. AMI below CPLearn's: SwAV at 16. AMI above CPLearn's: Barlow at 16."
     ) in text
-    reproduce_table3.report(grid, snapshot(grid))
+    update(grid, snapshot(grid))
     assert text in (grid.folder / "table3.md").read_text()
 
 

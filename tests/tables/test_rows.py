@@ -27,7 +27,7 @@ def test_lines_of_table_3():
 @pytest.mark.parametrize("table", (1, 2, 3, 4, 9, "falcon"))
 def test_every_line_can_be_trained(table, data, scale):
     if (table, data) in ((2, "cifar100"), (2, "svhn")):
-        with pytest.raises(UserError, match="Table 2|--table 2"):
+        with pytest.raises(UserError, match="--table 2"):
             rows(table, scale, [], [], data)
         return
     lines = rows(table, scale, [], [], data)
@@ -46,7 +46,7 @@ def test_lines_of_the_earlier_version():
         assert (trained.epochs, trained.arch) == (100, "vit_small")
         assert trained.class_list.endswith("imagenet100.txt")
     assert [x.key for x in rows("falcon", "paper", ["dino"], [77], "cifar10")] == ["dino_c77"]
-    with pytest.raises(UserError, match="--methods swav is not in the earlier version's grid: dino, cplearn"):
+    with pytest.raises(UserError, match="--methods swav"):
         rows("falcon", "paper", ["swav"], [], "cifar10")
 
 

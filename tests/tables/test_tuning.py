@@ -13,8 +13,8 @@ import main_cplearn
 import reproduce_table3
 from cplearn.errors import UserError
 from cplearn.slurm.submit import Resources
-from cplearn.tables import launch, tuning
-from cplearn.tables.cells import Grid
+from cplearn.tables import run, trial_rule, tuning
+from cplearn.tables.grid import Grid
 from cplearn.tables.rows import rows
 from cplearn.tables.status import snapshot
 
@@ -24,13 +24,13 @@ SIZES = (16, 1024, 131072)
 def drawn(method: str, trial: int, out_dim: int = 1024) -> dict:
     """Return the parsed flags of a trial at small scale."""
     (row,) = rows(3, "small", [method], [out_dim], "cifar10")
-    return vars(main_cplearn.parse_args([*row.flags, *tuning.tuned({method: trial})(row), "--data_path", "."]))
+    return vars(main_cplearn.parse_args([*row.flags, *trial_rule.tuned({method: trial})(row), "--data_path", "."]))
 
 
 # --- the rule ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", tuning.RULE)
+@pytest.mark.parametrize("method", trial_rule.RULE)
 def test_every_draw_is_in_its_range(method):
     lr = drawn(method, 0)["lr"]
     ranges = {
@@ -45,7 +45,7 @@ def test_every_draw_is_in_its_range(method):
     draws = [drawn(method, trial, out_dim) for out_dim in SIZES for trial in range(1, 9)]
     assert all(lr / 4 <= x["lr"] <= 4 * lr and ranges[method](x) for x in draws)
     # Trials differ from each other, and from the recipe, in every setting; nothing else differs.
-    own = {"lr", *(flag[2:] for flag in tuning.RULE[method])}
+    own = {"lr", *(flag[2:] for flag in trial_rule.RULE[method])}
     for x in draws:
         as_it_stands = drawn(method, 0, x["out_dim"])
         assert {k for k, v in x.items() if v != as_it_stands[k]} <= own
@@ -54,17 +54,17 @@ def test_every_draw_is_in_its_range(method):
 
 
 def test_trial_0_is_the_recipe_and_draws_are_repeatable():
-    assert tuning.trial_flags("dino", 0, 1024, 0.004) == []
-    assert tuning.trial_flags("dino", 3, 1024, 0.004) == (
+    assert trial_rule.trial_flags("dino", 0, 1024, 0.004) == []
+    assert trial_rule.trial_flags("dino", 3, 1024, 0.004) == (
         "--lr 0.008 --teacher_temp 0.023 --momentum_teacher 0.98415".split()  # what has been measured was drawn so
     )
-    assert tuning.trial_flags("gedi", 1, 1024, 0.0004)[:2] == ["--lr", "0.0004"]  # the middle
+    assert trial_rule.trial_flags("gedi", 1, 1024, 0.0004)[:2] == ["--lr", "0.0004"]  # the middle
 
 
 def test_places_leave_no_large_gaps():
     for axis in range(3):
         for n in (4, 6, 8, 16):
-            places = [tuning.point(k)[axis] for k in range(1, n + 1)]
+            places = [trial_rule.point(k)[axis] for k in range(1, n + 1)]
             assert places == pytest.approx(qmc.Halton(3, scramble=False).random(n + 1)[1:, axis].tolist())
             assert max(np.diff([0, *sorted(places), 1])) < 2 / n + 0.2 * (n < 5), (axis, n)
 
@@ -137,7 +137,7 @@ def test_trials_are_alike_but_for_what_is_drawn(folder):
 def test_the_best_trial_trains_the_cells(folder, capsys):
     args, grid, images, _ = prepare(folder)
     finish_all(grid, NUMBERS)
-    best = reproduce_table3.find_best(args, grid, images, None)
+    best = tuning.find_best(grid, images, 1, None)
     assert best == {"cplearn": 1, "dino": 0}  # of equal ones the first
     kept = json.loads((folder / "grid" / "tuning.json").read_text())
     assert kept["budget"] == {
@@ -172,30 +172,30 @@ def test_failed_trials_count_as_the_worst_or_are_tried_again(folder):
     fail(by_name["cplearn_t1"], 3, line="the loss is not finite")  # happens again: once is enough
     fail(by_name["dino_t0"], 4, times=2)  # a full disk, twice
     finish(by_name["cplearn_t2"], None)  # features that are not finite: no number
-    assert reproduce_table3.find_best(args, grid, images, None) == {"cplearn": 0, "dino": 1}
+    assert tuning.find_best(grid, images, 1, None) == {"cplearn": 0, "dino": 1}
     page = (folder / "grid" / "tuning.md").read_text()
     assert "the loss is not finite" in page and "out of memory (2 times)" in page
 
     fail(by_name["dino_t0"], 4)  # once: again
     states = snapshot(trials)
-    left = [x.cell.name for x in tuning.outcomes(trials, states) if not tuning.is_over(x, states)]
+    left = [x.cell.name for x in tuning.outcomes(trials, states) if not x.over]
     assert left == ["dino_t0"]
     for trial in range(3):
         shutil.rmtree(by_name[f"dino_t{trial}"].folder)
         fail(by_name[f"dino_t{trial}"], 3)
     with pytest.raises(UserError, match="all trials of dino failed, the first with: out of memory"):
-        reproduce_table3.find_best(args, grid, images, None)
+        tuning.find_best(grid, images, 1, None)
 
 
 def test_another_winner_is_not_mixed_in(folder):
     args, grid, images, _ = prepare(folder)
     finish_all(grid, NUMBERS)
-    best = reproduce_table3.find_best(args, grid, images, None)
+    best = tuning.find_best(grid, images, 1, None)
     reproduce_table3.build_grid(args, grid.settings, best).save()
 
     args, grid, images, _ = prepare(folder, 4)  # one more trial, which is DINO's best now
     finish_all(grid, {"cplearn": [*NUMBERS["cplearn"], 0.1], "dino": [*NUMBERS["dino"], 0.5]})
-    assert reproduce_table3.find_best(args, grid, images, None) == {"cplearn": 1, "dino": 3}
+    assert tuning.find_best(grid, images, 1, None) == {"cplearn": 1, "dino": 3}
     best = {"cplearn": 1, "dino": 3}
     tuned = reproduce_table3.build_grid(args, grid.settings, best)
     names = tuning.outdated(tuned, best)
@@ -212,14 +212,14 @@ def test_another_winner_is_not_mixed_in(folder):
     assert tuning.outdated(whole, best) == set()
 
     args, grid, images, _ = prepare(folder, 3)  # fewer again: the others are in the folder and do not count
-    assert reproduce_table3.find_best(args, grid, images, None) == {"cplearn": 1, "dino": 0}
+    assert tuning.find_best(grid, images, 1, None) == {"cplearn": 1, "dino": 0}
     assert "2 further trials, of a larger --tune" in (folder / "grid" / "tuning.md").read_text()
 
 
 def test_methods_that_are_added_get_the_budget_of_all(folder):
     args, grid, images, _ = prepare(folder)
     finish_all(grid, NUMBERS)
-    best = reproduce_table3.find_best(args, grid, images, None)
+    best = tuning.find_best(grid, images, 1, None)
     reproduce_table3.build_grid(args, grid.settings, best).save()
     _, more, _, _ = prepare(folder, 3, "--methods", "swav")
     assert tuning.trial_grid(more).methods == ["swav", "cplearn", "dino"]
@@ -232,42 +232,45 @@ def test_methods_that_are_added_get_the_budget_of_all(folder):
 
 def test_on_slurm_the_cells_follow_with_the_second_command(folder, monkeypatch, capsys):
     requests = []
-    monkeypatch.setattr(launch, "submit", lambda request: requests.append(request) or str(100 + len(requests)))
+    monkeypatch.setattr(run, "submit", lambda request: requests.append(request) or str(100 + len(requests)))
     args, grid, images, rest = prepare(folder, 2, "--launcher", "slurm", "--jobs", "2", "--cpu")
     resources = Resources.from_args(reproduce_table3.parse_launcher_flags(rest))
 
     def submit(some, states) -> None:
-        launch.run_on_slurm(some, states, args.jobs, resources, None)
+        run.run_on_slurm(some, states, args.jobs, resources, None)
 
-    assert reproduce_table3.find_best(args, grid, images, submit) is None
-    assert [x.script for x in requests] == ["main_cplearn", "eval_knn", "eval_knn", *["main_cplearn", "eval_knn"] * 3]
-    assert "the same command again, when these are finished" in capsys.readouterr().out
+    assert tuning.find_best(grid, images, args.jobs, submit) is None
+    assert [x.name for x in requests] == ["cplearn_t0", "dino_t0", "cplearn_t1", "dino_t1"]
+    assert "the same command again" in capsys.readouterr().out
     trials = finish_all(grid, NUMBERS)
     shutil.rmtree(trials.cells[1].folder)  # dino_t0 has nothing yet
     count = len(requests)
-    assert reproduce_table3.find_best(args, grid, images, submit) is None
-    assert [x.name for x in requests[count:]] == ["dino_t0", "dino_t0"]
+    assert tuning.find_best(grid, images, args.jobs, submit) is None
+    assert [x.name for x in requests[count:]] == ["dino_t0"]
     finish(trials.cells[1], 0.5)
-    assert reproduce_table3.find_best(args, grid, images, submit) == {"cplearn": 1, "dino": 0}
+    assert tuning.find_best(grid, images, args.jobs, submit) == {"cplearn": 1, "dino": 0}
 
 
-def test_a_trial_that_failed_on_slurm(folder):
+def test_a_trial_whose_job_ended_without_a_word(folder):
+    """Twice out of requeues, say: its cell could not leave failed.json."""
     _, grid, _, _ = prepare(folder, 2)
     cell = tuning.trial_grid(grid).cells[0]
     place = cell.folder / "slurm"
     place.mkdir(parents=True)
 
-    def submitted(jobs, code) -> str:
-        entries = [{"job": x, "cluster": "slurm", "script": "main_cplearn", "processes": 1, "time": 0.0} for x in jobs]
+    def failed(jobs, code, **failure) -> str:
+        entries = [{"job": x, "cluster": "local", "script": "x", "processes": 1, "time": 0.0} for x in jobs]
         (place / "jobs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in entries))
         end = {"code": code, "line": "broken", "rank": 0, "host": "n1", "restarts": 0, "time": 0.0}
         (place / f"{jobs[-1]}_0_end.json").write_text(json.dumps(end))
-        return tuning.failed_for_good(cell, snapshot(Grid(grid.folder, grid.settings, [cell]))[cell.name])
+        (cell.folder / "failed.json").write_text(json.dumps(failure))
+        return tuning.failed_for_good(snapshot(Grid(grid.folder, grid.settings, [cell]))[cell.name])
 
-    assert submitted("7", 1) == ""
-    assert submitted("78", 1) == "broken (2 times)"
-    assert submitted("9", 3) == "broken"
-    assert submitted("6", 0) == ""
+    assert failed("7", 75) == ""
+    assert failed("78", 75) == "INTERRUPTED (2 times)"
+    assert failed("9", 3, code=3, line="not finite", times=1) == "not finite"
+    assert failed("5", 1, code=1, line="broken", times=1) == ""
+    assert failed("6", 0) == ""
 
 
 @pytest.mark.parametrize(

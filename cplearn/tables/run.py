@@ -1,0 +1,141 @@
+"""Run the cells of a grid: side by side on this machine, or as SLURM jobs, one for each cell."""
+
+import contextlib
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+from cplearn.errors import Interrupted
+from cplearn.host import usable_cores
+from cplearn.slurm.submit import JobRequest, Resources, submit
+from cplearn.tables.child import Children
+from cplearn.tables.grid import Cell, Grid
+from cplearn.tables.status import CellState
+from cplearn.text import format_duration
+from cplearn.training.stop import StopSignals
+
+CELL = "cplearn.tables.cell"  # what a job or a process of a cell runs
+
+# --- devices ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gpus() -> list[str]:
+    """Return the GPUs that may be used here, by the names that CUDA_VISIBLE_DEVICES gives them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [x for x in named.split(",") if x] if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+@functools.cache
+def device_name() -> str:
+    """Return the first GPU's name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
+def environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
+    """Return the environment of one of `jobs` slots: its GPUs, and its share of the cores.
+
+    Slots of one process share GPUs where there are more of them than GPUs (--cells_per_gpu), dealt out in turn.
+    """
+    env = dict(os.environ)
+    if gpus():
+        first = slot % len(gpus()) if processes == 1 else slot * processes
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[first : first + processes])
+    if not gpus() or jobs > len(gpus()):
+        env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // (jobs * processes))))
+    return env
+
+
+def loader_processes(jobs: int, processes: int) -> int:
+    """Return --num_workers of each of so many processes: none beside CPUs that are all busy."""
+    cores = usable_cores() // (jobs * processes)
+    return min(10, cores) if gpus() else max(0, cores - 1)
+
+
+# --- on this machine --------------------------------------------------------------------------------------
+
+
+def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Callable[[], None]) -> None:
+    """Run all cells that are not complete, and print what fails. Raises `Interrupted` after a signal."""
+    todo = [cell for cell in grid.cells if not states[cell.name].complete]
+    total, done, start = len(grid.cells), len(grid.cells) - len(todo), time.time()
+    print(f"{done} of {total} cells are finished; {jobs} at a time", flush=True)
+    running: dict[int, tuple[Cell, Children]] = {}  # by slot
+    with StopSignals() as signals, _ended_at_last(running):
+        told = False
+        while running or (todo and not signals.name):
+            for slot in range(jobs):
+                if todo and slot not in running and not signals.name:
+                    cell = todo.pop(0)
+                    running[slot] = cell, start_cell(cell, grid.settings.ngpus, slot, jobs)
+            if signals.name and not told:
+                _stop(running)
+                told = True
+            for slot, (cell, children) in list(running.items()):
+                if (end := children.poll()) is not None:
+                    del running[slot]
+                    done += end.code == 0
+                    if end.code == 0 or not (signals.name or end.code == Interrupted.exit_code):
+                        took = format_duration(time.time() - start)
+                        print(f"{cell.name}: {end.line or 'done'}  ({done} of {total}, {took})", flush=True)
+                        after_each()
+            time.sleep(0.1)
+    if signals.name:
+        raise Interrupted(f"{signals.name}: saved and stopped; the same command goes on")
+
+
+def start_cell(cell: Cell, processes: int, slot: int, jobs: int) -> Children:
+    """Start the command of a cell, with the devices of its slot; it prints into cell.out. Raises `WriteError`."""
+    cell.write(processes)
+    flags = [str(cell.folder), "--num_workers", str(loader_processes(jobs, processes))]
+    with open(cell.folder / "cell.out", "ab") as out:
+        return Children(CELL, flags, env=environment(slot, jobs, processes), out=out)
+
+
+@contextlib.contextmanager
+def _ended_at_last(running: dict[int, tuple[Cell, Children]]) -> Iterator[None]:
+    """Leave no cell running after an error."""
+    try:
+        yield
+    finally:
+        _stop(running)
+        for _, children in running.values():
+            children.wait()
+
+
+def _stop(running: dict[int, tuple[Cell, Children]]) -> None:
+    for _, children in running.values():
+        children.stop(signal.SIGTERM)  # training saves before it ends
+
+
+# --- on SLURM ---------------------------------------------------------------------------------------------
+
+
+def run_on_slurm(
+    grid: Grid, states: dict[str, CellState], jobs: int, resources: Resources, dependency: str | None
+) -> None:
+    """Submit a job for every cell that is not complete and has none.
+
+    Each waits for the end of the one `jobs` before it, so that as many run at a time, and the first for `dependency`.
+    Raises `UserError` with Slurm's reason; called again, it submits the others.
+    """
+    todo = [cell for cell in grid.cells if not states[cell.name].complete]
+    live = [job for cell in todo if (job := states[cell.name].job) and job.live]
+    numbers = [job.number for job in sorted(live, key=lambda job: job.entry["time"])]
+    begun = len(numbers)
+    for cell in todo:
+        job = states[cell.name].job
+        if job and job.live:
+            print(f"{cell.name}: job {job.number} is there already")
+            continue
+        after = f"afterany:{numbers[-jobs]}" if len(numbers) >= jobs else dependency
+        cell.write(grid.settings.ngpus)
+        numbers.append(submit(JobRequest(CELL, [str(cell.folder)], cell.folder, resources, cell.name, after, tasks=1)))
+        print(f"{cell.name}: job {numbers[-1]}" + (f", after {after.rpartition(':')[2]}" if after else ""), flush=True)
+    print(f"{len(numbers) - begun} jobs submitted")
