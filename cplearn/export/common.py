@@ -122,9 +122,9 @@ def library_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
         raise UserError(f"this export needs other packages ({error}): pip install --upgrade {names}") from None
     except Exception as error:
         full = is_full(target.absolute().parent)
-        if not full and not isinstance(error, OSError):
+        if not full and getattr(error, "errno", None) is None:  # not the system's: libraries raise OSError of their own
             raise
-        reason = "no space left on the disk" if full else (getattr(error, "strerror", None) or str(error))
+        reason = "no space left on the disk" if full else os.strerror(error.errno)
         raise WriteError(f"{printable(target)} could not be written: {reason}; run again with more space") from None
 
 
