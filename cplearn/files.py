@@ -98,7 +98,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     write_text(path, text.getvalue())
 
 
-MARK_WITHIN = 2**16  # bytes from the beginning or the end of a file in which its mark stands
+MARK_WITHIN = 2**20  # bytes from the beginning or the end of a file in which its mark stands
 
 
 def replaceable(path: Path, mark: bytes) -> bool:
