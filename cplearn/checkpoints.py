@@ -18,6 +18,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import torch
@@ -51,10 +52,22 @@ def write(path: str | Path, content: dict) -> None:
 
     Raises `WriteError` if that fails; `path` is then as it was.
     """
-    buffer = io.BytesIO()  # torch would make errors of its own of a disk's
-    torch.save(content, buffer)
+    failures: list[OSError] = []  # of which torch makes errors of its own
     with written(Path(path), on_disk=True) as file:
-        file.write(buffer.getbuffer())
+
+        def write_part(part: bytes) -> int:
+            try:
+                return file.write(part)
+            except OSError as error:
+                failures.append(error)
+                raise
+
+        try:
+            torch.save(content, SimpleNamespace(write=write_part, flush=file.flush))
+        except RuntimeError:
+            if failures:
+                raise failures[0] from None
+            raise
 
 
 def save_run(folder: str | Path, state: dict, others: Sequence[str] = ()) -> None:
@@ -119,10 +132,7 @@ def load_file(path: str | Path, classes: Sequence[type] = ()) -> dict:
 
 
 def load_file_and_hash(path: str | Path, classes: Sequence[type] = ()) -> tuple[dict, str]:
-    """Load as `load_file` does; also return the SHA-256 of the file.
-
-    It is opened once: replaced meanwhile, it cannot lend its hash to other weights.
-    """
+    """Load as `load_file` does; also return the SHA-256 of the file, which is opened once: no other lends its hash."""
     with _opened(path) as file:
         state = _load(file, path, classes)
         file.seek(0)
@@ -145,15 +155,11 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
         reason = "it holds Python objects, which could run code, or is damaged"
         raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
     except Exception as error:
-        reason = None
-        if isinstance(error, MemoryError) or errors.NO_MEMORY in str(error):  # torch has no type of its own for it
-            reason = "not enough memory"
-        elif isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those are zipfile's, for damage
-            reason = error.strerror
-        if reason:
-            raise ReadError(
-                f"{path} cannot be read now: {reason}; it may well be whole: mend that, run again"
-            ) from None
+        no_memory = isinstance(error, MemoryError) or errors.NO_MEMORY in str(error)  # torch has no type for it
+        of_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # zipfile's own, for damage
+        if no_memory or of_system:
+            reason = "not enough memory" if no_memory else error.strerror
+            raise ReadError(f"{path} cannot be read now ({reason}) and may be whole: mend that, run again") from None
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
         raise UserError(f"{path} is truncated or no checkpoint at all ({reason}): use another copy") from None
 
@@ -273,14 +279,10 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
         for k in sorted(tensors)
         if k in weights and _shape(weights[k]) != _shape(own[k])
     ]
-    groups = {
-        "keys missing": sorted(own.keys() - weights.keys()),
-        "unknown keys": sorted(weights.keys() - own.keys()),
-        "other shapes": differ,
-    }
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     problems = [
         f"{len(names)} {label} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for label, names in groups.items()
+        for label, names in (("keys missing", missing), ("unknown keys", unknown), ("other shapes", differ))
         if names
     ]
     if problems:

@@ -266,7 +266,7 @@ for function in (checkpoints.load_file, checkpoints.load_file_and_hash):
 def test_too_little_memory_is_no_damage(tmp_path):
     checkpoints.save(tmp_path / "c.pth", {"w": torch.zeros(2**25)})
     done = run_script("-c", LITTLE_MEMORY, str(tmp_path / "c.pth"))
-    assert done.stdout.count("c.pth cannot be read now: not enough memory; it may well be whole") == 2, done.stderr
+    assert done.stdout.count("c.pth cannot be read now (not enough memory)") == 2, done.stderr
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
