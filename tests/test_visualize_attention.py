@@ -180,11 +180,6 @@ def test_wrong_flags(weights, photos, tmp_path, more, named):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_a_cnn_is_told_what_has_attention(run, photos, tmp_path):
-    with pytest.raises(UserError, match="--arch resnet8_w8 .*vit_tiny"):
-        visualize_attention.main(flags(run / "checkpoint.pth", photos, tmp_path / "out"))
-
-
 def test_a_network_for_squares(weights, photos, tmp_path):
     args = visualize_attention.get_args_parser().parse_args(flags(weights, photos, tmp_path, *BARE))
     model, cpu = visualize_attention.cli.open_network(args, "cpu"), torch.device("cpu")
