@@ -7,6 +7,7 @@ Into --output_dir go codes.html, one file that any browser opens from disk, and 
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -79,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     gallery.baseline = baseline
     for path, image in zip(args.neighbours, queries, strict=True):
         gallery.queries.append(nearest_images(args, path, image, model, dataset, data))
-    for i in codes.images_shown(gallery):
-        gallery.thumbnails[i] = codes.read_thumbnail(dataset, i, model.image_size, args.thumbnail)
+    gallery.thumbnail = functools.cache(lambda i: codes.thumbnail(dataset.read(i)[0], model.image_size, args.thumbnail))
     facts = facts_of(args, model, data, of_all)
     write_all(args, gallery, facts, f"Codes of {facts['weights']}" if gallery.codes else "Nearest images")
     return numbers_of(gallery)

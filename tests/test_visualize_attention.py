@@ -105,39 +105,19 @@ def test_files_of_others_are_in_the_way(weights, photos, tmp_path, name):
     assert files(tmp_path) == {name: b"mine"}
 
 
-def test_a_sample_is_chosen_by_seed(weights, photos, tmp_path, monkeypatch):
-    class Hundred:
-        names, labels, classes, where = [str(i) for i in range(100)], [-1] * 100, None, "numbers"
-
-        def __len__(self):
-            return 100
-
-    def chosen(*more):
-        args = visualize_attention.get_args_parser().parse_args(flags(weights, photos, tmp_path, *more))
-        return [int(name) for name in visualize_attention.choose(Hundred(), args).names]
-
-    assert chosen() == list(range(100)) == chosen("--sample", "500")
-    assert len(set(chosen("--sample", "5"))) == 5 and chosen("--sample", "5") == chosen("--sample", "5")
-    assert chosen("--sample", "5") != chosen("--sample", "5", "--seed", "1")
-    assert len(draw(weights, photos, tmp_path, "--sample", "1")) == 1
-    monkeypatch.setattr(visualize_attention, "MOST", 99)
-    with pytest.raises(UserError, match="--images .* 100 images: add --sample"):
-        chosen()
-
-
-def test_one_image_at_any_resolution(weights, photos, tmp_path):
-    image = photos / "ant" / "000.jpg"
-    draw(weights, image, tmp_path, "--image_size", "64", "--keep_aspect")
-    assert Image.open(tmp_path / "0001_000" / "head1.png").size == (480, 320)
-    assert np.asarray(Image.open(tmp_path / "sheet.png")).std() > 10
-
-
-def test_many_images_make_several_sheets(weights, tmp_path, monkeypatch):
+def test_many_images_make_several_sheets_or_are_sampled(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize_attention.figures, "ROWS", 2)
-    write_images(tmp_path / "images", 3)
-    draw(weights, tmp_path / "images", tmp_path / "out", "--tile", "40")
+    monkeypatch.setattr(visualize_attention, "MOST", 3)
+    images = tmp_path / "images"
+    write_images(images, 3)
+    draw(weights, images, tmp_path / "out", "--tile", "40")
     heights = [Image.open(tmp_path / "out" / f"sheet_0{k}.png").height for k in (1, 2)]
     assert heights[0] > heights[1] and not (tmp_path / "out" / "sheet_03.png").exists()
+    write_images(images, 4)
+    with pytest.raises(UserError, match="--images .* 4 images"):
+        draw(weights, images, tmp_path / "out")
+    one, again, other = (draw(weights, images, tmp_path / "out", "--sample", "1", "--seed", seed) for seed in "001")
+    assert one == again != other and len(one) == 1
 
 
 def test_a_run_and_its_random_initialization(photos, tmp_path):
@@ -147,14 +127,6 @@ def test_a_run_and_its_random_initialization(photos, tmp_path):
     assert trained != random and len(trained[0]["largest"]) == 2
     record = json.loads((tmp_path / "out" / "attention.json").read_text())
     assert record["random_init"] and record["image_size"] == 64 and record["epoch"] == 0
-
-
-def test_weights_of_dino(weights, photos, tmp_path):
-    """Its training checkpoint: networks under student and teacher, with its wrappers' prefixes."""
-    state = checkpoints.load_file(weights)
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()}, "student": {}}, tmp_path / "dino.pth")
-    image = photos / "ant" / "000.jpg"
-    assert draw(tmp_path / "dino.pth", image, tmp_path / "a") == draw(weights, image, tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -178,11 +150,6 @@ def test_wrong_flags(weights, photos, tmp_path, more, named):
     with pytest.raises(UserError, match=named) as caught:
         draw(weights, photos, tmp_path / "out", *more)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-
-
-def test_a_cnn_is_told_what_has_attention(run, photos, tmp_path):
-    with pytest.raises(UserError, match="--arch resnet8_w8 .*vit_tiny"):
-        visualize_attention.main(flags(run / "checkpoint.pth", photos, tmp_path / "out"))
 
 
 def test_a_network_for_squares(weights, photos, tmp_path):

@@ -192,10 +192,10 @@ class PatchColors:
 
         Shape: attention (heads, h, w), tokens (h, w, f).
         """
-        self.whole = None
+        self.of_all = None
         self.components = components_of(map(self._part, passes()))
         if foreground:
-            self.whole = self.components
+            self.of_all = self.components
             self.components = components_of(map(self._part, passes()))
 
     def _part(self, seen: LastBlock) -> tuple[Tensor, Tensor]:
@@ -204,9 +204,9 @@ class PatchColors:
 
     def is_foreground(self, tokens: Tensor) -> Tensor:
         """Shape: (h, w, f) -> bool (h, w), all True without a foreground."""
-        if self.whole is None:
+        if self.of_all is None:
             return torch.ones(tokens.shape[:-1], dtype=torch.bool)
-        return self.whole.scores(tokens)[..., 0] > 0
+        return self.of_all.scores(tokens)[..., 0] > 0
 
     def of(self, tokens: Tensor) -> Tensor:
         """Return standard deviations along each component, NaN for background. Shape: (h, w, f) -> (h, w, 3)."""

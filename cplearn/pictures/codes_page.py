@@ -75,7 +75,7 @@ def _image(gallery: Gallery, i: int, value: float, named: str = "") -> dict[str,
         "alt": ", ".join([data.names[i], *(f"{name} {fact}" for name, fact in facts.items())]),
         "facts": [(name, printable(fact)) for name, fact in facts.items()],
         "code": facts.get("code"),
-        "jpeg": gallery.thumbnails[i],
+        "jpeg": gallery.thumbnail(i),
         "below": number(value),
     }
 
@@ -146,7 +146,7 @@ def _row(gallery: Gallery, code: Code, columns: int) -> list[Cell]:
     if code.classes:
         lines.append(f"{percent(code.purity)} {shortened(printable(code.classes[0][0]), 16)}")
     images = [
-        Cell(number(gallery.certainty[i].item()), Image.open(io.BytesIO(gallery.thumbnails[i])))
+        Cell(number(gallery.certainty[i].item()), Image.open(io.BytesIO(gallery.thumbnail(i))))
         for i in spread(code.images, columns)
     ]
     return [Cell("\n".join(lines)), *images]

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from cplearn.data import augmentations
-from cplearn.data.datasets import ImageDataset
 from cplearn.features.splits import Features
 from cplearn.methods.base import Method
 from cplearn.metrics import collapse
@@ -71,7 +70,7 @@ class Gallery:
     most: list[int] = field(default_factory=list)  # the most certain images, the most certain first
     least: list[int] = field(default_factory=list)  # the least certain images, the least certain first
     queries: list[Query] = field(default_factory=list)
-    thumbnails: dict[int, bytes] = field(default_factory=dict)  # JPEG of every image that is shown
+    thumbnail: Callable[[int], bytes] = lambda i: b""  # JPEG of an image
 
 
 # --- numbers --------------------------------------------------------------------------------------------
@@ -197,19 +196,3 @@ def thumbnail(image: Image.Image, image_size: int, size: int) -> bytes:
     file = io.BytesIO()
     view.save(file, "JPEG", quality=85)
     return file.getvalue()
-
-
-def read_thumbnail(dataset: ImageDataset, i: int, image_size: int, size: int) -> bytes:
-    """Read an image again, large photos at a fraction of their size, and return its `thumbnail`."""
-
-    def reduction(width: int, height: int) -> int:
-        return next((k for k in (8, 4, 2) if min(width, height) // k >= 1.25 * image_size), 1)
-
-    return thumbnail(dataset.read(i, reduction)[0], image_size, size)
-
-
-def images_shown(gallery: Gallery) -> list[int]:
-    """Return every image that the page shows, each once."""
-    near = [i for query in gallery.queries for i, _ in query.nearest]
-    listed = [i for code in gallery.codes for i in code.images] + gallery.most + gallery.least + near
-    return sorted(set(listed))

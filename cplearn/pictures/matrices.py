@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cplearn.files import written
 from cplearn.metrics.analysis import Network, block_cosines, covariance_of, off_diagonal_energy
-from cplearn.pictures.style import as_text, diverging, panels, shortened
+from cplearn.pictures.style import as_text, panels, pyplot, shortened
 
 CELLS = 100  # along a side of the matrix of images
 DIMENSIONS = 128  # drawn of a covariance
@@ -55,7 +55,8 @@ def draw_covariances(networks: list[Network]) -> Drawn:
 
 def show(axis, matrix: Tensor, limit: float, **more):
     """Draw a matrix in colors that end at `limit`; return the image for its color bar."""
-    colors = {"cmap": diverging(), "vmin": -limit, "vmax": limit}
+    blue_to_red = pyplot().get_cmap("RdBu_r", 41)  # white for 0, in steps that one can tell apart
+    colors = {"cmap": blue_to_red, "vmin": -limit, "vmax": limit}
     return axis.imshow(matrix.numpy(), interpolation="nearest", **colors, **more)
 
 

@@ -102,8 +102,12 @@ def epochs(records: list[dict]) -> list[dict]:
 
 def _before_training(records: list[dict]) -> list[dict]:
     """Return the probe's numbers from before the first step as a record of their own, if the log has them."""
-    found = {k: v for record in records for k, v in record.items() if k.startswith("start_")}
-    start = {f"probe_{name.removeprefix('start_')}": value for name, value in found.items()}
+    start = {
+        f"probe_{name.removeprefix('start_')}": value
+        for record in records
+        for name, value in record.items()
+        if name.startswith("start_")
+    }
     return [{"epoch": -1, "step": 0, "seconds": 0.0, **start}] if start else []
 
 

@@ -81,8 +81,8 @@ def fitted(text: str, width: float, points: float) -> str:
 
     font, text = FontProperties(size=points), text[-300:]
     inches = [text_to_path.get_text_width_height_descent(c, font, ismath=False)[0] / 72 for c in f"{text}…"]
-    *from_end, whole = accumulate(reversed(inches))
-    if whole - inches[-1] <= width:
+    *from_end, total = accumulate(reversed(inches))
+    if total - inches[-1] <= width:
         return text
     kept = sum(reached <= width for reached in from_end) - 1
     return f"…{text[-kept:]}" if kept > 0 else "…"

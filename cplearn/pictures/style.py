@@ -40,11 +40,6 @@ def as_text(label: str) -> str:
     return f" {label}" if label.startswith("_") else label
 
 
-def diverging():
-    """Return a color map from blue over white, for 0, to red, in steps that one can tell apart."""
-    return pyplot().get_cmap("RdBu_r", 41)
-
-
 def shortened(text: str, most: int) -> str:
     """Return at most so many characters, without the middle: names often differ at their ends."""
     kept = most - 3

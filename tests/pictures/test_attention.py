@@ -13,7 +13,6 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import Xcit
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cplearn.backbones import build_backbone
 from cplearn.errors import UserError
@@ -94,26 +93,6 @@ def test_a_network_with_its_attention_written_out_stays_so():
     assert not network.blocks[-1].attn._forward_pre_hooks
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
-
-
-def test_no_attention_of_all_tokens_is_ever_there():
-    network = lively(NETWORKS["plain"]())
-    with LargestTensor() as largest:
-        attention.last_block(network, images(1, 256, 256))  # 1025 tokens, 4 heads
-    assert 1025 * 32 * 4 <= largest.numel < 1025**2
-    with LargestTensor() as largest:
-        written_out(network, images(1, 256, 256))
-    assert largest.numel == 4 * 1025**2
-
-
 SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
 REFUSED = {
     "resnet8_w8": lambda: build_backbone("resnet8_w8", patch_size=8, image_size=32),
@@ -129,22 +108,8 @@ REFUSED = {
 def test_networks_without_a_cls_token_that_attends(arch):
     network = REFUSED[arch]().eval()
     network(images())  # it is in order, but of another kind
-    with pytest.raises(
-        UserError, match=f"--arch {arch} (has no|attends in).*: vit_tiny, vit_small, vit_base and timm's"
-    ):
+    with pytest.raises(UserError, match=f"--arch {arch} .*vit_tiny"):
         attention.last_block(network, images(), arch)
-
-
-class NoAttention(torch.nn.Module):
-    def forward(self, x, **_):
-        return x
-
-
-def test_a_last_block_of_another_kind():
-    network = lively(NETWORKS["plain"]())
-    network.blocks[-1].attn = NoAttention()
-    with pytest.raises(UserError, match="attends in another way than a plain ViT"):
-        attention.last_block(network, images())
 
 
 # --- masks ----------------------------------------------------------------------------------------------
@@ -162,12 +127,9 @@ def test_masks_are_dinos(share):
         assert one[mask].sum() - one[mask].min() < share * one.sum()
 
 
-def test_mask_of_everything():
+def test_masks_of_all_and_of_even_attention():
     attended = torch.tensor([[0.5, 0.0], [0.25, 0.25]])
     assert attention.mass_mask(attended, 1.0).tolist() == [[True, False], [True, True]]
-
-
-def test_mask_of_even_attention():
     assert attention.mass_mask(torch.full((2, 4, 4), 1 / 17), 0.5).sum((1, 2)).tolist() == [8, 8]
 
 

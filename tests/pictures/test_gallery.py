@@ -103,17 +103,6 @@ def test_a_thumbnail_is_what_the_network_sees():
     assert small.size == (32, 32)  # nothing is made up
 
 
-def test_a_thumbnail_reads_a_large_photo_at_a_fraction_of_its_size():
-    class Photos:
-        def read(self, i, reduction):
-            asked.append([reduction(w, h) for w, h in ((4000, 3000), (1200, 900), (300, 300), (40, 40))])
-            return Image.new("RGB", (300, 300)), 0
-
-    asked = []
-    codes.read_thumbnail(Photos(), 0, 224, 96)
-    assert asked == [[8, 2, 1, 1]]
-
-
 def test_a_sample_is_drawn_by_its_seed_and_keeps_the_order():
     digits = Digits("val")
     one, again, other = (sources.Sample(digits, 40, seed) for seed in (3, 3, 4))

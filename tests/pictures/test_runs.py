@@ -59,16 +59,12 @@ def test_what_is_no_number_is_no_point(tmp_path):
     assert run.axes["epochs"] == [1]
 
 
-def test_a_logarithmic_axis_has_no_place_for_zero(tmp_path):
+def test_what_an_axis_cannot_show_is_no_point(tmp_path):
     (run,) = runs.read_runs([write(tmp_path / "a", [record(0, usage_perplexity=0), record(1, usage_perplexity=4)])])
     assert run.points("epochs", "usage_perplexity", positive=True) == [(2, 4)]
     assert run.points("epochs", "usage_perplexity") == [(1, 0), (2, 4)]
-
-
-def test_an_old_log(tmp_path):
-    (run,) = runs.read_runs([write(tmp_path / "a", [{"epoch": 0, "train_loss": 2.0}])])
-    assert run.points("epochs", "train_loss") == [(1, 2)]
-    assert run.points("steps", "train_loss") == [] and run.points("hours", "train_loss") == []
+    (run,) = runs.read_runs([write(tmp_path / "old", [{"epoch": 0, "train_loss": 2.0}])])
+    assert [run.points(axis, "train_loss") for axis in ("epochs", "steps", "hours")] == [[(1, 2)], [], []]
 
 
 def test_names(tmp_path):
