@@ -190,8 +190,11 @@ class Loader:
 
     def failure(self) -> WorkerError | None:
         """Return what to say of processes that died or hang, with their images; None if all are well."""
-        if self.processes:
-            wait([process.sentinel for process in self.processes], timeout=1)  # a connection may end before its process
+        sentinels = [process.sentinel for process in self.processes]
+        gone = wait(sentinels, timeout=1) if sentinels else []  # connections to a process may end a bit before it
+        for process in self.processes:
+            if process.sentinel in gone:
+                process.join()
         ended = {process.pid: process.exitcode for process in self.processes if process.exitcode is not None}
         if not ended:
             return None

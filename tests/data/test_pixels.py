@@ -1,17 +1,20 @@
 """The pixel cache changes no pixel, is shared, is found again, and is made anew when its images change."""
 
 import os
+import pickle
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import Script, run_in_processes, same_state, write_images
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import main_cplearn
 from cplearn.data import cachefile
@@ -50,7 +53,7 @@ def test_a_cache_holds_the_same_pixels(tmp_path, kind, workers):
     assert isinstance(cached, CachedPixels) and len(cached) == 6 and "1 cannot be read" in cached.summary()
     for i in range(5):
         assert torch.equal(cached[i], plain[i])
-    with pytest.raises(LocalError, match="cannot read the image"):
+    with pytest.raises(LocalError):
         cached[5]
     Image.new("RGB", (9, 5), "red").save(dataset.root / "5.jpg")  # repaired while the run goes on
     assert cached[5].shape == (3, 5, 9)
@@ -95,16 +98,19 @@ def test_what_is_small_is_cached_by_default(tmp_path, monkeypatch):
 def test_too_little_room_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
     dataset = photos(tmp_path / "photos")
     monkeypatch.setattr(pixels_module, "available_memory", lambda: 1000)
-    with pytest.raises(UserError, match="--cache ram: 6 images take about .* are free: use --cache disk or none"):
+    with pytest.raises(UserError, match="--cache ram"):
         open_pixels(dataset, VIEWS, options("ram"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="--cache disk: .* could not be written: .*--cache_dir"):
+    with pytest.raises(WriteError, match="--cache_dir"):
         open_pixels(dataset, VIEWS, options("disk", tmp_path / "file" / "cache"))
+    monkeypatch.setattr(cachefile.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match="--cache_dir"):
+        open_pixels(dataset, VIEWS, options("disk", tmp_path / "cache"))
 
 
 def test_a_stop_while_images_are_decoded(tmp_path):
     dataset = photos(tmp_path / "photos")
-    with pytest.raises(Interrupted, match="nothing is lost"):
+    with pytest.raises(Interrupted):
         open_pixels(dataset, VIEWS, options("disk", tmp_path / "cache", stop=lambda: True))
     assert not list((tmp_path / "cache").iterdir())
 
@@ -188,9 +194,21 @@ def test_sizes_that_no_image_reaches(tmp_path):
     assert Pixels(dataset, VIEWS).halved_from() < 1000
 
 
-def test_without_shared_memory_a_process_keeps_its_own(tmp_path, monkeypatch):
-    """As on macOS: a file that has no name any more once it is mapped."""
-    monkeypatch.setattr(pixels_module, "SHARED_MEMORY", False)
+def test_processes_that_are_not_forked_map_the_same_cache(tmp_path):
+    """Python 3.14 starts them by a server, which pickles what they are given: not a copy of all pixels."""
+    write_images(tmp_path / "images", 40)
+    cached = open_pixels(Folder(tmp_path / "images"), VIEWS, options("ram"))
+    assert len(pickle.dumps(cached)) < 20_000 < cached.pixels.numel()
+    loader = DataLoader(cached, batch_size=None, num_workers=1, multiprocessing_context="forkserver")
+    assert all(torch.equal(a, cached[i]) for i, a in enumerate(loader))
+
+
+def test_memory_without_a_memfd(tmp_path, monkeypatch):
+    """As on macOS: a temporary file."""
+    monkeypatch.delattr(os, "memfd_create")
     dataset = photos(tmp_path / "photos")
     cached = open_pixels(dataset, VIEWS, options("ram"))
-    assert not os.path.exists(cached.path) and torch.equal(cached[2], Pixels(dataset, VIEWS)[2])
+    assert torch.equal(pickle.loads(pickle.dumps(cached))[2], Pixels(dataset, VIEWS)[2])
+    path = cached.path
+    del cached
+    assert not os.path.exists(path)

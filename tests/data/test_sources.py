@@ -7,7 +7,6 @@ import os
 import signal
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -274,29 +273,16 @@ def test_an_unreadable_image_is_named_and_replaced(kind, tmp_path, capsys):
         train(tmp_path / "out2", *flags)
 
 
-def test_parquet_with_large_row_groups_is_unpacked_once(image_folder, tmp_path, monkeypatch, capsys):
-    """The pixels stay the same; the copy is found again, and made anew when the files change."""
+def test_a_run_on_parquet_that_is_copied_comes_to_the_same_bits(image_folder, tmp_path, monkeypatch):
+    huggingface = pytest.importorskip("cplearn.data.huggingface")
     made = as_parquet(image_folder, tmp_path)
-    monkeypatch.setattr(sources.parquet, "SMALL_GROUP", 100)
-    flags = ("--data_path", str(made), "--epochs", "1", "--cache", "none", "--cache_dir", str(tmp_path / "cache"))
-    train(tmp_path / "a", *flags)
-    assert "Parquet is read by row groups of 0.0 MB: copying 0.00 GB of images to" in capsys.readouterr().out
-    train(tmp_path / "b", "--data_path", str(image_folder), "--epochs", "1")
-    losses = [json.loads((tmp_path / x / "log.txt").read_text().splitlines()[-1])["train_loss"] for x in "ab"]
-    assert losses[0] == losses[1]
-    (copy,) = (tmp_path / "cache").iterdir()
-    made_at = copy.stat().st_mtime_ns
-    train(tmp_path / "a2", *flags, "--max_steps", "1")
-    assert "copying" not in capsys.readouterr().out and copy.stat().st_mtime_ns == made_at
-    os.utime(tmp_path / "data" / "train-00000-of-00002.parquet")
-    train(tmp_path / "a3", *flags, "--max_steps", "1")
-    assert "copying" in capsys.readouterr().out and len(list((tmp_path / "cache").iterdir())) == 2
-    data = build_dataset("folder", str(made), "train")
-    monkeypatch.setattr("cplearn.data.cachefile.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(
-        UserError, match="copied out of parquet, take about .* choose another --cache_dir, or --cache d"
-    ):
-        data.allow_any_order(str(tmp_path / "cache2"), lambda: False)
+    flags = ("--data_path", str(made), "--cache", "none", "--epochs", "2", "--cache_dir", str(tmp_path / "cache"))
+    train(tmp_path / "read", *flags)
+    train(tmp_path / "copied", *flags, "--max_steps", "2")
+    monkeypatch.setattr(huggingface, "SMALL", 0)
+    train(tmp_path / "copied", *flags)  # goes on
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+    assert same_state(tmp_path / "read", tmp_path / "copied")
 
 
 def test_checks_before_a_job_or_a_table_accept_them(image_folder, tmp_path):
@@ -318,25 +304,10 @@ def test_checks_before_a_job_or_a_table_accept_them(image_folder, tmp_path):
         reproduce_table3.check_data(args)
 
 
-# --- saved copies of the datasets package ------------------------------------------------------------------------
-
-
-def test_wrong_saved_copies_are_refused(image_folder, tmp_path):
-    hf = pytest.importorskip("datasets")
-    hf.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "text"))
-    (tmp_path / "empty").mkdir()
-    for path, split, words in (
-        ("nowhere", "train", "is not a folder: name a folder that save_to_disk"),
-        ("empty", "train", "cannot be read .*: name a folder that save_to_disk"),
-        ("text", "train", r"has no column of images \(columns: text\)"),
-        ("text", "val", "has no splits: an evaluation needs train and validation"),
-    ):
-        with pytest.raises(UserError, match=words) as found:
-            build_dataset(f"hf:{tmp_path}/{path}", None, split)
-        assert "\n" not in str(found.value)
-    with pytest.raises(UserError, match="--dataset hf: is unknown"):
+def test_a_name_of_a_copy_that_makes_no_sense(tmp_path):
+    with pytest.raises(UserError, match="--dataset hf: "):
         build_dataset("hf:", None, "train")
-    with pytest.raises(UserError, match="--data_path .*/x is not read with --dataset hf:/x: leave one of them out"):
+    with pytest.raises(UserError, match="--data_path .*/x .*hf:/x"):
         main_cplearn.main(["--dataset", "hf:/x", "--data_path", "x", "--output_dir", str(tmp_path / "out")])
 
 

@@ -12,10 +12,11 @@ import pytest
 from helpers import write_images
 from PIL import Image
 
-from cplearn.data import datasets
+from cplearn.data import scan
+from cplearn.data.datasets import ImageError
 from cplearn.data.sources import build_dataset, open_images
 from cplearn.data.tars import scan_shard
-from cplearn.errors import LocalError, UserError
+from cplearn.errors import UserError
 
 
 def jpeg(seed: int = 0) -> bytes:
@@ -88,16 +89,16 @@ def test_order_and_any_access(tmp_path):
     data = build_dataset("folder", str(tmp_path), "train")
     assert list(data.names) == [f"{shard}.tar/{j}.jpg" for shard in "abc" for j in (2, 0, 1)]
     expected = [contents[k] for k in (5, 3, 4, 2, 0, 1, 8, 6, 7)]
-    assert [data.content(i) for i in range(9)] == expected
+    assert [data.open(i).read() for i in range(9)] == expected
     again = pickle.loads(pickle.dumps(data))  # as a worker gets it
-    assert [again.content(i) for i in (8, 0, 4)] == [expected[i] for i in (8, 0, 4)]
+    assert [again.open(i).read() for i in (8, 0, 4)] == [expected[i] for i in (8, 0, 4)]
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:  # reads at the same time as its parent
-        ok = all(data.content(i % 9) == expected[i % 9] for i in range(500))
+        ok = all(data.open(i % 9).read() == expected[i % 9] for i in range(500))
         os.write(write, b"y" if ok else b"n")
         os._exit(0)
-    assert all(data.content(i % 9) == expected[i % 9] for i in range(500))
+    assert all(data.open(i % 9).read() == expected[i % 9] for i in range(500))
     os.waitpid(pid, 0)
     assert os.read(read, 1) == b"y"
     assert len(os.listdir("/proc/self/fd")) < 100
@@ -108,14 +109,14 @@ def test_formats_and_long_names(form, tmp_path):
     name = "/".join(["folder" * 10] * 3) + "/ü.jpg" if form != tarfile.USTAR_FORMAT else "d" * 90 + "/ü.jpg"
     path = write_tar(tmp_path / "x.tar", {name: jpeg(1), "short.jpg": jpeg(2)}, format=form)
     assert names_of(path) == [f"x.tar/{name}", "x.tar/short.jpg"]
-    assert open_images(str(path)).content(1) == jpeg(2)
+    assert open_images(str(path)).open(1).read() == jpeg(2)
 
 
 def test_a_scan_that_takes_long_says_so(tmp_path, monkeypatch, capsys):
     path = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg()})
     open_images(str(path))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(datasets, "SAY_AFTER", 0.0)
+    monkeypatch.setattr(scan, "SAY_AFTER", 0.0)
     open_images(str(path))
     assert f"Still scanning {tmp_path}, in shard 1, 0 images in those before it" in capsys.readouterr().out
 
@@ -132,36 +133,33 @@ def test_many_names_take_little_memory(tmp_path):
 # --- what lies -----------------------------------------------------------------------------------------------
 
 
-def refused(path: Path, words: str) -> None:
-    with pytest.raises(UserError, match=words) as found:
+def refused(path: Path, named: str | None = None) -> None:
+    with pytest.raises(UserError) as error:
         open_images(str(path))
-    assert "\n" not in str(found.value) and path.name in str(found.value)
+    assert "\n" not in str(error.value) and (named or path.name) in str(error.value)
 
 
 def test_shards_that_are_damaged_or_compressed(tmp_path):
     whole = write_tar(tmp_path / "whole.tar", {f"{k}.jpg": jpeg(k) for k in range(5)}).read_bytes()
     last = whole.rindex(b"4.jpg")
     cases = {
-        "empty": (b"", "empty file"),
-        "text": (b"hello " * 1000, "cannot be used: text.tar"),
-        "middle": (whole[:last] + b"\xff" * 512 + whole[last + 512 :], r"damaged at byte \d"),
-        "in_data": (whole[: last + 600], "unexpected end of data|cut"),
-        "in_header": (whole[: last + 100], "damaged at byte|cut"),
-        "between": (whole[:last], "cut: it has no end mark"),
-        "gzip": (b"\x1f\x8b\x08" + bytes(600), "compressed: decompress it"),
-        "zstd": (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed: decompress it"),
+        "empty": b"",
+        "text": b"hello " * 1000,
+        "middle": whole[:last] + b"\xff" * 512 + whole[last + 512 :],
+        "in_data": whole[: last + 600],
+        "in_header": whole[: last + 100],
+        "between": whole[:last],
+        "gzip": b"\x1f\x8b\x08" + bytes(600),
+        "zstd": b"\x28\xb5\x2f\xfd" + bytes(600),
     }
-    for name, (content, words) in cases.items():
+    for name, content in cases.items():
         (tmp_path / f"{name}.tar").write_bytes(content)
-        refused(tmp_path / f"{name}.tar", words)
+        refused(tmp_path / f"{name}.tar")
     with tarfile.open(tmp_path / "real.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "whole.tar", "x.jpg")
-    refused(tmp_path / "real.tar.gz", r"real.tar.gz \(compressed: decompress it")
-    with pytest.raises(
-        UserError, match=rf"has {len(cases) + 1} tar shards that cannot be used: between.tar \(cut"
-    ) as e:
+    refused(tmp_path / "real.tar.gz")
+    with pytest.raises(UserError, match=rf"{len(cases) + 1} tar shards .*: between.tar, empty.tar,.* and 4 more"):
         build_dataset("folder", str(tmp_path), "train")
-    assert len(str(e.value)) < 600 and "and 4 more; get them again" in str(e.value)
 
 
 def test_sizes_that_are_not_there(tmp_path):
@@ -176,7 +174,7 @@ def test_sizes_that_are_not_there(tmp_path):
     start = time.monotonic()
     for field in (b"77777777777\0", b"\x80" + b"\0" * 3 + b"\x7f" * 8, b"\xff" * 12, b"\xff" * 10 + b"\x00\x00",
                   b"-0000000512\0"):  # fmt: skip
-        refused(with_size(field), "cannot be used: x.tar")
+        refused(with_size(field))
     assert time.monotonic() - start < 5
 
 
@@ -200,18 +198,16 @@ def test_members_that_lie(tmp_path, capsys):
     data = open_images(str(path))
     assert list(data.names) == ["x.tar/../../up.jpg", "x.tar/abs.jpg", "x.tar/zero.jpg", "x.tar/line\nend.jpg"]
     assert data[0][0].size == data[1][0].size == (40, 36)
-    with pytest.raises(
-        LocalError, match=r"cannot read the image .*/x.tar/zero.jpg: cannot identify image file; repair"
-    ):
-        data[2]
-    with pytest.raises(LocalError, match=r"x.tar/line.nend.jpg: cannot identify") as found:
-        data[3]
-    assert "\n" not in str(found.value) and sorted(os.listdir(tmp_path)) == ["secret.jpg", "x.tar"]
+    for i, name in ((2, "x.tar/zero.jpg"), (3, r"x.tar/line\nend.jpg")):
+        with pytest.raises(ImageError) as error:
+            data[i]
+        assert error.value.path == f"{tmp_path}/{name}" and "\n" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["secret.jpg", "x.tar"]
 
 
 def test_images_that_share_a_name(tmp_path):
     refused(write_tar(tmp_path / "x.tar", [("a.jpg", jpeg(1)), ("a.jpg", jpeg(2))]),
-            r"names 1 images more than once \(x.tar/a.jpg\): pack them again")  # fmt: skip
+            "x.tar/a.jpg")  # fmt: skip
     write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(1)})
     write_tar(tmp_path / "y.tar", {"a.jpg": jpeg(1), "a.png": jpeg(1)})
     assert len(build_dataset("folder", str(tmp_path), "train")) == 3
@@ -223,27 +219,21 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "b.tar")
     (tmp_path / "c.tar").symlink_to("/dev/zero")
     (tmp_path / "d.tar").symlink_to("nowhere")
-    words = (
-        r"3 tar shards that cannot be used: b.tar \(is no regular file\), c.tar \(is no regular file\), d.tar \(No such"
-    )
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match="3 tar shards .*: b.tar, c.tar, d.tar;"):
         build_dataset("folder", str(tmp_path), "train")
     for name in "bcd":
         (tmp_path / f"{name}.tar").unlink()
     data = build_dataset("folder", str(tmp_path), "train")
     (tmp_path / "a.tar").unlink()
-    with pytest.raises(LocalError, match="a.tar/a.jpg: .*No such file"):
-        data[0]
-    os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(LocalError, match="a.tar/a.jpg: .*no regular file"):
-        data[0]
+    for _ in range(2):
+        with pytest.raises(ImageError, match="a.tar/a.jpg: "):
+            data[0]
+        os.path.exists(tmp_path / "a.tar") or os.mkfifo(tmp_path / "a.tar")
 
 
 def test_a_shard_without_images(tmp_path):
-    with pytest.raises(UserError, match=r"its 1 tar shards hold no images \(.bmp"):
-        open_images(str(write_tar(tmp_path / "x.tar", {"a.txt": b"1"})))
-    with pytest.raises(UserError, match="its 1 tar shards hold no images"):
-        open_images(str(write_tar(tmp_path / "y.tar", {})))
+    for members in ({"a.txt": b"1"}, {}):
+        refused(write_tar(tmp_path / "x.tar", members), str(tmp_path))
 
 
 def test_offsets_are_those_of_tarfile(tmp_path):
