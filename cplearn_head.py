@@ -108,11 +108,11 @@ class CPLearnHead(nn.Module):
         """
         block = block or block_size(len(h), self.dictionary, h.device)
         columns = h.float().T.contiguous()
-        read, room = self.dictionary.reader(block), columns.new_empty(block, len(h))
+        read, scratch = self.dictionary.reader(block), columns.new_empty(block, len(h))
         for start in range(0, self.dictionary.out_dim, block):
             stop = min(start + block, self.dictionary.out_dim)
             with torch.autocast(h.device.type, enabled=False):
-                scores = read(start, stop).scores(columns, room[: stop - start])
+                scores = read(start, stop).scores(columns, scratch[: stop - start])
             yield start, scores
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ import eval_knn
 import eval_linear
 import main_cplearn
 from cplearn import checkpoints, errors
-from cplearn.files import read_json, read_json_lines, write_bytes
+from cplearn.files import read_json, read_json_lines
 from cplearn.host import ROOT
 from cplearn.pictures import runs, runs_picture
 from cplearn.pictures.style import pyplot, save_figure
@@ -111,7 +111,8 @@ def plot_losses(out: Path) -> None:
 
 def plot_verdict(out: Path) -> None:
     """Plot the verdict of each epoch, and the numbers that it is built on beside those before the first step."""
-    write_bytes(out / "verdict.png", runs_picture.draw(runs.read_runs([str(out)]), "epochs", only_verdict=True))
+    figure = runs_picture.draw(runs.read_runs([str(out)]), "epochs", only_verdict=True)
+    save_figure(figure, out, "verdict", dpi=runs_picture.DPI)
 
 
 def plot_code_usage(out: Path, features: dict[str, dict]) -> None:

@@ -8,7 +8,6 @@ shuffled labels, uniformly random codes, and singletons. Of a folder without tra
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.features import cli
 from cplearn.features.splits import Features, get_features
-from cplearn.files import is_own_table, write_csv
+from cplearn.files import check_replaceable, write_csv
 from cplearn.metrics import collapse
 from utils import ArgumentParser, check_output_dir, expand_paths, format_table, positive
 
@@ -48,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     expand_paths(args, "out_csv")
     device = cli.start(args)
     if args.out_csv:
-        check_out_csv(Path(args.out_csv))
+        check_output_dir(str(Path(args.out_csv).parent), "--out_csv: the folder")
+        check_replaceable(Path(args.out_csv), ",".join(CSV_HEADER).encode(), "--out_csv")
     model = cli.open_model(args, device)
     if args.out_csv and model and model.method is None:
         raise UserError("--out_csv needs a checkpoint with a head: these weights assign no codes")
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             seed=args.seed,
             redo=args.kmeans_redo,
             shuffles=args.shuffles,
+            gpu=device.type == "cuda",
         )
     else:
         print("No labels, so no agreement with classes: only the use of the codes is reported")
@@ -75,14 +76,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     print(format_table([(name, *(row.get(c) for c in COLUMNS)) for name, row in rows.items()], header))
     cli.write_result(cli.effective_flags(args, model), "eval_cluster", rows, data, args.split)
     return rows
-
-
-def check_out_csv(path: Path) -> None:
-    """Raise `UserError` if the file cannot be written, or if what is there was not written here: a checkpoint, say."""
-    check_output_dir(str(path.parent), "--out_csv: the folder")
-    if not os.path.lexists(path) or is_own_table(path, CSV_HEADER):
-        return
-    raise UserError(f"--out_csv {path} is there, and no table of codes: choose another name, or remove it first")
 
 
 def write_codes(path: str, data: Features) -> None:
@@ -103,6 +96,7 @@ def cluster_metrics(
     seed: int,
     redo: int,
     shuffles: int,
+    gpu: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Return the rows of the table: codes, k-means, and the trivial clusterings of the same images.
 
@@ -123,8 +117,8 @@ def cluster_metrics(
         rows["codes"] = agreement(own, truth)
         rows["codes_shuffled"] = mean_of(lambda: rng.permutation(own))
         rows["random_codes"] = mean_of(lambda: rng.integers(0, out_dim, n))
-    rows["kmeans"] = agreement(kmeans(features, n_classes, seed=seed, redo=redo), truth)
-    rows["singletons"] = agreement(np.arange(n), truth)
+    rows["kmeans"] = agreement(kmeans(features, n_classes, seed=seed, redo=redo, gpu=gpu), truth)
+    rows["singletons"] = singletons(truth)
     return rows
 
 
@@ -148,14 +142,31 @@ def agreement(codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
+def singletons(labels: np.ndarray) -> dict[str, float]:
+    """Return the `agreement` of one cluster per image with the labels, without its table of classes by images.
+
+    A cluster of one image tells its class, so the mutual information is the classes' entropy, whatever the order of the
+    images: all of it is chance. The best matching has one image per class. Shape: int (n,).
+    """
+    n = len(labels)
+    share = np.unique(labels, return_counts=True)[1] / n
+    entropy = float(-(share * np.log(share)).sum())
+    same = float(len(share) == n)  # each image is a class of its own
+    nmi = 2 * entropy / (entropy + np.log(n)) if len(share) > 1 else same
+    return {"nmi": float(nmi), "ami": same, "ari": same, "hungarian": len(share) / n, **usage(np.arange(n))}
+
+
 def usage(codes: np.ndarray) -> dict[str, float]:
     """Return the number of used codes, and the perplexity exp(entropy) of their frequencies. Shape: int (n,)."""
     used, perplexity = collapse.code_usage(torch.from_numpy(codes))
     return {"used_codes": used, "perplexity": perplexity}
 
 
-def kmeans(features: Tensor, k: int, *, seed: int, redo: int) -> np.ndarray:
-    """Cluster the features, scaled to unit length, with faiss. Shape: (n, f) -> int (n,)."""
+def kmeans(features: Tensor, k: int, *, seed: int, redo: int, gpu: bool = False) -> np.ndarray:
+    """Cluster the features, scaled to unit length, with faiss: on the GPUs, if it has any (not measured).
+
+    Shape: (n, f) -> int (n,).
+    """
     import faiss
 
     x = F.normalize(features, dim=1).numpy()
@@ -167,6 +178,7 @@ def kmeans(features: Tensor, k: int, *, seed: int, redo: int) -> np.ndarray:
         seed=seed,
         min_points_per_centroid=1,  # below it, faiss only prints advice
         max_points_per_centroid=len(x),  # no subset of the images
+        gpu=gpu and faiss.get_num_gpus() > 0,
     )
     algorithm.train(x)
     return algorithm.index.search(x, 1)[1][:, 0]

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from cplearn import errors
 from cplearn.distributed import collectives
@@ -32,17 +31,10 @@ from cplearn.errors import UserError
 from cplearn.features import cli
 from cplearn.features.splits import get_features
 from cplearn.flags import check_path
-from cplearn.load import Model, read_weights
-from cplearn.metrics.analysis import (
-    IMAGES_PER_COMPONENT,
-    Network,
-    collapse_metrics,
-    components_for,
-    good_values,
-    mixture_entropy,
-    scaled,
-)
-from cplearn.pictures.collapse import check_figures, draw_figures
+from cplearn.load import read_weights
+from cplearn.metrics.analysis import Network, collapse_metrics, embed, good_values
+from cplearn.metrics.mixture import IMAGES_PER_COMPONENT, mixture_entropy, scaled
+from cplearn.pictures.collapse import Analysis, check_figures, draw_figures
 from cplearn.text import names_of
 from utils import ArgumentParser, bool_flag, format_table, positive
 
@@ -84,18 +76,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
     components = choose_components(args.components, len(networks[0].data.features))
     results = {}
     for network, own_flags in zip(networks, flags, strict=True):
-        metrics = collapse_metrics(network) | mixture_metrics(args, network, components)
-        results[network.label] = metrics
+        results[network.label] = metrics = collapse_metrics(network) | mixture_metrics(args, network, components)
         cli.write_result(own_flags, "eval_collapse", {"label": network.label, **metrics}, network.data, args.split)
-    figures = draw_figures(
-        Path(args.output_dir),
-        networks,
-        results,
-        components=components,
-        shown_images=args.shown_images,
-        tsne_images=args.tsne_images,
-        seed=args.seed,
-    )
+    analysis = Analysis(networks, results, components, args.shown_images, args.tsne_images, args.seed)
+    figures = draw_figures(Path(args.output_dir), analysis)
     report(results)
     print(f"Figures in {args.output_dir}: {', '.join(figures)}")
     return results
@@ -105,21 +89,20 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check what belongs to this evaluation alone. Raises `UserError`."""
     if not args.checkpoints and not args.pretrained_weights:
         raise UserError("--pretrained_weights is missing: give a checkpoint, or several with --checkpoints")
-    if args.dump_features and len(args.checkpoints or ()) > 1:
-        raise UserError("--dump_features keeps one network's features: name one")
-    if args.load_features:
-        raise UserError("--load_features has no embeddings: name the weights")
     if args.checkpoints and args.pretrained_weights:
         raise UserError("--checkpoints and --pretrained_weights: give one of them")
-    if args.labels and len(args.labels) != len(args.checkpoints or [0]):
-        raise UserError(f"--labels names {len(args.labels)} networks, there are {len(args.checkpoints or [0])}")
-    if args.labels and len({*args.labels, "random init"}) <= len(args.labels):
+    if args.load_features:
+        raise UserError("--load_features has no embeddings: name the weights")
+    count = len(args.checkpoints or [args.pretrained_weights])
+    if args.dump_features and count > 1:
+        raise UserError("--dump_features keeps one network's features: name one")
+    if args.labels and len(args.labels) != count:
+        raise UserError(f"--labels names {len(args.labels)} networks, there are {count}")
+    if args.labels and len({*args.labels, "random init"}) <= count:
         raise UserError(f"--labels {' '.join(args.labels)}: they must differ, and from 'random init'")
-    for name in ("shown_images", "mc_samples"):
-        if getattr(args, name) < 2:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 2")
-    if args.tsne_images and args.tsne_images < 5:
-        raise UserError(f"--tsne_images {args.tsne_images} must be at least 5, or 0 for none")
+    for name, least in {"shown_images": 2, "mc_samples": 2, "tsne_images": 5 if args.tsne_images else 0}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
 
 
 def load_networks(
@@ -143,44 +126,19 @@ def load_networks(
         model = cli.open_model(own, device, first if path == first.path else None)
         cli.take_all_if_undivided(own, model)
         args.split = own.split
-        networks.append(analyze(own, model, label, device))
+        (data,) = get_features(own, model, device, (own.split,))
+        networks.append(embed(label, data, model.method, device, args.seed))
         flags.append(cli.effective_flags(own, model))
         if networks[-1].data.source["data"] != networks[0].data.source["data"]:
             raise UserError(f"{label} was trained on other data than {labels[0]}: name one with --data_path")
     return networks, flags
 
 
-@torch.inference_mode()
-def analyze(args: argparse.Namespace, model: Model, label: str, device: torch.device) -> Network:
-    """Compute features, embeddings, and the alignment of embeddings to their codes."""
-    (data,) = get_features(args, model, device, (args.split,))
-    method, embeddings, cosines = model.method, [], []
-    if method is None:
-        return Network(label, data, None, None, None)
-    for features, codes in zip(data.features.split(1024), data.codes.split(1024), strict=True):
-        h = method.embed(features.to(device))
-        vectors = method.code_vectors(codes.to(device))
-        embeddings.append(h.float().cpu())
-        if vectors is not None:
-            cosines.append(F.cosine_similarity(h, vectors, dim=1).cpu())
-    embedding = torch.cat(embeddings)
-    if not cosines:
-        return Network(label, data, embedding, None, None)
-    generator = torch.Generator().manual_seed(args.seed)
-    directions = torch.randn(1000, embedding.shape[1], generator=generator).to(device)
-    vectors = method.code_vectors(method.assign(F.normalize(directions, dim=1)))
-    chance = F.cosine_similarity(directions, vectors, dim=1).abs().mean().item()
-    prototypes = method.learned_codes()
-    return Network(
-        label, data, embedding, torch.cat(cosines), chance, None if prototypes is None else prototypes.float().cpu()
-    )
-
-
 def choose_components(asked: list[int] | None, images: int) -> list[int]:
     """Return the sizes of the mixtures: those asked for, or the default ones that so many images allow."""
     if asked is not None:
         return asked
-    components = components_for(COMPONENTS, images)
+    components = [k for k in COMPONENTS if IMAGES_PER_COMPONENT * k <= images]
     if len(components) < len(COMPONENTS):
         left_out = ", ".join(map(str, COMPONENTS[len(components) :]))
         print(f"No mixtures of {left_out}: {images:,} images are fewer than {IMAGES_PER_COMPONENT} per component")
@@ -217,18 +175,15 @@ def tables_of_width(rows: list[tuple], labels: list[str], width: int = WIDTH) ->
     `rows`: name, one value per network, and a last word.
     """
     heads = [label if len(label) <= 11 else f"({i + 1})" for i, label in enumerate(labels)]
-    for head, label in zip(heads, labels, strict=True):
-        if head != label:
-            yield f"{head} {label}"
-    start = 0
-    while start < len(labels):
-        for stop in range(len(labels), start, -1):
-            part = [(row[0], *row[1 + start : 1 + stop], row[-1]) for row in rows]
-            table = format_table(part, ("", *heads[start:stop], "good is"))
+    yield from (f"{head} {label}" for head, label in zip(heads, labels, strict=True) if head != label)
+    while heads:
+        for count in range(len(heads), 0, -1):
+            part = [(*row[: 1 + count], row[-1]) for row in rows]
+            table = format_table(part, ("", *heads[:count], "good is"))
             if table.index("\n") <= width:
                 break
         yield table
-        start = stop
+        rows, heads = [(row[0], *row[1 + count :]) for row in rows], heads[count:]
 
 
 if __name__ == "__main__":

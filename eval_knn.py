@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         ks=args.nb_knn,
         temperature=args.temperature,
         leave_one_out=one_set,
+        device=device,
     )
     ks = [name.removesuffix("_top1") for name in metrics if name.endswith("_top1")]
     rows = [(k.removeprefix("knn"), metrics[f"{k}_top1"], metrics[f"{k}_top5"]) for k in ks]

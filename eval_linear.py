@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights CHECKPOINT --data_path /data/imagenet
 
 DINO's protocol sends random crops (bilinear) and flips of every training image through the backbone in every epoch, the
-last, smaller batch too. `--augment false` extracts the features once, from center crops, and takes seconds. The result on the last
-epoch is the one to report; the best epoch is chosen on the evaluation images and is named for what it is.
+last, smaller batch too. `--augment false` extracts the features once, from center crops, and takes seconds. The result
+on the last epoch is the one to report; the best epoch is chosen on the evaluation images and is named for what it is.
 """
 
 import argparse
@@ -29,6 +29,17 @@ from cplearn.features.splits import Features, Tokens, backbone_features, data_of
 from cplearn.load import Model
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, cosine, format_table, positive
+
+# Flags that a probe does not depend on: what they lead to is in its features.
+OF_NO_PROBE = (
+    "output_dir",
+    "num_workers",
+    "device",
+    "dist_url",
+    "dump_features",
+    "load_features",
+    "pretrained_weights",
+)
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> this rank's (features, labels) of its steps
 
@@ -68,12 +79,8 @@ class Probe:
 
     def state(self) -> dict:
         """Return everything that `load` takes."""
-        return {
-            "classifier": self.classifier.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "history": self.history,
-        }
+        states = {"classifier": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**states, "epoch": self.epoch, "history": self.history}
 
     def load(self, state: dict) -> None:
         """Resume from a state."""
@@ -84,14 +91,8 @@ class Probe:
 
 def cached_batches(args: argparse.Namespace, train: Features, device: torch.device) -> Batches:
     """Return batches of features that were extracted once."""
-    sampler = loaders.BatchSampler(
-        len(train.features),
-        args.batch_size_per_gpu,
-        args.seed,
-        collectives.rank(),
-        collectives.world_size(),
-        keep_last=True,
-    )
+    ranks = (collectives.rank(), collectives.world_size())
+    sampler = loaders.BatchSampler(len(train.features), args.batch_size_per_gpu, args.seed, *ranks, keep_last=True)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         sampler.epoch = epoch
@@ -108,7 +109,7 @@ def augmented_batches(
     """Return batches of DINO's protocol: features of random crops of every training image."""
     view = training_view(model)
     with collectives.raise_on_all_ranks():
-        dataset.allow_any_order(cachefile.FOLDER, lambda: False)
+        dataset.allow_any_order(cachefile.FOLDER)
     loader = loaders.train_loader(
         Pixels(dataset, [view]),
         [view],
@@ -161,17 +162,13 @@ def accuracy(classifier: nn.Module, features: Tensor, labels: Tensor, device: to
 def train_probe(
     probe: Probe, epochs: int, batches: Batches, val: Features, device: torch.device, checkpoint: Path
 ) -> dict[str, float]:
-    """Train to the last epoch, saving each; return the accuracies of the last and the best.
-
-    Raises `UserError` where batch norm would have no batch of two images.
-    """
+    """Train to the last epoch, saving each; return the accuracies of the last and the best."""
     model = collectives.wrap(probe.classifier, device)
     standardised, world_size = not isinstance(probe.classifier[0], nn.Identity), collectives.world_size()
     while probe.epoch < epochs:
         for group in probe.optimizer.param_groups:
             group["lr"] = cosine(probe.peak_lr, 0.0, probe.epoch / epochs)
         probe.classifier.train()
-        loss = None
         for x, y in batches(probe.epoch):
             if standardised and len(x) * world_size == 1:
                 continue  # a last batch of one image, of which batch norm has no statistics
@@ -179,17 +176,13 @@ def train_probe(
             probe.optimizer.zero_grad()
             loss.backward()
             probe.optimizer.step()
-        if loss is None:
-            raise UserError("there is one training image, of which batch norm has no statistics: --standardise false")
         probe.epoch += 1
         probe.history.append(accuracy(probe.classifier, val.features, val.labels, device))
         if collectives.is_main():
             checkpoints.save(checkpoint, probe.state())
             if probe.epoch % 10 == 0 or probe.epoch == epochs:
-                print(
-                    f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {probe.history[-1]['top1']:.4f}",
-                    flush=True,
-                )
+                top1 = probe.history[-1]["top1"]
+                print(f"epoch {probe.epoch}/{epochs}  loss {loss.item():.4f}  top-1 {top1:.4f}", flush=True)
     best = max(range(epochs), key=lambda e: probe.history[e]["top1"])
     return {
         "linear_last_top1": probe.history[-1]["top1"],
@@ -217,8 +210,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise UserError(f"{model.data_path}: the classes of train and val differ")
     if args.standardise is None:
         args.standardise = not backbones.is_vit(val.arch)
-    if args.standardise and args.batch_size_per_gpu * collectives.world_size() == 1:
-        raise UserError("--standardise true needs batches of two images at least: use a larger --batch_size_per_gpu")
+    largest_batch = min(args.batch_size_per_gpu * collectives.world_size(), len(images or data[0].names))
+    if args.standardise and largest_batch == 1:
+        raise UserError("--standardise true needs two images in a batch: use a larger --batch_size_per_gpu, or false")
 
     random_streams.seed_everything(random_streams.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)
@@ -264,16 +258,7 @@ def resume_file(flags: dict[str, object], data: list[Features], images: datasets
 
     `images`: those that are read in every epoch, known by the sizes and times of their files.
     """
-    ignored = {
-        "output_dir",
-        "num_workers",
-        "device",
-        "dist_url",
-        "dump_features",
-        "load_features",
-        "pretrained_weights",
-    }
-    key = {k: v for k, v in flags.items() if k not in ignored} | {"processes": collectives.world_size()}
+    key = {k: v for k, v in flags.items() if k not in OF_NO_PROBE} | {"processes": collectives.world_size()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
     for split in data:
         digest.update(json.dumps([split.source, split.names, split.classes]).encode())

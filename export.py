@@ -7,6 +7,7 @@ is compared with the checkpoint on random images before this ends: docs/export.m
 """
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,24 +62,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Export; return the path and the largest relative difference."""
     args = parse_args(argv)
     kind, target = FORMATS[args.to], Path(args.out)
-    for package in kind.PACKAGES:
-        common.need(package, args.to)
-    if not Path(args.pretrained_weights).is_file():
-        cli.open_network(args, torch.device("cpu"))  # which says what is wrong with it, before anything about --out
+    with common.library_errors(target, kind.PACKAGES):
+        for package in kind.PACKAGES:
+            importlib.import_module(package)
+    model = cli.open_network(args, torch.device("cpu"))
     if target.exists() and target.samefile(args.pretrained_weights):
         raise UserError(f"--out {printable(target)} is the file to export itself: name another with --out")
-    common.check_target(target, folder=not kind.SUFFIX, is_ours=kind.is_earlier)
-    model = cli.open_network(args, torch.device("cpu"))
+    common.check_target(target, args.to, folder=not kind.SUFFIX)
     kind.check(model)
     model = common.at_image_size(model)
     options = {"with_preprocessing": True} if args.with_preprocessing else {}
-    with common.write_errors(target, kind.PACKAGES), common.workspace(target) as folder:
+    with common.library_errors(target, kind.PACKAGES), common.workspace(target) as folder:
         new = folder / f"export{kind.SUFFIX}"
         if not kind.SUFFIX:
             new.mkdir()
         kind.write(model, new, **options)
         difference, notes = kind.verify(model, new, **options)
-        common.move_into_place(new, target, folder=not kind.SUFFIX)
+        common.move_into_place(new, target)
     size = f"{model.image_size} x {model.image_size} pixels"
     print(f"{printable(target)}: {model.arch}, {size}, {model.backbone.num_features} features")
     print(

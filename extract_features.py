@@ -9,7 +9,6 @@ Killed, it goes on where it was: the same command again.
 import argparse
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,19 +58,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     identity = job.identity(dataset, args.images)
     collectives.check_same(identity)
     content = {"files_sha256": collectives.on_main(hash_of_files, dataset)}  # parts may go on with images repaired
-    if collectives.on_main(is_done, out, identity | content):
+    if (identity | content).items() <= collectives.on_main(files.source_of, out).items():
         if collectives.is_main():
             print(f"{out} is there already, of the same weights and images: remove it to extract again")
         return
     parts = Parts(out)
-    collectives.on_main(parts.make_folder)
+    collectives.on_main(check_output_dir, str(parts.folder), "--out")
     with FolderLock(parts.folder, "--out"):
-        collectives.on_main(begin, parts, job, identity, dataset, args.batch_size_per_gpu)
-        parts.read_plan()
-        extract.extract(job, dataset, parts, args)
+        size = job.part_size(len(dataset), args.batch_size_per_gpu)
+        parts.images, parts.size = collectives.on_main(begin, parts, job, identity, dataset, size)
+        unreadable = extract.extract(job, dataset, parts, args)
         if collectives.is_main():
-            source = job.source(identity | content, parts, dataset.names)
-            count = files.assemble(out, parts, dataset.names, source)
+            source = job.source(identity | content, unreadable)
+            count = files.assemble(out, parts, job.columns, dataset.names, source)
             parts.remove()
             print(summary(out, count, job, source))
     if collectives.is_main():
@@ -83,28 +82,16 @@ def hash_of_files(dataset: ImageDataset) -> str:
     return hashlib.sha256(json.dumps(dataset.stamps()).encode()).hexdigest()
 
 
-def is_done(out: Path, identity: dict[str, object]) -> bool:
-    """Return whether the file is there, and what this command would write."""
-    source = files.source_of(out) if out.exists() else None
-    return source is not None and identity.items() <= source.items()
-
-
-def begin(parts: Parts, job: extract.Extraction, identity: dict, dataset, batch_size: int) -> None:
-    """Start the parts, or go on with those that are there. Raises `UserError` for too little space on the disk."""
-    parts.open(identity, len(dataset), job.part_size(len(dataset), batch_size))
-    parts.read_plan()
-    missing = sum(len(parts.samples(k)) for k in parts.missing())
+def begin(parts: Parts, job: extract.Extraction, identity: dict, dataset: ImageDataset, size: int) -> tuple[int, int]:
+    """Start the parts, or go on with those that are there; return how many images are in all and in each."""
+    parts.open(identity, len(dataset), size)
     head = "" if job.method is None else f", embedding and code of {job.method.out_dim}"
     what = {"cls": "feature", "mean": "mean of the patch tokens", "patches": "patch tokens"}[job.tokens]
     print(f"Extracting {what}{head}: {datasets.summary(dataset)}", flush=True)
-    if missing < len(dataset):
-        print(f"Going on: {len(dataset) - missing:,} images are done already", flush=True)
-    need, free = job.row_bytes * (missing + len(dataset)), shutil.disk_usage(parts.folder).free
-    if need > free:
-        raise UserError(
-            f"--out {parts.folder.parent}: the features take {need / 1e9:.1f} GB while they are written, "
-            f"{free / 1e9:.1f} GB are free: free some space, or choose another disk"
-        )
+    done = len(dataset) - sum(len(parts.samples(k)) for k in parts.missing())
+    if done:
+        print(f"Going on: {done:,} images are done already", flush=True)
+    return parts.images, parts.size
 
 
 def summary(out: Path, count: int, job: extract.Extraction, source: dict) -> str:
@@ -115,7 +102,7 @@ def summary(out: Path, count: int, job: extract.Extraction, source: dict) -> str
         return f"{out}: {count:,} images{left_out}, {width} numbers each; names in {files.sidecar(out).name}"
     head = "no head in these weights, so no embedding and no codes"
     if job.method is not None:
-        head = f"embedding of {job.empty['embedding'].shape[1]}, codes of {job.method.out_dim}"
+        head = f"embedding of {job.columns['embedding'].shape[1]}, codes of {job.method.out_dim}"
     return f"{out}: {count:,} images{left_out}, features of {width} numbers, {head}"
 
 

@@ -11,7 +11,6 @@ resumes at the exact step (on CPUs: to the same bits).
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -20,24 +19,21 @@ from collections.abc import Sequence
 import torch
 
 from cplearn import backbones, checkpoints, errors, random_streams
-from cplearn.data import augmentations, cachefile, datasets, loaders, sources, workers
-from cplearn.data.pixels import KINDS, CacheOptions, Pixels, open_pixels
+from cplearn.data import augmentations, cachefile, datasets, sources, workers
+from cplearn.data.pixels import KINDS, CacheOptions, open_pixels
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.lock import FolderLock
-from cplearn.methods import METHODS, build_method_for, method_class
+from cplearn.methods import METHODS, method_class
 from cplearn.precision import autocast, choose_precision
-from cplearn.probe.monitor import Monitor
-from cplearn.training.bad_batches import BadImages, BadSteps, RunningStatistics, check_gradients
-from cplearn.training.memory import check_memory
+from cplearn.training.bad_batches import RunningStatistics, check_gradients
 from cplearn.training.meters import EpochState
-from cplearn.training.optimizer import build_optimizer, clip_gradients, set_schedules
-from cplearn.training.profile import StepProfile
+from cplearn.training.optimizer import clip_gradients, set_schedules
 from cplearn.training.report import EpochReport, announce, report_end, report_epoch
 from cplearn.training.resume import resume, save
-from cplearn.training.run import Run
+from cplearn.training.run import Run, assemble
 from cplearn.training.stop import StopSignals
-from cplearn.training.votes import act_on_votes, count, stop_if_asked, vote
+from cplearn.training.votes import act_on_votes, count_last, stop_if_asked, vote
 from cplearn.training.writers import Writers, check_writers
 from utils import (
     ArgumentParser,
@@ -96,7 +92,14 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--accum", type=positive(int), default=1, help="Take the batch through the backbone in N parts: the memory of one of them, a second forward pass; loss, prior and head still see the whole batch (batch norm inside the backbone sees a part)")
     g.add_argument("--grad_checkpointing", action="store_true", help="Keep only the inputs of a ViT's blocks, and compute the rest again in backward: same numbers, less memory, a third more work")
     g.add_argument("--compile", action="store_true", help="torch.compile the backbone (a minute at the start; needs a C++ compiler)")
+    # fmt: on
+    add_run_flags(p)
+    return p
 
+
+def add_run_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of where a run is kept, what it prints and when it stops."""
+    # fmt: off
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="output/cplearn", help="Checkpoints, log.txt and args.json; resumes if a checkpoint is there")
     g.add_argument("--saveckp_freq", type=nonnegative(int), default=20, help="Keep a numbered checkpoint every N epochs; 0 for none")
@@ -122,7 +125,6 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--dist_timeout", type=positive(float), default=5.0, help="Minutes to wait for all processes at the start")
     g.add_argument("--peer_timeout", type=positive(float), default=5.0, help="Minutes without a sign of life after which another process counts as frozen")
     # fmt: on
-    return p
 
 
 def train_one_epoch(run: Run) -> dict:
@@ -155,7 +157,7 @@ def train_one_epoch(run: Run) -> dict:
         run.profile.step()
         act_on_votes(run, skipped, votes)
 
-    count(run, run.outcomes.flush())
+    count_last(run)
     if not run.between_epochs:  # cut by --max_steps: the epoch goes on from here, as if there had been no line of it
         save(run)
     return report.close()
@@ -200,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             with Writers(args, run.step // run.steps_per_epoch) as run.writers:
                 return train(run)
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
-            raise workers.worker_error(error, run.loader) or error from None
+            raise run.loader.failure() or error from None
         finally:
             run.close()
 
@@ -236,56 +238,7 @@ def find_images(args: argparse.Namespace) -> tuple[datasets.ImageDataset, list[a
     dataset = sources.build_dataset(args.dataset, args.data_path, "train", args.class_list)
     if args.knn_freq and not dataset.classes:
         raise UserError(f"--knn_freq {args.knn_freq} needs labels, but these images have none")
-    views = augmentations.views_of(args)
-    return dataset, views
-
-
-def assemble(
-    args: argparse.Namespace, images: Pixels, device: torch.device, lock: FolderLock, signals: StopSignals
-) -> Run:
-    """Return a run at its beginning."""
-    dataset, views = images.dataset, images.views
-    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
-    loader = loaders.train_loader(
-        images,
-        views,
-        batch_size=args.batch_size_per_gpu,
-        seed=args.seed,
-        # On a CPU, workers that only cut views take more from the step than they give.
-        num_workers=workers.default_workers(args.num_workers, no_gain=device.type == "cpu" and images.kind != "none"),
-        pin_memory=device.type == "cuda",
-    )
-    method = build_method_for(args, views)
-    memory = check_memory(method, args, views, device)
-    method.to(device)
-    if args.compile:
-        backbones.compile_backbone(method.backbone, device)
-    half = args.precision == "fp16"
-    return Run(
-        args=args,
-        identity={
-            "processes": collectives.world_size(),
-            "data": datasets.fingerprint(dataset),
-            "threads": torch.get_num_threads(),
-        },
-        device=device,
-        images=images,
-        views=views,
-        loader=loader,
-        method=method,
-        model=method,
-        optimizer=build_optimizer(method, args),
-        # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
-        scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
-        profile=StepProfile(args.profile, args.output_dir, device),
-        last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
-        memory=memory,
-        monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq, args.best_by),
-        bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
-        bad_images=BadImages(dataset, args.max_bad_images, args.output_dir),
-        lock=lock,
-        signals=signals,
-    )
+    return dataset, augmentations.views_of(args)
 
 
 # --- flags -------------------------------------------------------------------------------------------------
@@ -300,11 +253,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser(method)
     args, unknown = parser.parse_known_args(argv)
     for flag in (word.split("=")[0] for word in unknown):
-        owners = [name for name in METHODS if flag in get_args_parser(name)._option_string_actions]
-        if owners:
+        if owners := [name for name in METHODS if flag in get_args_parser(name)._option_string_actions]:
             raise UserError(f"{flag} belongs to --method {' or '.join(owners)}, not to {method}: leave it out")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.refuse(unknown)
     fill_defaults(args)
     check_args(args)
     return args
@@ -321,19 +273,15 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.data_path = os.path.abspath(args.data_path)
     if args.class_list and os.path.isfile(args.class_list):
         args.class_list = os.path.abspath(args.class_list)
-    if args.augmentation is None:
-        args.augmentation = datasets.RECIPE.get(args.dataset, "dino")
-    if args.image_size is None:
-        args.image_size = datasets.NATIVE_SIZE.get(args.dataset, 224)
-    unit = args.patch_size if backbones.is_vit(args.arch) else 1
+    args.augmentation = args.augmentation or datasets.RECIPE.get(args.dataset, "dino")
+    args.image_size = args.image_size or datasets.NATIVE_SIZE.get(args.dataset, 224)
+    patch = args.patch_size if backbones.is_vit(args.arch) else 1
     if args.local_image_size is None:
-        args.local_image_size = max(1, round(args.image_size * 96 / 224 / max(1, unit))) * max(1, unit)
+        args.local_image_size = patch * max(1, round(args.image_size * 96 / 224 / patch))
     if args.local_crops_number is None:
         args.local_crops_number = 8 if args.image_size >= 96 else 0
     given = args.global_crops_scale
-    if args.global_crops_scale is None:
-        args.global_crops_scale = [0.4, 1.0] if args.local_crops_number else [0.14, 1.0]
-    args.global_crops_scale = list(args.global_crops_scale)
+    args.global_crops_scale = given or ([0.4, 1.0] if args.local_crops_number else [0.14, 1.0])
     args.local_crops_scale = list(args.local_crops_scale)
     if given and augmentations.views_of(args)[0].pad:
         raise UserError(
@@ -377,10 +325,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--freeze_backbone_epochs {args.freeze_backbone_epochs} would freeze random weights: add --init_from FILE"
         )
-    if args.freeze_backbone_epochs > args.epochs:
-        raise UserError(f"--freeze_backbone_epochs {args.freeze_backbone_epochs} exceeds --epochs {args.epochs}")
-    if args.warmup_epochs > args.epochs:
-        raise UserError(f"--warmup_epochs {args.warmup_epochs} exceeds --epochs {args.epochs}: shorten the warm-up")
+    for name in ("freeze_backbone_epochs", "warmup_epochs"):
+        if getattr(args, name) > args.epochs:
+            raise UserError(f"--{name} {getattr(args, name)} exceeds --epochs {args.epochs}: shorten it")
 
 
 if __name__ == "__main__":

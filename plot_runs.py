@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cplearn import errors, files
-from cplearn.errors import UserError
 from cplearn.flags import check_path
 from cplearn.pictures import runs, runs_page, runs_picture
+from cplearn.pictures.style import png_mark, save_figure
 from utils import ArgumentParser, check_output_dir, expand_paths
+
+SOFTWARE = "plot_runs.py"
+MARKS = {".html": f'content="{SOFTWARE}"'.encode(), ".png": png_mark(SOFTWARE)}
+CSV_MARK = b"run," + ",".join(runs.AXES).encode()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,17 +40,19 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Plot; return the files."""
     args = get_args_parser().parse_args(argv)
     expand_paths(args, "out", "csv")
-    found = runs.read_runs(args.runs, args.labels)
+    logs = runs.read_runs(args.runs, args.labels)
     paths = outputs(args)
     for path in paths:
         if path.suffix == ".html":
-            read = max(len(run.verdicts) - run.start for run in found)
-            note = f"{len(found)} run{'s' * (len(found) > 1)}, up to {read} epochs, as of {time.strftime('%Y-%m-%d %H:%M')}"
-            files.write_text(path, runs_page.page(found, args.x, note))
-        elif path.suffix == ".png":
-            files.write_bytes(path, runs_picture.draw(found, args.x))
+            epochs = max(len(run.verdicts) - run.start for run in logs)
+            now = time.strftime("%Y-%m-%d %H:%M")
+            note = f"{len(logs)} run{'s' * (len(logs) > 1)}, up to {epochs} epochs, as of {now}"
+            files.write_text(path, runs_page.page(logs, args.x, note))
+        else:
+            figure = runs_picture.draw(logs, args.x)
+            save_figure(figure, path.parent, path.stem, dpi=runs_picture.DPI, software=SOFTWARE)
     if args.csv:
-        files.write_csv(Path(args.csv), *runs.csv_table(found))
+        files.write_csv(Path(args.csv), *runs.csv_table(logs))
         paths.append(Path(args.csv))
     print(f"Wrote {', '.join(map(str, paths))}")
     return paths
@@ -59,30 +65,15 @@ def outputs(args: argparse.Namespace) -> list[Path]:
         base = (first if first.is_dir() else first.parent) / "plots"
     else:
         base = Path(args.out) / "plots" if os.path.isdir(args.out) or args.out.endswith("/") else Path(args.out)
-    paths = [base] if base.suffix in (".html", ".png") else [base.with_name(base.name + x) for x in (".html", ".png")]
-    marks = {".html": b'content="plot_runs.py"', ".png": runs_picture.SOFTWARE.encode()}
+    paths = [base] if base.suffix in MARKS else [base.with_name(base.name + suffix) for suffix in MARKS]
     check_output_dir(str(base.parent), "--out")
     for path in paths:
-        check_own(path, "--out", marks[path.suffix])
+        check_path("--out", str(path))
+        files.check_replaceable(path, MARKS[path.suffix], "--out")
     if args.csv:
         check_output_dir(str(Path(args.csv).parent), "--csv")
-        check_own(Path(args.csv), "--csv", b"run," + ",".join(runs.AXES).encode())
+        files.check_replaceable(Path(args.csv), CSV_MARK, "--csv")
     return paths
-
-
-def check_own(path: Path, flag: str, mark: bytes) -> None:
-    """Raise `UserError` if there is a file that this script has not written: it does not hold `mark` near its start."""
-    if not os.path.lexists(check_path(flag, str(path))):
-        return
-    if path.is_symlink() or not path.is_file():
-        raise UserError(f"{flag} {path} is a link or no file, through which nothing is written: choose another name")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(2000)
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; choose another name") from None
-    if start and mark not in start:
-        raise UserError(f"{flag} {path} is there and was not written by plot_runs.py: choose another name")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     if args.dataset and args.dataset.startswith("hf:"):
         args.dataset = "hf:" + os.path.abspath(os.path.expanduser(args.dataset.removeprefix("hf:")))
     if rest and args.launcher != "slurm":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.refuse(rest)
     if args.epochs and args.minutes_per_cell:
         raise UserError("--epochs and --minutes_per_cell both say how long to train: leave one out")
     for name in ("methods", "out_dims", "seeds"):

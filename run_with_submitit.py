@@ -97,13 +97,13 @@ def check_flags(args: argparse.Namespace, rest: list[str]) -> Path:
     parsed = checks.parse_flags(args.script, rest)
     checks.check_inputs(parsed, may_come=bool(args.dependency) or "%j" in " ".join(rest))
     checks.check_run(parsed)
-    data_path = checks.path_of(parsed, "data_path")
-    if args.then and os.path.exists(data_path) and parsed.dataset == "folder":
+    if args.then and parsed.dataset == "folder":
         from cplearn.data import sources  # loads torch
 
-        if not sources.has_split(data_path, "val"):
-            raise UserError(f"--then eval needs a val or test split with classes in --data_path {data_path}")
-    return checks.output_dir_of(args.script, rest, parsed)
+        for path in checks.paths_of(parsed, "data_path"):
+            if os.path.exists(path) and not sources.has_split(path, "val"):
+                raise UserError(f"--then eval needs a val or test split with classes in --data_path {path}")
+    return checks.output_dir_of(args.script, parsed)
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:

@@ -5,11 +5,11 @@ python visualize_attention.py --pretrained_weights CHECKPOINT --images ~/photos 
 """
 
 import argparse
-import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +18,25 @@ from tqdm import tqdm
 
 from cplearn import errors
 from cplearn.data import color, sources
+from cplearn.data.augmentations import LONGEST
 from cplearn.data.datasets import ImageDataset
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.features import cli
+from cplearn.files import check_output_dir, check_replaceable, replaceable, write_bytes, write_text
 from cplearn.host import git_commit
 from cplearn.load import Model
 from cplearn.pictures import attention
 from cplearn.pictures import attention_figures as figures
+from cplearn.pictures.style import png_mark, save_picture
 from cplearn.text import printable
 from utils import ArgumentParser, expand_paths, format_table, positive
 
 MOST = 1000  # images that are drawn without being asked for by number
-FILE_SIDE = 480  # pixels of a picture's longer side at least; more if the network sees more
+FILE_SIDE = 480  # pixels of a picture's longer side at least; more if the network sees more, or the sheet shows more
+SOFTWARE, RECORD, MAPS = "visualize_attention.py", "attention.json", "attention.npz"
+MARKS = {".png": png_mark(SOFTWARE), ".json": b'"script": "visualize_attention"', ".npz": SOFTWARE.encode()}
+EARLIER = ("sheet.png", "sheet_[0-9]*.png", "[0-9]*_*/*.png", MAPS)  # what an earlier call may have left
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -43,10 +49,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--sample", type=positive(int), default=None, help="Draw so many of them, chosen at random by --seed (default: all)")
     g.add_argument("--keep_aspect", action="store_true", help="Show the network whole images, --image_size being their shorter side (default: the square that evaluations cut)")
     g = parser.add_argument_group("pictures")
-    g.add_argument("--threshold", type=_share, default=None, help="Draw masks too: the fewest patches that hold this share of the attention (DINO draws 0.6)")
+    g.add_argument("--threshold", type=_between(float, 0, 1), default=None, help="Draw masks too: the fewest patches that hold this share of the attention (DINO draws 0.6)")
     g.add_argument("--pca", action="store_true", help="Color patch tokens by their first three principal components over all images given")
     g.add_argument("--pca_foreground", action="store_true", help="The same of the foreground alone: patches on the attended side of the first component")
-    g.add_argument("--tile", type=_tile, default=160, help="Pixels of a picture in the sheet")
+    g.add_argument("--tile", type=_between(int, 32, 2048), default=160, help="Pixels of a picture in the sheet")
     g.add_argument("--save_maps", action="store_true", help="Write attention.npz, too")
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", default=None, help="Where pictures go (default: attention/ beside the weights)")
@@ -55,27 +61,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _share(text: str) -> float:
-    value = positive(float)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return value
+def _between(kind: type, low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = positive(kind)(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
+        return value
 
-
-def _tile(text: str) -> int:
-    value = positive(int)(text)
-    if not 32 <= value <= 2048:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 32 and at most 2048")
-    return value
-
-
-class Chosen(NamedTuple):
-    """An image to draw."""
-
-    index: int  # in the data set
-    name: str
-    folder: str
-    view: attention.View
+    return parse
 
 
 def choose(dataset: ImageDataset, args: argparse.Namespace) -> ImageDataset:
@@ -89,20 +82,18 @@ def choose(dataset: ImageDataset, args: argparse.Namespace) -> ImageDataset:
     return dataset
 
 
-def check_images(dataset: ImageDataset, model: Model, keep_aspect: bool) -> list[Chosen]:
-    """Decode every image once and plan its view. Raises `LocalError` for one that cannot be read, `UserError` for one
-    that is too long."""
-    patch = attention.patch_of(model.backbone)
-    found = []
-    for i in range(len(dataset)):
+def check_images(dataset: ImageDataset, keep_aspect: bool) -> None:
+    """Decode every image once.
+
+    Raises `LocalError` for one that cannot be read, `UserError` for one that is too long to be shown whole.
+    """
+    for i, name in enumerate(dataset.names):
         size = dataset.read(i)[0].size
-        name = str(dataset.names[i])
-        try:
-            view = attention.plan_view(size, model.image_size, patch, keep_aspect=keep_aspect)
-        except UserError as error:
-            raise UserError(f"{printable(name)}: {error}") from None
-        found.append(Chosen(i, name, figures.folder_name(i + 1, name), view))
-    return found
+        if keep_aspect and max(size) > LONGEST * min(size):
+            raise UserError(
+                f"--keep_aspect: {printable(name)} has {size[0]} x {size[1]} pixels, more than {LONGEST} to 1: leave "
+                "the flag out, or take the image away"
+            )
 
 
 def check_network(model: Model, keep_aspect: bool, device: torch.device) -> int:
@@ -120,46 +111,54 @@ def check_network(model: Model, keep_aspect: bool, device: torch.device) -> int:
         ) from None
 
 
-class Pass:
-    """Image by image, for they may have different shapes: what the network makes of each."""
-
-    def __init__(self, model: Model, dataset, chosen: list[Chosen], device: torch.device):
-        self.model, self.dataset, self.chosen, self.device = model, dataset, chosen, device
-
-    def __iter__(self) -> Iterator[tuple[Chosen, Image.Image, attention.LastBlock]]:
-        for one in tqdm(self.chosen, unit="image", leave=False, disable=None):  # None: quiet without a terminal
-            image = self.dataset.read(one.index)[0]
-            x = color.network_input(one.view.pixels(image)[None], self.device)
-            seen = attention.last_block(self.model.backbone, x, self.model.arch)
-            yield one, image, attention.LastBlock(*(part[0].cpu() for part in seen))
+# --- what is drawn ----------------------------------------------------------------------------------------
 
 
-def draw(images: Pass, out: figures.OutputFolder, args: argparse.Namespace, pages: list[str]) -> list[dict]:
+class Looks:
+    """A network's look at each image, one after the other, as they may have different shapes; again at each pass."""
+
+    def __init__(self, model: Model, dataset: ImageDataset, args: argparse.Namespace, device: torch.device):
+        self.model, self.dataset, self.keep_aspect, self.device = model, dataset, args.keep_aspect, device
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, attention.View, attention.LastBlock]]:
+        patch = attention.patch_of(self.model.backbone)
+        for i in tqdm(range(len(self.dataset)), unit="image", leave=False, disable=None):  # quiet without a terminal
+            image = self.dataset.read(i)[0]
+            view = attention.view_of(image, self.model.image_size, patch, keep_aspect=self.keep_aspect)
+            x = color.network_input(view.pixels[None], self.device)
+            last = attention.last_block(self.model.backbone, x, self.model.arch)
+            yield image, view, attention.LastBlock(*(part[0].cpu() for part in last))
+
+
+def draw(looks: Looks, folder: Path, args: argparse.Namespace) -> list[dict]:
     """Write all pictures and sheets; return the numbers of each image."""
-    colors, records, maps = None, [], {}
+    colors, records, maps, rows = None, [], [], []
     if args.pca or args.pca_foreground:
-        colors = attention.PatchColors(lambda: (seen for *_, seen in images), foreground=args.pca_foreground)
-    sheet = figures.Sheet(args.tile, title(images.model), args.threshold)
-    for one, image, seen in images:
-        named = figures.by_name(seen.attention * tokens_of(seen))
-        whole = figures.Seen(
-            one.name,
-            figures.photo_of(image, one.view, max(FILE_SIDE, one.view.width, one.view.height)),
-            named,
-            {k: attention.mass_mask(x, args.threshold) for k, x in named.items()} if args.threshold else None,
-            colors.of(seen.tokens) if colors else None,
+        colors = attention.PatchColors(lambda: (last for *_, last in looks), foreground=args.pca_foreground)
+    sheets = figures.sheet_names(len(looks.dataset))
+    for i, (image, view, last) in enumerate(looks):
+        name = str(looks.dataset.names[i])
+        shares = figures.by_name(last.attention * tokens_of(last))
+        seen = figures.Seen(
+            printable(name),
+            figures.photo_of(image, view.region, max(FILE_SIDE, args.tile, *view.pixels.shape[1:])),
+            shares,
+            {key: attention.mass_mask(x, args.threshold) for key, x in shares.items() if args.threshold},
+            colors.of(last.tokens) if colors else None,
         )
-        for name, picture in figures.pictures(whole).items():
-            out.picture(f"{one.folder}/{name}.png", picture)
-        sheet.add(dataclasses.replace(whole, photo=figures.photo_of(image, one.view, args.tile)))
-        records.append({"image": printable(one.name), "folder": one.folder, **numbers(seen)})
-        if args.save_maps:
-            maps[one.name] = seen
-        if len(records) % figures.ROWS == 0 or len(records) == len(images.chosen):
-            out.picture(pages[(len(records) - 1) // figures.ROWS], sheet.draw())
-            sheet.rows = []
+        pictures, own = figures.pictures(seen), figures.folder_name(i + 1, name)
+        (folder / own).mkdir(exist_ok=True)
+        for key, picture in pictures.items():
+            save_picture(picture, folder / own / f"{key}.png", SOFTWARE)
+        rows += figures.sheet_rows(seen, pictures, args.tile, args.threshold)
+        if (i + 1) % figures.ROWS == 0 or i + 1 == len(looks.dataset):
+            sheet = figures.draw(rows, list(pictures), args.tile, args.threshold, title(looks.model))
+            save_picture(sheet, folder / sheets[i // figures.ROWS], SOFTWARE)
+            rows = []
+        records.append({"image": seen.name, "folder": own, **numbers(last)})
+        maps += [last] * args.save_maps
     if args.save_maps:
-        out.write("attention.npz", packed(maps, args.keep_aspect))
+        write_bytes(folder / MAPS, packed(looks.dataset.names, maps, args.keep_aspect))
     return records
 
 
@@ -195,21 +194,40 @@ def report(records: list[dict], heads: int) -> None:
     print(format_table(rows, ("", "on patches", "patches with half of it", "largest (1: evenly spread)")))
 
 
-def packed(maps: dict[str, attention.LastBlock], keep_aspect: bool) -> bytes:
+def packed(names: Sequence[str], maps: list[attention.LastBlock], keep_aspect: bool) -> bytes:
     """Return attention.npz: names (n,), attention (n, heads, h, w) and prefix (n, heads, p), which together sum to 1.
 
     With --keep_aspect shapes differ: attention_0, attention_1 ... (heads, h, w) instead of attention.
     """
-    seen = list(maps.values())
-    arrays = {"names": np.array([printable(name) for name in maps])}
-    arrays["prefix"] = torch.stack([x.prefix for x in seen]).numpy()
+    arrays = {"names": np.array([printable(name) for name in names])}
+    arrays["prefix"] = torch.stack([x.prefix for x in maps]).numpy()
     if keep_aspect:
-        arrays |= {f"attention_{i}": x.attention.numpy() for i, x in enumerate(seen)}
+        arrays |= {f"attention_{i}": x.attention.numpy() for i, x in enumerate(maps)}
     else:
-        arrays["attention"] = torch.stack([x.attention for x in seen]).numpy()
+        arrays["attention"] = torch.stack([x.attention for x in maps]).numpy()
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.comment = MARKS[".npz"]
     return content.getvalue()
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path, dataset: ImageDataset, heads: int, args: argparse.Namespace) -> list[Path]:
+    """Return all files that are going to be written."""
+    names = figures.picture_names(heads, args.threshold is not None, args.pca or args.pca_foreground)
+    folders = [folder / figures.folder_name(i + 1, str(name)) for i, name in enumerate(dataset.names)]
+    files = [RECORD, *figures.sheet_names(len(folders)), *([MAPS] if args.save_maps else [])]
+    return [*(folder / name for name in files), *(own / f"{name}.png" for own in folders for name in names)]
+
+
+def remove_others(folder: Path, written: list[Path]) -> None:
+    """Remove what an earlier call wrote and this one did not."""
+    for path in {path for pattern in EARLIER for path in folder.glob(pattern)} - set(written):
+        if replaceable(path, MARKS[path.suffix]):
+            path.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
@@ -224,21 +242,20 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     dataset = choose(sources.open_images(args.images), args)
     model = cli.open_network(args, device)
     heads = check_network(model, args.keep_aspect, device)
-    chosen = check_images(dataset, model, args.keep_aspect)
-    count = -(-len(chosen) // figures.ROWS)
-    pages = ["sheet.png"] if count == 1 else [f"sheet_{k + 1:02}.png" for k in range(count)]
-    names = figures.picture_names(heads, args.threshold is not None, args.pca or args.pca_foreground)
-    planned = [*pages, *(f"{one.folder}/{name}.png" for one in chosen for name in names)]
-    folder = args.output_dir or str(Path(args.pretrained_weights).parent / "attention")
-    out = figures.OutputFolder(folder, [*planned, *(["attention.npz"] if args.save_maps else [])])
-    out.open()
-    records = draw(Pass(model, dataset, chosen, device), out, args, pages)
-    record = {"arch": model.arch, **model.source(), "image_size": model.image_size, "commit": git_commit()}
-    out.close({**record, "flags": vars(args), "images": records})
+    check_images(dataset, args.keep_aspect)
+    folder = Path(args.output_dir or Path(args.pretrained_weights).parent / "attention")
+    files = files_of(folder, dataset, heads, args)
+    for path in files:
+        check_replaceable(path, MARKS[path.suffix], "--output_dir")
+    check_output_dir(str(folder))
+    records = draw(Looks(model, dataset, args, device), folder, args)
+    remove_others(folder, files)
+    record = {"script": "visualize_attention", "arch": model.arch, **model.source(), "image_size": model.image_size}
+    record |= {"commit": git_commit(), "flags": vars(args), "images": records}
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     report(records, heads)
-    print(
-        f"Wrote {', '.join(pages)} and the pictures of {len(chosen)} image{'s' * (len(chosen) > 1)} to {printable(folder)}"
-    )
+    pictures = f"the pictures of {len(records)} image{'s' * (len(records) > 1)}"
+    print(f"Wrote {', '.join(figures.sheet_names(len(records)))} and {pictures} to {printable(folder)}")
     return records
 
 

@@ -20,19 +20,19 @@ from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.features import cli
 from cplearn.features.splits import Features, calibrate_batch_norm, extract_features
-from cplearn.files import check_output_dir, write_bytes
+from cplearn.files import check_output_dir, check_replaceable, write_text
 from cplearn.flags import check_path
 from cplearn.host import git_commit
 from cplearn.load import EvalTransform, Model
 from cplearn.pictures import gallery as codes
-from cplearn.pictures.codes_page import render
-from cplearn.pictures.codes_sheet import draw_sheet
+from cplearn.pictures.codes_page import draw_codes, render
+from cplearn.pictures.style import drawn, png_mark, save_picture
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, expand_paths, format_table, positive
 
-PAGE, SHEET = "codes.html", "codes.png"
-SIGNATURE = b"visualize_codes.py"  # near the beginning of both
-LARGEST_PAGE = 64e6  # bytes of thumbnails
+SOFTWARE = "visualize_codes.py"
+FILES = {"codes.html": f"<!-- written by {SOFTWARE} -->".encode(), "codes.png": png_mark(SOFTWARE)}  # with their marks
+LARGEST_PAGE = 64e6  # bytes, where a thumbnail takes half a byte per pixel
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     check_flags(args)
     queries = [datasets.read_image(Path(path)) for path in args.neighbours]
     device = launch.init(args.dist_url, args.device)
-    check_outputs(Path(args.output_dir))
+    check_output_dir(args.output_dir)
+    for name, mark in FILES.items():
+        check_replaceable(Path(args.output_dir, name), mark, "--output_dir")
     model = open_model(args, device)
     dataset, of_all = open_data(args, model)
     if collectives.is_main():
@@ -73,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     baseline = random_init_use(args, dataset, device) if args.baseline and model.method else None
     if not collectives.is_main():
         return {}
-    gallery = build_gallery(args, model, data, baseline, device)
+    gallery = build_gallery(args, model, data, device)
+    gallery.baseline = baseline
     for path, image in zip(args.neighbours, queries, strict=True):
         gallery.queries.append(nearest_images(args, path, image, model, dataset, data))
     for i in codes.images_shown(gallery):
@@ -98,32 +101,13 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.images and args.split:
         raise UserError(f"--split {args.split} is of the checkpoint's own data: leave it out with --images")
     images = (args.codes + 2 + len(args.neighbours)) * args.per_code
-    if (size := images * codes.thumbnail_limit(args.thumbnail) * 4 / 3) > LARGEST_PAGE:
+    if (size := images * (1500 + args.thumbnail**2 / 2) * 4 / 3) > LARGEST_PAGE:
         raise UserError(
             f"--codes {args.codes} with --per_code {args.per_code} images of --thumbnail {args.thumbnail} may make a page "
             f"of {size / 1e6:,.0f} MB, above {LARGEST_PAGE / 1e6:.0f}: make one of them smaller"
         )
     if args.output_dir is None:
         args.output_dir = str(Path(args.pretrained_weights).parent / "codes")
-
-
-def check_outputs(folder: Path) -> None:
-    """Raise `UserError` if the folder cannot be written, or if what is there was not written here."""
-    check_output_dir(str(folder))
-    for path in (folder / PAGE, folder / SHEET):
-        if path.is_symlink():
-            raise UserError(
-                f"--output_dir {folder}: {path.name} is a link, through which nothing is written: remove it"
-            )
-        if path.exists() and not _is_ours(path):
-            raise UserError(f"{path} is there, and was not written by this command: name another --output_dir")
-
-
-def _is_ours(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return SIGNATURE in file.read(500)
 
 
 def open_model(args: argparse.Namespace, device: torch.device, **more: object) -> Model:
@@ -162,35 +146,32 @@ def random_init_use(args: argparse.Namespace, dataset: datasets.ImageDataset, de
     if len(dataset) < 2:  # batch norm has no statistics of one
         return None
     model = open_model(args, device, random_init=True)
-    calibrate_batch_norm(model, dataset, device, seed=args.seed, timeout=args.worker_timeout)
+    calibrate_batch_norm(model, dataset, device, seed=args.seed)
     return codes.measure_use(extract_features(model, dataset, args, device), args.seed)
 
 
-def build_gallery(
-    args: argparse.Namespace, model: Model, data: Features, baseline: codes.Use | None, device: torch.device
-) -> codes.Gallery:
+def build_gallery(args: argparse.Namespace, model: Model, data: Features, device: torch.device) -> codes.Gallery:
     """Choose codes and images to show; of weights without codes, none."""
     method = model.method
     if method is None:
-        return codes.Gallery(data, None, "", None, None, [], [], [], [])
+        return codes.Gallery(data)
     certainty = codes.certainty_of(method, data.features, device)
-
-    def vectors_of(numbers: torch.Tensor) -> torch.Tensor | None:
-        vectors = method.code_vectors(numbers.to(device))
-        return None if vectors is None else vectors.cpu()
-
-    shown = codes.describe_codes(data, certainty, vectors_of, count=args.codes, per_code=args.per_code, seed=args.seed)
     order = certainty.argsort(descending=True, stable=True).tolist()
     return codes.Gallery(
-        data=data,
-        certainty=certainty,
-        certainty_name=method.CERTAINTY,
+        data,
+        certainty,
+        method.CERTAINTY,
         use=codes.measure_use(data, args.seed),
-        baseline=baseline,
-        codes=shown,
+        codes=codes.describe_codes(
+            data,
+            certainty,
+            lambda numbers: method.code_vectors(numbers.to(device)),
+            count=args.codes,
+            per_code=args.per_code,
+            seed=args.seed,
+        ),
         most=order[: args.per_code],
         least=order[::-1][: args.per_code],
-        queries=[],
     )
 
 
@@ -200,15 +181,16 @@ def nearest_images(
 ) -> codes.Query:
     """Return the images nearest to a file; not the file itself, where it is one of them."""
     device = next(model.backbone.parameters()).device
-    features = model.backbone(EvalTransform(model.image_size)(image)[None].to(device)).float().cpu()
-    (found,) = codes.nearest(features, data.features, args.per_code + 1)
+    features = model.backbone(EvalTransform(model.image_size)(image)[None].to(device))
+    (rows,) = codes.nearest(features, data.features, args.per_code + 1)
     root = getattr(getattr(dataset, "dataset", dataset), "root", None)
-    own = os.path.realpath(path)
-    others = [x for x in found if root is None or os.path.realpath(os.path.join(root, data.names[x[0]])) != own]
-    return codes.Query(path, codes.thumbnail(image, model.image_size, args.thumbnail), others[: args.per_code])
+    if root is not None:
+        own = os.path.realpath(path)
+        rows = [(i, cosine) for i, cosine in rows if os.path.realpath(os.path.join(root, data.names[i])) != own]
+    return codes.Query(path, codes.thumbnail(image, model.image_size, args.thumbnail), rows[: args.per_code])
 
 
-def facts_of(args: argparse.Namespace, model: Model, data: Features, of_all: int) -> dict[str, str]:
+def facts_of(args: argparse.Namespace, model: Model, data: Features, of_all: int) -> dict[str, object]:
     """Return what the page is of."""
     n = len(data.names)
     sample = "all of them" if n == of_all else f"a random sample of {of_all:,}, seed {args.seed}"
@@ -217,9 +199,7 @@ def facts_of(args: argparse.Namespace, model: Model, data: Features, of_all: int
         "weights": model.weights,
         "sha256": model.weights_sha256,
         "epoch": model.epoch,
-        "method": model.method_name and f"{model.method_name} ({model.network})"
-        if model.network
-        else model.method_name,
+        "method": f"{model.method_name} ({model.network})" if model.network else model.method_name,
         "architecture": model.arch,
         "image size": model.image_size,
         "data": f"{data.source['data']} ({classes})",
@@ -227,22 +207,20 @@ def facts_of(args: argparse.Namespace, model: Model, data: Features, of_all: int
         "hash of their names": data.source["data_hash"],
         "commit": git_commit(),
     }
-    return {name: printable(str(value)) for name, value in facts.items() if value is not None}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 # --- what is written --------------------------------------------------------------------------------------
 
 
-def write_all(args: argparse.Namespace, gallery: codes.Gallery, facts: dict[str, str], title: str) -> None:
+def write_all(args: argparse.Namespace, gallery: codes.Gallery, facts: dict[str, object], title: str) -> None:
     """Write the page, and the sheet where there are codes."""
-    folder = Path(args.output_dir)
-    page = render(gallery, facts, title, args.thumbnail)
-    written = {PAGE: page.encode()}
+    page, sheet = (Path(args.output_dir, name) for name in FILES)
+    write_text(page, render(gallery, facts, title, args.thumbnail))
     if gallery.codes:
-        written[SHEET] = draw_sheet(gallery, *args.sheet)
-    for name, content in written.items():
-        write_bytes(folder / name, content)
-        print(f"{printable(folder / name)}: {len(content) / 1e6:.1f} MB")
+        save_picture(drawn(draw_codes(gallery, *args.sheet), dpi=300), sheet, SOFTWARE)
+    for path in (page, sheet) if gallery.codes else (page,):
+        print(f"{printable(path)}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def numbers_of(gallery: codes.Gallery) -> dict[str, object]:

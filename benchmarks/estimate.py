@@ -12,8 +12,8 @@ import contextlib
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +33,7 @@ from cplearn.training.memory import expected_memory
 IMAGES = {"imagenet100": 126_689, "imagenet": 1_281_167, "cifar10": 50_000}
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """What the maker says, and what is assumed of connections: bytes per second that a sum over ranks moves."""
 
     product: float  # 16-bit, operations per second
@@ -53,27 +52,18 @@ LOSS_SHARE = 0.5  # of the TF32 rate that the loss's products reach, assumed
 COLOR_PASSES = 30  # over all float pixels of the views, about what the color half makes
 
 
-@dataclass(frozen=True)
-class Step:
-    """Seconds of the parts of a step on one GPU, and what they come to."""
+class Step(NamedTuple):
+    """Seconds of the parts of a step on one GPU."""
 
     backbone: float
-    loss_products: float
-    loss_memory: float
-    optimizer: float
-    colors: float
+    loss: float
+    optimizer_and_colors: float
     sum_over_ranks: float
-    batch: int  # over all GPUs
 
     @property
     def seconds(self) -> float:
         """All parts one after another, as an upper bound; DDP hides most of the sum behind backward."""
-        parts = (self.backbone, self.loss_products, self.loss_memory, self.optimizer, self.colors, self.sum_over_ranks)
-        return sum(parts)
-
-    @property
-    def rate(self) -> float:
-        return self.batch / self.seconds
+        return sum(self)
 
 
 def loss_bytes(n: int, views: int, f: int, c: int) -> float:
@@ -97,14 +87,12 @@ def estimate(args: argparse.Namespace, flags: list[str], card: Card, gpus: int, 
     f, c = getattr(args, "embed_dim", None) or method.backbone.num_features, args.out_dim
     products = work["loss"] * (1.5 if pick_form("auto", views * n, c) == "recomputed" else 1)
     summed = 4 * (parameters + 2 * 2 * c)  # gradients; maximum and sum of the prior's mean of both global views
+    optimizer = 40.0 * parameters  # bytes: weights, gradients and two moments, read and written; clipping
     return Step(
         backbone=n * work["backbone"] / (card.product * utilization),
-        loss_products=n * products / (card.tf32 * LOSS_SHARE),
-        loss_memory=loss_bytes(n, views, f, c) / card.memory,
-        optimizer=40.0 * parameters / card.memory,  # weights, gradients and two moments, read and written; clipping
-        colors=4.0 * n * pixels * COLOR_PASSES / card.memory,
-        sum_over_ranks=0.0 if gpus == 1 else 2 * (1 - 1 / gpus) * summed / (card.inside if gpus <= 8 else card.between),
-        batch=n * gpus,
+        loss=n * products / (card.tf32 * LOSS_SHARE) + loss_bytes(n, views, f, c) / card.memory,
+        optimizer_and_colors=(optimizer + 4.0 * n * pixels * COLOR_PASSES) / card.memory,
+        sum_over_ranks=2 * (1 - 1 / gpus) * summed / (card.inside if gpus <= 8 else card.between),
     )
 
 
@@ -112,9 +100,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="benchmarks/estimate.py", description=__doc__)
     parser.add_argument("--gpus", type=positive(int), default=8)
     parser.add_argument("--card", default="a100", choices=tuple(CARDS))
-    parser.add_argument(
-        "--utilization", type=fraction, nargs="+", default=[0.15, 0.25, 0.35], help="Of the product rate"
-    )
+    shares = [0.15, 0.25, 0.35]
+    parser.add_argument("--utilization", type=fraction, nargs="+", default=shares, help="Of the product rate")
     parser.add_argument("--images", default="imagenet100", help=f"Training images: a number, or {', '.join(IMAGES)}")
     parser.add_argument("--core_rate", type=positive(float), default=195, help="Images per second that a core cuts")
     parser.add_argument("--price", type=positive(float), default=2.0, help="Euros per GPU-hour")
@@ -143,15 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for utilization in ours.utilization:
         step = estimate(args, flags, card, ours.gpus, utilization)
-        hours = args.epochs * images / step.rate / 3600
-        parts = (
-            step.backbone,
-            step.loss_products + step.loss_memory,
-            step.optimizer + step.colors,
-            step.sum_over_ranks,
-        )
-        rows.append((f"{utilization:.0%}", *(f"{1e3 * x:.1f}" for x in (*parts, step.seconds)), f"{step.rate:,.0f}",
-                     f"{step.rate / ours.gpus / ours.core_rate:.1f}", f"{hours:.1f}",
+        rate = args.batch_size_per_gpu * ours.gpus / step.seconds
+        hours = args.epochs * images / rate / 3600
+        rows.append((f"{utilization:.0%}", *(f"{1e3 * x:.1f}" for x in (*step, step.seconds)), f"{rate:,.0f}",
+                     f"{rate / ours.gpus / ours.core_rate:.1f}", f"{hours:.1f}",
                      f"{hours * ours.gpus * ours.price:,.0f}"))  # fmt: skip
     columns = ("utilization", "backbone, ms", "loss, ms", "optimizer and colors, ms", "sum over ranks, ms", "step, ms",
                "images/s", "cores per GPU", f"hours for {args.epochs} epochs", "euros")  # fmt: skip

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu_fast
 import gpu_right
 import torch
+from measure import run_cell
 
 from cplearn import errors
 from cplearn.errors import UserError
@@ -46,9 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="Small enough for a CPU; times are not judged")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--json", default="output/gpu.json", help="Results; the same as Markdown beside it")
-    parser.add_argument(
-        "--minutes", type=positive(float), default=None, help="In all (default: 8; 12 for several GPUs)"
-    )
+    parser.add_argument("--minutes", type=positive(float), help="In all (default: 8; 12 for several GPUs)")
     parser.add_argument("--part", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     return parser
@@ -83,19 +82,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def hardware(device: str) -> dict[str, str]:
     """Return what the numbers are of: names, driver, clocks as they are now."""
-    found = {"commit": git_commit(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    facts = {"commit": git_commit(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     if device == "cpu":
-        return found | {"device": f"cpu, {torch.get_num_threads()} threads"}
+        return facts | {"device": f"cpu, {torch.get_num_threads()} threads"}
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found |= {"device": f"{len(names)} x {names[0]}", "CUDA": str(torch.version.cuda)}
+    facts |= {"device": f"{len(names)} x {names[0]}", "CUDA": str(torch.version.cuda)}
     wanted = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
     try:
         command = ["nvidia-smi", "-i", "0", f"--query-gpu={wanted}", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-        found |= dict(zip(wanted.split(","), (x.strip() for x in said.split(",")), strict=True))
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        facts |= dict(zip(wanted.split(","), (x.strip() for x in answer.split(",")), strict=True))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        found["nvidia-smi"] = f"did not answer ({type(error).__name__})"
-    return found
+        facts["nvidia-smi"] = f"did not answer ({type(error).__name__})"
+    return facts
 
 
 def run_part(args: argparse.Namespace) -> gpu_fast.Outcome:
@@ -112,18 +111,10 @@ def start_part(args: argparse.Namespace, name: str, until: float) -> dict:
     empty = {"columns": [], "rows": [], "cells": [], "says": "", "misses": []}
     if time.time() > until:
         return empty | {"says": "left out: no time left"}
-    command = [sys.executable, __file__, "--part", name, "--device", args.device, "--json", args.json,
-               "--until", str(until), *["--tiny"] * args.tiny]  # fmt: skip
-    try:
-        limit = until - time.time() + (600 if args.tiny else GRACE)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return empty | {"misses": [f"no end after {limit:.0f} s"]}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(done.stderr[-3000:], file=sys.stderr)
-        return empty | {"misses": [f"ended with code {done.returncode}: {last[:200]}"]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    flags = ("--device", args.device, "--json", args.json, "--until", until, *["--tiny"] * args.tiny)
+    limit = until - time.time() + (600 if args.tiny else GRACE)
+    part, error = run_cell(__file__, "--part", name, *flags, limit=limit)
+    return part or empty | {"misses": [error]}
 
 
 def verdict(name: str, part: dict) -> str:

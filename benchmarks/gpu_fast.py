@@ -14,7 +14,7 @@ from pathlib import Path
 import loss as loss_benchmark
 import torch
 import torch.multiprocessing as mp
-from measure import Outcome, peak_memory, seconds, start_memory, synchronize
+from measure import CPU, Outcome, median_seconds, peak_memory, rows_of, seconds, start_memory, synchronize
 from random_jpegs import write_class
 from steps import TrainingStep, dino_step, flops_per_image, random_views
 
@@ -35,11 +35,22 @@ NOMINAL = {
     "L40S": (362, 183, 864), "RTX 4090": (165, 83, 1008), "RTX 3090": (71, 36, 936),
     "V100": (125, None, 900),
 }  # fmt: skip
+TINY_VIT = ["--arch", "timm:test_vit", "--image_size", "32", "--out_dim", "512", "--batch_size_per_gpu", "4"]
+TINY_RESNET = ["--arch", "resnet8_w8", "--image_size", "16", "--out_dim", "64", "--batch_size_per_gpu", "4"]
 
 
-def median_seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    function()
-    return statistics.median(seconds(function, device) for _ in range(repeats))
+def outcome(cells: list[dict], columns: dict[str, tuple[str, str]], says: str, misses: list[str]) -> Outcome:
+    """Return cells as a part's outcome, with a table of these columns (`rows_of`)."""
+    return Outcome(tuple(columns), rows_of(cells, columns), cells, says, misses)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # --- ceilings ----------------------------------------------------------------------------------------------
@@ -61,21 +72,23 @@ def ceilings(device: torch.device, tiny: bool, before: Cells, until: float) -> O
         with tf32_products(precision == "tf32"):
             rate = 2 * size**3 / median_seconds(lambda a=a, b=b: a @ b, device, 10) / 1e12
         cells.append({"what": f"product, {precision}", "unit": "TFLOP/s", "found": rate, "nominal": makers})
-    rows, misses = [], []
+    misses = []
     for x in cells:
-        share = f"{x['found'] / x['nominal']:.0%}" if x["nominal"] else ""
-        rows.append((x["what"], f"{x['found']:.3g} {x['unit']}", f"{x['nominal'] or ''}", share))
-        if x["nominal"] and x["found"] < 0.5 * x["nominal"] and not tiny:
-            misses.append(f"{x['what']}: {share} of the maker's {x['nominal']}: shared, throttled or partitioned?")
-    says = ", ".join(f"{x['what']} {x['found']:.3g} {x['unit']}" for x in cells[:2])
-    return Outcome(("ceiling", "found", "the maker says", "share"), rows, cells, says, misses)
+        x["rate"] = f"{x['found']:.3g} {x['unit']}"
+        x["share"] = x["found"] / x["nominal"] if x["nominal"] else None
+        if x["share"] and x["share"] < 0.5 and not tiny:
+            misses.append(
+                f"{x['what']}: {x['share']:.0%} of the maker's {x['nominal']}: shared, throttled, partitioned?"
+            )
+    columns = {"ceiling": ("what", ""), "found": ("rate", ""), "the maker says": ("nominal", ""),
+               "share": ("share", ".0%")}  # fmt: skip
+    return outcome(cells, columns, ", ".join(f"{x['what']} {x['rate']}" for x in cells[:2]), misses)
 
 
 def _ceiling(before: Cells, precision: str) -> float | None:
     """Return operations per second of a product, or None if ceilings were not measured."""
-    found = {x["what"]: x["found"] for x in before.get("ceilings", [])}
-    rate = found.get(f"product, {precision}")
-    return rate and 1e12 * rate
+    rates = {x["what"]: 1e12 * x["found"] for x in before.get("ceilings", [])}
+    return rates.get(f"product, {'ieee' if precision == 'fp32' else precision}")
 
 
 # --- forms of the loss -------------------------------------------------------------------------------------
@@ -92,51 +105,54 @@ def loss_forms(device: torch.device, tiny: bool, before: Cells, until: float) ->
     cells: list[dict] = []
     for k, (n, f, c) in enumerate(sizes):
         for kind in kinds:
-            cell = {"n": n, "embed_dim": f, "out_dim": c, "kind": kind}
-            limit = 4 if kind == "compiled" else len(sizes)  # compiling takes seconds for each size
-            if time.time() > until or k >= limit:
-                cells.append(cell | {"left_out": "no time left" if k < limit else "not compiled at this size"})
-                continue
-            try:
-                cells.append(cell | loss_benchmark.measure(kind, n, f, c, device, repeats=3 if tiny else 7))
-            except (RuntimeError, ValueError, ImportError) as error:  # out of memory, no compiler, no Triton
-                cells.append(cell | {"left_out": _reason(error)})
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    rows = [_loss_row(x, before) for x in cells]
+            cell = {"size": f"{n} x {f} x {c}", "n": n, "embed_dim": f, "out_dim": c, "kind": kind}
+            if kind == "compiled" and k >= 4:  # compiling takes seconds for each size
+                cell["left_out"] = "not compiled at this size"
+            elif time.time() > until:
+                cell["left_out"] = "no time left"
+            else:
+                cell |= _time_loss(kind, n, f, c, device, 3 if tiny else 7)
+                _, _, precision = kind.partition("_")
+                peak = _ceiling(before, precision or "ieee")
+                if "ms" in cell and peak and kind != "hadamard":  # two views, a product each way
+                    cell["share"] = 2 * 2 * 2 * n * f * c / (cell["ms"] / 1e3) / peak
+            cells.append(cell)
+    misses, kernels = ([], 0) if tiny else _judge_auto(cells)
+    says = f"{sum('ms' in x for x in cells)} of {len(cells)} cells timed, the kernels are the fastest exact form at "
+    columns = {"images x f_h x codes": ("size", ""), "form": ("kind", ""), "ms": ("ms", ".2f"), "MiB": ("mib", ".0f"),
+               "of the ceiling": ("share", ".0%"), "": ("left_out", "")}  # fmt: skip
+    return outcome(cells, columns, f"{says}{kernels} sizes", misses)
+
+
+def _time_loss(kind: str, n: int, f: int, c: int, device: torch.device, repeats: int) -> dict:
+    try:
+        return loss_benchmark.measure(kind, n, f, c, device, repeats=repeats)
+    except (RuntimeError, ValueError, ImportError) as error:  # out of memory, no compiler, no Triton
+        return {"left_out": _reason(error)}
+    finally:
+        _empty_cache(device)
+
+
+def _judge_auto(cells: list[dict]) -> tuple[list[str], int]:
+    """Return where `auto` does not pick the fastest exact form, and how often that is the kernels."""
     misses, kernels = [], 0
-    for n, f, c in sizes:
-        ms = {x["kind"]: x["ms"] for x in cells if (x["n"], x["embed_dim"], x["out_dim"]) == (n, f, c) and "ms" in x}
+    for size in dict.fromkeys(x["size"] for x in cells):
+        timed = [x for x in cells if x["size"] == size and "ms" in x]
         for end in ("", "_tf32"):
-            exact = {form + end: ms[form + end] for form in ("stored", "recomputed", "triton") if form + end in ms}
-            picked = pick_form("auto", 2 * n, c) + end
-            if picked in exact and not tiny:
+            names = {f"{form}{end}" for form in ("stored", "recomputed", "triton")}
+            exact = {x["kind"]: x["ms"] for x in timed if x["kind"] in names}
+            picked = pick_form("auto", 2 * timed[0]["n"], timed[0]["out_dim"]) + end if timed else ""
+            if picked in exact:
                 best = min(exact, key=exact.get)
                 kernels += best.startswith("triton")
                 if exact[picked] > 1.15 * exact[best]:
-                    misses.append(f"auto picks {picked} ({exact[picked]:.2f} ms) at {n} x {f} x {c}; {best} takes "
-                                  f"{exact[best]:.2f} ms")  # fmt: skip
-    timed = sum("ms" in x for x in cells)
-    says = f"{timed} of {len(cells)} cells timed, the kernels are the fastest exact form at {kernels} sizes"
-    columns = ("images x f_h x codes", "form", "ms", "MiB", "of the ceiling", "")
-    return Outcome(columns, rows, cells, says, misses)
-
-
-def _loss_row(x: dict, before: Cells) -> tuple[str, ...]:
-    size = f"{x['n']} x {x['embed_dim']} x {x['out_dim']}"
-    if "ms" not in x:
-        return size, x["kind"], "", "", "", x["left_out"]
-    _, _, precision = x["kind"].partition("_")
-    peak = _ceiling(before, precision or "ieee")
-    work = 2 * 2 * 2 * x["n"] * x["embed_dim"] * x["out_dim"]  # two views, a product each way
-    share = f"{work / (x['ms'] / 1e3) / peak:.0%}" if peak and x["kind"] != "hadamard" else ""
-    return size, x["kind"], f"{x['ms']:.2f}", f"{x['mib']:.0f}", share, ""
+                    misses.append(
+                        f"auto picks {picked} ({exact[picked]:.2f} ms) at {size}; {best} takes {exact[best]:.2f} ms"
+                    )
+    return misses, kernels
 
 
 # --- whole steps -------------------------------------------------------------------------------------------
-
-
-SHOWN = (("rate", ".0f"), ("gib", ".1f"), ("mfu", ".0%"), ("ratio", ".2f"))
 
 
 def whole_steps(device: torch.device, tiny: bool, before: Cells, until: float) -> Outcome:
@@ -147,49 +163,46 @@ def whole_steps(device: torch.device, tiny: bool, before: Cells, until: float) -
     arch, c = ["--arch", "vit_small"], 65536
     if tiny:
         settings, c = [(8, 4, "fp32", False), (0, 4, "fp32", False)], 512
-        arch = ["--arch", "timm:test_vit", "--image_size", "32", "--local_image_size", "16"]
-    cells: list[dict] = []
-    work = {local: _work([*arch, "--out_dim", str(c), "--local_crops_number", str(local)]) for local in (8, 0)}
+        arch = [*TINY_VIT, "--local_image_size", "16"]
+    arch += ["--out_dim", str(c)]
+    work = {x: sum(flops_per_image([*arch, "--local_crops_number", str(x)]).values()) for x in (8, 0)}
+    cells, misses = [], []
     for local, batch, precision, compiled in settings:
-        flags = [*arch, "--out_dim", str(c), "--local_crops_number", str(local), "--batch_size_per_gpu", str(batch),
-                 "--precision", precision]  # fmt: skip
-        cell = {"views": f"2 + {local}", "batch": batch, "precision": precision, "compile": compiled}
-        cell["flops"] = work[local]
+        flags = [
+            *arch,
+            "--local_crops_number",
+            str(local),
+            "--batch_size_per_gpu",
+            str(batch),
+            "--precision",
+            precision,
+        ]
+        size = {"views": f"2 + {local}", "batch": batch, "precision": precision, "compile": compiled,
+                "compiled": "yes" * compiled, "flops": work[local]}  # fmt: skip
         build = {"CPLearn": partial(TrainingStep, [*flags, *["--compile"] * compiled], device)}
         if not compiled:
             build["DINO"] = partial(_dino, flags, c, batch, local, device, precision, tiny)
         for name, make in build.items():
-            if time.time() > until:
-                cells.append(cell | {"method": name, "left_out": "no time left"})
-            else:
-                cells.append(cell | {"method": name} | _time_steps(make, batch, device, 2 if tiny else 10))
-    rows, misses = [], []
-    for x in cells:
-        peak = _ceiling(before, "ieee" if x["precision"] == "fp32" else x["precision"])
-        if "rate" in x and x["method"] == "CPLearn" and peak:
+            timed = {"left_out": "no time left"} if time.time() > until else _time_steps(make, batch, device, tiny)
+            cells.append(size | {"method": name, "name": name} | timed)
+    for x in [x for x in cells if "rate" in x and x["method"] == "CPLearn"]:
+        if peak := _ceiling(before, x["precision"]):
             x["mfu"] = x["flops"] * x["rate"] / peak
-        peer = next((y for y in cells if y["method"] == "DINO" and "rate" in y
-                     and all(y[k] == x[k] for k in ("views", "batch", "precision"))), None)  # fmt: skip
-        if "rate" in x and x["method"] == "CPLearn" and peer:
+        alike = [y for y in cells if all(y[k] == x[k] for k in ("views", "batch", "precision")) and "rate" in y]
+        peer = next((y for y in alike if y["method"] == "DINO"), None)
+        if peer:
             x["ratio"] = x["rate"] / peer["rate"]
             if x["ratio"] < 1 and not tiny:
-                misses.append(
-                    f"{x['views']}, batch {x['batch']}, {x['precision']}: {x['ratio']:.2f} of DINO's images/s"
-                )
-        measured = [f"{x[k]:{form}}" if k in x else "" for k, form in SHOWN]
-        size = (x["views"], str(x["batch"]), x["precision"], "yes" * x["compile"])
-        rows.append((x.get("name", x["method"]), *size, *measured, x.get("left_out", "")))
-    ours = [x for x in cells if "rate" in x and x["method"] == "CPLearn"]
-    best = max(ours, key=lambda x: x["rate"], default=None)
+                where = f"{x['views']}, batch {x['batch']}, {x['precision']}"
+                misses.append(f"{where}: {x['ratio']:.2f} of DINO's images/s")
+    best = max((x for x in cells if "rate" in x and x["method"] == "CPLearn"), key=lambda x: x["rate"], default=None)
     says = "nothing could be timed"
     if best:
         says = f"at most {best['rate']:.0f} images/s ({best['views']}, batch {best['batch']}, {best['precision']})"
-    columns = ("step", "views", "batch", "precision", "compile", "images/s", "GiB", "MFU", "/ DINO", "")
-    return Outcome(columns, rows, cells, says, misses)
-
-
-def _work(flags: list[str]) -> float:
-    return sum(flops_per_image(flags).values())
+    columns = {"step": ("name", ""), "views": ("views", ""), "batch": ("batch", ""), "precision": ("precision", ""),
+               "compile": ("compiled", ""), "images/s": ("rate", ".0f"), "GiB": ("gib", ".1f"), "MFU": ("mfu", ".0%"),
+               "/ DINO": ("ratio", ".2f"), "": ("left_out", "")}  # fmt: skip
+    return outcome(cells, columns, says, misses)
 
 
 def _dino(flags, c, batch, local, device, precision, tiny) -> Callable[[], object]:
@@ -202,27 +215,22 @@ def _dino(flags, c, batch, local, device, precision, tiny) -> Callable[[], objec
     return TrainingStep([*flags, "--method", "dino"], device)
 
 
-def _time_steps(make: Callable[[], Callable], batch: int, device: torch.device, repeats: int) -> dict:
+def _time_steps(make: Callable[[], Callable], batch: int, device: torch.device, tiny: bool) -> dict:
     """Return images per second and GiB, or why there are none."""
     try:
         used = start_memory(device)
         step = make()
         for _ in range(3):
             step()
-        rate = batch / statistics.median(seconds(step, device) for _ in range(repeats))
-        found = {"rate": rate, "gib": (peak_memory(device) - used) / 2**30}
+        rate = batch / statistics.median(seconds(step, device) for _ in range(2 if tiny else 10))
         own_dino = isinstance(step, TrainingStep) and step.args.method == "dino"
-        return found | ({"name": "DINO (this project's)"} if own_dino else {})
+        timed = {"rate": rate, "gib": (peak_memory(device) - used) / 2**30}
+        return timed | ({"name": "DINO (this project's)"} if own_dino else {})
     except (RuntimeError, ValueError) as error:
         return {"left_out": _reason(error)}
     finally:
         step = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+        _empty_cache(device)
 
 
 # --- images ------------------------------------------------------------------------------------------------
@@ -230,38 +238,33 @@ def _reason(error: Exception) -> str:
 
 def data_path(device: torch.device, tiny: bool, before: Cells, until: float) -> Outcome:
     """Images per second that one core cuts from JPEG files, and that the device colors; cores needed for the step."""
-    threads = torch.get_num_threads()
-    cells = []
+    threads, cells = torch.get_num_threads(), []
+    cores = usable_cores() / max(1, torch.cuda.device_count())
     with tempfile.TemporaryDirectory() as folder:
         write_class(Path(folder, "class"), 0, 4 if tiny else 64, (60, 45) if tiny else (500, 375))
         for local in (8, 0):
-            size = "32" if tiny else "224"
-            args = main_cplearn.parse_args(
-                ["--local_crops_number", str(local), "--image_size", size, "--data_path", folder, "--arch", "resnet8"]
-            )
-            dataset, views = main_cplearn.find_images(args)
+            flags = ["--local_crops_number", str(local), "--image_size", "32" if tiny else "224", "--arch", "resnet8"]
+            dataset, views = main_cplearn.find_images(main_cplearn.parse_args([*flags, "--data_path", folder]))
             source = loaders.ViewDataset(Pixels(dataset, views), views, seed=0)
             items = [(0, i) for i in range(len(dataset))]
             torch.set_num_threads(1)
-            cut = len(items) / median_seconds(partial(source.__getitems__, items), torch.device("cpu"), 3)
+            cut = len(items) / median_seconds(partial(source.__getitems__, items), CPU, 3)
             torch.set_num_threads(threads)
             batch = source.__getitems__(items)
             color = partial(augmentations.color_views, batch.crops, batch.params, views, device)
             colored = len(items) / median_seconds(color, device, 5)
             rates = [x["rate"] for x in before.get("steps", []) if x["views"] == f"2 + {local}" and "rate" in x]
-            cells.append({"views": f"2 + {local}", "cut": cut, "colored": colored, "step": max(rates, default=None)})
-    cores = usable_cores() / max(1, torch.cuda.device_count())
-    rows, misses, says = [], [], []
-    for x in cells:
-        x["cores"] = x["step"] and x["step"] / x["cut"]
-        rows.append((x["views"], f"{x['cut']:.0f}", f"{x['colored']:.0f}", f"{x['step']:.0f}" if x["step"] else "",
-                     f"{x['cores']:.1f}" if x["step"] else ""))  # fmt: skip
-        if x["step"]:
-            says.append(f"{x['views']} takes {x['cores']:.1f} cores of {cores:.0f} per GPU")
-            if x["cores"] > cores and not tiny:
-                misses.append(f"{x['views']}: {x['cores']:.1f} cores would feed this GPU, it has {cores:.0f}: --cache")
-    columns = ("views", "cut on a core, images/s", "colored on the device, images/s", "step, images/s", "cores needed")
-    return Outcome(columns, rows, cells, ", ".join(says) or "no step to compare with was measured", misses)
+            step = max(rates, default=None)
+            cells.append({"views": f"2 + {local}", "cut": cut, "colored": colored, "step": step,
+                          "cores": step and step / cut})  # fmt: skip
+    known = [x for x in cells if x["step"]]
+    misses = [f"{x['views']}: {x['cores']:.1f} cores would feed this GPU, it has {cores:.0f}: --cache"
+              for x in known if x["cores"] > cores and not tiny]  # fmt: skip
+    says = ", ".join(f"{x['views']} takes {x['cores']:.1f} cores of {cores:.0f} per GPU" for x in known)
+    columns = {"views": ("views", ""), "cut on a core, images/s": ("cut", ".0f"),
+               "colored on the device, images/s": ("colored", ".0f"), "step, images/s": ("step", ".0f"),
+               "cores needed": ("cores", ".1f")}  # fmt: skip
+    return outcome(cells, columns, says or "no step to compare with was measured", misses)
 
 
 # --- where the time goes -----------------------------------------------------------------------------------
@@ -271,13 +274,10 @@ def costs(device: torch.device, tiny: bool, before: Cells, until: float) -> Outc
     """The ten largest costs of two steps, launches of kernels, and the share of the time in which the GPU works."""
     vit = ["--arch", "vit_small", "--out_dim", "65536", "--precision", "bf16"]
     resnet = ["--arch", "resnet8", "--image_size", "32", "--out_dim", "16384", "--precision", "bf16"]
-    if tiny:
-        vit = ["--arch", "timm:test_vit", "--image_size", "32", "--out_dim", "512", "--batch_size_per_gpu", "4"]
-        resnet = ["--arch", "resnet8_w8", "--image_size", "16", "--out_dim", "64", "--batch_size_per_gpu", "4"]
     rows, cells, says, count = [], [], [], 2 if tiny else 10
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-    for flags in (vit, resnet):
+    for flags in (TINY_VIT, TINY_RESNET) if tiny else (vit, resnet):
         step = TrainingStep(flags, device)
         plain = median_seconds(step, device, 3 if tiny else 20)
         with torch.profiler.profile(activities=kinds) as profiler:
@@ -287,16 +287,13 @@ def costs(device: torch.device, tiny: bool, before: Cells, until: float) -> Outc
         averages = profiler.key_averages()
         largest = largest_costs(averages, count)
         rows += [(flags[1], *row) for row in largest]
-        found = {"arch": flags[1], "ms": 1e3 * plain, "largest": largest}
+        cell = {"arch": flags[1], "ms": 1e3 * plain, "largest": largest}
         if device.type == "cuda":
-            busy = sum(time for time, _ in device_times(averages).values()) / 1e6 / count
-            found |= {
-                "busy": busy / plain,
-                "launches": sum(calls for _, calls in device_times(averages).values()) / count,
-            }
-            bound = "bound by launches" if found["busy"] < 0.7 else "bound by the GPU"
-            says.append(f"{flags[1]}: {found['launches']:.0f} launches a step, GPU busy {found['busy']:.0%}, {bound}")
-        cells.append(found)
+            times, calls = zip(*device_times(averages).values(), strict=True)
+            cell |= {"busy": sum(times) / 1e6 / count / plain, "launches": sum(calls) / count}
+            bound = "bound by launches" if cell["busy"] < 0.7 else "bound by the GPU"
+            says.append(f"{flags[1]}: {cell['launches']:.0f} launches a step, GPU busy {cell['busy']:.0%}, {bound}")
+        cells.append(cell)
     columns = ("step", "operation", "ms a step", "share", "calls")
     return Outcome(columns, rows, cells, "; ".join(says) or "shares of a CPU's time", [])
 
@@ -311,24 +308,22 @@ def side_by_side(device: torch.device, tiny: bool, before: Cells, until: float) 
         if time.time() > until:
             break
         with tempfile.TemporaryDirectory() as folder:
-            barrier = mp.get_context("spawn").Barrier(count)
-            arguments = (device.type, tiny, barrier, folder)
+            arguments = (device.type, tiny, mp.get_context("spawn").Barrier(count), folder)
             mp.start_processes(_steps_beside, arguments, nprocs=count, start_method="spawn")
             rates = [float(path.read_text()) for path in Path(folder).iterdir()]
-        cells.append({"at once": count, "each": statistics.mean(rates), "together": sum(rates)})
-    alone = cells[0]["together"]
-    rows = [
-        (str(x["at once"]), f"{x['each']:.1f}", f"{x['together']:.1f}", f"{x['together'] / alone:.2f}") for x in cells
-    ]
+        gain = sum(rates) / (cells[0]["together"] if cells else sum(rates))
+        cells.append({"at once": count, "each": statistics.mean(rates), "together": sum(rates), "gain": gain})
     best = max(cells, key=lambda x: x["together"])
-    says = f"--cells_per_gpu {best['at once']} does {best['together'] / alone:.2f} times the work of one at a time"
-    return Outcome(("trainings", "steps/s each", "steps/s together", "gain"), rows, cells, says, [])
+    says = f"--cells_per_gpu {best['at once']} does {best['gain']:.2f} times the work of one at a time"
+    columns = {"trainings": ("at once", ""), "steps/s each": ("each", ".1f"), "steps/s together": ("together", ".1f"),
+               "gain": ("gain", ".2f")}  # fmt: skip
+    return outcome(cells, columns, says, [])
 
 
 def _steps_beside(rank: int, device: str, tiny: bool, barrier, folder: str) -> None:
     flags = ["--arch", "resnet8", "--image_size", "32", "--out_dim", "16384", "--optimizer", "adam"]
     if tiny:
-        flags = ["--arch", "resnet8_w8", "--image_size", "16", "--out_dim", "64", "--batch_size_per_gpu", "4"]
+        flags = TINY_RESNET
         torch.set_num_threads(1)
     place = torch.device(device)
     step = TrainingStep(flags, place, random_views(main_cplearn.parse_args(flags), place))

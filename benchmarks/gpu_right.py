@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from measure import Outcome
+from measure import CPU, Outcome
 from steps import TrainingStep, random_views
 from torch import Tensor
 
@@ -40,7 +40,6 @@ from cplearn.methods import METHODS
 from cplearn_head import CPLearnHead, cplearn_loss
 
 COLUMNS = ("check", "found", "bound", "within", "")
-CPU = torch.device("cpu")
 # The relative error of rounding once: to float32 and bf16 to nearest; tensor cores cut TF32 off.
 ROUNDING = {"ieee": 2.0**-24, "tf32": 2.0**-10, "bf16": 2.0**-9}
 
@@ -62,6 +61,10 @@ class Check(NamedTuple):
             return self.what, "", "", "", self.note
         return self.what, f"{self.found:.2g}", f"{self.bound:.2g}", "yes" if self.right else "NO", self.note
 
+    def cell(self) -> dict:
+        numbers = {k: x if math.isfinite(x) else None for k, x in (("found", self.found), ("bound", self.bound))}
+        return {"what": self.what, **numbers, "note": self.note, "right": self.right}
+
 
 def outcome(checks: list[Check]) -> Outcome:
     """Return checks as a part's outcome."""
@@ -71,12 +74,7 @@ def outcome(checks: list[Check]) -> Outcome:
     if len(tried) < len(checks):
         says += f", {len(checks) - len(tried)} not tried"
     misses = [f"{x.what}: {x.found:.2g}, bound {x.bound:.2g} {x.note}".strip() for x in wrong]
-    cells = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in x._asdict().items()}
-        | {"right": x.right}
-        for x in checks
-    ]
-    return Outcome(COLUMNS, [x.row() for x in checks], cells, says, misses)
+    return Outcome(COLUMNS, [x.row() for x in checks], [x.cell() for x in checks], says, misses)
 
 
 def left_out(what: str, why: str) -> Check:
@@ -130,18 +128,15 @@ def loss_forms(device: torch.device, tiny: bool) -> list[Check]:
         length, depth = max(x.norm(dim=1).max().item() for x in case.h), _largest_log_p(case)
         for form, precision in LOSS_FORMS:
             what = f"{form}, {precision}{', logits of +-150' * (length > 10)}"
-            if precision == "bf16" and device.type == "cpu":
-                worst[what] = left_out(what, "no bf16 products in Triton's interpreter")
-                continue
-            try:
-                found = _loss_and_gradient(case, device, form, precision, torch.float32)
+            try:  # also: no bf16 products in Triton's interpreter
+                values = _loss_and_gradient(case, device, form, precision, torch.float32)
             except UserError as error:
                 worst[what] = left_out(what, str(error))
                 continue
             # A logit is a sum of f_h terms of either sign: rounding each moves it by about `rounding * length`; log p
             # is kept in float32; the gradient is off in proportion. The 8 is for a largest of many, and what sums add.
             bound = 8 * (ROUNDING[precision] * (1 + length) + ROUNDING["ieee"] * depth)
-            check = Check(what, max(map(_relative_error, found, exact)), bound, f"farthest at {case.name}")
+            check = Check(what, max(map(_relative_error, values, exact)), bound, f"farthest at {case.name}")
             before = worst.get(what)
             if before is None or not check.found / check.bound <= before.found / before.bound:
                 worst[what] = check
@@ -164,9 +159,9 @@ def _largest_log_p(case: Case) -> float:
     return max(F.log_softmax(x @ codes.T, dim=1).abs().max().item() for x in case.h)
 
 
-def _relative_error(found: Tensor, exact: Tensor) -> float:
+def _relative_error(value: Tensor, exact: Tensor) -> float:
     """Return the largest difference, relative to the largest entry."""
-    return ((found.cpu().double() - exact).abs().max() / exact.abs().max()).item()
+    return ((value.cpu().double() - exact).abs().max() / exact.abs().max()).item()
 
 
 # --- colors ------------------------------------------------------------------------------------------------
@@ -194,12 +189,12 @@ def color_transforms(device: torch.device, tiny: bool) -> list[Check]:
         if noise:
             params["noise_seed"] = torch.arange(n).double()
         here, there = color.color(pixels, params, noise), color.color(pixels.to(device), params, noise).cpu()
-        apart, few = (here - there).abs(), ""
-        if name in ("solarize", "all"):  # a pixel at the threshold may fall on either side of it
+        apart, note = (here - there).abs(), ""
+        if name in ("solarize", "all"):
             flipped = apart > 1e-3
-            few, apart = f"{flipped.float().mean():.1e} of the pixels on the other side of a threshold", apart[~flipped]
+            apart, note = apart[~flipped], "of pixels on the same side of the threshold"
             checks.append(Check(f"{name}: share on another side", flipped.float().mean().item(), 1e-4))
-        checks.append(Check(name, apart.max().item(), 2e-4 if name in ("hue", "all") else 2e-5, few))
+        checks.append(Check(name, apart.max().item(), 2e-4 if name in ("hue", "all") else 2e-5, note))
     return checks
 
 
@@ -214,25 +209,27 @@ def one_step(device: torch.device, tiny: bool) -> list[Check]:
         vit = ["--arch", "timm:test_vit", "--image_size", "32", "--batch_size_per_gpu", "8", "--out_dim", "512",
                "--local_crops_number", "2", "--local_image_size", "16"]  # fmt: skip
         resnet = ["--arch", "resnet8_w8", "--image_size", "16", "--batch_size_per_gpu", "8", "--out_dim", "64"]
-    checks = []
-    for flags in ([*vit, "--drop_path_rate", "0"], resnet):
-        images = random_views(main_cplearn.parse_args(flags), CPU)
-        exact = gradient(flags, CPU, images, double=True)
-        here = distance(gradient(flags, CPU, images), exact)
-        note = f"this CPU's own fp32: {here:.1e}"
-        off = distance(gradient(flags, device, images), exact)
-        checks.append(Check(f"{flags[1]}, fp32", off, max(20 * here, 1e-5), note))
-        if device.type == "cuda":
-            off = distance(gradient(flags, device, images, tf32=True), exact)
-            checks.append(Check(f"{flags[1]}, fp32, convolutions in TF32 (torch's default)", off, 0.02))
-        for precision in ("bf16", "fp16"):
-            if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-                checks.append(left_out(f"{flags[1]}, bf16", "this card has no bf16"))
-                continue
-            off = distance(gradient([*flags, "--precision", precision], device, images), exact)
-            # Weights, activations and gradients of all layers are rounded: by eight times as much in bf16.
-            checks.append(Check(f"{flags[1]}, {precision}", off, 0.4 if precision == "bf16" else 0.05))
-    return checks
+    return network_checks([*vit, "--drop_path_rate", "0"], device) + network_checks(resnet, device)
+
+
+def network_checks(flags: list[str], device: torch.device) -> list[Check]:
+    """Return the checks of one network's gradient."""
+    images, arch = random_views(main_cplearn.parse_args(flags), CPU), flags[1]
+    exact = gradient(flags, CPU, images, double=True)
+
+    def off(where: torch.device, *more: str, tf32: bool = False) -> float:
+        return distance(gradient([*flags, *more], where, images, tf32=tf32), exact)
+
+    here = off(CPU)
+    checks = [Check(f"{arch}, fp32", off(device), max(20 * here, 1e-5), f"this CPU's own fp32: {here:.1e}")]
+    if device.type == "cuda":
+        checks.append(Check(f"{arch}, fp32, convolutions in TF32 (torch's default)", off(device, tf32=True), 0.02))
+    # Weights, activations and gradients of all layers are rounded: by eight times as much in bf16.
+    if device.type == "cpu" or torch.cuda.is_bf16_supported(False):
+        checks.append(Check(f"{arch}, bf16", off(device, "--precision", "bf16"), 0.4))
+    else:
+        checks.append(left_out(f"{arch}, bf16", "this card has no bf16"))
+    return [*checks, Check(f"{arch}, fp16", off(device, "--precision", "fp16"), 0.05)]
 
 
 def gradient(
@@ -248,15 +245,15 @@ def gradient(
         step.scaler = torch.amp.GradScaler(device.type, init_scale=float(scale))
         step.gradients()
         grads = [p.grad for p in step.method.parameters() if p.grad is not None]
-        found = torch.cat([g.detach().cpu().double().flatten() / float(scale) for g in grads])
-        if found.isfinite().all():
+        vector = torch.cat([g.detach().cpu().double().flatten() / float(scale) for g in grads])
+        if vector.isfinite().all():
             break
-    return found
+    return vector
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
+def distance(vector: Tensor, exact: Tensor) -> float:
     """Return the length of the difference relative to that of `exact`."""
-    return ((found - exact).norm() / exact.norm()).item()
+    return ((vector - exact).norm() / exact.norm()).item()
 
 
 # --- runs --------------------------------------------------------------------------------------------------
@@ -277,16 +274,13 @@ def train(flags: list[str], out: str | Path) -> dict:
         return main_cplearn.main([*flags, "--output_dir", str(out)])
 
 
-class _TooLarge(torch.amp.GradScaler):
-    """A scaler whose first scales overflow in fp16."""
-
-    def __init__(self, device: str, init_scale: float):
-        super().__init__(device, init_scale=init_scale * 2.0**12)
-
-
 def overflow(device: torch.device, tiny: bool) -> list[Check]:
     """fp16 with gradients that overflow at first: steps are skipped and counted, the scale falls, the run goes on."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.amp, "GradScaler", _TooLarge):
+    scaler = torch.amp.GradScaler
+    too_large = mock.patch.object(
+        torch.amp, "GradScaler", lambda x, init_scale: scaler(x, init_scale=2**12 * init_scale)
+    )
+    with tempfile.TemporaryDirectory() as folder, too_large:
         record = train([*run_flags(device, tiny), "--precision", "fp16", "--max_steps", "40",
                         "--max_skipped_steps", "40"], folder)  # fmt: skip
         state = checkpoints.load(Path(folder) / "checkpoint.pth")
@@ -329,9 +323,12 @@ def all_methods(device: torch.device, tiny: bool) -> list[Check]:
             out = Path(folder, method)
             record = train([*run_flags(device, tiny), "--method", method, "--max_steps", steps, *more], out)
             with contextlib.redirect_stdout(io.StringIO()):
-                found = eval_knn.main(["--pretrained_weights", str(out / "checkpoint.pth"), "--output_dir", str(out),
+                metrics = eval_knn.main(["--pretrained_weights", str(out / "checkpoint.pth"), "--output_dir", str(out),
                                        "--num_workers", "0", "--nb_knn", "20", "--device", device.type])  # fmt: skip
-            accuracy, healthy = found["knn20_top1"], math.isfinite(record["train_loss"]) and not record["skipped_steps"]
+            accuracy, healthy = (
+                metrics["knn20_top1"],
+                math.isfinite(record["train_loss"]) and not record["skipped_steps"],
+            )
             note = f"loss {record['train_loss']:.3f}, 20-NN {accuracy:.3f} (chance 0.1)"
             checks.append(
                 yes(f"{method}: {steps} finite steps, then k-NN above chance", healthy and accuracy > 0.2, note)
@@ -347,9 +344,8 @@ def processes(device: torch.device, tiny: bool) -> list[Check]:
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     checks = []
     if device.type == "cuda":
-        checks += [_refused("two processes on one GPU", "processes but 1 GPUs", {"CUDA_VISIBLE_DEVICES": "0"})]
-        same = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        checks += [_refused("two ranks with the same LOCAL_RANK", "share cuda:0", same)]
+        checks.append(_refused("two processes on one GPU", {"CUDA_VISIBLE_DEVICES": "0"}))
+        checks.append(_refused("two ranks with the same LOCAL_RANK", {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}))
     if device.type == "cuda" and gpus < 2:
         return [*checks, left_out("gradients of two processes; one killed; one frozen", "needs two GPUs")]
     checks.append(_two_process_gradient(device, tiny))
@@ -360,52 +356,46 @@ def processes(device: torch.device, tiny: bool) -> list[Check]:
     return checks
 
 
-def _free_port() -> int:
+def _ranks() -> list[dict[str, str]]:
+    """Return the environment of two ranks that meet at a free port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        port = str(s.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
 
 
-def _refused(what: str, words: str, environment: dict[str, str]) -> Check:
-    """Start two ranks of a run that must refuse to begin."""
-    port, children = str(_free_port()), []
+def _refused(what: str, environment: dict[str, str]) -> Check:
+    """Start two ranks of a run that must refuse to begin, with exit code 2."""
     with tempfile.TemporaryDirectory() as folder:
-        for rank in ("0", "1"):
-            env = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}  # fmt: skip
-            command = [sys.executable, str(ROOT / "main_cplearn.py"), "--device", "cuda", "--dist_timeout", "0.5",
-                       "--output_dir", folder]  # fmt: skip
-            children.append(
-                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        said = "".join(child.communicate(timeout=60)[0] for child in children)
-    line = next((x for x in said.splitlines() if words in x), said.strip().splitlines()[-1] if said.strip() else "")
-    return yes(f"{what}: refused", words in said and all(child.returncode == 2 for child in children), line[:100])
+        command = [sys.executable, str(ROOT / "main_cplearn.py"), "--device", "cuda", "--dist_timeout", "0.5",
+                   "--output_dir", folder]  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks = [subprocess.Popen(command, env=os.environ | x | environment, **pipes) for x in _ranks()]
+        printed = "".join(rank.communicate(timeout=60)[0] for rank in ranks).strip()
+    note = (printed.splitlines() or [""])[-1][:100]
+    return yes(f"{what}: refused", all(rank.returncode == 2 for rank in ranks), note)
 
 
 def _two_process_gradient(device: torch.device, tiny: bool) -> Check:
     """Compare the gradient of two processes with half of the images each to that of one with all of them."""
-    network = ["--arch", "vit_tiny", "--patch_size", "8", "--image_size", "32", "--drop_path_rate", "0"] if tiny else \
-              ["--arch", "vit_small", "--drop_path_rate", "0"]  # fmt: skip
-    flags = [*network, "--local_crops_number", "0", "--out_dim", "1024", "--batch_size_per_gpu", "8"]
-    images = random_views(main_cplearn.parse_args(flags), CPU)
-    alone = gradient(flags, device, images)
+    network = ["--arch", "vit_tiny", "--patch_size", "8", "--image_size", "32"] if tiny else ["--arch", "vit_small"]
+    flags = [*network, "--drop_path_rate", "0", "--local_crops_number", "0", "--out_dim", "1024"]
+    images = random_views(main_cplearn.parse_args([*flags, "--batch_size_per_gpu", "8"]), CPU)
+    alone = gradient([*flags, "--batch_size_per_gpu", "8"], device, images)
     with tempfile.TemporaryDirectory() as folder:
-        half = [*flags[:-1], "4"]
-        port = str(_free_port())
-        mp.start_processes(_gradient_of_rank, (half, device.type, port, folder), nprocs=2, start_method="spawn")
+        arguments = ([*flags, "--batch_size_per_gpu", "4"], device.type, _ranks(), images, folder)
+        mp.start_processes(_gradient_of_rank, arguments, nprocs=2, start_method="spawn")
         both = torch.load(f"{folder}/gradient", weights_only=True)
     return Check("gradient of two processes against one", distance(both, alone), 1e-4)
 
 
-def _gradient_of_rank(rank: int, flags: list[str], device: str, port: str, folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+def _gradient_of_rank(rank: int, flags: list[str], device: str, ranks: list[dict], images: list[Tensor], folder: str):
+    os.environ.update(ranks[rank])
     place = launch.init("env://", device)
-    whole = random_views(main_cplearn.parse_args([*flags[:-1], "8"]), CPU)
-    found = gradient(flags, place, [x[4 * rank : 4 * rank + 4] for x in whole])
+    vector = gradient(flags, place, [x[4 * rank : 4 * rank + 4] for x in images])
     if rank == 0:
-        torch.save(found, f"{folder}/gradient")
+        torch.save(vector, f"{folder}/gradient")
     leave_group()
 
 
@@ -416,13 +406,14 @@ def _end_of_the_other(device: torch.device, tiny: bool, folder: Path, name: str,
              "--peer_timeout", patience, "--output_dir", str(folder)]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "main_cplearn.py"), *flags]  # fmt: skip
-    with open(folder / "said.txt", "wb") as said:
-        run = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+    output = folder / "output.txt"
+    with open(output, "wb") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait(lambda: (folder / "checkpoint_previous.pth").exists() or run.poll() is not None, 120)
         ranks = _children_of(run.pid)
         if len(ranks) != 2:
-            return yes(f"rank 1 {name}", False, f"the run did not begin: {(folder / 'said.txt').read_text()[-200:]!r}")
+            return yes(f"rank 1 {name}", False, f"the run did not begin: {output.read_text()[-200:]!r}")
         os.kill(ranks[1], number)
         start = time.monotonic()
         _wait(lambda: run.poll() is not None, limit)
@@ -448,10 +439,10 @@ def _wait(condition: Callable[[], bool], seconds: float) -> None:
 def _children_of(pid: int) -> list[int]:
     """Return the processes that `pid` has started, oldest first."""
     try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return sorted(map(int, found))
+    return sorted(map(int, pids))
 
 
 PARTS = {

@@ -10,7 +10,7 @@ Rows of the tables, each in a process of its own, one after the other:
                   float32, or on a GPU with inputs in tf32 or bf16 where the name says so
     hadamard      stored, with the Hadamard dictionary's fast transform
     products      the peer: torch's bare products h W^T and G W for each view, with the same float dictionary
-    stacked       the same products for both views in one, code-major as in cplearn/dictionary: the fastest way found
+    stacked       the same products for both views in one, code-major as in cplearn/loss: the fastest way found
     dino          lightly's DINO head (hidden 2048, bottleneck 256) and loss: two teacher and two student views, and the
                   gradient of the student's; what DINO pays for the same out_dim
 
@@ -19,6 +19,7 @@ fit into memory is left out with an estimate of what it needs.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -32,12 +33,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import peak_memory, run_cell, seconds, start_memory
+from measure import machine, peak_memory, run_cell, seconds, start_memory
 
 from cplearn import errors
 from cplearn.files import check_output_dir, write_text
 from cplearn.flags import ArgumentParser, nonnegative, positive
-from cplearn.host import git_commit
 from cplearn.loss import DICTIONARIES
 from cplearn.loss.spec import LossSpec
 from cplearn.loss.streamed import streamed_loss
@@ -147,15 +147,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind, n, f, c = args.cell[0], *map(int, args.cell[1:])
         print(json.dumps(measure(kind, n, f, c, torch.device(args.device), args.repeats)))
         return
-    name = torch.cuda.get_device_name() if args.device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {name}, float32, up to {args.repeats} repeats, commit {git_commit()}\n")
+    print(f"{machine(torch.device(args.device))}, float32, up to {args.repeats} repeats\n")
     if args.json:
         check_output_dir(str(Path(args.json).parent), "--json: the folder")
     cells = []
-    for f in args.embed_dim:
-        for n in args.n:
-            for c in args.out_dim:
-                cells += print_table(args, n, f, c)
+    for f, n, c in itertools.product(args.embed_dim, args.n, args.out_dim):
+        cells += print_table(args, n, f, c)
     if args.json:
         write_text(Path(args.json), json.dumps(cells, indent=1) + "\n")
 
@@ -164,11 +161,11 @@ def print_table(args: argparse.Namespace, n: int, f: int, c: int) -> list[dict]:
     """Measure all kinds at one size, print their table, and return the cells."""
     kinds = [kind for kind in args.kinds if kind not in GPU_ONLY or args.device != "cpu"]
     cells = {kind: measure_apart(args, kind, n, f, c) for kind in kinds}
-    plain, bare = (cells.get(kind, {}).get("ms", math.nan) for kind in ("plain", "products"))
+    peers = [cells.get(kind, {}).get("ms", math.nan) for kind in ("plain", "products")]
     rows = []
     for kind, cell in cells.items():
         if "ms" in cell:
-            ratios = ["" if math.isnan(x) else f"{cell['ms'] / x:.2f}" for x in (plain, bare)]
+            ratios = ["" if math.isnan(x) else f"{cell['ms'] / x:.2f}" for x in peers]
             rows.append((kind, f"{cell['ms']:.1f}", *ratios, f"{cell['mib']:.0f}"))
         else:
             rows.append((kind, cell["left_out"], "", "", ""))

@@ -10,7 +10,7 @@ import main_cplearn
 from cplearn import backbones
 from cplearn.distributed import collectives
 from cplearn.loss.spec import LossSpec
-from cplearn.methods import build_method
+from cplearn.methods import build_method_for
 from cplearn.methods.base import StepOutput
 from cplearn.precision import DTYPES, autocast
 from cplearn.training.bad_batches import RunningStatistics, check_gradients
@@ -37,11 +37,7 @@ class TrainingStep:
         self.device, self.precision = device, self.args.precision or "fp32"
         self.images = random_views(self.args, device) if images is None else images
         torch.manual_seed(0)
-        self.method = build_method(self.args)
-        if self.args.grad_checkpointing:
-            backbones.checkpoint_blocks(self.method.backbone, self.args.arch)
-        self.method.accum = self.args.accum
-        self.method.to(device)
+        self.method = build_method_for(self.args, []).to(device)
         if self.args.compile:
             backbones.compile_backbone(self.method.backbone, device)
         self.method.begin()
@@ -109,9 +105,9 @@ def dino_step(
         with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
             with torch.no_grad():
                 targets = teacher(torch.cat(images)).chunk(2)
-            found = list(student(torch.cat(images)).chunk(2))
-            found += student(torch.cat(crops)).chunk(local) if local else []
-            loss = criterion(list(targets), found, epoch=5)
+            predictions = list(student(torch.cat(images)).chunk(2))
+            predictions += student(torch.cat(crops)).chunk(local) if local else []
+            loss = criterion(list(targets), predictions, epoch=5)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

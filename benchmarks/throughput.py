@@ -16,7 +16,6 @@ PHOTOS is a folder of full-size images. The peers:
 
 import argparse
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,51 +27,38 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import seconds
+from measure import CPU, compare, machine
 from steps import TrainingStep, dino_step, plain_step
 
 from cplearn import backbones, errors
 from cplearn.data import augmentations, color, datasets, loaders, sources, workers
 from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
 from cplearn.flags import ArgumentParser, positive
-from cplearn.host import git_commit, keep_freed_memory
 from cplearn.metrics.knn import knn
 from cplearn.text import format_table
 
-CPU = torch.device("cpu")
+
+def rate_rows(name: str, count: int, peer: float, ours: dict[str, tuple[float, float]]) -> list[tuple[str, ...]]:
+    """Return rows of images per second, of what `compare` measured on so many images."""
+    return [(f"{name}{kind}", f"{count / peer:.0f}", f"{count / t:.0f}", f"{ratio:.1f}")
+            for kind, (t, ratio) in ours.items()]  # fmt: skip
 
 
-def compare(ours: dict[str, Callable], peer: Callable, repeats: int) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Call peer and ours in turn. Return the peer's median seconds; for each of ours the median, and that of the ratio
-    peer / ours within a round."""
-    for function in (peer, *ours.values()):
-        function()
-    rounds = [(seconds(peer, CPU), [seconds(f, CPU) for f in ours.values()]) for _ in range(repeats)]
-    found = {}
-    for k, name in enumerate(ours):
-        found[name] = (statistics.median(t[k] for _, t in rounds), statistics.median(p / t[k] for p, t in rounds))
-    return statistics.median(p for p, _ in rounds), found
+def time_rows(form: str, name: str, peer: float, ours: dict[str, tuple[float, float]]) -> list[tuple[str, ...]]:
+    """Return rows of seconds, in this format, of what `compare` measured."""
+    return [(f"{name}{kind}", format(peer, form), format(t, form), f"{ratio:.2f}") for kind, (t, ratio) in ours.items()]
 
 
 # --- views --------------------------------------------------------------------------------------------------
 
 
-class _Blur:
-    def __init__(self, p: float):
-        self.p = p
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if random.random() > self.p:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+def _sometimes(p: float, change: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
+    """Return what changes an image with probability p."""
+    return lambda image: change(image) if random.random() < p else image
 
 
-class _Solarize:
-    def __init__(self, p: float):
-        self.p = p
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return ImageOps.solarize(image) if random.random() < self.p else image
+def _blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
 def dino_transforms(n_local: int) -> Callable[[Image.Image], list[torch.Tensor]]:
@@ -89,7 +75,7 @@ def dino_transforms(n_local: int) -> Callable[[Image.Image], list[torch.Tensor]]
 
     def view(size, scale, blur, solarize):
         crop = T.RandomResizedCrop(size, scale=scale, interpolation=bicubic)
-        return T.Compose([crop, *colors, _Blur(blur), _Solarize(solarize), *last])
+        return T.Compose([crop, *colors, _sometimes(blur, _blur), _sometimes(solarize, ImageOps.solarize), *last])
 
     scale = (0.4, 1.0) if n_local else (0.14, 1.0)
     views = [view(224, scale, 1.0, 0.0), view(224, scale, 0.1, 0.2), *[view(96, (0.05, 0.4), 0.5, 0.0)] * n_local]
@@ -121,11 +107,8 @@ def bench_views(args: argparse.Namespace) -> None:
             for _, i in items:
                 dino(dataset[i][0])
 
-        theirs, ours = compare({"crops": worker, "crops and colors": both}, peer, args.repeats)
-        rows += [
-            (f"2 + {n_local}, {name}", f"{len(items) / theirs:.0f}", f"{len(items) / t:.0f}", f"{ratio:.1f}")
-            for name, (t, ratio) in ours.items()
-        ]
+        measured = compare({"crops": worker, "crops and colors": both}, peer, args.repeats)
+        rows += rate_rows(f"2 + {n_local}, ", len(items), *measured)
     print(format_table(rows, ("views, one core", "DINO's transforms, images/s", "here, images/s", "ratio")))
 
 
@@ -177,10 +160,8 @@ def bench_cifar(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     cached = open_pixels(dataset, views, CacheOptions("ram", "", 0))
     made = time.perf_counter() - start
-    theirs, ours = compare(
-        {"decoded each time": load(Pixels(dataset, views)), "cached": load(cached)}, peer, args.repeats
-    )
-    rows = [(name, f"{count / theirs:.0f}", f"{count / t:.0f}", f"{ratio:.1f}") for name, (t, ratio) in ours.items()]
+    ours = {"decoded each time": load(Pixels(dataset, views)), "cached": load(cached)}
+    rows = rate_rows("", count, *compare(ours, peer, args.repeats))
     print(format_table(rows, ("two views of 32 pixels, one core", "torchvision, images/s", "here, images/s", "ratio")))
     print(f"\nMaking the cache of {len(dataset):,} images took {made:.1f} s.")
 
@@ -195,16 +176,14 @@ def bench_step(args: argparse.Namespace) -> None:
     for c in (131072, 1024):
         names = ("fp32", "bf16") if args.bf16 else ("fp32",)
         ours = {name: TrainingStep([*vit, "--out_dim", str(c), "--precision", name], CPU) for name in names}
-        theirs, found = compare(ours, dino_step(c, n, 224, CPU), args.repeats)
-        rows += [(f"ViT-S/16, 224 pixels, {n} images, 2 + 0, c = {c:,}, {name}", "DINO step, fp32", f"{theirs:.2f}",
-                  f"{t:.2f}", f"{ratio:.2f}") for name, (t, ratio) in found.items()]  # fmt: skip
+        measured = compare(ours, dino_step(c, n, 224, CPU), args.repeats)
+        size = f"ViT-S/16, 224 pixels, {n} images, 2 + 0, c = {c:,}, "
+        rows += [(name, "DINO step, fp32", *row) for name, *row in time_rows(".2f", size, *measured)]
     for arch in ("timm:resnet10t", "resnet8"):
         flags = ("--arch", arch, "--image_size", "32", "--out_dim", "16384", "--optimizer", "adam")
-        theirs, found = compare({"fp32": TrainingStep(flags, CPU)}, plain_step(arch, 16384, 64, 32, CPU), args.repeats)
-        t, ratio = found["fp32"]
-        rows.append(
-            (f"{arch}, 32 pixels, 64 images, c = 16,384", "plain step", f"{theirs:.2f}", f"{t:.2f}", f"{ratio:.2f}")
-        )
+        measured = compare({"": TrainingStep(flags, CPU)}, plain_step(arch, 16384, 64, 32, CPU), args.repeats)
+        name = f"{arch}, 32 pixels, 64 images, c = 16,384"
+        rows += [(name, "plain step", *row) for name, *row in time_rows(".2f", name, *measured)]
     print(format_table(rows, ("step", "peer", "peer, s", "here, s", "ratio")))
 
 
@@ -228,15 +207,9 @@ def bench_evaluation(args: argparse.Namespace) -> None:
     def search():
         knn(train, labels, test, labels[:5_000], ks=(10, 20, 100, 200), temperature=0.07)
 
-    theirs, ours = compare({"search": search}, plain_search, max(1, args.repeats // 2))
-    rows = [
-        (
-            "k-NN of 5,000 among 126,689 x 384, k up to 200",
-            f"{theirs:.1f}",
-            f"{ours['search'][0]:.1f}",
-            f"{ours['search'][1]:.2f}",
-        )
-    ]
+    repeats = max(1, args.repeats // 2)
+    name = "k-NN of 5,000 among 126,689 x 384, k up to 200"
+    rows = time_rows(".1f", name, *compare({"": search}, plain_search, repeats))
     from torchvision import transforms as T
 
     dataset = sources.build_dataset("folder", args.data_path, "train")
@@ -256,11 +229,8 @@ def bench_evaluation(args: argparse.Namespace) -> None:
         for pixels, _, _ in torch.utils.data.DataLoader(view, 32, num_workers=workers.default_workers(None)):
             backbone(color.network_input(pixels, pixels.device))
 
-    theirs, ours = compare({"extraction": extraction}, plain_extraction, max(1, args.repeats // 2))
-    t, ratio = ours["extraction"]
-    rows.append(
-        (f"features of {args.images} photos, ViT-S/16, 224 pixels", f"{theirs:.1f}", f"{t:.1f}", f"{ratio:.2f}")
-    )
+    name = f"features of {args.images} photos, ViT-S/16, 224 pixels"
+    rows += time_rows(".1f", name, *compare({"": extraction}, plain_extraction, repeats))
     print(format_table(rows, ("evaluation", "plain loop, s", "here, s", "ratio")))
 
 
@@ -277,8 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.data_path is None and args.what != "step":
         parser.error(f"{args.what} needs --data_path: a folder of images")
-    keep_freed_memory()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, commit {git_commit()}, medians\n")
+    print(f"{machine()}, medians\n")
     kinds[args.what](args)
 
 

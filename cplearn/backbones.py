@@ -2,11 +2,12 @@
 
 import difflib
 import importlib.util
+import itertools
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -43,10 +44,10 @@ def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rat
         return build(patch_size=patch_size, image_size=image_size, drop_path_rate=drop_path_rate)
     if arch == "resnet18":
         return resnet18_cifar()
-    if match := re.fullmatch(r"resnet8(bn)?(?:_w(\d+))?", arch):
-        if match[2] and int(match[2]) < 1:
-            raise UserError(f"--arch {arch} has no width: resnet8_w64, for instance")
+    if match := re.fullmatch(r"resnet8(bn)?(?:_w(\d{1,9}))?", arch):
         width, norm = int(match[2] or 128), match[1] is not None
+        if not 1 <= width <= 2**16:
+            raise UserError(f"--arch {arch}: its width must lie between 1 and {2**16}, as in resnet8_w64")
         check_weights(lambda: ResNet8(width, norm), f"--arch {arch}")
         return ResNet8(width, norm)
     if arch.startswith("timm:"):
@@ -70,18 +71,16 @@ def _timm_backbone(name: str, image_size: int, drop_path_rate: float) -> nn.Modu
     if not timm.is_model(name) or "." in name:  # after a point stands the name of somebody's weights
         raise UserError(f"--arch timm:{name} is unknown to timm {timm.__version__}{_near(name.split('.')[0])}")
     options = {"drop_path_rate": drop_path_rate, "img_size": image_size, "dynamic_img_size": True}
-    while True:
+    for taken in (dict(x) for count in (3, 2, 1, 0) for x in itertools.combinations(options.items(), count)):
+        build = partial(timm.create_model, name, pretrained=False, num_classes=0, **taken)
         try:
-            build = partial(timm.create_model, name, pretrained=False, num_classes=0, **options)
             check_weights(build, f"--arch timm:{name}")
             model = build()
             break
-        except TypeError as error:
-            refused = [k for k in options if f"'{k}'" in str(error)]
-            if not refused:
+        except TypeError:  # which a model raises for an option that it does not know
+            if not taken:
                 raise
-            del options[refused[0]]
-    model.timm_options = {name: value for name, value in options.items() if name != "drop_path_rate"}  # for an export
+    model.timm_options = {name: value for name, value in taken.items() if name != "drop_path_rate"}  # for an export
     # Measured, because a few models report the width before their last layer.
     model.num_features = check_image_size(model, f"timm:{name}", image_size)
     return convert_batch_norm(model).to(memory_format=torch.channels_last)  # for convolutions
@@ -124,65 +123,29 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 
 def check_weights(build: Callable[[], nn.Module], flag: str) -> None:
-    """Check that this machine can hold a module's weights once, before it is made: on torch's meta device, without any.
+    """Raise `UserError` if a network's weights alone exceed this machine's memory: the system would kill the process.
 
-    Raises `UserError`. Other errors are left to whoever makes it in earnest.
+    It is made on torch's meta device, without memory; one that cannot be is not checked.
     """
     try:
         with torch.device("meta"):
             module = build()
-        need = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-    except (RuntimeError, TypeError, OverflowError) as error:
-        if "overflow" not in str(error).lower():
-            return
-        need = math.inf
-    if need > (have := physical_memory()):
+    except RuntimeError:
+        return
+    need, have = sum(t.nbytes for t in [*module.parameters(), *module.buffers()]), physical_memory()
+    if need > have:
         raise UserError(
             f"{flag}: its weights alone take {need / 1e9:,.0f} GB, this machine has {have / 1e9:.0f} GB: "
             "choose a smaller network"
         )
 
 
-def bytes_kept(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
-    """Return the bytes that autograd keeps of a forward pass, on any device, beside the tensors `own`."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        kept.setdefault(x.untyped_storage()._cdata, x)  # which keeps it alive, so that no other takes its place
-        return x
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        forward()
-    known = {t.untyped_storage()._cdata for t in own}
-    return sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in known)
-
-
-def kept_for_gradient(backbone: nn.Module, size: int) -> int:
-    """Return the bytes that autograd keeps of one image, from shapes alone; 0 if the backbone cannot tell them."""
-    tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-    weights = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
-    image = torch.empty(1, 3, size, size, device="meta")
-    try:
-        return bytes_kept(lambda: torch.func.functional_call(backbone, weights, image), weights.values())
-    except Exception:
-        return 0
-
-
 @torch.no_grad()
 def check_image_size(backbone: nn.Module, arch: str, size: int) -> int:
-    """Try one image, on the CPU; return the number of features.
-
-    Raises `UserError` if the backbone cannot take this size, or this machine what it keeps of two images.
-    """
+    """Try one image, on the CPU; return the number of features. Raises `UserError` if it cannot take this size."""
     training = backbone.training
-    need, have = 2 * kept_for_gradient(backbone.eval(), size), physical_memory()
-    if need > have:
-        raise UserError(
-            f"--arch {arch} with images of {size} pixels takes {need / 1e9:,.0f} GB for two of them, this machine has "
-            f"{have / 1e9:.0f} GB: choose a smaller --image_size (or --local_image_size), or a larger --patch_size"
-        )
     try:
-        width = backbone(torch.zeros(1, 3, size, size)).shape[1]
+        width = backbone.eval()(torch.zeros(1, 3, size, size)).shape[1]
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--arch {arch} cannot take images of {size} pixels: {reason}") from None

@@ -6,6 +6,7 @@ turns an original DINO checkpoint, which carries a pickled argparse.Namespace, i
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import io
@@ -13,7 +14,9 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from cplearn import backbones, errors
-from cplearn.errors import ReadError, UserError, WriteError
-from cplearn.files import flush_folder, is_full, remove_quietly, written
+from cplearn.errors import ExpectedError, ReadError, UserError
+from cplearn.files import flush_folder, reading, remove_quietly, written
 from cplearn.flags import ArgumentParser
 
 FORMAT = "cplearn-1"
@@ -48,32 +51,24 @@ def write(path: str | Path, content: dict) -> None:
 
     Raises `WriteError` if that fails; `path` is then as it was.
     """
-    path = Path(path)
-    with written(path, on_disk=True) as f:
-        try:
-            torch.save(content, f)
-        except RuntimeError as error:  # torch turns a failed write into one
-            if "DataLoader" in str(error):  # a worker's death is reported wherever the main process happens to be
-                raise
-            reason = (str(error).splitlines() or ["unknown"])[0][:120]
-            if is_full(path.parent):  # torch's own words are about positions in the file
-                reason = "no space left on the disk"
-            raise WriteError(f"{path} could not be written: {reason}; free some space and run again") from error
+    buffer = io.BytesIO()  # torch would make errors of its own of a disk's
+    torch.save(content, buffer)
+    with written(Path(path), on_disk=True) as file:
+        file.write(buffer.getbuffer())
 
 
-def save_run(folder: str | Path, state: dict) -> None:
-    """Write `folder`/checkpoint.pth and keep the one before it as checkpoint_previous.pth.
+def save_run(folder: str | Path, state: dict, others: Sequence[str] = ()) -> None:
+    """Write `folder`/checkpoint.pth, and keep the one before it as checkpoint_previous.pth.
 
-    The new file is complete before an old one is touched. Raises `WriteError`.
+    `others`: names under which the same is kept too, and there first. The content is written once, and is complete
+    before an old file is touched. Raises `WriteError`, or OSError for a name that cannot be given.
     """
     folder = Path(folder)
-    save(folder / f"{LATEST}.new", state)
-    try:
-        _shift(folder)
-    except OSError as error:
-        raise WriteError(
-            f"{folder / LATEST} could not be renamed: {error.strerror}; run the same command again"
-        ) from error
+    names = [*others, f"{LATEST}.new"]
+    save(folder / names[0], state)
+    for name in names[1:]:
+        _name_again(folder / names[0], folder / name)
+    _shift(folder)
 
 
 def finish_writing(folder: str | Path) -> None:
@@ -91,100 +86,98 @@ def _shift(folder: Path) -> None:
     Killed anywhere in between, `finish_writing` does it again.
     """
     if (folder / LATEST).exists():
-        link = folder / f".{LATEST}.link.tmp"
-        remove_quietly(link)
-        try:
-            os.link(folder / LATEST, link)
-            os.replace(link, folder / PREVIOUS)
-            remove_quietly(link)  # two names of one file are not replaced: killed before, here the first time
-        except OSError:  # a file system without links
-            os.replace(folder / LATEST, folder / PREVIOUS)
+        _name_again(folder / LATEST, folder / PREVIOUS)
     os.replace(folder / f"{LATEST}.new", folder / LATEST)
     flush_folder(folder)
+
+
+def _name_again(path: Path, name: Path) -> None:
+    """Give a file a second name, in place of what has it; a copy on a file system without links."""
+    link = name.with_name(f".{name.name}.link.tmp")
+    remove_quietly(link)
+    try:
+        os.link(path, link)
+    except OSError:
+        with open(path, "rb") as content, written(name, on_disk=True) as copy:
+            shutil.copyfileobj(content, copy)
+        return
+    os.replace(link, name)
+    remove_quietly(link)  # two names of one file are not replaced: killed before, here the first time
 
 
 # --- reading -------------------------------------------------------------------------------------------
 
 
-def load_file(path: str | Path, classes: list[type] = ()) -> dict:
+def load_file(path: str | Path, classes: Sequence[type] = ()) -> dict:
     """Load any file that torch saved, or a .safetensors, on the CPU, executing nothing from it.
 
-    Raises `UserError` with the reason.
-
-    Zip files, which is all that torch has written since 1.6, are checked against their CRC-32 first: torch itself
-    does not, and would hand out weights with flipped bits. `classes` may be in the file besides tensors and plain
-    containers.
+    `classes` may be in the file besides tensors and plain containers. Raises `UserError` for a file that is damaged or
+    refused, `ReadError` for one that cannot be read now, which says nothing about its content.
     """
-    with _open(path) as file:
+    with _opened(path) as file:
         return _load(file, path, classes)
 
 
-def load_file_and_hash(path: str | Path, classes: list[type] = ()) -> tuple[dict, str]:
-    """Load as `load_file` does; also return the SHA-256 of the very bytes that were loaded.
+def load_file_and_hash(path: str | Path, classes: Sequence[type] = ()) -> tuple[dict, str]:
+    """Load as `load_file` does; also return the SHA-256 of the file.
 
-    The file is read once, into memory: replaced meanwhile, it cannot lend its hash to other weights.
+    It is opened once: replaced meanwhile, it cannot lend its hash to other weights.
     """
-    with _open(path, in_memory=True) as file:
-        return _load(file, path, classes), hashlib.sha256(file.getvalue()).hexdigest()  # getvalue copies nothing
-
-
-def _open(path: str | Path, in_memory: bool = False) -> BinaryIO:
-    path = Path(path)
-    if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {reason}: give the path of a checkpoint")
-    try:
-        return io.BytesIO(path.read_bytes()) if in_memory else open(path, "rb")
-    except (OSError, MemoryError) as error:
-        raise _unread(path, error) from None
-
-
-# Reasons of the system that say nothing about the content of a file; zipfile raises others for one that is damaged.
-PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EMFILE,
-           errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.EAGAIN, errno.ENOENT}  # fmt: skip
-
-
-def _unread(path: str | Path, error: Exception) -> ReadError:
-    reason = error.strerror if isinstance(error, OSError) else "not enough memory"
-    return ReadError(f"{path} cannot be read now: {reason}; it may well be whole: mend that and run again")
-
-
-def _check_archive(file: BinaryIO, path: str | Path) -> None:
-    """Compare all checksums. Raises `UserError` for a wrong one, and for what torch does not write."""
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if any(x.compress_type for x in entries) or sum(x.file_size for x in entries) > size:  # or it may never end
-            raise UserError(f"{path} is refused: it is compressed, as torch.save never does; use another copy")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy")
-
-
-def _load(file: BinaryIO, path: str | Path, classes: list[type]) -> dict:
-    try:
-        if str(path).endswith(".safetensors"):
-            return _load_safetensors(file, path)
-        if file.read(2) == b"PK":
-            _check_archive(file, path)
+    with _opened(path) as file:
+        state = _load(file, path, classes)
         file.seek(0)
-        with torch.serialization.safe_globals(list(classes)):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = "it holds Python objects that could run code" if "Weights only" in str(error) else "it is damaged"
-        raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
-    except UserError:
+        return state, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file of somebody: damaged, it can make zipfile, pickle and torch raise anything."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except ExpectedError:
         raise
-    except Exception as error:  # a damaged file can make zipfile, pickle and torch raise anything
-        passing = isinstance(error, MemoryError) or "allocate memory" in str(error)
-        if passing or getattr(error, "errno", None) in PASSING:
-            raise _unread(path, error) from None
-        first = (str(error).splitlines() or [""])[0]
-        first = type(error).__name__ if len(first) < 8 else first  # a KeyError says no more than a number
-        raise UserError(f"{path} is truncated or no checkpoint at all ({first[:120]}): use another copy") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist: give the path of a checkpoint") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the path of a checkpoint") from None
+    except pickle.UnpicklingError:
+        reason = "it holds Python objects, which could run code, or is damaged"
+        raise UserError(f"{path} is refused: {reason}; use a file of tensors and plain containers") from None
+    except Exception as error:
+        reason = None
+        if isinstance(error, MemoryError) or errors.NO_MEMORY in str(error):  # torch has no type of its own for it
+            reason = "not enough memory"
+        elif isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those are zipfile's, for damage
+            reason = error.strerror
+        if reason:
+            raise ReadError(
+                f"{path} cannot be read now: {reason}; it may well be whole: mend that, run again"
+            ) from None
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        raise UserError(f"{path} is truncated or no checkpoint at all ({reason}): use another copy") from None
+
+
+def _load(file: BinaryIO, path: str | Path, classes: Sequence[type]) -> dict:
+    of_torch = not str(path).endswith(".safetensors")
+    state = _load_torch(file, path, classes) if of_torch else _load_safetensors(file, path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     return state
+
+
+def _load_torch(file: BinaryIO, path: str | Path, classes: Sequence[type]) -> object:
+    """Load what torch saved, after its checksums: torch would hand out weights with flipped bits."""
+    if file.read(2) == b"PK":  # as all that torch has written since 1.6
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            if sum(x.file_size for x in archive.infolist()) > size:  # unpacking it might never end
+                raise UserError(f"{path} is refused: it claims to hold more than it is long; use another copy")
+            if (damaged := archive.testzip()) is not None:
+                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy")
+    file.seek(0)
+    with torch.serialization.safe_globals(list(classes)):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _load_safetensors(file: BinaryIO, path: str | Path) -> dict:
@@ -193,10 +186,8 @@ def _load_safetensors(file: BinaryIO, path: str | Path) -> dict:
         from safetensors.torch import load as parse
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
-    metadata = safetensors_metadata(file, path)
-    file.seek(0)
     content = file.read()
-    tensors = parse(content)
+    tensors, metadata = parse(content), safetensors_metadata(io.BytesIO(content), path)
     expected = metadata.get("data_sha256")  # the format itself has no checksum
     if expected and expected != safetensors_data_hash(content):
         raise UserError(f"{path} is damaged: its checksum is wrong; use another copy")
@@ -205,14 +196,9 @@ def _load_safetensors(file: BinaryIO, path: str | Path) -> dict:
 
 def safetensors_metadata(file: BinaryIO, path: str | Path) -> dict[str, str]:
     """Return the texts in the header of a .safetensors file. Raises `UserError` if it has no such header."""
-    length = int.from_bytes(file.read(8), "little")
-    try:
-        header = json.loads(file.read(length)) if length < 2**27 else None
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is truncated or no .safetensors file: use another copy")
-    metadata = header.get("__metadata__")
+    with reading(path, "use another copy"):
+        length = int.from_bytes(file.read(8), "little")
+        metadata = json.loads(file.read(min(length, 2**27))).get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
 
@@ -242,22 +228,17 @@ def load_run(folder: str | Path) -> tuple[dict, Path, str | None] | None:
 
     None if there is no checkpoint at all. Raises `UserError` if there are some and none can be read.
     """
+    paths = [path for path in (Path(folder) / LATEST, Path(folder) / PREVIOUS) if path.exists()]
     problems = []
-    for path in (Path(folder) / LATEST, Path(folder) / PREVIOUS):
-        if not path.exists():
-            continue
+    for path in paths:
         try:
             return load(path), path, "; ".join(problems) or None
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError(
-            "; ".join(
-                problem.removesuffix(": use another copy").removesuffix("; use another copy") for problem in problems
-            )
-            + "; copy a numbered checkpoint over checkpoint.pth, or use another --output_dir"
-        )
-    return None
+    if not paths:
+        return None
+    reasons = "; ".join(problems)
+    raise UserError(f"{reasons}; copy a numbered checkpoint over checkpoint.pth, or use another --output_dir")
 
 
 def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
@@ -284,27 +265,27 @@ def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teach
 
 
 def load_into(module: nn.Module, weights: dict, what: str) -> None:
-    """Load strictly; raises `UserError` that names the keys and shapes that do not fit."""
+    """Load strictly. Raises `UserError` that names the keys and shapes that do not fit, or what is not finite."""
     own = module.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
-    shapes = [
+    tensors = [k for k, v in own.items() if isinstance(v, Tensor)]
+    differ = [
         f"{k} {_shape(weights[k])} instead of {_shape(own[k])}"
-        for k in sorted(own.keys() & weights.keys())
-        if isinstance(own[k], Tensor) and (not isinstance(weights[k], Tensor) or weights[k].shape != own[k].shape)
+        for k in sorted(tensors)
+        if k in weights and _shape(weights[k]) != _shape(own[k])
     ]
+    groups = {
+        "keys missing": sorted(own.keys() - weights.keys()),
+        "unknown keys": sorted(weights.keys() - own.keys()),
+        "other shapes": differ,
+    }
     problems = [
-        f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for label, names in (
-            ("keys missing", missing),
-            ("unknown keys", unexpected),
-            ("other shapes", shapes),
-        )
+        f"{len(names)} {label} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for label, names in groups.items()
         if names
     ]
     if problems:
         raise UserError(f"{what} does not fit this model: {'; '.join(problems)}; check --arch and the sizes")
-    wrong = next((k for k in own if isinstance(own[k], Tensor) and not weights[k].isfinite().all()), None)
+    wrong = next((k for k in tensors if not weights[k].isfinite().all()), None)
     if wrong is not None:
         raise UserError(f"{what} holds infinite numbers or NaN, in {wrong}: its training diverged, use an earlier one")
     module.load_state_dict(weights, strict=True)
@@ -316,21 +297,13 @@ def _shape(x: object) -> str:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
     """Load strictly: as many groups, parameters and states as here, each of its parameter's shape."""
-    groups = [len(g["params"]) for g in optimizer.param_groups]
-    try:
-        saved = [len(g["params"]) for g in state["param_groups"]]
-        parameters = [p for g in optimizer.param_groups for p in g["params"]]
-        wrong = saved != groups or any(
-            isinstance(x, Tensor) and x.dim() and x.shape != parameters[i].shape
-            for i, entries in state["state"].items()
-            for x in entries.values()
-        )
-    except (KeyError, TypeError, AttributeError, IndexError):
-        wrong = True
-    if wrong:
-        raise UserError(
-            f"the optimizer state in {what} does not fit this model: check --optimizer, --arch and the sizes"
-        )
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    with reading(what):
+        saved, own = ([len(g["params"]) for g in groups] for groups in (state["param_groups"], optimizer.param_groups))
+        tensors = [(i, x) for i, kept in state["state"].items() for x in kept.values() if isinstance(x, Tensor)]
+        if saved != own or any(x.dim() and x.shape != parameters[i].shape for i, x in tensors):
+            fix = "check --optimizer, --arch and the sizes"
+            raise UserError(f"the optimizer state in {what} does not fit this model: {fix}")
     # Not its options: the schedules set learning rate and decay, and on another device the fused form differs.
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -339,16 +312,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> 
 
 
 def convert_dino(source: str | Path, target: str | Path, key: str = "teacher") -> int:
-    """Write the backbone weights of an original DINO checkpoint as a plain state dict; returns how many.
-
-    Only the classes in `DINO_CLASSES` are let through. Raises `UserError` for anything else.
-    """
+    """Write the backbone weights of DINO's own checkpoint as a plain state dict; return how many."""
     state = load_file(source, DINO_CLASSES)
-    if key not in state and {"teacher", "student"} & state.keys():
-        raise UserError(f"{source} has no {key}: it holds {', '.join(map(str, list(state)[:8]))}")
     weights = backbone_weights(state, key)
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"{source} holds no backbone weights: is it a checkpoint of DINO's main_dino.py?")
+        raise UserError(f"{source} holds no weights of a {key}: is it a checkpoint of DINO's main_dino.py?")
     write(target, {"state_dict": {k: v.clone() for k, v in weights.items()}})
     return len(weights)
 

@@ -72,18 +72,15 @@ class Interrupted(ExpectedError):
 
     exit_code = 75
 
+    def __init__(self, line: str, signal: str | None = None):
+        super().__init__(line)
+        self.signal = signal  # its name, where it came to this process
 
-# How torch words it when the other end of a collective is gone.
-PEER_GONE = (
-    "Connection closed by peer",
-    "Connection reset",
-    "Broken pipe",
-    "Timed out waiting",
-    "NCCL",
-    "ProcessGroup",
-)
 
-NO_MEMORY = "can't allocate memory"  # in the words of torch's allocator on a CPU
+# torch raises a plain RuntimeError when a CPU's memory is used up, so there is nothing but its words to know it by.
+NO_MEMORY = "can't allocate memory"
+
+watch = None  # the `cplearn.distributed.alive.Watch` of this process, if there are others in its run
 
 
 def exit_status(error: BaseException) -> tuple[int, str]:
@@ -99,17 +96,7 @@ def exit_status(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in first:
         remedy = "use a smaller --batch_size_per_gpu; training also has --accum N and --grad_checkpointing"
         return UserError.exit_code, f"out of memory ({first[:120] or type(error).__name__}): {remedy}"
-    sign = next((sign for sign in PEER_GONE if sign in str(error)), None)
-    if isinstance(error, RuntimeError) and sign and in_group():
-        line = f"another process of the run ended or hangs ({sign}): look for its own message, then run again"
-        return PeerError.exit_code, line
     return 1, f"{type(error).__name__}: {first}"
-
-
-def in_group() -> bool:
-    """Return whether this process belongs to a process group."""
-    torch = sys.modules.get("torch")  # not imported here: what a launcher needs must load at once
-    return torch is not None and torch.distributed.is_initialized()
 
 
 def leave_group() -> None:
@@ -117,44 +104,63 @@ def leave_group() -> None:
 
     What is left of DDP in reference cycles must be gone by then: collected after its group it aborts the process.
     """
-    if in_group():
-        if "cplearn.distributed.alive" in sys.modules:
-            sys.modules["cplearn.distributed.alive"].stop(done=True)
+    global watch
+    if watch is not None:
+        watch.stop(done=True)
+        watch = None
         gc.collect()
-        sys.modules["torch"].distributed.destroy_process_group()
+        distributed = sys.modules["torch"].distributed  # not imported above: what a launcher needs must load at once
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
-def _report(code: int, line: str) -> None:
+def lost_peer(error: BaseException) -> PeerError | None:
+    """Return what to tell instead of a RuntimeError if a process of the run is gone, without which torch raises it."""
+    if watch is None or not isinstance(error, RuntimeError) or exit_status(error)[0] != 1:
+        return None
+    ignore_signals()  # the launcher, too, may have seen it, and stop this process before it has told
+    name = watch.lost()
+    return PeerError(f"{name} has ended: look for its own message, then run again") if name else None
+
+
+def ignore_signals() -> None:
+    """It is too late to stop what ends anyway."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _report(error: BaseException | None) -> None:
     """What `run_script` was given."""
 
 
 def end_at_once(error: ExpectedError) -> None:
     """End the process as `run_script` does, from a thread: the main one hangs in a call that no exception reaches."""
-    _report(error.exit_code, str(error))
+    _report(error)
     sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
     os._exit(error.exit_code)
 
 
 def run_script(
-    main: Callable[[Sequence[str] | None], object], report: Callable[[int, str], None] = lambda code, line: None
+    main: Callable[[Sequence[str] | None], object],
+    report: Callable[[BaseException | None], None] = lambda error: None,
 ) -> None:
     """Run an entry point; an `ExpectedError` becomes one line on stderr and its exit code.
 
     Rank 0 prints what all ranks meet alike. Output that is closed or breaks ends nothing.
-    `report` is called with code and line before the process ends.
+    `report` is called with the error, or None, before the process ends.
     """
     global _report
     _report = report
     outlive_output()
     try:
         main(None)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # too late to stop what is done
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         leave_group()  # not after an error: the other ranks may be inside a collective
-    except BaseException as error:
+    except BaseException as raised:
+        error = lost_peer(raised) or raised
         code, line = exit_status(error)
-        report(code, line)
+        report(error)
         if code == 1 or isinstance(error, SystemExit):
             raise
         alone = getattr(error, "alone", True)
@@ -164,4 +170,4 @@ def run_script(
         if isinstance(error, Interrupted):  # all ranks come here together
             leave_group()
         sys.exit(code)
-    report(0, "")
+    report(None)

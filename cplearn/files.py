@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -16,17 +15,12 @@ from typing import BinaryIO
 from cplearn.errors import ExpectedError, UserError, WriteError
 from cplearn.text import csv_rows
 
-APPENDED = ("log.txt", "results.jsonl")  # files of an output folder that grow; all others are replaced
-
 
 def check_output_dir(path: str, flag: str = "--output_dir") -> None:
     """Create the folder and write to it, so that a run does not find out after its first epoch.
 
     Raises `UserError` with the reason.
     """
-    for name in APPENDED:
-        if Path(path, name).is_symlink():
-            raise UserError(f"{flag} {path}: {name} is a link, through which nothing is written: remove it")
     probe = Path(path) / f".write_test_{os.getpid()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -39,12 +33,6 @@ def check_output_dir(path: str, flag: str = "--output_dir") -> None:
         remove_quietly(probe)
 
 
-def create(path: Path) -> BinaryIO:
-    """Open a new file to write, in place of what is there; never through a link that somebody left under this name."""
-    remove_quietly(path)
-    return open(path, "xb")
-
-
 @contextlib.contextmanager
 def written(path: Path, *, on_disk: bool = False) -> Iterator[BinaryIO]:
     """Give a file to write, which is `path` afterwards, or else is gone. Raises `WriteError`.
@@ -53,7 +41,7 @@ def written(path: Path, *, on_disk: bool = False) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with create(temporary) as f:
+        with open(temporary, "wb") as f:
             yield f
             if on_disk:
                 f.flush()
@@ -110,7 +98,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     write_text(path, text.getvalue())
 
 
-MARK_WITHIN = 2**16  # bytes from the beginning or the end of a file in which its mark stands
+MARK_WITHIN = 2**20  # bytes from the beginning or the end of a file in which its mark stands
 
 
 def replaceable(path: Path, mark: bytes) -> bool:
@@ -173,27 +161,12 @@ def remove_quietly(path: Path) -> None:
         pass
 
 
-def open_own(path: str | Path) -> BinaryIO:
-    """Open a file of a run to append, read and cut. Raises `WriteError` for a link, or what is no file: it would be
-    somebody else's."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise WriteError(f"{path} is a link or no file, through which nothing is written: remove it") from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise WriteError(f"{path} is no regular file, nothing is written to it: remove it")
-    return os.fdopen(descriptor, "ab+")
-
-
 def append_json_line(path: str | Path, record: dict) -> None:
     """Append one record, on a line of its own even after one that a kill cut short. JSON has no NaN and no infinity:
     they become null. Raises `WriteError`."""
     line = json.dumps(_json_ready(record), allow_nan=False) + "\n"
     try:
-        with open_own(path) as f:
+        with open(path, "ab+") as f:
             if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
                 line = "\n" + line
             f.write(line.encode())
@@ -202,13 +175,8 @@ def append_json_line(path: str | Path, record: dict) -> None:
 
 
 def read_text(path: str | Path, limit: int = 2**28) -> str:
-    """Return what a file of ours holds, surrogates for what is not UTF-8.
-
-    Raises OSError also for what would never end: pipes, devices, and more than `limit` bytes.
-    """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
-        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
+    """Return what a file holds, surrogates for what is not UTF-8. Raises OSError also for more than `limit` bytes."""
+    with open(path, "rb") as f:
         content = f.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, "is too large", str(path))
@@ -230,11 +198,11 @@ def read_json_lines(path: str | Path) -> list[dict]:
         lines = read_text(path).split("\n")
     except OSError:
         return []
-    found = []
+    records = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict)]
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def _json_ready(value):

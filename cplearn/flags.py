@@ -5,14 +5,11 @@ import difflib
 import errno
 import math
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 
 from cplearn.errors import UserError
-
-LARGEST_RECIPE = 2**20  # bytes
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -23,23 +20,32 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        return super().parse_known_args(expand_recipes(sys.argv[1:] if args is None else args), namespace)
+        try:
+            return super().parse_known_args(expand_recipes(sys.argv[1:] if args is None else args), namespace)
+        except argparse.ArgumentError as error:
+            colon = (
+                "" if isinstance(error.__context__, argparse.ArgumentTypeError) else ":"
+            )  # ours begin with the value
+            self.error(f"{error.argument_name}{colon} {error.message}")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.refuse(unknown)
+        return args
+
+    def refuse(self, unknown: Sequence[str]):
+        """Raise `UserError` for arguments that are not known, with the flag that may have been meant."""
+        flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), "")
+        guess = self._guess(flag.replace("-", "_").replace("_", "-", 2))
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{guess} (--help lists the flags)")
 
     def error(self, message: str):
-        """Raise `UserError` with the flag, its value and what is wrong, in one line."""
-        message = message.replace("\n", "\\n").replace("\r", "\\r")
-        match = re.fullmatch(r"argument (?:\S+/)?(--?\w+): (.*)", message)
-        if match:
-            colon = "" if _OUR_WORDS.search(match[2]) else ":"
-            message = f"{match[1]}{colon} {match[2]}"
-        if message.startswith("unrecognized arguments: "):
-            flag = next((word.split("=")[0] for word in message.split() if word.startswith("-")), "")
-            message += self._guess(flag.replace("-", "_").replace("_", "-", 2))
-            message += " (--help lists the flags)"
-        raise UserError(message)
+        """Raise `UserError` with the message in one line."""
+        raise UserError(message.replace("\n", "\\n").replace("\r", "\\r"))
 
     def _guess(self, flag: str) -> str:
         """Return a question that names the flag that was meant, cut short or mistyped; "" if there is none like it."""
@@ -62,15 +68,12 @@ def _words_of(argument: str, inside: tuple[str, ...]) -> list[str]:
     if path in inside:
         raise UserError(f"{argument} includes itself: take that line out")
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_RECIPE + 1)
-        text = content.decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
     except OSError as error:
         raise UserError(f"{argument[:200]} cannot be read ({error.strerror}): @FILE is a recipe of flags") from None
     except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text or len(content) > LARGEST_RECIPE:
-        raise UserError(f"{argument} is no text file of flags: check the path")
+        raise UserError(f"{argument} is no text file of flags: check the path") from None
     words = []
     for line in text.splitlines():
         try:
@@ -88,8 +91,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 # --- types that check their range ------------------------------------------------------------------------
-
-_OUR_WORDS = re.compile(r" must | is not a | is neither ")
 
 
 def _type(kind: type, holds: Callable[[float], bool], requirement: str) -> Callable[[str], float]:
@@ -148,20 +149,17 @@ def expand_paths(args: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         path = getattr(args, name)
-        if path is None:
-            continue
-        if not path.strip():
-            raise UserError(f"--{name} '' is empty: name a path, or leave the flag out")
-        setattr(args, name, check_path(f"--{name}", path))
+        if path is not None:
+            setattr(args, name, check_path(f"--{name}", path))
 
 
 def check_path(flag: str, path: str) -> str:
     """Return the path with `~` expanded. Raises `UserError` if no file can have it."""
+    if not path.strip():
+        raise UserError(f"{flag} '' is empty: name a path, or leave the flag out")
     path = os.path.expanduser(path)
     try:
         os.lstat(path)
-    except ValueError:
-        raise UserError(f"{flag} holds a NUL character: check the path") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{flag} {path[:60]}... is longer than a path can be: shorten it") from None

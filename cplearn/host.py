@@ -1,12 +1,12 @@
 """Facts about this machine, its processes and this checkout. Standard library only, so it loads at once."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import resource
 import signal
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: scripts, recipes, tables of the paper
@@ -90,67 +90,47 @@ def available_memory() -> int:
     return max(0, min([free, *(limit - used for limit, used in memory_limits())]))
 
 
-def resident_memory() -> int | None:
-    """Return the bytes of memory that this process has, its libraries included; None outside Linux."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
-# Names of a control group's files, in its second and its first version: limit, use, and in memory.stat the pages of
-# files that are given up when memory is asked for.
-MEMORY_FILES = (("memory.max", "memory.current", "inactive_file"),
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
-# Microseconds of computing within so many of time: in one file of the second version, in two of the first.
-CORE_FILES = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-
-
 def memory_limits(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> list[tuple[int, int]]:
-    """Return (limit, use) in bytes of each control group with a limit that this process is in: Docker's, Slurm's, or
-    systemd's, with those around it."""
-    groups = control_groups("memory", process, mounted)
-    return [limit for group, first in groups if (limit := _memory_limit(group, *MEMORY_FILES[first]))]
+    """Return (limit, use) in bytes of each control group with a limit that this process is in: Docker's, Slurm's."""
+    limits = []
+    for group in control_groups("memory", process, mounted):
+        for limit, use in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+                most, used = (int((group / name).read_text()) for name in (limit, use))
+                pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # Pages of files are given up when memory is asked for.
+                limits.append((most, used - int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))))
+    return limits
 
 
 def core_limits(process: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> list[float]:
     """Return the cores that each control group with a limit lets its processes use together."""
-    groups = control_groups("cpu", process, mounted)
-    return [limit for group, first in groups if (limit := _core_limit(group, CORE_FILES[first]))]
+    limits = []
+    for group in control_groups("cpu", process, mounted):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # microseconds within so many
+            with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+                quota, period = (int(x) for x in " ".join((group / name).read_text() for name in names).split())
+                if quota > 0:  # -1 is no limit
+                    limits.append(quota / period)
+    return limits
 
 
-def control_groups(kind: str, process: str, mounted: str) -> list[tuple[Path, bool]]:
-    """Return folders of the groups that may limit this process, innermost first, and whether of the first version."""
+def control_groups(kind: str, process: str, mounted: str) -> list[Path]:
+    """Return the folders of the groups, of the second version or the first, that may limit this process, innermost
+    first."""
     try:
         lines = [line.split(":", 2) for line in Path(process).read_text().splitlines()]
     except OSError:
         return []
-    found = []
+    groups = []
     for _, kinds, name in (line for line in lines if len(line) == 3):
         if kinds and kind not in kinds.split(","):
             continue
         root = Path(mounted, kind) if kinds else Path(mounted)
         # A path that is one of outside this container leads nowhere here; the container's own group is the root.
         parts = [part for part in name.split("/") if part and part != ".."]
-        found += [(root.joinpath(*parts[:depth]), bool(kinds)) for depth in range(len(parts), -1, -1)]
-    return found
-
-
-def _memory_limit(group: Path, limit: str, use: str, reclaimable: str) -> tuple[int, int] | None:
-    try:
-        most, used = (int((group / name).read_text()) for name in (limit, use))
-        numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return most, used - int(numbers.get(reclaimable, 0))
-    except (OSError, ValueError):  # no such group, or "max"
-        return None
-
-
-def _core_limit(group: Path, names: Sequence[str]) -> float | None:
-    try:
-        quota, period = (int(x) for x in " ".join((group / name).read_text() for name in names).split())
-        return quota / period if quota > 0 else None
-    except (OSError, ValueError):  # no such group, or "max"; -1 in the first version
-        return None
+        groups += [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return groups
 
 
 def free_shared_memory() -> int | None:
@@ -175,20 +155,6 @@ def allow_open_files(count: int) -> int:
         soft = wanted if hard == infinite else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return count if soft == infinite else soft - used
-
-
-def keep_freed_memory() -> None:
-    """Tell the C library to keep the memory of freed tensors for the next ones, where it is glibc.
-
-    By default it gives pieces above some hundred kilobytes back to the system each time, which zeroes them anew: a
-    quarter of the time of the color half of the views.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger pieces are mapped one by one; glibc allows no more
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: free memory at the end of the heap that is kept
-    except (OSError, AttributeError):
-        pass
 
 
 def end_with_parent() -> None:

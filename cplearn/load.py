@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cplearn import backbones, checkpoints, random_streams
 from cplearn.data import augmentations, color, datasets, sources
 from cplearn.errors import UserError
+from cplearn.files import reading
 from cplearn.methods import build_method
 
 
@@ -29,10 +30,21 @@ def read_weights(path: str) -> WeightsFile:
     return WeightsFile(path, *checkpoints.load_file_and_hash(path, checkpoints.DINO_CLASSES))
 
 
-def no_data_flags(file: WeightsFile) -> dict[str, object]:
-    """Return the data flags for who brings images of their own: weights that say nothing then stand for 224 pixels."""
-    dataset = None if checkpoints.is_ours(file.state) else "folder"
-    return {"random_init": False, "dataset": dataset, "data_path": None, "class_list": None}
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which network to load, as the flags of a script say it; None is left to the file."""
+
+    weights: str  # path of the file
+    arch: str | None = None
+    patch_size: int | None = None
+    image_size: int | None = None
+    checkpoint_key: str | None = None  # teacher or student, where there are two
+    dataset: str | None = None
+    data_path: str | None = None
+    class_list: str | None = None
+    random_init: bool = False  # the network before training, without the file's weights
+    seed: int = 0  # of weights that the file does not determine
+    unnamed_dataset: str = "folder"  # what weights are taken to be of where neither flags nor file say it
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,6 @@ class Model:
     """A frozen backbone in eval mode, the method around it if the file had one, and what file and flags say of them."""
 
     backbone: nn.Module
-    method: nn.Module | None
-    method_name: str | None
     arch: str
     patch_size: int
     image_size: int
@@ -50,9 +60,11 @@ class Model:
     class_list: str | None
     weights: str  # path of the file
     weights_sha256: str
-    epoch: int | None  # epochs that the weights were trained for, if the file says so
     random_init: bool  # not the file's weights, but those that such a model starts from
-    network: str | None  # teacher or student, where the method has two
+    epoch: int | None = None  # epochs that the weights were trained for, if the file says so
+    method: nn.Module | None = None
+    method_name: str | None = None
+    network: str | None = None  # teacher or student, where the method has two
 
     def flags(self) -> dict[str, object]:
         """Return the flags as the file completes them."""
@@ -69,16 +81,16 @@ class Model:
         return sources.build_dataset(self.dataset, self.data_path, split, self.class_list)
 
 
-def load_model(args: argparse.Namespace, device: torch.device, file: WeightsFile | None = None) -> Model:
-    """Build the model that `--pretrained_weights` belong to and load every key; data flags may come from the file.
+def load_model(request: ModelRequest, device: torch.device, file: WeightsFile | None = None) -> Model:
+    """Build the model that the weights belong to and load every key.
 
     `file`: the same weights, if they have been read already. Raises `UserError` if they do not fit.
     """
-    augmentations.check_size("--image_size", args.image_size or 0)
-    file = file or read_weights(args.pretrained_weights)
+    augmentations.check_size("--image_size", request.image_size or 0)
+    file = file or read_weights(request.weights)
     build = _run_model if checkpoints.is_ours(file.state) else _bare_model
-    model = build(args, file)
-    key = args.checkpoint_key
+    model = build(request, file)
+    key = request.checkpoint_key
     if key and model.network is None and not isinstance(file.state.get(key), dict):
         raise UserError(f"--checkpoint_key {key}: {file.path} has no such network: leave it out")
     if backbones.is_vit(model.arch) and model.image_size % model.patch_size:
@@ -87,40 +99,35 @@ def load_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
     return model
 
 
-def _run_model(args: argparse.Namespace, file: WeightsFile) -> Model:
+def _run_model(request: ModelRequest, file: WeightsFile) -> Model:
     """Build what a checkpoint of main_cplearn.py holds."""
     run = _recorded_flags(file)
-    for name in ("arch", "patch_size"):
-        given = getattr(args, name)
-        if given is not None and given != getattr(run, name):
-            raise UserError(
-                f"--{name} {given}, but {file.path} was trained with {getattr(run, name)}: leave the flag out"
-            )
-    data_path, dataset, class_list = args.data_path, args.dataset, args.class_list
+    _check_same(request, file, vars(run), "was trained with")
+    data_path, dataset, class_list = request.data_path, request.dataset, request.class_list
     if data_path is None and dataset is None:
         data_path, dataset = run.data_path, run.dataset
     dataset = dataset or "folder"
     if class_list is None and dataset == run.dataset:
         class_list = run.class_list
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, run.seed)  # --random_init: where the run started from
-    method, network = build_method(run), args.checkpoint_key or "teacher"
-    if not args.random_init:
+    method, network = build_method(run), request.checkpoint_key or "teacher"
+    if not request.random_init:
         checkpoints.load_into(method, file.state["model"], file.path)
     method.use(network)
     return Model(
         backbone=method.evaluated,
-        method=method,
-        method_name=run.method,
         arch=run.arch,
         patch_size=run.patch_size,
-        image_size=args.image_size or run.image_size,
+        image_size=request.image_size or run.image_size,
         dataset=dataset,
         data_path=data_path,
         class_list=class_list,
         weights=file.path,
         weights_sha256=file.sha256,
+        random_init=request.random_init,
         epoch=file.state["epoch"],
-        random_init=args.random_init,
+        method=method,
+        method_name=run.method,
         network=network if hasattr(method, "network") else None,
     )
 
@@ -132,47 +139,49 @@ RECORDED = {"method": str, "arch": str, "patch_size": int, "image_size": int, "d
 
 def _recorded_flags(file: WeightsFile) -> argparse.Namespace:
     """Return the flags of the run that wrote a checkpoint. Raises `UserError` for a file that is none."""
-    kinds = {"args": dict, "epoch": int, "model": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(file.state.get(name), kind)]
-    flags = {} if wrong else file.state["args"]
-    wrong = wrong or [name for name, kind in RECORDED.items() if not isinstance(flags.get(name, b""), kind)]
-    if wrong:
-        raise UserError(f"{file.path} records no usable {wrong[0]} of its run: it was not written by main_cplearn.py")
-    return argparse.Namespace(**{str(k): v for k, v in flags.items()})
+    with reading(file.path, "give a checkpoint that main_cplearn.py wrote"):
+        flags = dict(file.state["args"])
+        kinds = {name: isinstance(flags[name], kind) for name, kind in RECORDED.items()}
+        kinds |= {"epoch": isinstance(file.state["epoch"], int), "model": isinstance(file.state["model"], dict)}
+        if not all(kinds.values()):
+            raise TypeError(f"{', '.join(name for name, right in kinds.items() if not right)} of the run")
+        return argparse.Namespace(**flags)
 
 
-def _bare_model(args: argparse.Namespace, file: WeightsFile) -> Model:
-    """Build a backbone alone, for weights that do not say what they belong to, or say it as export.py does."""
-    said = _exported_flags(file)
+def _check_same(request: ModelRequest, file: WeightsFile, recorded: dict[str, object], how: str) -> None:
+    """Raise `UserError` for an architecture or patch size that is not the file's."""
     for name in ("arch", "patch_size"):
-        given = getattr(args, name)
-        if given is not None and said.get(name, given) != given:
-            raise UserError(f"--{name} {given}, but {file.path} is of {said[name]}: leave the flag out")
-    arch = args.arch or said.get("arch")
+        given = getattr(request, name)
+        if given is not None and recorded.get(name, given) != given:
+            raise UserError(f"--{name} {given}, but {file.path} {how} {recorded[name]}: leave the flag out")
+
+
+def _bare_model(request: ModelRequest, file: WeightsFile) -> Model:
+    """Build a backbone alone, for weights that do not say what they belong to, or say it as export.py does."""
+    exported = _exported_flags(file)
+    _check_same(request, file, exported, "is of")
+    arch = request.arch or exported.get("arch")
     if arch is None:
         raise UserError(f"{file.path} does not say its architecture: add --arch (and --patch_size)")
-    patch_size = args.patch_size or said.get("patch_size", 16)
-    dataset = args.dataset or ("folder" if args.data_path else "digits")
-    image_size = args.image_size or said.get("image_size") or datasets.NATIVE_SIZE.get(dataset, 224)
-    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
+    patch_size = request.patch_size or exported.get("patch_size", 16)
+    dataset = request.dataset or ("folder" if request.data_path else request.unnamed_dataset)
+    image_size = request.image_size or exported.get("image_size") or datasets.NATIVE_SIZE.get(dataset, 224)
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, request.seed)
     backbone = backbones.build_backbone(arch, patch_size=patch_size, image_size=image_size)
-    if not args.random_init:
-        checkpoints.load_backbone(backbone, file.state, file.path, args.checkpoint_key or "teacher")
+    if not request.random_init:
+        checkpoints.load_backbone(backbone, file.state, file.path, request.checkpoint_key or "teacher")
     return Model(
         backbone=backbone,
-        method=None,
-        method_name=None,
         arch=arch,
         patch_size=patch_size,
         image_size=image_size,
         dataset=dataset,
-        data_path=args.data_path,
-        class_list=args.class_list,
+        data_path=request.data_path,
+        class_list=request.class_list,
         weights=file.path,
         weights_sha256=file.sha256,
-        epoch=said.get("epoch"),
-        random_init=args.random_init,
-        network=None,
+        random_init=request.random_init,
+        epoch=exported.get("epoch"),
     )
 
 
@@ -181,12 +190,9 @@ def _exported_flags(file: WeightsFile) -> dict[str, str | int]:
     metadata = file.state.get("metadata")
     if not isinstance(metadata, dict) or metadata.get("format") != checkpoints.EXPORTED:
         return {}
-    said = {
-        name: metadata[name] for name in ("patch_size", "image_size", "epoch") if metadata.get(name, "null") != "null"
-    }
-    if "arch" not in metadata or not all(value.isdecimal() for value in said.values()):
-        raise UserError(f"{file.path} says nothing usable of its weights: export them again")
-    return {"arch": metadata["arch"], **{name: int(value) for name, value in said.items()}}
+    with reading(file.path, "export the weights again"):
+        numbers = {name: metadata.get(name, "null") for name in ("patch_size", "image_size", "epoch")}
+        return {"arch": metadata["arch"], **{name: int(text) for name, text in numbers.items() if text != "null"}}
 
 
 # --- for any code ------------------------------------------------------------------------------------------
@@ -231,13 +237,9 @@ def load_pretrained(
     `image_size` is the checkpoint's, or 224, unless given. Needs no process group and no parser.
     Raises `UserError` if the file is damaged, unsafe, or does not fit.
     """
-    file = read_weights(str(weights))
-    flags = argparse.Namespace(
-        pretrained_weights=file.path, arch=arch, patch_size=patch_size, image_size=image_size,
-        checkpoint_key=checkpoint_key, seed=0, **no_data_flags(file),
-    )  # fmt: skip
+    request = ModelRequest(str(weights), arch, patch_size, image_size, checkpoint_key)
     with random_streams.kept_state():
-        return load_model(flags, torch.device(device), file)
+        return load_model(request, torch.device(device))
 
 
 def load_backbone(weights: str, **options) -> Pretrained:

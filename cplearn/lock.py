@@ -1,5 +1,6 @@
-"""One run per folder: a lock that names its holder, and can be taken over from one that is gone."""
+"""One process at a time: a lock file that names its holder, and is taken over from one that is gone."""
 
+import contextlib
 import json
 import os
 import socket
@@ -7,132 +8,134 @@ import threading
 import time
 from pathlib import Path
 
-from cplearn.distributed import collectives
-from cplearn.errors import UserError, WriteError
-from cplearn.files import create, read_text, remove_quietly
+from cplearn.errors import UserError
+from cplearn.files import read_json, remove_quietly
 from cplearn.host import process_start, system_id
 
 
-class FolderLock:
-    """`folder`/.lock holds host, pid and start time of the one process group that may write there.
+class Lock:
+    """A file that names the one process that may go on: its host, system, number and start. Entering waits for it.
 
-    Raises `UserError` on every rank if another run has it. A lock whose process is gone is taken over: on the same
-    host by looking for the process, from another one by watching for `QUIET` seconds whether its heartbeat moves.
+    On this system the holder is looked for among the processes. One elsewhere (another host, or a container of the same
+    name) touches the file every `BEAT` seconds; after `QUIET` seconds without that it is gone.
     """
 
-    BEAT, QUIET = 10.0, 45.0  # seconds
+    BEAT, QUIET = 10.0, 45.0
 
-    def __init__(self, folder: str | Path, flag: str = "--output_dir"):
-        self.path, self.flag = Path(folder) / ".lock", flag
+    def __init__(self, path: Path):
+        self.path, pid = path, os.getpid()
+        self._own = {"host": socket.gethostname(), "system": system_id(), "pid": pid, "started": process_start(pid)}
         self._stop = threading.Event()
 
-    def __enter__(self) -> "FolderLock":
-        collectives.on_main(self._acquire)
+    def __enter__(self) -> "Lock":
+        while self.acquire() is not None:
+            time.sleep(0.2)
         return self
 
     def __exit__(self, *_) -> None:
-        if not collectives.is_main():
-            return
         self._stop.set()
-        self._thread.join()
-        if _read_lock(self.path) == self._mine:
+        self._beating.join()
+        if self.is_held():
             remove_quietly(self.path)
 
-    def check(self) -> None:
-        """Raise `UserError` if another run took the folder over, as it may from one that was stopped for long."""
-        if _read_lock(self.path) != self._mine:
-            raise UserError(f"{self.path} is no longer this run's: another one took {self.path.parent} over")
+    def is_held(self) -> bool:
+        """Return whether the lock is still this process's: one that was frozen may have lost it."""
+        return _read(self.path)[0] == self._own
 
-    def _acquire(self) -> None:
-        pid = os.getpid()
-        self._mine = {"host": socket.gethostname(), "system": system_id(), "pid": pid, "started": process_start(pid)}
-        while not self._create():
-            if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
-                raise UserError(f"{self.path} is a link or no file, so it is no run's lock: remove it")
-            other = _read_lock(self.path)
-            if other is not None:
-                self._refuse_if_alive(other)
-                print(f"WARNING: taking over {self.path} of a run that is gone: {_describe(other)}")
-                self._remove(other)
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
+    def acquire(self) -> dict | None:
+        """Take the lock and return None, or return the living holder."""
+        while True:
+            with contextlib.suppress(FileExistsError), open(self.path, "x") as file:
+                json.dump(self._own, file)
+                break
+            holder, touched = _read(self.path)
+            lives = _lives(holder)
+            if lives is None and touched is not None:
+                lives = self._watch(holder, touched)
+            if lives:
+                return holder
+            if lives is False:
+                self._remove(holder)
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._beating.start()
+        return None
 
-    def _create(self) -> bool:
-        """Create the lock complete or not at all: a link fails if the lock is there; its content was written before."""
-        temporary = self.path.with_name(f".lock.{self._mine['host']}.{self._mine['pid']}")
-        try:
-            with create(temporary) as f:
-                f.write(json.dumps(self._mine).encode())
-            try:
-                os.link(temporary, self.path)
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without links
-                try:
-                    with open(self.path, "x") as f:
-                        f.write(json.dumps(self._mine))
-                except FileExistsError:
-                    return False
-            return True
-        except OSError as error:
-            raise WriteError(f"{self.path} cannot be written: {error.strerror}") from None
-        finally:
-            remove_quietly(temporary)
+    def _watch(self, holder: dict, touched: float) -> bool | None:
+        """Return whether a holder elsewhere lives; None if the lock has changed hands."""
+        print(f"{self.path} is held by {describe(holder)}: watching for {self.QUIET:g} s whether it lives", flush=True)
+        end = time.monotonic() + self.QUIET
+        while (now := _read(self.path)) == (holder, touched) and time.monotonic() < end:
+            time.sleep(min(1.0, self.QUIET / 10))
+        return now[1] != touched if now[0] == holder else None
 
-    def _refuse_if_alive(self, other: dict) -> None:
-        if all(other.get(k) == self._mine[k] for k in ("host", "system")):
-            started = process_start(other["pid"])
-            alive = started is not None and started == other.get("started")
-        else:
-            print(
-                f"{self.path} is held by {_describe(other)}: watching for {self.QUIET:g} s whether it lives", flush=True
-            )
-            first, end = _mtime(self.path), time.monotonic() + self.QUIET
-            while _mtime(self.path) == first and time.monotonic() < end:
-                time.sleep(min(1.0, self.QUIET / 10))
-            alive = _mtime(self.path) not in (first, None)  # None: it was given back meanwhile
-        if alive:
-            raise UserError(
-                f"{self.path.parent} is in use by {_describe(other)}: stop it, or choose another {self.flag}"
-            )
-
-    def _remove(self, other: dict) -> None:
-        """Move the dead lock away, and back if somebody else was faster and it is not the dead one any more."""
-        aside = self.path.with_name(f".lock.dead.{self._mine['host']}.{self._mine['pid']}")
-        try:
+    def _remove(self, dead: dict) -> None:
+        """Move a dead holder's lock away; back, if somebody else was faster and it is theirs by now."""
+        aside = self.path.with_name(f"{self.path.name}.{self._own['host']}.{self._own['pid']}")
+        with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if _read_lock(aside) != other:
-            os.rename(aside, self.path)
-        remove_quietly(aside)
+            if _read(aside)[0] != dead:
+                os.rename(aside, self.path)
+            aside.unlink()
+            print(f"WARNING: took over {self.path} of a process that is gone: {describe(dead)}", flush=True)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.BEAT):
-            try:
-                if _read_lock(self.path) == self._mine:
+            with contextlib.suppress(OSError):  # the folder is away, for a moment or for good: saving will tell
+                if self.is_held():
                     os.utime(self.path)
-            except OSError:  # the folder is away for a moment, or for good: saving will tell
-                pass
 
 
-def _read_lock(path: Path) -> dict | None:
-    """Return the lock's content; None if there is no lock (any more). A damaged one belongs to nobody."""
-    try:
-        content = json.loads(read_text(path, limit=2**16))
-    except FileNotFoundError:
+class FolderLock(Lock):
+    """`folder`/.lock, for rank 0 of a run. Raises `UserError` on every rank if another process has it."""
+
+    def __init__(self, folder: str | Path, flag: str = "--output_dir"):
+        super().__init__(Path(folder) / ".lock")
+        self.flag = flag
+
+    def __enter__(self) -> "FolderLock":
+        from cplearn.distributed import collectives  # loads torch, which `in_use` does not need
+
+        self.is_main = collectives.is_main()
+        collectives.on_main(self._take)
+        return self
+
+    def _take(self) -> None:
+        if (holder := self.acquire()) is not None:
+            folder = self.path.parent
+            raise UserError(f"{folder} is in use by {describe(holder)}: stop it, or choose another {self.flag}")
+
+    def __exit__(self, *error) -> None:
+        if self.is_main:
+            super().__exit__(*error)
+
+    def check(self) -> None:
+        """Raise `UserError` if another run took the folder over, as it may from one that was frozen."""
+        if not self.is_held():
+            raise UserError(f"{self.path} is no longer this run's: another one took {self.path.parent} over")
+
+
+def in_use(folder: str | Path) -> bool:
+    """Return at once whether a living process holds a folder's lock; one elsewhere by its last sign of life."""
+    holder, touched = _read(Path(folder) / ".lock")
+    lives = _lives(holder)
+    return touched is not None and (time.time() - touched < Lock.QUIET if lives is None else lives)
+
+
+def describe(holder: dict) -> str:
+    return f"process {holder.get('pid')} on {holder.get('host', 'an unknown host')}"
+
+
+def _lives(holder: dict) -> bool | None:
+    """Return whether a holder lives; None if that cannot be seen from here."""
+    if (holder.get("host"), holder.get("system")) != (socket.gethostname(), system_id()):
         return None
-    except (OSError, ValueError, RecursionError):
-        return {"pid": 0}
-    return content if isinstance(content, dict) and type(content.get("pid")) is int else {"pid": 0}
+    started = process_start(holder["pid"])
+    return started is not None and started == holder.get("started")
 
 
-def _mtime(path: Path) -> float | None:
+def _read(path: Path) -> tuple[dict, float | None]:
+    """Return who holds a lock, {} if it is damaged, and when it was touched, None if it is not there."""
     try:
-        return path.stat().st_mtime
+        return read_json(path), path.lstat().st_mtime
     except OSError:
-        return None
-
-
-def _describe(lock: dict) -> str:
-    return f"process {lock.get('pid')} on {lock.get('host', 'an unknown host')}"
+        return {}, None

@@ -17,11 +17,10 @@ Below the table: where the AMI of the codes bends, by two straight lines through
 
 import json
 import math
-import os
+import shutil
 import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,8 +28,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shared import run_script
+
 from cplearn import errors
-from cplearn.errors import UserError
 from cplearn.files import read_json, read_json_lines, write_text
 from cplearn.flags import ArgumentParser, nonnegative, positive
 from cplearn.host import ROOT, git_commit
@@ -47,59 +47,44 @@ BETAS = {  # by (N, c); three below beta* and three above it
 COMMON = [f"@{ROOT}/recipes/small_comparison.txt", "--num_workers", "0", "--saveckp_freq", "2"]
 
 
-def run(kind: str, out: Path, train: list[str]) -> dict:
-    """Do a `kind` of job ("trained" or "random_init") in a process of its own, unless it is done. Return its numbers.
-
-    Raises `UserError` if it failed.
-    """
+def do_job(kind: str, out: Path, train: list[str]) -> dict:
+    """Train ("trained"), or take the untrained network of that training ("random_init"), and evaluate, unless it is
+    done. Return the numbers. Raises `UserError` if a script fails; the same command tries it again."""
     kept = out / f"{kind}.json"
     if not kept.exists():
-        job = json.dumps({"kind": kind, "out": str(out), "train": train})
-        with open(out.parent / f"{out.name}.txt", "ab") as said:
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run([sys.executable, __file__, "--job", job], env=env, stdout=said, stderr=said)
-        if done.returncode:
-            raise UserError(f"{out.name} ({kind}) failed: see {out}.txt; the same command tries it again")
+        output = out.parent / f"{out.name}.txt"
+        if kind == "trained":
+            run_script("main_cplearn.py", *train, "--output_dir", out, output=output, OMP_NUM_THREADS="1")
+        numbers = evaluate(out / kind, out / "checkpoint.pth", ["--random_init"] * (kind == "random_init"), output)
+        if kind == "trained":
+            log = read_json_lines(out / "log.txt")
+            numbers |= {"entropy": log[-1].get("train_entropy"), "seconds": sum(x["seconds"] for x in log)}
+        write_text(kept, json.dumps(numbers | {"commit": git_commit()}) + "\n")
         print(f"{out.name} ({kind}) is done", flush=True)
     return read_json(kept)
 
 
-def do_job(kind: str, out: Path, train: list[str]) -> None:
-    """Train, or take the untrained network of that training; evaluate, and write the numbers."""
-    import main_cplearn
-
-    if kind == "trained":
-        main_cplearn.main([*train, "--output_dir", str(out)])
-    numbers = evaluate(out / kind, out / "checkpoint.pth", ["--random_init"] * (kind == "random_init"))
-    if kind == "trained":
-        log = read_json_lines(out / "log.txt")
-        numbers |= {"entropy": log[-1].get("train_entropy"), "seconds": sum(x["seconds"] for x in log)}
-    write_text(out / f"{kind}.json", json.dumps(numbers | {"commit": git_commit()}) + "\n")
-
-
-def evaluate(place: Path, checkpoint: Path, more: list[str]) -> dict[str, float]:
+def evaluate(place: Path, checkpoint: Path, more: list[str], output: Path) -> dict[str, float]:
     """Run the four evaluations on the test images and return their numbers."""
-    import eval_cluster
-    import eval_collapse
-    import eval_knn
-    import eval_linear
-
     (place / "results.jsonl").unlink(missing_ok=True)  # of a job that was killed
-    kept, where = str(place / "features"), ["--output_dir", str(place)]
-    common = ["--pretrained_weights", str(checkpoint), *more, "--num_workers", "0", *where]
-    eval_knn.main([*common, "--nb_knn", "20", "--dump_features", kept])
-    eval_linear.main(["--load_features", kept, *where, *"--n_last_blocks 1 --optimizer adam --epochs 30".split()])
-    eval_cluster.main(["--load_features", kept, *where, "--shuffles", "5"])
-    eval_collapse.main([*common, *"--baseline false --components --tsne_images 0".split()])
-    for path in Path(kept).glob("*"):
-        path.unlink()
-    found = {x["script"]: x["metrics"] for x in read_json_lines(place / "results.jsonl")}
-    numbers = {k: v for k, v in found["eval_collapse"].items() if isinstance(v, int | float)}
+    features, where = place / "features", ["--output_dir", place]
+    network = ["--pretrained_weights", checkpoint, *more, "--num_workers", "0"]
+    scripts = {
+        "eval_knn": [*network, "--nb_knn", "20", "--dump_features", features],
+        "eval_linear": ["--load_features", features, *"--n_last_blocks 1 --optimizer adam --epochs 30".split()],
+        "eval_cluster": ["--load_features", features, "--shuffles", "5"],
+        "eval_collapse": [*network, *"--baseline false --components --tsne_images 0".split()],
+    }
+    for script, flags in scripts.items():
+        run_script(f"{script}.py", *flags, *where, output=output, OMP_NUM_THREADS="1")
+    shutil.rmtree(features)
+    metrics = {x["script"]: x["metrics"] for x in read_json_lines(place / "results.jsonl")}
+    numbers = {k: v for k, v in metrics["eval_collapse"].items() if isinstance(v, int | float)}
     return numbers | {
-        "knn": found["eval_knn"]["knn20_top1"],
-        "linear": found["eval_linear"]["linear_last_top1"],
-        "ami": found["eval_cluster"]["codes"]["ami"],
-        "kmeans_ami": found["eval_cluster"]["kmeans"]["ami"],
+        "knn": metrics["eval_knn"]["knn20_top1"],
+        "linear": metrics["eval_linear"]["linear_last_top1"],
+        "ami": metrics["eval_cluster"]["codes"]["ami"],
+        "kmeans_ami": metrics["eval_cluster"]["kmeans"]["ami"],
     }
 
 
@@ -107,6 +92,7 @@ def evaluate(place: Path, checkpoint: Path, more: list[str]) -> dict[str, float]
 
 COLUMNS = {"spread": 2, "code_cosine": 3, "same_code_cos2": 3, "codes_used": 0, "codes_perplexity": 0, "ami": 3,
            "kmeans_ami": 3, "knn": 3, "linear": 3}  # fmt: skip
+Runs = dict[tuple[int, int, float | None], list[dict]]  # by N, c and beta (None: untrained), one for each seed
 
 
 def with_spread(numbers: dict, n: int, c: int) -> dict:
@@ -115,19 +101,24 @@ def with_spread(numbers: dict, n: int, c: int) -> dict:
     return numbers | {"spread": None if entropy is None else entropy / math.log(c / n)}
 
 
-def mean_spread(values: list[float | None], digits: int) -> str:
-    """Return the mean, and the largest distance from it where there are several."""
-    values = [x for x in values if x is not None]
-    return in_text(*mean_and_spread(values), len(values), f".{digits}f") if values else ""
+def mean_in_text(values: Iterable[float | None], form: str) -> str:
+    """Return the mean of what is there, and the largest distance from it where there are several; "" for nothing."""
+    numbers = [x for x in values if x is not None]
+    return in_text(*mean_and_spread(numbers), len(numbers), form) if numbers else ""
 
 
-def table(found: dict[tuple, list[dict]]) -> str:
+def of_pair(runs: Runs, n: int, c: int) -> dict[float, list[dict]]:
+    """Return the trained runs of one N and c, by beta."""
+    return {beta: group for (m, d, beta), group in runs.items() if (m, d) == (n, c) and beta is not None}
+
+
+def table(runs: Runs) -> str:
     rows = []
-    for (n, c, beta), runs in found.items():
+    for (n, c, beta), group in runs.items():
         name = "random init" if beta is None else f"{beta:g}"
-        chance = mean_spread([x.get("code_cosine_chance") for x in runs], 3)
-        cells = [mean_spread([x.get(name) for x in runs], digits) for name, digits in COLUMNS.items()]
-        rows.append((n, c, f"{aligned_from(c, n):.2f}", name, len(runs), *cells[:2], chance, *cells[2:]))
+        chance = mean_in_text([x.get("code_cosine_chance") for x in group], ".3f")
+        cells = [mean_in_text([x.get(key) for x in group], f".{digits}f") for key, digits in COLUMNS.items()]
+        rows.append((n, c, f"{aligned_from(c, n):.2f}", name, len(group), *cells[:2], chance, *cells[2:]))
     header = ("N", "c", "beta*", "beta", "n", "of log(c/N)", "|cos|", "random", "same-code cos^2", "codes",
               "perplexity", "AMI", "k-means AMI", "20-NN", "linear")  # fmt: skip
     return format_table(rows, header)
@@ -145,56 +136,46 @@ def bend(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
     return best[1:]
 
 
-def bends(found: dict[tuple, list[dict]]) -> str:
+def bends(runs: Runs) -> str:
     rows = []
     for n, c in BETAS:
-        mine = {b: runs for (m, d, b), runs in found.items() if (m, d) == (n, c) and b is not None}
-        place, below, above = bend(list(mine), [statistics.mean(x["ami"] for x in runs) for runs in mine.values()])
+        group = of_pair(runs, n, c)
+        place, below, above = bend(list(group), [statistics.mean(x["ami"] for x in seeds) for seeds in group.values()])
         rows.append((n, c, f"{aligned_from(c, n):.2f}", f"{place:.2f}", f"{below:.3f}", f"{above:.3f}"))
     return format_table(rows, ("N", "c", "beta*", "AMI bends at", "slope below", "slope above"))
 
 
-def figure(found: dict[tuple, list[dict]], path: Path) -> None:
+def figure(runs: Runs, path: Path) -> None:
     """Draw the numbers against beta - beta*: an edge would show at 0 in all pairs."""
     panels = {"spread": "mean entropy / log(c/N)", "code_cosine": "|cos| of embedding and code",
               "ami": "AMI of the codes", "knn": "20-NN top-1"}  # fmt: skip
     drawn, axes = pyplot().subplots(1, len(panels), figsize=(14, 3.6), layout="constrained")
-    for ax, (name, title) in zip(axes, panels.items(), strict=True):
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
         for (n, c), color in zip(BETAS, COLORS, strict=False):
-            mine = {b: runs for (m, d, b), runs in found.items() if (m, d) == (n, c)}
-            points = [(b - aligned_from(c, n), [x[name] for x in runs]) for b, runs in mine.items() if b is not None]
-            ax.plot(
-                [x for x, _ in points], [statistics.mean(y) for _, y in points], color=color, label=f"N = {n}, c = {c}"
-            )
+            points = [(b - aligned_from(c, n), [x[name] for x in seeds]) for b, seeds in of_pair(runs, n, c).items()]
+            means = [statistics.mean(values) for _, values in points]
+            axis.plot([x for x, _ in points], means, color=color, label=f"N = {n}, c = {c}")
             for x, values in points:
-                ax.plot([x] * len(values), values, ".", color=color)
-            random = [x[name] for x in mine.get(None, []) if x.get(name) is not None]
-            if random:
-                ax.axhline(statistics.mean(random), color=color, ls="--", lw=0.8)
-        ax.axvline(0, color="0.6", lw=0.8)
-        ax.set_xlabel("beta - beta*")
-        ax.set_title(title)
+                axis.plot([x] * len(values), values, ".", color=color)
+            untrained = [x[name] for x in runs.get((n, c, None), []) if x.get(name) is not None]
+            if untrained:
+                axis.axhline(statistics.mean(untrained), color=color, ls="--", lw=0.8)
+        axis.axvline(0, color="0.6", lw=0.8)
+        axis.set(xlabel="beta - beta*", title=title)
     axes[2].legend(frameon=False, loc="center right")
     save_figure(drawn, path.parent, path.stem)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data_path", help="Images in train/ and test/ class folders")
-    parser.add_argument("--output_dir", help="One folder per training")
+    parser.add_argument("--data_path", required=True, help="Images in train/ and test/ class folders")
+    parser.add_argument("--output_dir", required=True, help="One folder per training")
     parser.add_argument("--arch", default="timm:test_resnet")
     parser.add_argument("--epochs", type=positive(int), default=4)
     parser.add_argument("--seeds", type=nonnegative(int), nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=positive(int), default=1)
     parser.add_argument("--figure", type=Path, default=None, help="PNG to draw")
-    parser.add_argument("--job", default=None, help="One job, for the benchmark itself")
     args = parser.parse_args(argv)
-    if args.job:
-        job = json.loads(args.job)
-        do_job(job["kind"], Path(job["out"]), job["train"])
-        return
-    if not (args.data_path and args.output_dir):
-        parser.error("--data_path and --output_dir are needed")
     out = Path(args.output_dir).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
     data = ["--data_path", str(Path(args.data_path).expanduser().absolute())]
@@ -206,21 +187,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 train = [*COMMON, *data, *own.split(), "--seed", str(seed)]
                 jobs[n, c, beta, seed] = ("trained", out / f"n{n}_c{c}_beta{beta}_s{seed}", train)
             jobs[n, c, None, seed] = ("random_init", *jobs[n, c, betas[0], seed][1:])
+    numbers = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        trained = {key: pool.submit(run, *job) for key, job in jobs.items() if key[2] is not None}
-        numbers = {key: future.result() for key, future in trained.items()}
-        untrained = {key: pool.submit(run, *job) for key, job in jobs.items() if key[2] is None}
-        numbers |= {key: future.result() for key, future in untrained.items()}
-    found: dict[tuple, list[dict]] = {}
+        for keys in ([k for k in jobs if k[2] is not None], [k for k in jobs if k[2] is None]):
+            started = {key: pool.submit(do_job, *jobs[key]) for key in keys}
+            numbers |= {key: future.result() for key, future in started.items()}
+    runs: Runs = {}
     for n, c, beta, seed in sorted(jobs, key=lambda key: (*key[:2], key[2] or 0.0, key[3])):
-        found.setdefault((n, c, beta), []).append(with_spread(numbers[n, c, beta, seed], n, c))
+        runs.setdefault((n, c, beta), []).append(with_spread(numbers[n, c, beta, seed], n, c))
     commits = sorted({x["commit"] for x in numbers.values()})
     seconds = sum(x.get("seconds", 0) for x in numbers.values())
     setting = f"{args.arch}, {args.epochs} epochs, seeds {args.seeds}, commit {', '.join(commits)}"
     print(f"{setting}, {seconds / 60:.0f} minutes of training")
-    print(f"\n{table(found)}\n\n{bends(found)}")
+    print(f"\n{table(runs)}\n\n{bends(runs)}")
     if args.figure:
-        figure(found, args.figure)
+        figure(runs, args.figure)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,28 @@
-"""The collapse monitor on runs that are meant to learn, and on runs made to collapse; what it costs; sweeps.
+"""The collapse monitor on runs that are meant to learn, and on runs made to collapse.
 
     python experiments/collapse.py verdicts --output_dir output/verdicts
-    python experiments/collapse.py sweeps --output_dir output/sweeps
-    python experiments/collapse.py curvature
-    python experiments/collapse.py cost --data_path ~/cifar10k
 
-All train on the bundled digits, or on --data_path. Every run stays in --output_dir and is not repeated.
-
-    verdicts   what was forced, the verdict at the end, and the epoch of the first alarm; also the rank correlation,
-               over the epochs of all runs and over their ends, of label-free numbers with 20-NN among the probe's
-               images
-    sweeps     beta (the paper's Table 9) and the number of codes (its Corollaries 2 and 3), for each of --seeds
-    curvature  second differences of the loss near uniform assignments along the logits of a real network at
-               initialization: 1 - beta along the part that all images share, -beta along what is each image's own
-               (a check of the formula with real embeddings and codes, not of training)
-    cost       share of a run's time that the monitor takes
+All train on the bundled digits, or on --data_path. Every run stays in --output_dir and is not repeated. Printed are
+what was forced, the verdict at the end, and the epoch of the first alarm; also the rank correlation, over the epochs of
+all runs and over their ends, of label-free numbers with 20-NN among the probe's images.
 """
 
 import argparse
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main_cplearn
+from shared import rank_correlation, run_script
+
 from cplearn import errors
-from cplearn.data import augmentations, color, sources
+from cplearn.errors import UserError
 from cplearn.files import read_json_lines
 from cplearn.flags import ArgumentParser, nonnegative, positive
-from cplearn.host import ROOT, git_commit
-from cplearn.loss.spec import LossSpec
-from cplearn.methods import build_method
+from cplearn.host import git_commit
 from cplearn.probe import verdict
-from cplearn.probe.monitor import CodeUsage
-from cplearn.tables.measures import in_text, mean_and_spread
 from cplearn.text import format_table
-from cplearn_head import cplearn_loss
 
 COMMON = "--image_size 32 --batch_size_per_gpu 64 --warmup_epochs 1 --optimizer adam --lr 0.004 --min_lr 1e-5 "
 COMMON += "--weight_decay 0 --weight_decay_end 0 --saveckp_freq 0 --num_workers 0 --knn_freq 1 --arch timm:resnet10t"
@@ -81,22 +63,17 @@ SCORES = ("probe_features_rank", "probe_features_dimensions", "probe_features_st
           "probe_score", "probe_view_nearness", "information")  # fmt: skip
 
 
-def train(args: argparse.Namespace, name: str, flags: str, *more: str) -> tuple[Path, list[dict]]:
-    """Train, resume, or leave alone a run that is there already; return its folder and log."""
-    out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name))
+def train(args: argparse.Namespace, name: str, flags: str, seed: int) -> list[dict]:
+    """Train, resume, or leave alone a run that is there already; return its log."""
+    out = Path(args.output_dir, "".join(x if x.isalnum() else "_" for x in name)).absolute()
     data = ["--data_path", args.data_path, "--augmentation", "cifar_strong"] if args.data_path else []
-    command = ["main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--epochs", str(args.epochs), *more,
-               "--output_dir", str(out)]  # fmt: skip
     print(f"{name} ...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-    return out, read_json_lines(out / "log.txt")
-
-
-def heading(args: argparse.Namespace) -> None:
-    """Print what the tables below it belong to."""
-    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
+    try:
+        run_script("main_cplearn.py", *COMMON.split(), *flags.split(), *data, "--epochs", args.epochs, "--seed", seed,
+                   "--output_dir", out)  # fmt: skip
+    except UserError as error:  # a run that was forced to fail has a verdict too
+        print(error, file=sys.stderr)
+    return read_json_lines(out / "log.txt")
 
 
 def verdicts(args: argparse.Namespace) -> None:
@@ -104,11 +81,11 @@ def verdicts(args: argparse.Namespace) -> None:
     rows, epochs, ends = [], [], []
     for group, settings in (("forced", FORCED), ("meant to learn", LEARNING)):
         for name, flags in settings.items():
-            _, log = train(args, name, flags, "--seed", str(args.seeds[0] + len(rows)))  # each run its own
+            log = train(args, name, flags, args.seeds[0] + len(rows))  # each run its own
             # From the numbers of the log, so that new thresholds need no new runs.
             out_dim = int(flags.split("--out_dim ")[1].split()[0])
             judged = [(r["epoch"] + 1, verdict.judge(r, out_dim)) for r in log if "verdict" in r]
-            seen = [(epoch, found.name) for epoch, found in judged if found] or [(0, "")]
+            seen = [(epoch, judgment.name) for epoch, judgment in judged if judgment] or [(0, "")]
             alarms = [epoch for epoch, name in seen if name in verdict.ALARMS]
             last = log[-1]
             epochs += log
@@ -119,7 +96,7 @@ def verdicts(args: argparse.Namespace) -> None:
                                                  "probe_agreement_chance", "information"))))  # fmt: skip
     header = ("", "run", "verdict", "first alarm", "alarms", "20-NN", "cosine", "dimensions", "perplexity",
               "within code", "agreement", "chance", "information")  # fmt: skip
-    heading(args)
+    print(f"{args.epochs} epochs, {args.data_path or 'digits'}, commit {git_commit()}\n")
     print(format_table(rows, header))
     print("\nRank correlation with 20-NN among the probe's images:\n")
     table = [(key, *correlation(epochs, key), *correlation(ends, key)) for key in SCORES]
@@ -128,112 +105,20 @@ def verdicts(args: argparse.Namespace) -> None:
 
 def correlation(records: list[dict], key: str) -> tuple[float, int]:
     """Return the rank correlation of a number with 20-NN among the probe's images, and over how many records."""
-    from scipy.stats import spearmanr
-
     pairs = [(r[key], r["probe_knn20"]) for r in records if r.get(key) is not None and "probe_knn20" in r]
-    return spearmanr(*zip(*pairs, strict=True)).statistic, len(pairs)
-
-
-def sweeps(args: argparse.Namespace) -> None:
-    """Train every setting with every seed, evaluate, and print means and distances to the largest."""
-    betas = {f"beta {beta}": f"--out_dim 512 --beta {beta}" for beta in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)}
-    codes = {f"c = {c}": f"--out_dim {c} --beta 0.25 --n_ref 4" for c in (10, 128, 2048, 16384)}
-    names = ("embedding_off_diagonal", "embedding_dimensions", "block_mean", "block_max", "same_code_cos2",
-             "other_code_cos2", "within_code", "code_cosine")  # fmt: skip
-    rows = {}
-    for seed in args.seeds:
-        for name, flags in (betas | codes).items():
-            out, log = train(args, f"{name} s{seed}", flags, "--seed", str(seed))
-            ends = {"verdict": log[-1]["verdict"], "codes": log[-1]["probe_codes_perplexity"]}
-            rows.setdefault(name, []).append(ends | evaluate(out))
-    heading(args)
-
-    def cells(runs: list[dict], keys: Sequence[str]) -> list[str]:
-        values = [[x[key] for x in runs if x.get(key) is not None] for key in keys]
-        return [in_text(*mean_and_spread(v), len(v), ".3g") if v else "" for v in values]
-
-    shown = ("knn20_top1", "linear_last_top1", "codes")
-    of_beta = [
-        (name, "; ".join(sorted({x["verdict"] for x in rows[name]})), *cells(rows[name], shown)) for name in betas
-    ]
-    print(format_table(of_beta, ("c = 512", "verdict", "20-NN", "linear", "perplexity of codes")))
-    print()
-    print(format_table([(name, *cells(rows[name], ("knn20_top1", *names))) for name in codes], ("", "20-NN", *names)))
-
-
-def evaluate(out: Path) -> dict[str, float]:
-    """Run the evaluations of a run; return all metrics in its results.jsonl."""
-    scripts = {
-        "eval_knn.py": ("--nb_knn", "20"),
-        "eval_linear.py": ("--augment", "false", "--optimizer", "adam", "--epochs", "30"),
-        "eval_collapse.py": ("--components", "--tsne_images", "0", "--split", "train", "--baseline", "false"),
-    }
-    for script, flags in scripts.items():
-        command = [sys.executable, script, "--pretrained_weights", str(out / "checkpoint.pth"), *flags]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return {k: v for result in read_json_lines(out / "results.jsonl") for k, v in result["metrics"].items()}
-
-
-def curvature(args: argparse.Namespace) -> None:
-    """Print second differences of the loss along both directions, in float64, at a real network's initialization."""
-    flags = main_cplearn.parse_args([*COMMON.split(), "--out_dim", "512"])
-    torch.manual_seed(args.seeds[0])
-    method = build_method(flags).eval()
-    dataset = sources.build_dataset("digits", None, "train", None)
-    pixels = torch.stack([augmentations.eval_pixels(dataset[i][0], 32) for i in range(256)])
-    method.train()  # statistics of this batch
-    with torch.no_grad():
-        features = method.backbone(color.network_input(pixels, pixels.device))
-        logits = method.head.logits(method.embed(features))
-    logits = logits.double() - logits.double().mean(1, keepdim=True)
-    shared = logits.mean(0, keepdim=True).expand_as(logits)
-    own = logits - shared
-    rows = []
-    for beta in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
-        measured = []
-        for direction in (shared, own):
-            step = 1e-2 * direction / direction.square().mean().sqrt()  # of variance 1e-4 over codes
-            low, middle, high = (cplearn_loss([k * step] * 2, LossSpec(beta))[0].item() for k in (-1, 0, 1))
-            measured.append((low - 2 * middle + high) / 1e-4)
-        rows.append((beta, *(f"{x:.4f}" for x in (measured[0], 1 - beta, measured[1], -beta))))
-    print(f"commit {git_commit()}\n")
-    print(format_table(rows, ("beta", "shared, measured", "1 - beta", "own, measured", "-beta")))
-
-
-def cost(args: argparse.Namespace) -> None:
-    """Print the share of two runs' time that the monitor takes."""
-    rows = []
-    for name, c, flags in (("resnet10t", 16384, ""), ("vit_tiny", 131072, "--arch vit_tiny --patch_size 8")):
-        _, log = train(args, f"{name}, c = {c}", f"--out_dim {c} {flags}", "--knn_freq", "0")
-        training, probe = (sum(r[k] for r in log) for k in ("seconds", "monitor_seconds"))
-        windows = time_of_windows(c, log[-1]["step"])
-        size, looks = log[0]["probe_images"], sum("probe_images" in r for r in log)
-        rows.append((f"{name}, c = {c}", size, f"{looks} of {len(log)}", training, probe, windows,
-                     f"{(probe + windows) / training:.2%}"))  # fmt: skip
-    heading(args)
-    print(format_table(rows, ("", "probe", "in epochs", "training, s", "probe, s", "windows, s", "share")))
-
-
-def time_of_windows(out_dim: int, steps: int) -> float:
-    """Return the seconds that `CodeUsage` takes for so many steps."""
-    meter, usage, skipped = CodeUsage(), torch.full((out_dim,), 1 / out_dim), torch.tensor(False)
-    start = time.perf_counter()
-    for _ in range(steps):
-        meter.add(usage, 64, skipped)
-    return time.perf_counter() - start
+    return rank_correlation(pairs), len(pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of the four measurements."""
+    """Train and print."""
     parser = ArgumentParser(prog="experiments/collapse.py", description=__doc__)
-    kinds = {"verdicts": verdicts, "sweeps": sweeps, "curvature": curvature, "cost": cost}
-    parser.add_argument("what", choices=tuple(kinds))
+    parser.add_argument("what", choices=("verdicts",))
     parser.add_argument("--data_path", default=None)
     parser.add_argument("--epochs", type=positive(int), default=10)
-    parser.add_argument("--seeds", type=nonnegative(int), nargs="+", default=[0])
+    parser.add_argument("--seeds", type=nonnegative(int), nargs=1, default=[0], help="Of the first run")
     parser.add_argument("--output_dir", default="output/collapse")
     args = parser.parse_args(argv)
-    kinds[args.what](args)
+    verdicts(args)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     python experiments/label_free.py compare output/label_free.jsonl --json output/label_free.json
 
 `measure` takes the folders of runs (with --saveckp_freq, so that there is more than the end) and appends a line for
-the untrained network and for every checkpoint: all measures of `cplearn/metrics/label_free.py` on the probe that the
-run itself had, two views of up to 2,000 training images, and 20-NN on images that were not trained on (of the run's
-own --data_path or of the one given: 4,000 training images vote on 2,000 of the test split, or as --knn_images says; one
-draw for all runs). What is in the file is not measured again.
+the untrained network and for every checkpoint: all measures of `label_free_measures.py` on the run's own probe, two
+views of up to 2,000 training images, and 20-NN on images that were not trained on (of the run's own --data_path or of
+the one given: 4,000 training images vote on 2,000 of the test split, or as --knn_images says; one draw for all runs).
+What is in the file is not measured again.
 
 `compare` takes the difference of each measure and of 20-NN to the untrained network of the same run, and prints
 
@@ -39,6 +39,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from label_free_measures import label_free
+from shared import rank_correlation
+
 import eval_knn
 import main_cplearn
 from cplearn import checkpoints, errors, random_streams
@@ -55,15 +58,27 @@ from cplearn.text import format_table
 # --- measuring --------------------------------------------------------------------------------------------
 
 
-def write_lists(data_path: str, folder: Path, counts: Sequence[int], seed: int = 0) -> None:
-    """Write lists of so many training images and images of the test split for 20-NN."""
-    for split, name, count in (("train", "train", counts[0]), ("val", "val", counts[1])):
-        dataset = sources.build_dataset("folder", data_path, split, None)
-        sample = sources.Sample(dataset, count, seed)
-        lines = [
-            f"{Path(dataset.root, str(x)).resolve()}\t{y}" for x, y in zip(sample.names, sample.labels, strict=True)
-        ]
-        write_text(folder / f"{name}.txt", "\n".join(lines) + "\n")
+def lists_for_knn(out: Path, dataset: str, data_path: str, counts: Sequence[int]) -> Path:
+    """Return a folder with lists of so many training images and images of the test split, one draw for all runs."""
+    key = f"{dataset} {data_path} {counts}"
+    folder = out.parent / f"knn_lists_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not (folder / "val.txt").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, count in zip(("train", "val"), counts, strict=True):
+            data = sources.build_dataset("folder", data_path, split, None)
+            sample = sources.Sample(data, count, 0)
+            images = zip(sample.names, sample.labels, strict=True)
+            lines = [f"{Path(data.root, str(name)).resolve()}\t{label}\n" for name, label in images]
+            write_text(folder / f"{split}.txt", "".join(lines))
+    return folder
+
+
+def knn(place: Path, lists: Path, checkpoint: Path, *, untrained: bool) -> float:
+    """Return the 20-NN top-1 of a checkpoint, or of its untrained network."""
+    (place / "results.jsonl").unlink(missing_ok=True)
+    eval_knn.main(["--pretrained_weights", str(checkpoint), *["--random_init"] * untrained, "--data_path", str(lists),
+                   "--nb_knn", "20", "--num_workers", "0", "--output_dir", str(place)])  # fmt: skip
+    return read_json_lines(place / "results.jsonl")[-1]["metrics"]["knn20_top1"]
 
 
 def measure_run(run: Path, settings: argparse.Namespace, done: set[tuple[str, int]]) -> None:
@@ -75,36 +90,23 @@ def measure_run(run: Path, settings: argparse.Namespace, done: set[tuple[str, in
     todo = [epoch for epoch in (0, *sorted(epochs)) if (str(run), epoch) not in done]
     if not todo:
         return
-    where = settings.data_path or args.data_path
-    key = f"{args.dataset} {where} {settings.knn_images}"
-    data = hashlib.sha256(key.encode()).hexdigest()[:12]
-    lists = settings.out.parent / f"knn_lists_{data}"
-    if not (lists / "val.txt").exists():
-        lists.mkdir(parents=True, exist_ok=True)
-        write_lists(where, lists, settings.knn_images)
-    device = torch.device("cpu")
+    lists = lists_for_knn(settings.out, args.dataset, settings.data_path or args.data_path, settings.knn_images)
     dataset, views = main_cplearn.find_images(args)
     pixels = open_pixels(dataset, views, CacheOptions("none", args.cache_dir, 0))
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
     method = main_cplearn.build_method_for(args, views)
     method.begin()
-    steps = len(dataset) // last["args"]["batch_size_per_gpu"]
-    probe = Monitor(pixels, views, args.seed, steps).probe
+    probe = Monitor(pixels, views, args.seed, len(dataset) // last["args"]["batch_size_per_gpu"]).probe
     for epoch in todo:
+        checkpoint = epochs.get(epoch, run / "checkpoint.pth")
         if epoch:
-            state = checkpoints.load(epochs[epoch])
-            checkpoints.load_into(method, state["model"], str(epochs[epoch]))
-        probed = probe.measure(method, device, 250, untrained=epoch == 0)
-        place = settings.out.parent / f"knn_{settings.out.stem}"
-        (place / "results.jsonl").unlink(missing_ok=True)
-        weights = ["--pretrained_weights", str(epochs[epoch] if epoch else run / "checkpoint.pth")]
-        weights += ["--random_init"] * (epoch == 0)
-        eval_knn.main([*weights, "--data_path", str(lists), "--nb_knn", "20", "--num_workers", "0",
-                       "--output_dir", str(place)])  # fmt: skip
-        knn = read_json_lines(place / "results.jsonl")[-1]["metrics"]["knn20_top1"]
-        found = probed.label_free() | {"knn": knn, "probe_images": len(probed.features)}
-        found["places"] = collapse.view_places(probed.features, probed.other_features).tolist()
-        line = {"run": str(run), "epoch": epoch, "method": args.method, "commit": git_commit(), **found}
+            checkpoints.load_into(method, checkpoints.load(checkpoint)["model"], str(checkpoint))
+        x = probe.measure(method, torch.device("cpu"), 250, untrained=epoch == 0)
+        top1 = knn(settings.out.parent / f"knn_{settings.out.stem}", lists, checkpoint, untrained=epoch == 0)
+        line = {"run": str(run), "epoch": epoch, "method": args.method, "commit": git_commit()}
+        line |= label_free(x.features, x.other_features, x.embedding, x.other_embedding, x.codes, x.others)
+        line |= {"knn": top1, "probe_images": len(x.features)}
+        line["places"] = collapse.view_places(x.features, x.other_features).tolist()
         append_json_line(settings.out, line)
 
 
@@ -130,18 +132,17 @@ def by_run(lines: list[dict]) -> dict[str, list[dict]]:
 
 def differences(lines: list[dict]) -> dict[str, list[dict]]:
     """Return, by run, the lines of its epochs with every number as its difference to the untrained network."""
-    left_out = ("epoch", "probe_images")
-    numbers = dict.fromkeys(k for x in lines for k, v in x.items() if isinstance(v, int | float) and k not in left_out)
-    found = {}
-    for name, epochs in by_run(lines).items():
-        start = epochs[0]
-        found[name] = [{"epoch": x["epoch"], "method": x["method"],
-                        **{k: _minus(x.get(k), start.get(k)) for k in numbers}} for x in epochs]  # fmt: skip
-    return found
+    kept = ("epoch", "probe_images")
+    numbers = dict.fromkeys(k for x in lines for k, v in x.items() if isinstance(v, int | float) and k not in kept)
 
+    def minus(a: float | None, b: float | None) -> float:
+        return math.nan if a is None or b is None else a - b
 
-def _minus(a: float | None, b: float | None) -> float:
-    return math.nan if a is None or b is None else a - b
+    return {
+        name: [{k: x[k] for k in ("epoch", "method")} | {k: minus(x.get(k), epochs[0].get(k)) for k in numbers}
+               for x in epochs]
+        for name, epochs in by_run(lines).items()
+    }  # fmt: skip
 
 
 def measures(runs: dict[str, list[dict]]) -> list[str]:
@@ -151,12 +152,7 @@ def measures(runs: dict[str, list[dict]]) -> list[str]:
 
 def correlation(ends: list[dict], name: str) -> float:
     """Return the rank correlation of a measure's difference with 20-NN's; NaN where it does not vary."""
-    from scipy.stats import spearmanr
-
-    pairs = np.array([(x[name], x["knn"]) for x in ends if math.isfinite(x[name])])
-    if len(pairs) < 5 or np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
-        return math.nan
-    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+    return rank_correlation([(x[name], x["knn"]) for x in ends if math.isfinite(x[name])])
 
 
 def interval(ends: list[dict], name: str, rng: np.random.Generator, draws: int) -> tuple[float, float]:
@@ -207,11 +203,10 @@ def rules(lines: list[dict], noise: float) -> list[tuple]:
     of_image = {"retrieval": lambda place: 1.0 * (place == 1), "nearness": lambda place: -np.log(place)}
     for (name, value), same, errors_above in itertools.product(of_image.items(), (False, True), (1, 2)):
         values = [[value(np.array(x["places"])) for x in pair] for pair in pairs]
-        said = [risen(*pair, same=same) > errors_above for pair in values]
-        called = [gain for gain, better in zip(gains, said, strict=True) if better]
-        missed = sum(gain > noise for gain, better in zip(gains, said, strict=True) if not better)
+        better = [risen(*pair, same=same) > errors_above for pair in values]
+        called, rest = ([gain for gain, x in zip(gains, better, strict=True) if x == sort] for sort in (True, False))
         rows.append((name, "same" if same else "other", errors_above, len(called), sum(x > noise for x in called),
-                     sum(x < 0 for x in called), missed))  # fmt: skip
+                     sum(x < 0 for x in called), sum(x > noise for x in rest)))  # fmt: skip
     return rows
 
 
@@ -228,46 +223,49 @@ def compare_all(runs: dict[str, list[dict]], lines: list[dict], args: argparse.N
     print("\n" + format_table(rules(lines, args.noise), header))
 
 
+def of_halves(name: str, runs: dict[str, list[dict]], halves: list[list[dict]], low: float, high: float, noise: float
+              ) -> dict:  # fmt: skip
+    """Return what one measure tells: chosen on the first half of the runs, reported on the second."""
+    first, second = (correlation(half, name) for half in halves)
+    sign = -1.0 if first < 0 else 1.0
+    alike, _ = within(runs, name, noise)
+    threshold = best_threshold(halves[0], name, sign, noise)
+    calls = [(sign * x[name] > threshold, x["knn"] > noise) for x in halves[1]]
+    return {"first": first, "second": second, "low": low, "high": high, "within": alike if sign > 0 else 1 - alike,
+            "sign": sign, "threshold": sign * threshold, "right": sum(a == b for a, b in calls),
+            "false": sum(a and not b for a, b in calls)}  # fmt: skip
+
+
 def compare(args: argparse.Namespace) -> None:
     """Print the table."""
     lines = read_json_lines(args.paths[0])
     runs = differences(lines)
     if len(runs) < 10:
         raise UserError(f"{args.paths[0]} has {len(runs)} runs: at least 10 are needed")
-    rng = np.random.default_rng(0)
-    names, noise = measures(runs), args.noise
+    rng, noise, names = np.random.default_rng(0), args.noise, measures(runs)
     order = rng.permutation(sorted(runs))
     halves = [[runs[name][-1] for name in order[k::2]] for k in (0, 1)]
-    rows, found = [], {}
-    for name in names:
-        first, second = (correlation(half, name) for half in halves)
-        low, high = interval(halves[1], name, rng, args.draws)
-        ordered, pairs = within(runs, name, noise)
-        sign = 1.0 if not first < 0 else -1.0
-        ordered = ordered if sign > 0 else 1 - ordered
-        threshold = best_threshold(halves[0], name, sign, noise)
-        right = [(sign * x[name] > threshold) == (x["knn"] > noise) for x in halves[1]]
-        false = sum(sign * x[name] > threshold and x["knn"] <= noise for x in halves[1])
-        found[name] = {"first": first, "second": second, "low": low, "high": high, "within": ordered,
-                       "sign": sign, "threshold": sign * threshold, "right": sum(right), "false": false}  # fmt: skip
-        rows.append((name, "+" if sign > 0 else "-", f"{first:.2f}", f"{second:.2f}", f"{low:.2f} to {high:.2f}",
-                     f"{ordered:.0%}", f"{sign * threshold:.3g}", f"{sum(right)} of {len(right)}", false))  # fmt: skip
-    rows.sort(key=lambda row: -abs(found[row[0]]["first"]) if math.isfinite(found[row[0]]["first"]) else 1)
+    intervals = {name: interval(halves[1], name, rng, args.draws) for name in names}
+    results = {name: of_halves(name, runs, halves, *intervals[name], noise) for name in names}
+    ends = halves[0] + halves[1]
+    methods = ", ".join(f"{sum(x['method'] == m for x in ends)} {m}" for m in sorted({x["method"] for x in ends}))
+    better, gains = [sum(x["knn"] > noise for x in half) for half in halves], [x["knn"] for x in ends]
+    print(f"{len(runs)} runs ({methods}); {sum(better)} of them end with a 20-NN above the start's by {noise:g}, "
+          f"difference {min(gains):.3f} to {max(gains):.3f}, median {statistics.median(gains):.3f}; "
+          f"commit {', '.join(sorted({x['commit'] for x in lines}))}")  # fmt: skip
+    count = len(halves[1])
+    print(f"Always the more frequent answer: {max(better[1], count - better[1])} of {count} right in the second half\n")
+    pairs = within(runs, names[-1], noise)[1]
+    rows = [(name, "+" if x["sign"] > 0 else "-", f"{x['first']:.2f}", f"{x['second']:.2f}",
+             f"{x['low']:.2f} to {x['high']:.2f}", f"{x['within']:.0%}", f"{x['threshold']:.3g}",
+             f"{x['right']} of {count}", x["false"]) for name, x in results.items()]  # fmt: skip
+    rows.sort(key=lambda row: -abs(results[row[0]]["first"]) if math.isfinite(results[row[0]]["first"]) else 1)
     header = ("measure", "sign", "first half", "second half", "95 %", f"within ({pairs} pairs)", "threshold",
               "told, second half", "of them called better and not")  # fmt: skip
-    ends = halves[0] + halves[1]
-    methods = {m: sum(x["method"] == m for x in ends) for m in sorted({x["method"] for x in ends})}
-    better = [sum(x["knn"] > noise for x in half) for half in halves]
-    knn = [x["knn"] for x in ends]
-    print(f"{len(runs)} runs ({', '.join(f'{n} {m}' for m, n in methods.items())}); {sum(better)} of them end with a "
-          f"20-NN above the start's by {noise:g}, difference {min(knn):.3f} to {max(knn):.3f}, median "
-          f"{statistics.median(knn):.3f}; commit {', '.join(sorted({x['commit'] for x in lines}))}")  # fmt: skip
-    base = max(better[1], len(halves[1]) - better[1])
-    print(f"Always the more frequent answer: {base} of {len(halves[1])} right in the second half\n")
     print(format_table(rows, header))
     compare_all(runs, lines, args)
     if args.json:
-        write_text(args.json, json.dumps({"runs": len(runs), "measures": found}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"runs": len(runs), "measures": results}, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -60,8 +60,10 @@ from cplearn_head import CPLearnHead
 
 CALLS = 300
 STARTS = ("aligned", "random", "alike")
-COLUMNS = ("at start", "loss", "bound", "aligned", "uniform", "way", "alignment", "random", "per image", "groups",
-           "used", "most", "same", "other", "off", "its codes", "formula", "gradient", "calls", "falling")  # fmt: skip
+COLUMNS = {"at start": ".4f", "loss": ".4f", "bound": ".4f", "aligned": ".4f", "uniform": ".4f", "way": ".3f",
+           "alignment": ".3f", "random": ".3f", "per image": ".1f", "groups": ".1f", "used": "", "most": "",
+           "same": ".4f", "other": ".4f", "off": ".4f", "its codes": ".4f", "formula": ".4f", "gradient": ".0e",
+           "calls": "", "falling": ".0e"}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -218,40 +220,34 @@ def expected_energy(setting: Setting) -> float | None:
 def chosen(pattern: str | None) -> list[Setting]:
     """Return the rows whose name, with their size in front, has the pattern. Raises `UserError` if none has."""
     rows = [*SMALL, *LARGE, *RECIPES]
-    found = [row for row in rows if fnmatch.fnmatchcase(f"{row.size}, {row.name}", f"*{pattern or ''}*")]
-    if not found:
+    matching = [row for row in rows if fnmatch.fnmatchcase(f"{row.size}, {row.name}", f"*{pattern or ''}*")]
+    if not matching:
         raise UserError(f"--only {pattern!r} is part of no row's name, such as '{rows[0].size}, {rows[0].name}'")
-    return found
+    return matching
 
 
-def show(size: str, found: dict[Setting, dict]) -> None:
+def show(size: str, results: dict[Setting, dict]) -> None:
     """Print the rows of one size."""
-    rows = []
-    for setting, row in found.items():
-        texts = [f"{x:.4f}" if isinstance(x, float) else x for x in (row[name] for name in COLUMNS)]
-        for name, form in (("way", ".3f"), ("alignment", ".3f"), ("random", ".3f"), ("per image", ".1f"),
-                           ("groups", ".1f"), ("gradient", ".0e")):  # fmt: skip
-            texts[COLUMNS.index(name)] = format(row[name], form)
-        if row["falling"] is not None:
-            texts[-1] = format(row["falling"], ".0e")
-        rows.append((setting.name, *texts))
+    rows = [(setting.name, *(None if row[k] is None else format(row[k], form) for k, form in COLUMNS.items()))
+            for setting, row in results.items()]  # fmt: skip
     print(format_table(rows, (size, *COLUMNS)) + "\n", flush=True)
 
 
-def draw(found: dict[Setting, dict], path: Path) -> None:
+def draw(results: dict[Setting, dict], path: Path) -> None:
     """Draw alignment and way against n / c. Raises `WriteError`."""
     figure, axes = pyplot().subplots(2, 2, figsize=(9.5, 6.4), layout="constrained", sharex=True, sharey="row")
     c = CURVES[0].c
     for column, beta in enumerate((0.25, 1.0)):
-        for color, start in zip(COLORS[:2], ("random", "aligned"), strict=True):
-            mine = [s for s in CURVES if (s.beta, s.start) == (beta, start)]
+        for color, line, start in zip(COLORS[:2], ("-", "--"), ("random", "aligned"), strict=True):
+            curve = [s for s in CURVES if (s.beta, s.start) == (beta, start)]
+            images = [s.n / c for s in curve]
             for axis, name in zip(axes[:, column], ("alignment", "way"), strict=True):
-                style = {"color": color, "ms": 4, "ls": "-" if start == "random" else "--"}
-                axis.plot([s.n / c for s in mine], [found[s][name] for s in mine], "o", **style, label=f"{start} start")
-        refs = [(s.n / c, reference_losses(beta, c, s.n)) for s in CURVES if (s.beta, s.start) == (beta, "random")]
-        state = [(r.uniform - r.aligned) / (r.uniform - r.floor) for _, r in refs]
-        axes[1, column].plot([x for x, _ in refs], state, color="0.45", ls=":", label="one code per image")
-        axes[0, column].axhline(found[mine[0]]["random"], color="0.45", ls=":", label="random directions")
+                values = [results[s][name] for s in curve]
+                axis.plot(images, values, "o", color=color, ms=4, ls=line, label=f"{start} start")
+        refs = [reference_losses(beta, c, s.n) for s in curve]
+        state = [(x.uniform - x.aligned) / (x.uniform - x.floor) for x in refs]
+        axes[1, column].plot(images, state, color="0.45", ls=":", label="one code per image")
+        axes[0, column].axhline(results[curve[0]]["random"], color="0.45", ls=":", label="random directions")
         axes[1, column].axhline(0, color="0.75", lw=0.8)
         for axis in axes[:, column]:
             axis.axvline(c**-beta, color="0.2", lw=1, label=f"n = c^(1 - beta) = {c ** (1 - beta):.0f}")
@@ -270,15 +266,6 @@ def draw(found: dict[Setting, dict], path: Path) -> None:
     save_figure(figure, path.parent, path.stem)
 
 
-def check_outputs(args) -> None:
-    """Refuse outputs that could not be written, before minutes of work. Raises `UserError`."""
-    for flag, name in (("--json", args.json), ("--figure", args.figure)):
-        if name is not None:
-            check_output_dir(str(Path(name).parent), f"{flag} {name}: folder")
-    if args.figure is not None and Path(args.figure).suffix != ".png":
-        raise UserError(f"--figure {args.figure}: the name must end in .png")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Optimize every row, print one table per size, and draw the figure."""
     parser = ArgumentParser(prog="experiments/theory.py", description=__doc__)
@@ -287,23 +274,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=None, help="Rows whose size and name have this in them")
     parser.add_argument("--seed", type=int, default=0, help="Of the codes and of the start")
     args = parser.parse_args(argv)
-    check_outputs(args)
-    settings, found, commit = chosen(args.only), {}, git_commit()
+    for flag, name in (("--json", args.json), ("--figure", args.figure)):  # before minutes of work
+        if name is not None:
+            check_output_dir(str(Path(name).parent), f"{flag} {name}: folder")
+    if args.figure is not None and Path(args.figure).suffix != ".png":
+        raise UserError(f"--figure {args.figure}: the name must end in .png")
+    settings, results, commit = chosen(args.only), {}, git_commit()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, cpu, 1 thread, float64, commit {commit}\n")
     for size in dict.fromkeys(s.size for s in settings):
         rows = {s: minimize(s, seed=args.seed) for s in settings if s.size == size}
         show(size, rows)
-        found |= rows
+        results |= rows
     if args.figure is not None:
-        found |= {s: minimize(s, seed=args.seed) for s in CURVES if s not in found}
-        draw(found, Path(args.figure))
+        results |= {s: minimize(s, seed=args.seed) for s in CURVES if s not in results}
+        draw(results, Path(args.figure))
     if args.json is not None:
-        rows = [s._asdict() | row for s, row in found.items()]
+        rows = [s._asdict() | row for s, row in results.items()]
         versions = {"commit": commit, "torch": torch.__version__, "seed": args.seed}
         report = versions | {"seconds": time.process_time(), "rows": rows}
         write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
-    print(f"{len(found)} rows, {time.process_time():.0f} s of one core")
+    print(f"{len(results)} rows, {time.process_time():.0f} s of one core")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # everything here is small: more threads would only wait for one another
 
 TESTS = Path(__file__).resolve().parent
-for folder in (TESTS, TESTS.parent / "benchmarks", TESTS.parent / "experiments", TESTS.parent):
+for folder in (TESTS, TESTS.parent / "benchmarks", TESTS.parent / "experiments", TESTS.parent / "docs", TESTS.parent):
     sys.path.insert(0, str(folder))
 # For spawned processes.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS.parent), os.environ.get("PYTHONPATH", ""))))

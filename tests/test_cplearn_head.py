@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from scipy.linalg import hadamard
 
 from cplearn.errors import UserError
+from cplearn.loss import DICTIONARIES
 from cplearn.loss.spec import LossSpec
 from cplearn_head import CPLearnHead, cplearn_loss, invariance, log_mean_probs, prior_forward, prior_reverse
 
@@ -96,8 +97,9 @@ def test_no_batch_dependence_in_eval_mode(activation):
         torch.testing.assert_close(head.logits(head(z[:n])).softmax(1), whole[:n], rtol=1e-5, atol=1e-7)
 
 
-def test_assign_is_the_argmax_in_blocks():
-    head = CPLearnHead(6, 1000, 48)
+@pytest.mark.parametrize("kind", DICTIONARIES)
+def test_assign_is_the_argmax_in_blocks(kind):
+    head = CPLearnHead(6, 1000, 48, dictionary=kind)
     h = head(torch.randn(33, 6))
     expected = (h @ head.dictionary.codes().T).argmax(1)
     for block in (7, 250, 10_000):
@@ -115,12 +117,13 @@ def test_initial_logit_std_is_what_is_measured(activation, n_ref):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"out_dim": 1}, "at least 2"),
-        ({"out_dim": 100, "eps": 0.01}, "eps 0.01 must lie between"),
-        ({"out_dim": 100, "eps": 0.0}, "eps 0 must lie"),
-        ({"out_dim": 100, "activation": "relu"}, "'relu' is unknown"),
-        ({"out_dim": 100, "embed_dim": 6}, "64 sign patterns"),
-        ({"out_dim": 100, "n_ref": 0}, "n_ref 0 must be positive"),
+        ({"out_dim": 1}, "out_dim 1"),
+        ({"out_dim": 100, "eps": 0.01}, "eps 0.01"),
+        ({"out_dim": 100, "eps": 0.0}, "eps 0 "),
+        ({"out_dim": 100, "activation": "relu"}, "'relu'"),
+        ({"out_dim": 100, "embed_dim": 6}, "embed_dim 6"),
+        ({"out_dim": 100, "n_ref": 0}, "n_ref 0"),
+        ({"out_dim": 16, "embed_dim": 2**31}, "embed_dim 2147483648"),  # that no machine holds
     ],
 )
 def test_wrong_head_settings_are_refused(options, words):
@@ -229,10 +232,5 @@ def test_half_precision_logits_are_raised_to_float32():
 
 
 def test_a_single_view_is_refused():
-    with pytest.raises(ValueError, match="two or more views"):
+    with pytest.raises(ValueError, match="got 1"):
         cplearn_loss(logits_of(1), LossSpec(0.25))
-
-
-def test_a_head_that_no_machine_holds_is_refused_before_it_is_made():
-    with pytest.raises(UserError, match=r"embed_dim 2147483648 with out_dim 16: .* take [\d,]+ GB, this machine has"):
-        CPLearnHead(384, 16, embed_dim=2**31)

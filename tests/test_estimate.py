@@ -66,9 +66,9 @@ def test_parts_of_a_step():
     one, eight, many = (estimate.estimate(args, RECIPE, card, gpus, 0.25) for gpus in (1, 8, 64))
     assert one.sum_over_ranks == 0 < eight.sum_over_ranks < many.sum_over_ranks
     assert one.backbone == eight.backbone == pytest.approx(64 * 94.0e9 / (312e12 * 0.25), rel=1e-3)
-    assert eight.rate == 512 / eight.seconds < 8 * one.rate
+    assert one.seconds < eight.seconds < 8 * one.seconds
     faster = estimate.estimate(args, RECIPE, card, 8, 0.5)
-    assert faster.backbone == eight.backbone / 2 and faster.loss_memory == eight.loss_memory
+    assert faster.backbone == eight.backbone / 2 and faster.loss == eight.loss
 
 
 def test_the_table_and_bad_flags(capsys):
@@ -76,9 +76,9 @@ def test_the_table_and_bad_flags(capsys):
     said = capsys.readouterr().out
     assert "8 x a100, 64 images each" in said and "94 GFLOP in the backbone, 2.01 in the loss" in said
     assert "| 20% " in said and "hours for 300 epochs" in said
-    with pytest.raises(UserError, match="--images many is neither a number nor one of"):
+    with pytest.raises(UserError, match="--images many"):
         estimate.main([*RECIPE, "--images", "many"])
-    with pytest.raises(UserError, match="only the loss of cplearn"):
+    with pytest.raises(UserError, match="--method swav"):
         estimate.main(["--method", "swav"])
 
 
@@ -91,5 +91,5 @@ def test_random_jpegs_are_the_same_each_time_and_have_imagenet_100s_names(tmp_pa
     assert [str(x) for x in files[:2]] == ["train/n01558993/0.jpg", "train/n01558993/1.jpg"] and len(files) == 6
     content = [[(tmp_path / str(k) / x).read_bytes() for x in files] for k in range(2)]
     assert content[0] == content[1] and len(set(content[0])) == 6
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match=str(tmp_path / "0")):
         random_jpegs.main([str(tmp_path / "0")])

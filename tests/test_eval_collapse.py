@@ -15,7 +15,6 @@ from cplearn import checkpoints
 from cplearn.errors import UserError
 from cplearn.metrics.analysis import good_values
 from cplearn.pictures.collapse import FIGURES
-from cplearn.pictures.style import as_text, is_own_figure
 
 
 def test_the_script_draws_and_writes_everything(run, tmp_path, capsys):
@@ -83,19 +82,19 @@ def test_mixtures_are_no_larger_than_the_images_allow(run, tmp_path, capsys):
 
 def test_a_folder_without_splits_counts_whole(run, tmp_path, capsys):
     """With class folders, and without; when --data_path names it, and when the checkpoint does."""
-    quick = ["--tsne_images", "0", "--components"]
+    quick = ["--tsne_images", "0", "--components", "--baseline", "false"]
     write_images(tmp_path / "flat", 9)
     shutil.copytree(tmp_path / "flat", tmp_path / "classes" / "a")
     shutil.copytree(tmp_path / "flat", tmp_path / "classes" / "b")
     for name, images in (("flat", 9), ("classes", 18)):
         data = tmp_path / name
-        results = eval_collapse.main([*eval_flags(run, tmp_path), *quick, "--data_path", str(data)])
+        ((_, found),) = eval_collapse.main([*eval_flags(run, tmp_path), *quick, "--data_path", str(data)]).items()
         said = capsys.readouterr().out
         assert said.count(f"{data} has no train/ and no val/: all of its images are used\n") == 1
-        assert [found["images"] for found in results.values()] == [images, images]
+        assert found["images"] == images
         assert last_result(tmp_path)["split"] == "all" and (tmp_path / "cosines.png").exists()
     train(tmp_path / "run", "--data_path", str(tmp_path / "flat"), "--batch_size_per_gpu", "4", "--max_steps", "2")
-    ((_, found),) = eval_collapse.main([*eval_flags(tmp_path / "run", tmp_path), *quick, "--baseline", "false"]).items()
+    ((_, found),) = eval_collapse.main([*eval_flags(tmp_path / "run", tmp_path), *quick]).items()
     assert found["images"] == 9
 
 
@@ -120,20 +119,6 @@ def test_wide_tables_are_split_and_long_names_numbered():
     assert [int(x) for row in values for x in row] == list(range(10))
 
 
-def test_the_baseline_and_slow_parts_can_be_left_out(run, tmp_path):
-    results = eval_collapse.main(
-        [*eval_flags(run, tmp_path), "--baseline", "false", "--components", "--tsne_images", "0", "--split", "train"]
-    )
-    ((_, found),) = results.items()
-    assert found["images"] == 48 and found["codes_used"] <= 40 and not any("mixture" in k for k in found)
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == [
-        "codes.png",
-        "cosines.png",
-        "matrices.png",
-        "spectrum.png",
-    ]
-
-
 def test_labels_are_shown_as_they_are(run, tmp_path):
     """Not as formulas of matplotlib or of a spreadsheet, and not as names of files."""
     label = r"_$\bad$/" + "x" * 300
@@ -146,53 +131,43 @@ def test_labels_are_shown_as_they_are(run, tmp_path):
         assert lines[1].startswith(label) and lines[-1].startswith("'=1+1 $,")
 
 
-def test_text_for_figures():
-    from matplotlib.cbook import is_math_text
-
-    for words in ("$x$", r"\$x$", "a$b", "$$$", "_hidden"):
-        assert not is_math_text(as_text(words)) and not as_text(words).startswith("_")
-    assert len(as_text("x" * 300)) == 60
-
-
 @pytest.mark.parametrize(
-    "more, message",
+    "more, named",
     [
-        (("--labels", "a", "b"), "--labels names 2 networks, there are 1"),
-        (("--labels", "random init"), "they must differ"),
-        (("--components", "0"), "--components 0 must be positive"),
-        (("--mc_samples", "1"), "--mc_samples 1 must be at least 2"),
-        (("--tsne_images", "-1"), "--tsne_images -1 must be at least 5"),
-        (("--checkpoints", "x.pth"), "give one of them"),
-        (("--seed", "4294967296"), "--seed 4294967296 must not be negative, and be below"),
-        (("--pretrained_weights", ""), "--pretrained_weights is missing"),
-        (("--pretrained_weights", "/nowhere.pth"), "--pretrained_weights /nowhere.pth does not exist"),
+        (("--labels", "a", "b"), "--labels .*2 .* 1"),
+        (("--labels", "random init"), "--labels random init"),
+        (("--components", "0"), "--components 0"),
+        (("--mc_samples", "1"), "--mc_samples 1"),
+        (("--tsne_images", "-1"), "--tsne_images -1"),
+        (("--checkpoints", "x.pth"), "--checkpoints and --pretrained_weights"),
+        (("--seed", "4294967296"), "--seed 4294967296"),
+        (("--pretrained_weights", ""), "--pretrained_weights"),
+        (("--pretrained_weights", "/nowhere.pth"), "--pretrained_weights /nowhere.pth"),
     ],
 )
-def test_wrong_flags_are_refused(run, tmp_path, more, message):
-    with pytest.raises(UserError, match=message):
+def test_wrong_flags_are_refused(run, tmp_path, more, named):
+    with pytest.raises(UserError, match=named):
         eval_collapse.main([*eval_flags(run, tmp_path), *more])
 
 
 def test_only_earlier_figures_are_replaced(run, tmp_path):
-    mine, picture, common = tmp_path / "mine.png", tmp_path / "codes.png", ["--components", "--tsne_images", "0"]
-    Image.new("RGB", (9, 9)).save(mine)
-    before = mine.read_bytes()
-    picture.symlink_to("mine.png")
-    for _ in range(2):  # a link, then a file
-        with pytest.raises(UserError, match="codes.png is no figure of this command: name another folder"):
-            eval_collapse.main([*eval_flags(run, tmp_path), *common])
-        assert picture.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
-        picture.unlink()
-        picture.write_bytes(before)
-    picture.unlink()
+    quick = ["--components", "--tsne_images", "0", "--baseline", "false"]
+    Image.new("RGB", (9, 9)).save(tmp_path / "codes.png")
+    before = (tmp_path / "codes.png").read_bytes()
+    with pytest.raises(UserError, match="--output_dir .*codes.png"):
+        eval_collapse.main([*eval_flags(run, tmp_path), *quick])
+    assert (tmp_path / "codes.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "codes.png").unlink()
     eval_cluster.main([*eval_flags(run, tmp_path), "--out_csv", str(tmp_path / "codes.csv")])
-    with pytest.raises(UserError, match="codes.csv is no table of this command: name another folder"):
-        eval_collapse.main([*eval_flags(run, tmp_path), *common])
+    with pytest.raises(UserError, match="--output_dir .*codes.csv"):
+        eval_collapse.main([*eval_flags(run, tmp_path), *quick])
     (tmp_path / "codes.csv").unlink()
     (tmp_path / "tsne.csv").write_text("network,image,x,y\n")  # of an earlier call that drew it
     for _ in range(2):
-        eval_collapse.main([*eval_flags(run, tmp_path), *common, "--baseline", "false"])
-    assert mine.read_bytes() == before and is_own_figure(picture) and not (tmp_path / "tsne.csv").exists()
+        ((_, found),) = eval_collapse.main([*eval_flags(run, tmp_path), *quick]).items()
+    drawn = ["codes.png", "cosines.png", "matrices.png", "spectrum.png"]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == drawn and not (tmp_path / "tsne.csv").exists()
+    assert found["codes_used"] <= 40 and not any("mixture" in k for k in found)
 
 
 def test_networks_are_named_by_what_tells_them_apart():

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from helpers import eval_flags, last_result, write_images
+from helpers import eval_flags, last_result
 from PIL import Image
 from torchvision import transforms
 
@@ -60,39 +60,31 @@ def test_linear_probe_resumes_to_the_same_result(run, tmp_path, augment, monkeyp
 def test_a_probe_never_trains_on_other_images_than_asked_for(run, tmp_path, image_folder, augment):
     shutil.copytree(image_folder, tmp_path / "data")
     (tmp_path / "data/train/bee/004.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot read the image .*bee/004.jpg"):
+    with pytest.raises(UserError, match="bee/004.jpg"):
         eval_linear.main(eval_flags(run, tmp_path / "out", "--epochs", "1", "--augment", augment,
                                "--batch_size_per_gpu", "16",
                                "--data_path", str(tmp_path / "data")))  # fmt: skip
 
 
-def test_a_finished_probe_is_not_taken_for_another_data_set(run, tmp_path, image_folder):
-    for split in ("train", "val"):
-        for name in ("ant", "bee", "cat"):
-            write_images(tmp_path / "noise" / split / name, 4, seed=7)  # the same images in every class
-    common = eval_flags(run, tmp_path, "--epochs", "2", "--augment", "false")
-    eval_linear.main(common)
-    eval_linear.main([*common, "--data_path", str(tmp_path / "noise")])
-    eval_linear.main([*common, "--seed", "1"])
-    files = [checkpoints.load(p)["classifier"]["1.weight"] for p in tmp_path.glob("linear_*.pth")]
-    assert len(files) == 3 and not any(torch.equal(files[i], files[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-
-
-def test_a_finished_probe_is_not_taken_for_other_training_images(run, tmp_path, image_folder):
-    """Of the same names, in the same place."""
+def test_a_finished_probe_is_not_taken_for_other_images_or_seeds(run, tmp_path, image_folder):
+    """Nor for other training images of the same names in the same place."""
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
-    common = eval_flags(run, tmp_path, "--epochs", "1", "--augment", "true", "--data_path", str(data))
+    cached = eval_flags(run, tmp_path, "--epochs", "1", "--augment", "false")
+    augmented = eval_flags(run, tmp_path, "--epochs", "1", "--augment", "true", "--data_path", str(data))
+    for count, flags in ((1, cached), (2, [*cached, "--data_path", str(data)]), (3, [*cached, "--seed", "1"])):
+        eval_linear.main(flags)
+        assert len(list(tmp_path.glob("linear_*.pth"))) == count
     for _ in range(2):  # as it is, it is taken
-        eval_linear.main(common)
-        assert len(list(tmp_path.glob("linear_*.pth"))) == 1
+        eval_linear.main(augmented)
+        assert len(list(tmp_path.glob("linear_*.pth"))) == 4
     (data / "train" / "ant").rename(data / "swap")
     (data / "train" / "bee").rename(data / "train" / "ant")
     (data / "swap").rename(data / "train" / "bee")
-    eval_linear.main(common)
-    assert len(list(tmp_path.glob("linear_*.pth"))) == 2
-    with pytest.raises(UserError, match="--dump_features keeps features of center crops: add --augment false"):
-        eval_linear.main([*common, "--dump_features", str(tmp_path / "kept")])
+    eval_linear.main(augmented)
+    assert len(list(tmp_path.glob("linear_*.pth"))) == 5
+    with pytest.raises(UserError, match="--dump_features"):
+        eval_linear.main([*augmented, "--dump_features", str(tmp_path / "kept")])
 
 
 def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
@@ -110,10 +102,10 @@ def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
 
 
 def test_tokens_of_a_resnet(run, tmp_path, capsys):
-    with pytest.raises(UserError, match="--n_last_blocks 4 is for vit_tiny"):
+    with pytest.raises(UserError, match="--n_last_blocks 4"):
         eval_linear.main(eval_flags(run, tmp_path, "--n_last_blocks", "4", "--augment", "false"))
     for augment in ("false", "true"):
-        with pytest.raises(UserError, match="--avgpool_patchtokens true is for vit_tiny, vit_small, vit_base: leave"):
+        with pytest.raises(UserError, match="--avgpool_patchtokens true"):
             eval_linear.main(eval_flags(run, tmp_path, "--avgpool_patchtokens", "true", "--augment", augment))
     assert "Extracting" not in capsys.readouterr().out
 
@@ -150,7 +142,7 @@ def test_the_mean_of_patch_tokens(vit_weights, tmp_path, image_folder):
     assert kept["codes"] is None
 
     load = ["--load_features", str(tmp_path / "kept"), "--epochs", "2", "--batch_size_per_gpu", "16", "--device", "cpu"]
-    with pytest.raises(UserError, match="has no features_train_last1.pth: extract it first"):
+    with pytest.raises(UserError, match="features_train_last1.pth"):
         eval_linear.main(load)
     assert eval_linear.main([*load, *both]) == found
     eval_linear.main([*common, *both, "--augment", "true"])
@@ -196,7 +188,7 @@ def test_batch_norm_leaves_out_a_last_batch_of_one_image(run, tmp_path, augment,
     assert state["0.running_var"].isfinite().all() and state["0.num_batches_tracked"] == 1
     eval_linear.main([*common, "--batch_size_per_gpu", "47", "--standardise", "false"])
     assert [len(step) for step in steps] == [47, 47, 1]
-    with pytest.raises(UserError, match="--standardise true needs batches of two images at least"):
+    with pytest.raises(UserError, match="--standardise true"):
         eval_linear.main([*common, "--batch_size_per_gpu", "1"])
 
 
@@ -208,5 +200,5 @@ def test_a_folder_that_is_removed_meanwhile_is_named(run, tmp_path, monkeypatch)
         return measure(*args)
 
     monkeypatch.setattr(eval_linear, "accuracy", accuracy)  # called after each epoch, before it is saved
-    with pytest.raises(WriteError, match="out was removed meanwhile: run the same command again"):
+    with pytest.raises(WriteError, match=str(tmp_path / "out")):
         eval_linear.main(eval_flags(run, tmp_path / "out", "--epochs", "2", "--augment", "false"))

@@ -4,8 +4,8 @@ import json
 import os
 import re
 import runpy
-import shutil
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cplearn import checkpoints, load_backbone
 from cplearn.errors import UserError, WriteError
 from cplearn.export import common, hf_folder, timm_folder
 from cplearn.load import EvalTransform, load_pretrained
+from cplearn.text import printable
 
 timm = pytest.importorskip("timm")
 
@@ -77,6 +78,10 @@ def test_timm_by_folder_and_by_name(vit, tmp_path, no_network, capsys):
     with torch.no_grad():
         for model in models:
             assert apart(ours(pixels(2, 32)), model.eval()(pixels(2, 32))) < 1e-5
+    with pytest.raises(UserError, match="--arch"):  # a file without our metadata
+        load_backbone(overlay["file"])
+    _, transform, width = load_backbone(overlay["file"], arch="vit_tiny", patch_size=8)
+    assert transform.size == 224 and width == 192
 
 
 @pytest.mark.parametrize("size", [32, 95, 96, 128, 160, 224, 225, 384])
@@ -125,30 +130,28 @@ def test_hugging_face(vit, tmp_path, no_network, size):
 # --- safetensors -------------------------------------------------------------------------------------------
 
 
-def test_safetensors_says_what_it_is(run, tmp_path, no_network):
+def test_safetensors_say_what_they_are(run, tmp_path, image_folder, no_network):
+    """To `load_backbone` and to the evaluations, which need no --arch."""
     out = tmp_path / "w.safetensors"
     export.main(["--pretrained_weights", str(run / "checkpoint.pth"), "--to", "safetensors", "--out", str(out)])
     from safetensors import safe_open
 
     with safe_open(out, "pt") as file:
-        said = file.metadata()
+        metadata = file.metadata()
         assert set(file.keys()) == set(load_backbone(str(run / "checkpoint.pth")).model.state_dict())
     whole = load_pretrained(str(run / "checkpoint.pth"))
-    assert said["arch"] == "resnet8_w8" and said["image_size"] == "32" and said["epoch"] == "2"
-    assert said["weights_sha256"] == whole.weights_sha256 and json.loads(said["mean"]) == [0.485, 0.456, 0.406]
+    assert (metadata["arch"], metadata["image_size"], metadata["epoch"]) == ("resnet8_w8", "32", "2")
+    assert metadata["weights_sha256"] == whole.weights_sha256
+    assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
     alone = load_pretrained(str(out))
     assert (alone.arch, alone.image_size, alone.epoch) == ("resnet8_w8", 32, 2)
     assert torch.equal(alone.backbone(pixels(2, 32)), whole.backbone(pixels(2, 32)))
-    with pytest.raises(UserError, match="--arch resnet8_w16, but .* is of resnet8_w8"):
+    with pytest.raises(UserError, match="--arch resnet8_w16, .* resnet8_w8"):
         load_backbone(str(out), arch="resnet8_w16")
-
-
-def test_an_evaluation_reads_safetensors(run, tmp_path, image_folder):
-    export.main([str(run / "checkpoint.pth"), "--to", "safetensors", "--out", str(tmp_path / "w.safetensors")])
     flags = ["--data_path", str(image_folder), "--nb_knn", "5", "--num_workers", "0", "--device", "cpu"]
     of = [
         eval_knn.main(["--pretrained_weights", str(path), "--output_dir", str(tmp_path), *flags])
-        for path in (run / "checkpoint.pth", tmp_path / "w.safetensors")
+        for path in (run / "checkpoint.pth", out)
     ]
     assert of[0] == of[1]
 
@@ -157,23 +160,12 @@ def test_damaged_safetensors_are_refused(run, tmp_path):
     out = tmp_path / "w.safetensors"
     export.main([str(run / "checkpoint.pth"), "--to", "safetensors", "--out", str(out)])
     content = bytearray(out.read_bytes())
-    content[-5] ^= 1
-    out.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged: its checksum is wrong"):
-        load_backbone(str(out))
-    for damaged in (content[:-20], content[:50], b"", b"\xff" * 99, b"\x02" + bytes(7) + b"[]"):
+    flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+    size = content.replace(b'"image_size":"32"', b'"image_size":"3x"')
+    for damaged in (flipped, size, content[:-20], content[:50], b"", b"\xff" * 99, b"\x02" + bytes(7) + b"[]"):
         out.write_bytes(damaged)
-        with pytest.raises(UserError, match="truncated or no"):
+        with pytest.raises(UserError, match="w.safetensors"):
             load_backbone(str(out))
-
-
-def test_bare_safetensors_need_an_arch(vit, tmp_path):
-    export.main([str(vit), "--to", "timm", "--out", str(tmp_path / "net")])
-    path = str(tmp_path / "net" / "model.safetensors")
-    with pytest.raises(UserError, match="does not say its architecture"):
-        load_backbone(path)
-    model, transform, width = load_backbone(path, arch="vit_tiny", patch_size=8)
-    assert transform.size == 224 and width == 192
 
 
 # --- ONNX --------------------------------------------------------------------------------------------------
@@ -189,17 +181,15 @@ def test_onnx_with_any_batch(source, request, tmp_path, no_network):
     out = tmp_path / "net.onnx"
     export.main([str(weights), "--to", "onnx", "--out", str(out), "--with_preprocessing"])
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
-    said = session.get_modelmeta().custom_metadata_map
-    assert said["input"] == "0..1" and said["image_size"] == "32" and json.loads(said["std"]) == [0.229, 0.224, 0.225]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["input"] == "0..1" and metadata["image_size"] == "32"
     ours = load_backbone(str(weights)).model
-    mean, std = (torch.tensor(json.loads(said[name])).view(1, 3, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(json.loads(metadata[name])).view(1, 3, 1, 1) for name in ("mean", "std"))
     for n in (1, 5):
         x = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
         (theirs,) = session.run(["features"], {"pixels": x.numpy()})
         assert apart(ours((x - mean) / std), torch.from_numpy(theirs)) < 1e-5
-    from cplearn.export import onnx_file
-
-    assert onnx_file.is_earlier(out) and not onnx_file.is_earlier(weights)
+    common.check_target(out, "onnx", folder=False)  # it is ours, and may be replaced
 
 
 # --- the head ----------------------------------------------------------------------------------------------
@@ -245,7 +235,7 @@ def test_teacher_and_student(tmp_path, image_folder):
         assert torch.equal(load_backbone(f"{tmp_path}/{name}.safetensors").model(pixels(2, 32)), ours(pixels(2, 32)))
     weights = [(tmp_path / f"checkpoint{x}.safetensors").read_bytes() for x in ("", "_student")]
     assert weights[0] != weights[1]
-    with pytest.raises(UserError, match="--to head is for --method cplearn.*of --method dino"):
+    with pytest.raises(UserError, match="--method dino"):
         export.main([str(tmp_path / "checkpoint.pth"), "--to", "head"])
 
 
@@ -264,7 +254,7 @@ def test_other_features_leave_nothing_behind(vit, tmp_path, monkeypatch):
     kept = (tmp_path / "net" / "model.safetensors").read_bytes()
     monkeypatch.setattr(hf_folder, "renamed", wrong)
     for name in ("net", "other"):
-        with pytest.raises(WriteError, match=r"transformers computes other features .*largest difference \d"):
+        with pytest.raises(WriteError, match="transformers"):
             export.main([str(vit), "--to", "hf", "--out", str(tmp_path / name)])
     assert os.listdir(tmp_path) == ["net"] and (tmp_path / "net" / "model.safetensors").read_bytes() == kept
 
@@ -282,75 +272,65 @@ def test_only_an_earlier_export_is_replaced(run, tmp_path):
         out = tmp_path / name
         for _ in range(2):
             export.main([weights, "--to", to, "--out", str(out)])
-        with pytest.raises(UserError, match="no earlier export of this kind|must end in"):
-            export.main([weights, "--to", "timm" if to == "head" else "onnx", "--out", str(out)])
+    with pytest.raises(UserError, match="net"):
+        common.check_target(tmp_path / "net", "timm", folder=True)
     exported = tmp_path / "net.safetensors"  # whose default --out it would be itself
-    with pytest.raises(UserError, match="net.safetensors is the file to export itself: name another with --out"):
+    with pytest.raises(UserError, match="--out .*net.safetensors"):
         export.main([str(exported), "--to", "safetensors", "--image_size", "64"])
     (tmp_path / "net" / "mine.txt").write_text("mine")
-    os.symlink(tmp_path / "net.safetensors", tmp_path / "link.safetensors")
-    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.symlink(exported, tmp_path / "link.safetensors")
+    os.symlink(tmp_path / "net", tmp_path / "linked")
     (tmp_path / "empty").mkdir()
     checkpoints.write(tmp_path / "w.safetensors", {"x": torch.zeros(2)})
     before = (tmp_path / "w.safetensors").read_bytes()
-    for to, name, words in (
-        ("head", "net", "no earlier export"),
-        ("head", "empty", "no earlier export"),
-        ("safetensors", "link.safetensors", "is a link"),
-        ("safetensors", "pipe.safetensors", "no earlier export"),
-        ("safetensors", "w.safetensors", "no earlier export"),
-        ("safetensors", "nowhere/w.safetensors", "the folder it goes to does not exist"),
-        ("safetensors", "w.bin", "must end in .safetensors"),
-        ("head", os.fsdecode(b"\xe9"), "is not UTF-8"),
+    for to, name in (
+        ("head", "net"),
+        ("head", "empty"),
+        ("head", "linked"),
+        ("head", os.fsdecode(b"\xe9")),
+        ("safetensors", "link.safetensors"),
+        ("safetensors", "w.safetensors"),
+        ("safetensors", "nowhere/w.safetensors"),
+        ("safetensors", "w.bin"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=f"--out .*{re.escape(printable(name))}"):
             export.main([weights, "--to", to, "--out", str(tmp_path / name)])
     assert (tmp_path / "net" / "mine.txt").exists() and (tmp_path / "w.safetensors").read_bytes() == before
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "named"),
     [
-        (["--to", "timm"], "timm has no resnet8_w8 .*use --to safetensors or --to onnx"),
-        (["--to", "hf"], "--to hf is for vit_tiny, vit_small, vit_base.*resnet8_w8 is not"),
-        (["--to", "flax"], "--to: invalid choice: 'flax'"),
-        ([], "required: --to"),
-        (["--to", "head", "--with_preprocessing"], "--with_preprocessing goes with --to onnx"),
-        (["--to", "head", "--pretrained_weights", "x"], "are the same: give one of them"),
-        (["--to", "head", "--out", ""], "--out '' is empty"),
-        (["--to", "head", "--arch", "vit_tiny"], "was trained with resnet8_w8"),
-        (["--to", "head", "--checkpoint_key", "student"], "has no such network"),
-        (["--to", "head", "--out", "/proc/head"], "--out /proc/head cannot be written"),
-        (["--to", "safetensors", "--image_size", "2"], "--image_size 2: --arch resnet8_w8 cannot take such images"),
+        (["--to", "timm"], "--to timm.* resnet8_w8"),
+        (["--to", "hf"], "--to hf.* resnet8_w8"),
+        (["--to", "head", "--with_preprocessing"], "--with_preprocessing"),
+        (["--to", "head", "--pretrained_weights", "x"], "--pretrained_weights"),
+        (["--to", "head", "--out", "/proc/head"], "--out /proc"),
     ],
 )
-def test_wrong_flags(run, flags, words):
+def test_wrong_flags(run, flags, named):
     before = sorted(os.listdir(run))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=named):
         export.main([str(run / "checkpoint.pth"), *flags])
     assert sorted(os.listdir(run)) == before
 
 
 def test_wrong_weights(run, tmp_path):
-    with pytest.raises(UserError, match="the checkpoint is missing"):
-        export.main(["--to", "head"])
-    with pytest.raises(UserError, match="nowhere.pth does not exist"):
-        export.main([str(tmp_path / "nowhere.pth"), "--to", "head"])
     weights = checkpoints.backbone_weights(checkpoints.load(run / "checkpoint.pth"))
     checkpoints.write(tmp_path / "bare.pth", {"state_dict": weights})
-    with pytest.raises(UserError, match="bare.pth does not say its architecture"):
-        export.main([str(tmp_path / "bare.pth"), "--to", "safetensors"])
-    with pytest.raises(UserError, match="--to head: .*bare.pth is a backbone alone"):
-        export.main([str(tmp_path / "bare.pth"), "--to", "head", "--arch", "resnet8_w8"])
-    shutil.copy(run / "log.txt", tmp_path / "text.pth")
-    with pytest.raises(UserError, match="text.pth is (refused|truncated)"):
-        export.main([str(tmp_path / "text.pth"), "--to", "head"])
-    assert sorted(os.listdir(tmp_path)) == ["bare.pth", "text.pth"]
+    for arguments, named in (
+        (["--to", "head"], "python export.py CKPT"),
+        ([str(tmp_path / "bare.pth"), "--to", "safetensors"], "bare.pth .*--arch"),
+        ([str(tmp_path / "bare.pth"), "--to", "head", "--arch", "resnet8_w8"], "bare.pth"),
+    ):
+        with pytest.raises(UserError, match=named):
+            export.main(arguments)
+    assert os.listdir(tmp_path) == ["bare.pth"]
 
 
 def test_a_missing_package_is_named(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="--to onnx needs the package onnxruntime .*: pip install onnxruntime"):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="onnxruntime.*pip install"):
         export.main([str(run / "checkpoint.pth"), "--to", "onnx", "--out", str(tmp_path / "x.onnx")])
     assert os.listdir(tmp_path) == []

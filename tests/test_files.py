@@ -1,13 +1,24 @@
-"""Files: lines after a cut, links that lead elsewhere, what never ends."""
+"""Files: lines after a cut, whole or not there, ours or not."""
 
 import json
 import os
-import signal
+from contextlib import nullcontext
 
 import pytest
 
 from cplearn.errors import UserError, WriteError
-from cplearn.files import append_json_line, check_output_dir, read_json, read_json_lines, read_text, write_text
+from cplearn.files import (
+    append_json_line,
+    check_output_dir,
+    check_replaceable,
+    read_json,
+    read_json_lines,
+    read_text,
+    reading,
+    replaceable,
+    write_text,
+    written,
+)
 
 
 def test_a_line_after_one_that_was_cut_short_is_whole(tmp_path):
@@ -22,38 +33,43 @@ def test_a_line_after_one_that_was_cut_short_is_whole(tmp_path):
     assert path.read_text().count("\n") == 4
 
 
-def test_nothing_is_written_through_a_link(tmp_path):
-    victim = tmp_path / "victim"
-    victim.write_text("mine\n")
-    for name in ("log.txt", "results.jsonl", "args.json", f".args.json.{os.getpid()}.tmp"):
-        (tmp_path / name).symlink_to(victim)
-    with pytest.raises(WriteError, match="log.txt is a link or no file, through which nothing is written: remove it"):
-        append_json_line(tmp_path / "log.txt", {"a": 1})
-    write_text(tmp_path / "args.json", "{}")  # whole files take the link's place
-    assert victim.read_text() == "mine\n" and not (tmp_path / "args.json").is_symlink()
-    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: log.txt is a link"):  # before any work
-        check_output_dir(str(tmp_path))
+def test_a_file_is_replaced_whole_or_stays_as_it_is(tmp_path):
+    write_text(tmp_path / "x", "one")
+    with pytest.raises(KeyError), written(tmp_path / "x") as f:
+        f.write(b"tw")
+        raise KeyError
+    assert (tmp_path / "x").read_text() == "one" and os.listdir(tmp_path) == ["x"]
+    with pytest.raises(WriteError, match=f"{tmp_path}/gone"):
+        write_text(tmp_path / "gone" / "x", "two")
+    assert read_json(tmp_path / "none") == {} and read_json_lines(tmp_path / "none") == []
 
 
-@pytest.fixture
-def alarm():
-    """Ends a test that would hang."""
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
+def test_an_output_that_is_not_ours_is_not_replaceable(tmp_path):
+    path, mark = tmp_path / "x", b"made by us"
+    assert replaceable(path, mark)
+    for content, ours in ((b"...made by us...", True), (b"mine", False), (b"made by us" + bytes(10**6), True),
+                          (bytes(10**6) + b"made by us", True), (b"", False)):  # fmt: skip
+        path.write_bytes(content)
+        assert replaceable(path, mark) == ours
+        with nullcontext() if ours else pytest.raises(UserError, match=f"--out {path}"):
+            check_replaceable(path, mark, "--out")
+    (tmp_path / "link").symlink_to(path)
+    assert not replaceable(tmp_path / "link", mark)
 
 
-@pytest.mark.parametrize("what", ["pipe", "folder", "zero", "missing"])
-def test_what_is_no_file_is_neither_read_nor_written(tmp_path, alarm, what):
-    path = tmp_path / "x"
-    {"pipe": os.mkfifo, "folder": os.mkdir, "zero": lambda x: x.symlink_to("/dev/zero"), "missing": str}[what](path)
-    assert read_json(path) == {} and read_json_lines(path) == []
-    with pytest.raises(OSError):
-        read_text(path)
-    if what == "missing":
-        return
-    with pytest.raises(WriteError, match="is a link or no|is no regular file"):
-        append_json_line(path, {})
+def test_whatever_goes_wrong_while_a_file_of_ours_is_read_means_that_it_is_damaged(tmp_path):
+    for error in (KeyError("x"), RecursionError(), PermissionError(13, "Permission denied")):
+        with pytest.raises(UserError, match=str(tmp_path)), reading(tmp_path):
+            raise error
+    for error in (FileNotFoundError(), WriteError("known")):
+        with pytest.raises(type(error)), reading(tmp_path):
+            raise error
+
+
+@pytest.mark.parametrize("path", ["/proc/none", "/dev/null/none"])
+def test_a_folder_that_cannot_be_written_is_named(path):
+    with pytest.raises(UserError, match=f"--output_dir {path}"):
+        check_output_dir(path)
 
 
 def test_content_that_breaks_a_parser(tmp_path):

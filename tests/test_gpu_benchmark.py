@@ -28,18 +28,8 @@ def test_this_gpu_is_right(tmp_path):
 @pytest.mark.dist
 def test_all_parts_on_a_cpu(tmp_path):
     parts = [name for name in gpu.PARTS if name != "processes"]  # a minute and a half; tests/distributed has the like
-    command = [
-        sys.executable,
-        SCRIPT,
-        "--device",
-        "cpu",
-        "--tiny",
-        "--json",
-        str(tmp_path / "gpu.json"),
-        "--parts",
-        *parts,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    flags = ["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json"), "--parts", *parts]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert list(report["parts"]) == parts

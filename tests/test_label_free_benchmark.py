@@ -76,7 +76,7 @@ def test_a_rise_in_standard_errors():
 
 def test_few_runs_are_refused(tmp_path):
     write_runs(tmp_path / "m.jsonl", 9)
-    with pytest.raises(UserError, match="9 runs: at least 10 are needed"):
+    with pytest.raises(UserError, match="9 runs"):
         label_free.main(["compare", str(tmp_path / "m.jsonl")])
 
 

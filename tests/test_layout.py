@@ -11,7 +11,7 @@ from helpers import ROOT
 
 TOP = [path.stem for path in ROOT.glob("*.py")]
 LIBRARY = {"cplearn_head", "vision_transformer"}  # on top too, but made to be imported
-BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
+BENCHMARKS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/*.py")])
 
 
 def module_name(path: Path) -> str:

@@ -14,9 +14,10 @@ from PIL import Image
 
 import eval_knn
 import vision_transformer
-from cplearn import checkpoints, load_backbone, load_pretrained
+from cplearn import checkpoints, load_backbone
 from cplearn.data.datasets import Folder
 from cplearn.errors import UserError
+from cplearn.features.cli import request_of
 from cplearn.features.splits import extract_features
 from cplearn.load import load_model
 
@@ -27,7 +28,9 @@ def expected_features(tmp_path, image_folder, weights, *more):
              "cpu", "--output_dir", str(tmp_path), *more]  # fmt: skip
     args = eval_knn.get_args_parser().parse_args(flags)
     cpu = torch.device("cpu")
-    return extract_features(load_model(args, cpu), Folder(image_folder / "val"), args, cpu).features
+    return extract_features(
+        load_model(request_of(args, "digits"), cpu), Folder(image_folder / "val"), args, cpu
+    ).features
 
 
 def features_of(pretrained, image_folder):
@@ -70,36 +73,25 @@ def test_a_checkpoint_as_dino_writes_it(tmp_path, image_folder):
     assert load_backbone(tmp_path / "dino.pth", arch="vit_tiny").transform.size == 224  # as such weights are trained
 
 
-def test_weights_of_timm(tmp_path, image_folder):
-    """Against timm's model itself, which has a classifier that is left out."""
+@pytest.mark.parametrize("size", [160, 64])
+def test_weights_of_timm(tmp_path, image_folder, size):
+    """Against timm's model itself, which has a classifier that is left out, and resamples its position embeddings."""
     torch.manual_seed(3)
-    theirs = timm.create_model("test_vit", num_classes=5).eval()
+    theirs = timm.create_model("test_vit", num_classes=5, dynamic_img_size=True).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
-    pretrained = load_backbone(tmp_path / "timm.pth", arch="timm:test_vit", image_size=160)
+    pretrained = load_backbone(tmp_path / "timm.pth", arch="timm:test_vit", image_size=size)
     found = features_of(pretrained, image_folder)
     paths = sorted((image_folder / "val").rglob("*.jpg"))
     with torch.no_grad():
         x = torch.stack([pretrained.transform(Image.open(path)) for path in paths])
         own = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
-    flags = ("--arch", "timm:test_vit", "--image_size", "160")
+    flags = ("--arch", "timm:test_vit", "--image_size", str(size))
     expected = expected_features(tmp_path, image_folder, tmp_path / "timm.pth", *flags)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_weights_of_timm_at_another_image_size(tmp_path):
-    """As timm itself resamples position embeddings."""
-    torch.manual_seed(3)
-    theirs = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
-    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
-    model, _, _ = load_backbone(tmp_path / "timm.pth", arch="timm:test_vit", image_size=64)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
-    other = timm.create_model("test_vit3", num_classes=0).state_dict()
-    torch.save(other, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not fit this model"):
-        load_backbone(tmp_path / "other.pth", arch="timm:test_vit", image_size=64)
+    torch.save(timm.create_model("test_vit3", num_classes=0).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UserError, match="other.pth"):
+        load_backbone(tmp_path / "other.pth", arch="timm:test_vit", image_size=size)
 
 
 def test_the_transform_takes_images_of_any_mode(run):
@@ -110,14 +102,6 @@ def test_the_transform_takes_images_of_any_mode(run):
     for image in (Image.fromarray(gray), Image.fromarray(gray).convert("RGBA"), Image.fromarray(gray * np.uint16(257))):
         assert torch.equal(transform(image), plain)
     assert repr(transform) == "EvalTransform(size=100)"
-
-
-def test_the_head_comes_along(run, tmp_path):
-    model = load_pretrained(run / "checkpoint.pth")
-    saved = checkpoints.load(run / "checkpoint.pth")["model"]
-    assert model.method.out_dim == 40
-    assert torch.equal(model.method.head.linear.weight, saved["head.linear.weight"])
-    assert model.method.predict(model.backbone(torch.zeros(2, 3, 32, 32))).shape == (2,)
 
 
 def test_random_numbers_of_the_caller_are_left_alone(run, tmp_path):
@@ -138,15 +122,36 @@ def test_random_numbers_of_the_caller_are_left_alone(run, tmp_path):
 
 
 def test_wrong_files(run, tmp_path):
-    with pytest.raises(UserError, match="nowhere.pth does not exist"):
-        load_backbone("/nowhere.pth")
-    with pytest.raises(UserError, match="was trained with resnet8_w8: leave the flag out"):
-        load_backbone(run / "checkpoint.pth", arch="resnet18")
-    with pytest.raises(UserError, match="--checkpoint_key student: .* has no such network"):
-        load_backbone(run / "checkpoint.pth", checkpoint_key="student")
     torch.save({"a": torch.zeros(1)}, tmp_path / "plain.pth")
-    with pytest.raises(UserError, match="does not say its architecture"):
-        load_backbone(tmp_path / "plain.pth")
+    for weights, options, named in (
+        ("/nowhere.pth", {}, "/nowhere.pth"),
+        (run / "checkpoint.pth", {"arch": "resnet18"}, "--arch resnet18.* resnet8_w8"),
+        (run / "checkpoint.pth", {"patch_size": 8}, "--patch_size 8.* 16"),
+        (run / "checkpoint.pth", {"checkpoint_key": "student"}, "--checkpoint_key student"),
+        (tmp_path / "plain.pth", {}, "plain.pth .*--arch"),
+    ):
+        with pytest.raises(UserError, match=named):
+            load_backbone(weights, **options)
+
+
+def without(state, *names):
+    return {name: value for name, value in state.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: without(state, "epoch"), "epoch"),
+        (lambda state: state | {"model": None}, "model"),
+        (lambda state: state | {"args": "vit_tiny"}, ""),
+        (lambda state: state | {"args": without(state["args"], "seed")}, "seed"),
+        (lambda state: state | {"args": state["args"] | {"image_size": "32"}}, "image_size"),
+    ],
+)
+def test_a_checkpoint_that_no_run_wrote_is_refused(run, tmp_path, change, named):
+    checkpoints.write(tmp_path / "other.pth", change(checkpoints.load(run / "checkpoint.pth")))
+    with pytest.raises(UserError, match=f"other.pth .*{named}"):
+        load_backbone(tmp_path / "other.pth")
 
 
 ELSEWHERE = """

@@ -41,7 +41,6 @@ def run(folder, code, *launcher):
 def test_the_plain_loop(folder, tmp_path):
     code = block(PAGE, "Plain PyTorch")
     assert len(code.splitlines()) <= 32 and code.count("cplearn") == 1  # one import
-    assert code in (ROOT / "README.md").read_text()
     ended = run(folder, code.replace("range(20)", "range(4)"))
     assert ended.returncode == 0, ended.stderr
     losses = [float(x) for x in re.findall(r"'loss': ([\d.]+)", ended.stdout)]
@@ -55,6 +54,19 @@ def test_the_plain_loop(folder, tmp_path):
                              "--image_size", "64", "--data_path", str(folder / "split"), "--num_workers", "0",
                              "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--nb_knn", "1"])  # fmt: skip
     assert metrics["knn1_top1"] == 1  # each image is its own neighbor
+
+
+def test_the_loop_of_the_readme():
+    """Its second block, with two views of random images that stay the same: the loss falls."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    names = {"loader": [(images, images + 0.1 * torch.randn_like(images))]}
+    exec(blocks[1], names)
+    first = names["loss"].item()
+    for _ in range(5):
+        exec(blocks[1].rsplit("\n\n", 1)[1], names)
+    assert names["loss"].item() < first - 0.01 and {"invariance", "prior"} <= names["terms"].keys()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import estimate
+import generate
 import pytest
 from helpers import ROOT
 
@@ -20,7 +21,6 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")], key=lambda p: str(p.relative_to(ROOT))
 )
 RECIPES = sorted(ROOT.glob("recipes/*.txt"))
-FILES = ROOT / "docs" / "files.md"
 EVALUATIONS = ("eval_knn.py", "eval_linear.py", "eval_cluster.py", "eval_collapse.py")
 TAKE_AWAY = ("extract_features.py", "visualize_attention.py", "visualize_codes.py", "export.py", "plot_runs.py")
 
@@ -70,7 +70,7 @@ def test_commands_parse(command, monkeypatch):
         main_cplearn.parse_args(estimate.get_args_parser().parse_known_args(flags)[1])
     elif script != "venv":
         source = (ROOT / script).read_text()
-        assert script == "demo.py" or script.startswith("benchmarks/")
+        assert script == "demo.py" or script.startswith(("benchmarks/", "experiments/"))
         names = [flag.split("=")[0] for flag in flags if flag.startswith("--")]
         assert [name for name in names if f'"{name}"' not in source] == []
 
@@ -82,23 +82,11 @@ def test_commands_of_every_script_are_shown():
     assert "torchrun main_cplearn.py --arch vit_small --out_dim 131072" in (ROOT / "README.md").read_text()
 
 
-def test_the_file_table_names_every_file():
-    page = FILES if FILES.exists() else ROOT / "README.md"
-    named = set(re.findall(r"`([^`\s]+)`", page.read_text()))
-    modules = [p for p in ROOT.glob("cplearn/**/*.py") if p.name != "__init__.py"]
-    expected = {p.name for p in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.md")]}
-    expected |= {str(p.relative_to(ROOT)) for p in RECIPES}
-    expected |= {str(p.relative_to(ROOT / "cplearn")) for p in modules}
-    assert "  ".join(sorted(expected - named)) == ""
-
-
-def test_the_file_table_names_no_file_that_is_gone():
-    if not FILES.exists():
-        pytest.skip("no docs/files.md")
-    package = FILES.read_text().partition("## The package")[2].partition("\n## ")[0]
-    rows = [line.split("|")[1] for line in package.splitlines() if line.startswith("| `")]
-    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    assert len(named) > 30 and [name for name in named if not (ROOT / "cplearn" / name).is_file()] == []
+def test_the_page_of_files_is_what_their_docstrings_say():
+    """`python docs/generate.py` writes it anew."""
+    assert generate.PAGE.read_text() == generate.page()
+    named = generate.page()
+    assert all(f"`{path.name}`" in named for path in ROOT.glob("cplearn/*/*.py") if path.name != "__init__.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -132,7 +120,10 @@ def test_links_resolve(page):
     assert "  ".join(broken) == ""
 
 
-def test_the_readme_is_read_in_one_sitting():
-    if not (ROOT / "docs").is_dir():
-        pytest.skip("no docs/")
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+def test_the_first_pages_are_read_in_one_sitting(name):
+    text = (ROOT / name).read_text()
+    assert len(text.split()) <= 1010
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    plain = (re.sub(r"\(.*?\)|\[.*?\]", "", cell) for row in rows for cell in row)
+    assert [cell for cell in plain if len(re.findall(r"\d[\d.,]*", cell)) > 4] == []

@@ -73,16 +73,15 @@ def test_energy_off_the_diagonal_of_codes_is_the_formula_on_average(count):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--only", "beta 7"], "--only 'beta 7' is part of no row's name, such as 'f 64, c 256, n 512, beta 0.25"),
-        (["--figure", "theory.jpg"], "must end in .png"),
+        (["--only", "beta 7"], "--only 'beta 7'"),
+        (["--figure", "theory.jpg"], "--figure theory.jpg"),
         (["--json", "/proc/nothing/rows.json"], "--json /proc/nothing/rows.json"),
     ],
 )
-def test_wrong_flags_are_told_at_once(flags, words, monkeypatch):
+def test_wrong_flags_are_refused_at_once(flags, words, monkeypatch):
     monkeypatch.setattr(theory, "minimize", None)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError, match=words):
         theory.main(flags)
-    assert words in str(told.value)
 
 
 def test_one_row_by_its_name(tmp_path, capsys):

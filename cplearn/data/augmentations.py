@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from cplearn.data.color import ORDERS, color
-from cplearn.data.datasets import MAX_PIXELS
-from cplearn.errors import LocalError, UserError
+from cplearn.data.datasets import MAX_PIXELS, ImageError
+from cplearn.errors import UserError
 from cplearn.host import physical_memory
 from cplearn.random_streams import FOR_VIEWS, random_bits, seed_of
 
@@ -65,11 +65,6 @@ def cifar_strong_views(size, local_size, n_local, global_scale, local_scale) -> 
     return [view, replace(view, solarize_p=0.2), *[local] * n_local]
 
 
-def svhn_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
-    """Return the views for CIFAR without flips: a mirrored digit is another one (Table 6)."""
-    return cifar_views(size, local_size, n_local, global_scale, local_scale, flip_p=0.0)
-
-
 def digits_views(size, local_size, n_local, global_scale, local_scale) -> list[View]:
     """Return random crops with a little blur and noise: handwriting has no color and must not be mirrored."""
     view = View(size, scale=global_scale, flip_p=0.0, blur_p=0.5, blur_sigma=(0.1, 1.5), noise_std=0.05)
@@ -80,7 +75,7 @@ RECIPES = {
     "dino": dino_views,
     "cifar": cifar_views,
     "cifar_strong": cifar_strong_views,
-    "svhn": svhn_views,
+    "svhn": partial(cifar_views, flip_p=0.0),  # a mirrored digit is another one (Table 6)
     "digits": digits_views,
 }
 
@@ -149,62 +144,69 @@ def draw(seed: int, epoch: int, samples: list[int], views: int) -> np.ndarray:
 COLOR = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize", "noise_seed")
 
 
+def _each(views: list[View], name: str) -> np.ndarray:
+    """Shape: -> float64 (V,), or (V, k) for a range or the strengths of a jitter."""
+    return np.array([getattr(view, name) for view in views], dtype=np.float64)
+
+
 def color_params(views: list[View], u: np.ndarray) -> Tensor:
     """Return the parameters of the color half. Shape: u (n, V, NUMBERS) -> float64 (n, V, len(COLOR)), by `COLOR`."""
-
-    def of(name: str) -> np.ndarray:
-        return np.array([getattr(view, name) for view in views], dtype=np.float64)
-
     u = np.moveaxis(u, -1, 0)
     number = {name: u[place] for name, place in NUMBER.items()}
-    jitter, strength = number["jitter"] < of("jitter_p"), of("jitter").T
+    jitter, strength = number["jitter"] < _each(views, "jitter_p"), _each(views, "jitter").T
     low = np.array([1 - strength[0], 1 - strength[1], 1 - strength[2], -strength[3]])[:, None]
     strengths = low + 2 * strength[:, None] * number["strengths"]
-    sigma_low, sigma_high = of("blur_sigma").T
-    return torch.from_numpy(
-        np.stack(
-            [
-                *np.where(jitter, strengths, np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]),
-                np.where(jitter, np.floor(number["order"] * len(ORDERS)), -1),  # -1: no jitter
-                number["gray"] < of("gray_p"),
-                np.where(number["blur"] < of("blur_p"), sigma_low + (sigma_high - sigma_low) * number["sigma"], 0.0),
-                number["solarize"] < of("solarize_p"),
-                np.where(of("noise_std") > 0, np.floor(number["noise"] * 2**52), -1),
-            ],
-            axis=-1,
-        )
-    )
+    sigma_low, sigma_high = _each(views, "blur_sigma").T
+    sigma = sigma_low + (sigma_high - sigma_low) * number["sigma"]
+    columns = [
+        *np.where(jitter, strengths, np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]),
+        np.where(jitter, np.floor(number["order"] * len(ORDERS)), -1),  # -1: no jitter
+        number["gray"] < _each(views, "gray_p"),
+        np.where(number["blur"] < _each(views, "blur_p"), sigma, 0.0),
+        number["solarize"] < _each(views, "solarize_p"),
+        np.where(_each(views, "noise_std") > 0, np.floor(number["noise"] * 2**52), -1),
+    ]
+    return torch.from_numpy(np.stack(columns, axis=-1))
 
 
 def crop_boxes(views: list[View], u: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """Return left, top, width, height in pixels, and whether to mirror.
+    """Return left, top, width, height in pixels, and whether to mirror; of a padded crop in the padded image.
 
-    A random resized crop has area and log aspect ratio uniform; ten tries, then a center crop. A padded crop has its
-    corner in the padded image. Shape: u (n, V, NUMBERS), widths and heights int (n,) -> int64 (n, V, 5).
+    Shape: u (n, V, NUMBERS), widths and heights int (n,) -> int64 (n, V, 5).
     """
-    (low, high), ratio = np.array([v.scale for v in views]).T[..., None], np.array([v.ratio for v in views])
-    log_low, log_high = np.log(ratio).T[..., None]
-    width, height = (x.reshape(-1, 1, 1).astype(np.float64) for x in (widths, heights))
-    area_u, ratio_u, left_u, top_u = np.moveaxis(u[..., NUMBER["tries"]].reshape(*u.shape[:2], TRIES, 4), -1, 0)
-    area = width * height * (low + (high - low) * area_u)
-    aspect = np.exp(log_low + (log_high - log_low) * ratio_u)
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.argmax(-1)[..., None]
-    w, h, left_u, top_u = (np.take_along_axis(x, first, -1)[..., 0] for x in (w, h, left_u, top_u))
-    width, height = width[..., 0], height[..., 0]
-    left, top = np.floor(left_u * (width - w + 1)), np.floor(top_u * (height - h + 1))
-    center_w = np.minimum(width, np.maximum(1, np.rint(height * ratio[:, 1])))
-    center_h = np.minimum(height, np.maximum(1, np.rint(width / ratio[:, 0])))
-    center = ((width - center_w) // 2, (height - center_h) // 2, center_w, center_h)
-    found = np.take_along_axis(fits, first, -1)[..., 0]
-    boxes = [np.where(found, random, fixed) for random, fixed in zip((left, top, w, h), center, strict=True)]
-    pad, size = (np.array([getattr(view, name) for view in views]) for name in ("pad", "size"))
+    width, height = (side.reshape(-1, 1).astype(np.float64) for side in (widths, heights))
+    boxes, fits = _random_boxes(views, u, width[..., None], height[..., None])
+    boxes = np.where(fits, boxes, _center_boxes(views, width, height))
+    pad, size = _each(views, "pad"), _each(views, "size")
     shifts = [np.floor(u[..., NUMBER[name]] * (2 * pad + 1)) for name in ("shift_left", "shift_top")]
-    padded = (*shifts, size, size)
-    boxes = [np.where(pad > 0, a, b) for a, b in zip(padded, boxes, strict=True)]
-    flip = u[..., NUMBER["flip"]] < np.array([view.flip_p for view in views])
+    boxes = np.where(pad > 0, np.stack(np.broadcast_arrays(*shifts, size, size)), boxes)
+    flip = u[..., NUMBER["flip"]] < _each(views, "flip_p")
     return np.stack([*boxes, flip], axis=-1).astype(np.int64)
+
+
+def _random_boxes(views: list[View], u: np.ndarray, width: np.ndarray, height: np.ndarray):
+    """Return the first of ten random boxes that is no larger than its image, and whether there is one.
+
+    Area and log aspect ratio are uniform in their ranges, and so is the place.
+    Shape: u (n, V, NUMBERS), width and height (n, 1, 1) -> left, top, width, height (4, n, V); bool (n, V).
+    """
+    area_u, ratio_u, left_u, top_u = np.moveaxis(u[..., NUMBER["tries"]].reshape(*u.shape[:2], TRIES, 4), -1, 0)
+    (small, large), (narrow, wide) = _each(views, "scale").T[..., None], np.log(_each(views, "ratio")).T[..., None]
+    area = width * height * (small + (large - small) * area_u)
+    aspect = np.exp(narrow + (wide - narrow) * ratio_u)
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    left, top = np.floor(left_u * (width - w + 1)), np.floor(top_u * (height - h + 1))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(-1)[None, ..., None]
+    return np.take_along_axis(np.stack([left, top, w, h]), first, -1)[..., 0], fits.any(-1)
+
+
+def _center_boxes(views: list[View], width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """Return the largest box around the center with an aspect ratio in its range. Shape: (n, 1) -> (4, n, V)."""
+    low, high = _each(views, "ratio").T
+    w = np.minimum(width, np.maximum(1, np.rint(height * high)))
+    h = np.minimum(height, np.maximum(1, np.rint(width / low)))
+    return np.stack([(width - w) // 2, (height - h) // 2, w, h])
 
 
 # --- first half: geometry, one image, uint8 ----------------------------------------------------------
@@ -244,7 +246,7 @@ def by_size(views: list[View]) -> list[slice]:
 
 
 def empty_views(views: list[View], n: int) -> list[Tensor]:
-    """Return room for the views of n images: one uint8 (n, V_g, 3, size, size) for each group of `by_size`."""
+    """Return buffers for the views of n images: one uint8 (n, V_g, 3, size, size) for each group of `by_size`."""
     groups = [views[group] for group in by_size(views)]
     return [torch.empty(n, len(group), 3, group[0].size, group[0].size, dtype=torch.uint8) for group in groups]
 
@@ -253,10 +255,10 @@ def cut_views(images: list[Tensor], u: np.ndarray, views: list[View], out: list[
     """Cut all views of some images into `out`. Shape: n x uint8 (3, H, W), u (n, V, NUMBERS), out as `empty_views`."""
     heights, widths = np.array([image.shape[1:] for image in images]).T
     boxes = crop_boxes(views, u, widths, heights)
-    for group, room in zip(by_size(views), out, strict=True):
+    for group, crops in zip(by_size(views), out, strict=True):
         for i, image in enumerate(images):
             for k, (view, box) in enumerate(zip(views[group], boxes[i, group], strict=True)):
-                room[i, k] = crop(image, view, box)
+                crops[i, k] = crop(image, view, box)
 
 
 def reduction(views: list[View], width: int, height: int) -> int:
@@ -264,15 +266,13 @@ def reduction(views: list[View], width: int, height: int) -> int:
 
     The smallest crop of each view has at least as many pixels as the view even then.
     """
-    for factor in (8, 4, 2):
-        if all(
-            min(width, height) >= factor * view.size
-            and (view.pad or width * height * view.scale[0] * min(view.ratio[0], 1 / view.ratio[1])
-                 >= (factor * view.size) ** 2)
-            for view in views
-        ):  # fmt: skip
-            return factor
-    return 1
+
+    def suffices(factor: int, view: View) -> bool:
+        smallest = width * height * view.scale[0] * min(view.ratio[0], 1 / view.ratio[1])
+        side = factor * view.size
+        return min(width, height) >= side and (view.pad > 0 or smallest >= side**2)
+
+    return next((factor for factor in (8, 4, 2) if all(suffices(factor, view) for view in views)), 1)
 
 
 LONGEST = 16  # times its shorter side: a longer image would be more pixels and patches than memory holds
@@ -299,13 +299,10 @@ def eval_pixels(image: Image.Image, size: int) -> Tensor:
 
 def _without_far_ends(image: Image.Image) -> Image.Image:
     """Cut a very long image around its center, evenly, to what a center crop can see: else 5000 x 1 pixels are resized
-    to 1280000 x 256 before all but 224 of them are thrown away. Others come back as they are."""
-    short, long = sorted(image.size)
-    if long <= LONGEST * short:
-        return image
-    ends = (long - LONGEST * short) // 2
-    left, top = (ends, 0) if image.width == long else (0, ends)
-    return image.crop((left, top, image.width - left, image.height - top))
+    to 1280000 x 256 before all but 224 of them are thrown away. Others stay as they are."""
+    short = min(image.size)
+    left, top = (max(0, (side - LONGEST * short) // 2) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def eval_view(size: int) -> Callable[[Image.Image], Tensor]:
@@ -316,18 +313,15 @@ def eval_view(size: int) -> Callable[[Image.Image], Tensor]:
 def aspect_pixels(image: Image.Image, size: int, multiple: int = 1) -> Tensor:
     """Make a view of the whole image: shorter side `size`, both sides cut (around the center) to a multiple.
 
-    Raises `LocalError` for a longer side of more than 16 times the shorter one.
+    Raises `ImageError` for a longer side of more than 16 times the shorter one.
     Shape: PIL image -> uint8 (3, H, W), of which the shorter is `size`, if that is a multiple.
     """
     from torchvision.transforms.v2 import functional as tvf
 
     if max(image.size) > LONGEST * min(image.size):
-        raise LocalError(f"{image.width} x {image.height} pixels are more than {LONGEST} to 1, too long to keep")
+        raise ImageError(f"{image.width} x {image.height} pixels are more than {LONGEST} to 1, too long to keep")
     pixels = tvf.pil_to_tensor(tvf.resize(image, [size], interpolation=BICUBIC))
     return tvf.center_crop(pixels, [side - side % multiple for side in pixels.shape[1:]])
-
-
-# --- second half: color ------------------------------------------------------------------------------
 
 
 def color_views(crops: list[Tensor], params: Tensor, views: list[View], device: torch.device) -> list[Tensor]:
@@ -335,11 +329,11 @@ def color_views(crops: list[Tensor], params: Tensor, views: list[View], device: 
 
     Shape: crops as `empty_views`, params (n, V, len(COLOR)) -> V x float32 (n, 3, H_v, W_v) on the device.
     """
-    found: list[Tensor] = []
+    images: list[Tensor] = []
     for group, pixels in zip(by_size(views), crops, strict=True):
         count = pixels.shape[1]
         columns = dict(zip(COLOR, params[:, group].flatten(0, 1).unbind(1), strict=True))
         x = pixels.to(device, non_blocking=True).flatten(0, 1)
         kind = views[group][0]
-        found += color(x, columns, kind.noise_std, kind.blur_sigma[1], count).chunk(count)
-    return found
+        images += color(x, columns, kind.noise_std, kind.blur_sigma[1], count).chunk(count)
+    return images

@@ -1,7 +1,5 @@
 """A file in --cache_dir that is made once: whole or not there, by one process, for all others and later runs."""
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -10,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from cplearn.data.scan import Progress
 from cplearn.errors import Interrupted, UserError, WriteError
 from cplearn.files import remove_quietly
+from cplearn.lock import Lock
 
 FOLDER = "~/.cache/cplearn"  # unless --cache_dir names another
 HEAD = 4096  # bytes of the file before what it holds: a key, and how long it is
@@ -26,57 +26,41 @@ def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[B
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial) as file:
-            made = False
+        with Lock(path.with_suffix(".lock")):
+            if _is_whole(path, key):
+                return
+            remove_quietly(partial)  # of a process that was killed
+            free = shutil.disk_usage(path.parent).free
+            if expected > 0.95 * free:
+                raise UserError(
+                    f"{what} take about {expected / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB left: "
+                    f"make room, choose another --cache_dir, or {other}"
+                )
             try:
-                if _is_whole(path, key):
-                    return
-                free = shutil.disk_usage(path.parent).free + file.seek(0, os.SEEK_END)
-                if expected > 0.95 * free:
-                    raise UserError(
-                        f"{what} take about {expected / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB left: "
-                        f"make room, choose another --cache_dir, or {other}"
-                    )
-                file.truncate(0)
-                write(file)
-                write_head(file, key)
-                os.fsync(file.fileno())
+                with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+                    write(file)
+                    write_head(file, key)
+                    os.fsync(file.fileno())
                 os.replace(partial, path)
-                made = True
-            finally:  # while it is locked: whoever waits for it begins a new one
-                if not made:
-                    remove_quietly(partial)
+            finally:
+                remove_quietly(partial)
     except OSError as error:
         raise WriteError(f"{what}: {path} could not be written: {error.strerror}; see --cache_dir") from None
-
-
-def _locked(partial: Path) -> BinaryIO:
-    """Open the file that is to be filled, once nobody else fills it. The lock goes with the process."""
-    while True:
-        file = open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
-                return file
-        file.close()  # of the one before, who has finished it or given up
 
 
 class Filling:
     """How far a file is that is filled from many images: a line now and then, an end where one is asked for."""
 
-    EVERY = 10.0  # seconds between two lines
-
     def __init__(self, doing: str, done_to_images: str, images: int, stop: Callable[[], bool]):
         self.doing, self.done_to_images, self.images, self.stop = doing, done_to_images, images, stop
-        self.start = self.said = time.monotonic()
+        self.start, self.progress = time.monotonic(), Progress()
 
     def reached(self, done: int) -> None:
         """Raises `Interrupted` if `stop` says so."""
         if self.stop():
             raise Interrupted(f"stopped while images were {self.done_to_images}, nothing is lost: run it again")
-        if time.monotonic() - self.said > self.EVERY:
-            self.said = time.monotonic()
-            print(f"{self.doing}: {done:,} of {self.images:,}, {self.said - self.start:.0f} s", flush=True)
+        seconds = time.monotonic() - self.start
+        self.progress.tell(lambda: f"{self.doing}: {done:,} of {self.images:,}, {seconds:.0f} s")
 
 
 def write_head(file: BinaryIO, key: str) -> None:

@@ -75,17 +75,19 @@ def _normalization(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _jitter(x: Tensor, params: dict[str, Tensor], orders: Tensor, hue_at: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue in each image's own order, in place; rows sorted by `hue_at`."""
-    names = ("brightness", "contrast", "saturation")
-    ends = [int((hue_at <= position).sum()) for position in range(4)]
-    orders = orders[: ends[-1]]  # those that are jittered
+    """Change brightness, contrast, saturation and hue in each image's own order, in place.
+
+    Shape: x (n, 3, H, W), orders int (n, 4); hue_at int (n,), ascending: at which position hue comes, 4 for no jitter.
+    """
+    strengths = torch.stack([params[name] for name in ("brightness", "contrast", "saturation")])
+    # Rows ends[p] to ends[p + 1] shift their hue at position p, those from ends[4] on are not jittered.
+    ends = [int((hue_at < position).sum()) for position in range(5)]
     for position in range(4):
-        start, stop = (ends[position - 1] if position else 0), ends[position]
-        for rows in (slice(0, start), slice(stop, ends[-1])):
-            kind = orders[rows, position]
+        start, stop = ends[position], ends[position + 1]
+        for others in (slice(0, start), slice(stop, ends[4])):
+            kind = orders[others, position]
             if len(kind):
-                weight = torch.stack([params[name][rows] for name in names]).gather(0, kind[None].clamp(max=2))[0]
-                _blend(x[rows], kind, weight)
+                _blend(x[others], kind, strengths[:, others].gather(0, kind[None])[0])
         if stop > start:
             _shift_hue(x[start:stop], _column(params["hue"][start:stop], x.device))
     return x

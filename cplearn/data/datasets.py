@@ -6,43 +6,37 @@ when there are no labels; the label is then -1), `names` (one string an image) a
 
 import errno
 import hashlib
-import heapq
 import os
 import re
-import time
+import stat
 from collections import Counter
 from collections.abc import Callable, Collection
-from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cplearn.distributed import collectives
+from cplearn.data.scan import EXTENSIONS, scan
 from cplearn.errors import LocalError, UserError, WorkerError
 from cplearn.host import ROOT
 from cplearn.text import few, printable
 
+T = TypeVar("T")
+
 DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
-
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-
 
 # What a file may be, whatever its name says. Pillow would also hand PostScript to an interpreter.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-
-
 MAX_PIXELS = 89_478_485  # Pillow's own limit for warning of a decompression bomb: 256 MiB in RGB
 
+MOST_BYTES = 2**30  # of an encoded image: above the pixels that may be decoded
 
 IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
 
 # What differs by data set: its own image size, and which augmentation recipe suits it.
 NATIVE_SIZE = {"folder": 224, "cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 32}
-
-
 RECIPE = {"folder": "dino", "cifar10": "cifar", "cifar100": "cifar", "svhn": "svhn", "digits": "digits"}
 
 
@@ -66,7 +60,7 @@ class ImageDataset(Dataset):
         """Return width and height, as its header has them."""
         return self.read(i)[0].size
 
-    def allow_any_order(self, cache_folder: str, stop: Callable[[], bool]) -> None:
+    def allow_any_order(self, cache_folder: str) -> None:
         """Prepare, before images are read in any order, what can be read fast in its own only."""
 
     def stamps(self) -> list:
@@ -99,7 +93,28 @@ class Digits(ImageDataset):
         return image.convert("RGB"), int(self.labels[i])
 
 
-class Folder(ImageDataset):
+class ImageFiles(ImageDataset):
+    """Images as files, of a disk or inside other files. A kind of them adds `open`."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def open(self, i: int) -> BinaryIO:
+        """Open the file of an image as it was stored. Raises what went wrong; `read` turns it into an `ImageError`."""
+        raise NotImplementedError
+
+    def full_name(self, i: int) -> str:
+        """Return what names an image in a message."""
+        return f"{self.where}/{self.names[i]}"
+
+    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
+        return read_image(self.full_name(i), reduction, lambda: self.open(i)), int(self.labels[i])
+
+    def size_of(self, i: int) -> tuple[int, int]:
+        return image_size(self.full_name(i), lambda: self.open(i))
+
+
+class Folder(ImageFiles):
     """Images below a folder. If all of them lie in sub-folders, the first level of these names the classes.
 
     With a class list, only its folders count, in its order.
@@ -108,31 +123,25 @@ class Folder(ImageDataset):
     def __init__(self, root: Path, class_list: list[str] | None = None):
         if class_list is not None:
             check_listed(class_list, {name for name in class_list if os.path.isdir(root / name)}, root)
-        self.root = root
+        self.root, self.where = root, str(root)
         names = scan(root, class_list or [""])
         if not names:
-            formats = ", ".join(sorted(EXTENSIONS))
-            raise UserError(f"{printable(root)} holds no images ({formats}): check the path")
-        in_folders = all("/" in name for name in names)
-        found = sorted({name.split("/")[0] for name in names}) if in_folders else []
-        self.classes = class_list if class_list else (found if len(found) > 1 else None)
-        position = {name: i for i, name in enumerate(self.classes or [])}
+            raise UserError(f"{printable(root)} holds no images ({', '.join(sorted(EXTENSIONS))}): check the path")
+        tops = [name.partition("/")[0] for name in names]
+        folders = set(tops) if all("/" in name for name in names) else set()
+        self.classes = class_list or (sorted(folders) if len(folders) > 1 else None)
+        place = {name: i for i, name in enumerate(self.classes or [])}
         # NumPy arrays, not lists: a list of a million strings is copied into every worker as it is touched.
         self.names = np.array(names)
-        self.labels = np.array([position.get(name.split("/")[0], -1) for name in names])
-        if class_list and len(set(self.labels.tolist())) < len(class_list):
-            empty = [c for i, c in enumerate(class_list) if i not in set(self.labels.tolist())]
+        self.labels = np.array([place.get(top, -1) for top in tops])
+        if class_list and (empty := [name for name in class_list if name not in folders]):
             raise UserError(f"{printable(root)} has no images for {len(empty)} of the listed classes: {few(empty)}")
-        self.where = str(root)
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def open(self, i: int) -> BinaryIO:
+        return open_regular(self.full_name(i))
 
-    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
-        return read_image(self.root / str(self.names[i]), reduction), int(self.labels[i])
-
-    def size_of(self, i: int) -> tuple[int, int]:
-        return image_size(self.root / str(self.names[i]))
+    def full_name(self, i: int) -> str:
+        return str(self.root / str(self.names[i]))
 
     def stamps(self) -> list:
         return [(str(name), *_size_and_time(self.root / str(name))) for name in self.names]
@@ -146,114 +155,85 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-SAY_AFTER = 5.0  # seconds between two lines on a scan that takes long
-
-
-def scan(root: Path, tops: list[str]) -> list[str]:
-    """Return the images in these folders of `root` ("" for itself), however deep: sorted paths relative to `root`.
-
-    Each folder counts once, by its own name rather than a link's, so links may lead anywhere. Hidden files and folders
-    are left out (._x.jpg, .ipynb_checkpoints), and what only has an image's name: a pipe, a socket, a device. A link
-    that leads nowhere is an image that cannot be read. Raises `UserError` that names folders that cannot be read.
-    """
-    images, unreadable, seen, twice, special = [], [], set(), 0, 0
-    # Pairs of a path relative to root and the real path. Links wait until no real folder is left, in order.
-    folders, links = [(top, os.path.realpath(root / top)) for top in tops], []
-    said = time.monotonic()
-    while folders or links:
-        folder, real = folders.pop() if folders else heapq.heappop(links)
-        if real in seen:
-            twice += 1
-            continue
-        seen.add(real)
-        try:
-            os.stat(os.path.join(real, "."))  # may be forbidden where listing is not
-            with os.scandir(real) as entries:
-                visible = [entry for entry in entries if not entry.name.startswith(".")]
-        except OSError as error:
-            unreadable.append(f"{folder or root} ({error.strerror})")
-            continue
-        for entry in visible:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            try:
-                kind = "folder" if entry.is_dir() else "file" if entry.is_file() else "special"
-            except OSError as error:
-                if error.errno != errno.ELOOP:  # a link to itself leads nowhere
-                    unreadable.append(f"{name} ({error.strerror})")
-                    continue
-                kind = "special"
-            if kind == "folder" and entry.is_symlink():
-                heapq.heappush(links, (name, os.path.realpath(entry.path)))
-            elif kind == "folder":
-                folders.append((name, entry.path))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                if kind == "file" or entry.is_symlink() and not os.path.exists(entry.path):
-                    images.append(name)
-                else:
-                    special += 1
-        if time.monotonic() - said >= SAY_AFTER:
-            said = time.monotonic()
-            say(f"Still scanning {printable(root)}, {len(images):,} images")
-    if unreadable:
-        raise UserError(
-            f"{printable(root)} has {len(unreadable)} folders that cannot be read: {few(sorted(unreadable))}; "
-            "correct their rights or names, or move them away"
-        )
-    if twice:
-        say(f"{printable(root)}: {twice} links to folders were left out, whose images count already")
-    if special:
-        say(f"{printable(root)}: {special} pipes, sockets or devices with an image's name were left out")
-    return sorted(images)
-
-
-def say(line: str) -> None:
-    """Print a line, on the first process only."""
-    if collectives.is_main():
-        print(line, flush=True)
-
-
 # --- one image --------------------------------------------------------------------------------------------
 
 
-def image_size(path: Path | str, content: Callable[[], bytes] | None = None) -> tuple[int, int]:
-    """Return width and height from the header of an image file. Raises `LocalError`."""
-    try:
-        with Image.open(BytesIO(content()) if content else path, formats=FORMATS) as image:
-            return image.size
-    except Exception as error:
-        raise LocalError(f"cannot read the image {printable(path)}: {error}") from None
+class ImageError(LocalError):
+    """An image that cannot be read. `path` names it ("" where that is not known), `reason` says what is wrong with it,
+    without how to mend that.
+
+    Made of its line alone where torch raises it again for a loader's process.
+    """
+
+    def __init__(self, line: str, path: str = "", reason: str = ""):
+        super().__init__(line)
+        self.path, self.reason = path, reason or line
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file to read. Raises OSError for what is none: a pipe would be waited for without end."""
+    file = open(os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "is no regular file", str(path))
+    return file
+
+
+def file_stamp(name: str, file: BinaryIO) -> tuple[str, int, int]:
+    """Return what tells a file from a changed one: name, bytes, time of the change."""
+    status = os.fstat(file.fileno())
+    return name, status.st_size, status.st_mtime_ns
+
+
+def check_bytes(size: int) -> None:
+    """Raise ValueError for more bytes than can be those of an image inside another file."""
+    if size > MOST_BYTES:
+        raise ValueError(f"{size:,} bytes are more than the {MOST_BYTES:,} allowed")
+
+
+def image_size(path: Path | str, opened: Callable[[], BinaryIO] | None = None) -> tuple[int, int]:
+    """Return width and height from the header of an image file. Raises as `read_image`."""
+    return _with_image(path, opened, lambda image: image.size)
 
 
 def read_image(
     path: Path | str,
     reduction: Callable[[int, int], int] | None = None,
-    content: Callable[[], bytes] | None = None,
+    opened: Callable[[], BinaryIO] | None = None,
 ) -> Image.Image:
     """Read the first frame of an image file as 8-bit RGB, not turned by its EXIF orientation (as torchvision and DINO).
 
     With `reduction`, smaller by the factor (1, 2, 4 or 8) that it gives for width and height: a JPEG is then decoded at
     that size, which is faster, other files are averaged. Where the image lies inside another file, `path` only names
-    it and `content` returns its bytes. Raises `LocalError` with the reason for whatever cannot be
-    decoded whole, or is larger than `MAX_PIXELS`, and `WorkerError` where it is not the file's fault.
+    it and `opened` returns its bytes. Raises `ImageError` for whatever cannot be decoded whole, or is larger than
+    `MAX_PIXELS`, and `WorkerError` where it is not the file's fault.
     """
+
+    def decode(image: Image.Image) -> Image.Image:
+        if image.width * image.height > MAX_PIXELS:  # known from the header, nothing is decoded yet
+            raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+        factor = reduction(*image.size) if reduction else 1
+        if factor > 1 and image.format == "JPEG":
+            image.draft(None, (image.width // factor, image.height // factor))
+            factor = 1
+        rgb = to_rgb(image)
+        return rgb.reduce(factor) if factor > 1 else rgb
+
+    return _with_image(path, opened, decode)
+
+
+def _with_image(path: Path | str, opened: Callable[[], BinaryIO] | None, use: Callable[[Image.Image], T]) -> T:
+    """Return what `use` makes of an image whose header has been read."""
     try:
-        with Image.open(BytesIO(content()) if content else path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:  # known from the header, nothing is decoded yet
-                raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-            factor = reduction(*image.size) if reduction else 1
-            if factor > 1 and image.format == "JPEG":
-                image.draft(None, (image.width // factor, image.height // factor))
-                factor = 1
-            rgb = to_rgb(image)
-            return rgb.reduce(factor) if factor > 1 else rgb
+        with opened() if opened else open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            return use(image)
     except Exception as error:  # a damaged file can make Pillow raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {str(path)!r}", "")
-        reason = re.sub(" <_io.BytesIO.*?>", "", reason)
-        reason = reason.strip(" :") or type(error).__name__
-        line = f"cannot read the image {printable(path)}: {reason}"
+        first_line = (str(error).splitlines() or [""])[0].replace(f" {str(path)!r}", "")
+        detail = re.sub(" <_io.*?>", "", first_line).strip(" :") or type(error).__name__
+        reason = f"cannot read the image {printable(path)}: {detail}"
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILES_FAULT:
-            raise WorkerError(f"{line}; fewer --num_workers, more memory, or more open files (ulimit -n)") from None
-        raise LocalError(f"{line}; repair it or remove it") from None
+            raise WorkerError(f"{reason}; fewer --num_workers, more memory, or more open files (ulimit -n)") from None
+        raise ImageError(f"{reason}; repair it or remove it", printable(path), reason) from None
 
 
 _NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cplearn.data import workers
 from cplearn.data.augmentations import COLOR, View, color_params, cut_views, draw, empty_views, eval_view
+from cplearn.data.datasets import ImageDataset, ImageError
 from cplearn.data.pixels import Pixels
+from cplearn.data.workers import Loader
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError
 from cplearn.random_streams import FOR_ORDER, FOR_REPLACEMENT, random_stream
@@ -70,10 +72,9 @@ class ViewDataset(Dataset):
     TRIES = 20
     AT_ONCE = 8  # images that are held decoded at once
 
-    def __init__(self, pixels: Pixels, views: list[View], seed: int, num_workers: int = 0):
+    def __init__(self, pixels: Pixels, views: list[View], seed: int):
         self.pixels, self.views, self.seed = pixels, views, seed
-        self.names, self.labels = pixels.dataset.names, np.asarray(pixels.dataset.labels)
-        self.reading = workers.reading_table(num_workers)
+        self.labels = np.asarray(pixels.dataset.labels)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
         (epoch, *_), samples = zip(*items, strict=True)
@@ -89,18 +90,18 @@ class ViewDataset(Dataset):
                 images.append(image)
                 read.append(j)
             cut_views(images, u[part], self.views, [x[part] for x in crops])
-        workers.note(self.reading, -1)
+        workers.note(-1)
         labels = torch.from_numpy(self.labels[read].astype(np.int64))
         return Batch(crops, color_params(self.views, u), labels, torch.tensor(read), failures)
 
     def _read(self, epoch: int, i: int, failures: list[tuple[int, str]]) -> tuple[Tensor, int]:
         j, others = i, None
         for _ in range(self.TRIES):
-            workers.note(self.reading, j)
+            workers.note(j)
             try:
                 return self.pixels[j], j
-            except LocalError as error:
-                failures.append((j, str(error).partition("; repair it")[0]))
+            except ImageError as error:
+                failures.append((j, error.reason))
             others = others or random_stream(FOR_REPLACEMENT, self.seed, epoch, i)
             j = int(others.integers(len(self.pixels)))
         raise LocalError(f"{self.TRIES} images in a row cannot be read; the last: {failures[-1][1]}")
@@ -109,17 +110,16 @@ class ViewDataset(Dataset):
 class EvalDataset(Dataset):
     """One fixed view (RGB image -> uint8 pixels) of each image: pixels, label, index."""
 
-    def __init__(self, dataset: Dataset, view: Callable[[Image.Image], Tensor], num_workers: int = 0):
-        self.dataset, self.names, self.view = dataset, dataset.names, view
-        self.reading = workers.reading_table(num_workers)
+    def __init__(self, dataset: ImageDataset, view: Callable[[Image.Image], Tensor]):
+        self.dataset, self.view = dataset, view
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
-        workers.note(self.reading, i)
+        workers.note(i)
         image, label = self.dataset[i]
-        workers.note(self.reading, -1)
+        workers.note(-1)
         return self.view(image), label, i
 
 
@@ -139,12 +139,11 @@ class SkippingDataset(EvalDataset):
         for i in samples:
             try:
                 pixels, _, _ = self[i]
-            except LocalError as error:
-                reason, name = str(error).partition("; repair it")[0], printable(str(self.names[i]))
-                failures[i] = reason if name in reason else f"{name}: {reason}"
+            except ImageError as error:
+                failures[i] = error.reason if error.path else f"{printable(self.dataset.names[i])}: {error.reason}"
                 continue
             by_size.setdefault(tuple(pixels.shape), []).append((i, pixels))
-        workers.note(self.reading, -1)
+        workers.note(-1)
         groups = [Group([i for i, _ in rows], torch.stack([x for _, x in rows])) for rows in by_size.values()]
         return groups, failures
 
@@ -158,11 +157,10 @@ def train_loader(
     num_workers: int,
     pin_memory: bool,
     keep_last: bool = False,
-) -> DataLoader:
+) -> Loader:
     """Build the loader of views for this rank; `batch_sampler.epoch` and `.first` choose epoch and first step.
 
-    `keep_last`: as in `BatchSampler`. Raises `UserError` for a batch that is larger than the data (without it), and for
-    workers that this machine has no room for.
+    `keep_last`: as in `BatchSampler`. Raises `UserError` for a batch that is larger than the data (without it).
     """
     rank, world_size = collectives.rank(), collectives.world_size()
     batches = BatchSampler(len(pixels), batch_size, seed, rank, world_size, keep_last=keep_last)
@@ -171,59 +169,53 @@ def train_loader(
             f"a batch of {batch_size * world_size} images ({world_size} processes x "
             f"--batch_size_per_gpu {batch_size}) is larger than the data set of {len(pixels)}: use a smaller batch"
         )
-    workers.check_workers(num_workers, batch_size * sum(3 * view.size**2 + 8 * len(COLOR) for view in views))
-    return DataLoader(
-        ViewDataset(pixels, views, seed, num_workers),
+    return Loader(
+        ViewDataset(pixels, views, seed),
+        pixels.dataset.names,
+        num_workers=num_workers,
+        batch_bytes=batch_size * sum(3 * view.size**2 + 8 * len(COLOR) for view in views),
         batch_sampler=batches,
         collate_fn=_as_it_is,
-        num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=workers.start_worker,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # the loader's own, so that it leaves the global one (drop path) alone
     )
 
 
 def eval_loader(
-    dataset: Dataset, image_size: int, *, batch_size: int, num_workers: int, device: torch.device
-) -> DataLoader:
-    """Load every world_size-th image for this rank, in order; `collectives.gather_rows` puts them together again.
-
-    To be read with `watched`. Raises `UserError` for workers that this machine has no room for.
-    """
-    workers.check_workers(num_workers, batch_size * 3 * image_size**2)
-    mine = range(collectives.rank(), len(dataset), collectives.world_size())
-    images = EvalDataset(dataset, eval_view(image_size), num_workers)
-    return _frozen_loader(images, num_workers, device, batch_size=batch_size, sampler=mine)
+    dataset: ImageDataset, image_size: int, *, batch_size: int, num_workers: int, device: torch.device
+) -> Loader:
+    """Load every world_size-th image for this rank, in order; `collectives.gather_rows` puts them together again."""
+    return Loader(
+        EvalDataset(dataset, eval_view(image_size)),
+        dataset.names,
+        num_workers=num_workers,
+        batch_bytes=batch_size * 3 * image_size**2,
+        batch_size=batch_size,
+        sampler=range(collectives.rank(), len(dataset), collectives.world_size()),
+        pin_memory=device.type == "cuda",
+    )
 
 
 def skipping_loader(
-    dataset: Dataset,
+    dataset: ImageDataset,
     view: Callable[[Image.Image], Tensor],
     batches: Sequence[Sequence[int]],
     *,
     batch_bytes: int,
     num_workers: int,
     device: torch.device,
-) -> DataLoader:
+) -> Loader:
     """Load these batches of samples as `SkippingDataset` has them: images that cannot be read are named, not raised.
 
-    `batch_bytes`: what a batch usually takes. Raises `UserError` for workers that this machine has no room for.
+    `batch_bytes`: what a batch usually takes.
     """
-    workers.check_workers(num_workers, batch_bytes)
-    images = SkippingDataset(dataset, view, num_workers)
-    return _frozen_loader(images, num_workers, device, batch_sampler=batches, collate_fn=_as_it_is)
-
-
-def _frozen_loader(images: EvalDataset, num_workers: int, device: torch.device, **batches) -> DataLoader:
-    return DataLoader(
-        images,
+    return Loader(
+        SkippingDataset(dataset, view),
+        dataset.names,
         num_workers=num_workers,
-        worker_init_fn=workers.start_worker,
-        persistent_workers=num_workers > 0,
+        batch_bytes=batch_bytes,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),
-        **batches,
     )
 
 
@@ -232,18 +224,17 @@ def _as_it_is(batch):
 
 
 def read_batches(
-    loader: DataLoader, epoch: int, first: int, last: int, *, timeout: float, waiting: AbstractContextManager
+    loader: Loader, epoch: int, first: int, last: int, *, timeout: float, waiting: AbstractContextManager
 ) -> Iterator[Batch]:
-    """Yield batches `first` .. `last` - 1 of an epoch, each within `timeout` seconds (0 for any time).
+    """Yield batches `first` .. `last` - 1 of an epoch, each within `timeout` seconds of its process (0 for any time).
 
-    `waiting` is entered while a batch is waited for. Raises RuntimeError for a batch that does not come.
+    `waiting` is entered while a batch is waited for. Raises as `Loader.batches`.
     """
     loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
-    with workers.deadline(timeout):
-        batches = workers.start_workers(loader)
+    batches = loader.batches(timeout)
     for _ in range(first, last):
         with waiting:
-            batch = workers.next_batch(batches, timeout)
+            batch = next(batches)
         yield batch
 
 

@@ -7,29 +7,29 @@ import hashlib
 import json
 import os
 import tempfile
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cplearn.data import workers
 from cplearn.data.augmentations import View, reduction, to_pixels
 from cplearn.data.cachefile import HEAD, Filling, make_once, write_head
-from cplearn.data.datasets import MAX_PIXELS
+from cplearn.data.datasets import MAX_PIXELS, ImageDataset
+from cplearn.data.workers import Loader
 from cplearn.distributed import collectives
-from cplearn.errors import LocalError, UserError, WorkerError
+from cplearn.errors import LocalError, UserError
 from cplearn.host import available_memory, system_id
 
 KINDS = ("none", "ram", "disk")
 SMALL = 2 * 2**30  # bytes of pixels up to which they are kept in memory by default
 FORMAT = 1
-SHARED_MEMORY = hasattr(os, "memfd_create")  # else each process keeps a cache of its own in memory
 
 
 class Pixels(Dataset):
@@ -37,7 +37,7 @@ class Pixels(Dataset):
 
     kind = "none"
 
-    def __init__(self, dataset: Dataset, views: list[View]):
+    def __init__(self, dataset: ImageDataset, views: list[View]):
         self.dataset, self.views = dataset, views
 
     def __len__(self) -> int:
@@ -73,17 +73,22 @@ class Pixels(Dataset):
 
 
 class CachedPixels(Pixels):
-    """The same images from a file of pixels. What could not be read when it was made is looked for again."""
+    """The same images from a file of pixels. What could not be read when it was made is looked for again.
 
-    def __init__(self, dataset: Dataset, views: list[View], kind: str, path: str, descriptor: int | None = None):
+    `file`, if given, is kept open as long as this object: memory that other processes open by `path` meanwhile.
+    """
+
+    def __init__(self, dataset: ImageDataset, views: list[View], kind: str, path: str, file: IO | None = None):
         super().__init__(dataset, views)
-        self.kind, self.path = kind, path
+        self.kind, self.path, self.file = kind, path, file
         data = np.memmap(path, np.uint8, mode="c")  # private but never written, so it stays shared
         count = 24 * len(dataset)
         self.index = data[HEAD : HEAD + count].view(np.int64).reshape(len(dataset), 3)  # offset, height, width
         self.pixels = torch.from_numpy(data[HEAD + count :])
-        if descriptor is not None:
-            weakref.finalize(self, os.close, descriptor)
+
+    def __reduce__(self) -> tuple:
+        """Without the pixels: a process that is given this object maps the same file."""
+        return CachedPixels, (self.dataset, self.views, self.kind, self.path)
 
     def __getitem__(self, i: int) -> Tensor:
         offset, height, width = self.index[i].tolist()
@@ -109,7 +114,7 @@ class CacheOptions:
     timeout: float = workers.WORKER_TIMEOUT  # seconds without a batch
 
 
-def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> Pixels:
+def open_pixels(dataset: ImageDataset, views: list[View], options: CacheOptions) -> Pixels:
     """Return the images, from a cache if one is asked for or worth it. Every rank must call it.
 
     One process of each machine makes the cache, the others map it. Raises `UserError` for too little room, `WriteError`
@@ -117,21 +122,15 @@ def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> P
     """
     plain = Pixels(dataset, views)
     kind = options.kind
-    try:
-        with workers.deadline(options.timeout):
-            expected = 0 if kind == "none" else plain.expected_bytes()
-    except RuntimeError as error:
-        raise WorkerError(
-            f"{error} that read the sizes of some images in {dataset.where}: is that disk there?"
-        ) from None
+    expected = 0 if kind == "none" else plain.expected_bytes()
     # Rank 0 decides, for machines differ in their memory.
     small = collectives.on_main(lambda: expected <= min(SMALL, available_memory() // 8))
     kind = kind or ("ram" if small else "none")
     if kind == "none":
         with collectives.raise_on_all_ranks():
-            dataset.allow_any_order(options.folder, options.stop)
+            dataset.allow_any_order(options.folder)
         return plain
-    machine = system_id() if kind == "disk" or SHARED_MEMORY else f"rank {collectives.rank()}"
+    machine = system_id()
     builder = collectives.gather_objects(machine).index(machine)
     make = _in_memory if kind == "ram" else _on_disk
     with collectives.raise_on_all_ranks():
@@ -142,25 +141,29 @@ def open_pixels(dataset: Dataset, views: list[View], options: CacheOptions) -> P
 
 
 def _in_memory(plain: Pixels, options: CacheOptions, expected: int) -> CachedPixels:
-    """Write the pixels into memory that has no name and goes with the last process that maps it, even after a kill."""
+    """Write the pixels into memory that all processes of this machine map."""
     have = available_memory()
     if expected > 0.9 * have:
         raise UserError(
             f"--cache ram: {len(plain):,} images take about {expected / 1e9:.1f} GB, and {have / 1e9:.1f} GB are free: "
             "use --cache disk or none"
         )
-    if SHARED_MEMORY:  # other processes of the same user can open it by this name as long as this one lives
-        descriptor = os.memfd_create("cplearn_pixels")
-        path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    else:
-        descriptor, path = tempfile.mkstemp()
-    with open(descriptor, "r+b", closefd=False) as file:
-        _write(file, plain, options)
-        write_head(file, "")
-    cached = CachedPixels(plain.dataset, plain.views, "ram", path, descriptor)
-    if not SHARED_MEMORY:
-        os.unlink(path)
-    return cached
+    file, path = _memory_file()
+    _write(file, plain, options)
+    write_head(file, "")
+    return CachedPixels(plain.dataset, plain.views, "ram", path, file)
+
+
+def _memory_file() -> tuple[IO, str]:
+    """Return a file in memory, and how processes of the same user open it as long as it is open here.
+
+    A memfd has no name that would outlive a kill -9, and is not bounded by /dev/shm, of which Docker gives 64 MB.
+    """
+    if hasattr(os, "memfd_create"):
+        file = open(os.memfd_create("cplearn_pixels"), "r+b")
+        return file, f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    file = tempfile.NamedTemporaryFile()  # macOS
+    return file, file.name
 
 
 def _on_disk(plain: Pixels, options: CacheOptions, expected: int) -> CachedPixels:
@@ -179,19 +182,11 @@ def content_key(plain: Pixels) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _write(file, plain: Pixels, options: CacheOptions) -> None:
+def _write(file: IO, plain: Pixels, options: CacheOptions) -> None:
     """Decode all images in parallel and write index and pixels; room for the head is before them."""
     index = np.zeros((len(plain), 3), np.int64)
-    workers.check_workers(options.num_workers, 0)  # arrays go through pipes
-    loader = DataLoader(
-        _Arrays(plain, options.num_workers),
-        batch_size=16,
-        collate_fn=list,
-        num_workers=options.num_workers,
-        worker_init_fn=workers.start_worker,
-        persistent_workers=options.num_workers > 0,
-        generator=torch.Generator(),
-    )
+    arrays = _Arrays(plain)  # which go through pipes
+    loader = Loader(arrays, plain.dataset.names, num_workers=options.num_workers, batch_size=16, collate_fn=list)
     filling = Filling("Decoding images once", "decoded into the cache", len(plain), options.stop)
     file.seek(HEAD + index.nbytes)
     place = done = 0
@@ -204,6 +199,7 @@ def _write(file, plain: Pixels, options: CacheOptions) -> None:
                     place += array.size
                 done += 1
             filling.reached(done)
+    loader.stop()
     file.seek(HEAD)
     file.write(index)
     file.flush()
@@ -212,17 +208,17 @@ def _write(file, plain: Pixels, options: CacheOptions) -> None:
 class _Arrays(Dataset):
     """Images as (H, W, 3) arrays for the writer; None for those that cannot be read."""
 
-    def __init__(self, plain: Pixels, num_workers: int):
-        self.plain, self.names, self.reading = plain, plain.dataset.names, workers.reading_table(num_workers)
+    def __init__(self, plain: Pixels):
+        self.plain = plain
 
     def __len__(self) -> int:
         return len(self.plain)
 
     def __getitem__(self, i: int) -> np.ndarray | None:
-        workers.note(self.reading, i)
+        workers.note(i)
         try:
             return np.ascontiguousarray(self.plain[i].permute(1, 2, 0).numpy())
         except LocalError:
             return None
         finally:
-            workers.note(self.reading, -1)
+            workers.note(-1)

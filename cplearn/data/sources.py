@@ -9,25 +9,26 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cplearn.data import lists, parquet, tars
+from cplearn.data import lists, tars
 from cplearn.data.datasets import (
     DATASETS,
-    EXTENSIONS,
     Digits,
     Folder,
     ImageDataset,
     read_class_list,
     torchvision_dataset,
 )
-from cplearn.data.hugging_face import PREFIX, HuggingFace
+from cplearn.data.scan import EXTENSIONS, has_image_suffix
 from cplearn.errors import UserError
 from cplearn.random_streams import FOR_ORDER, random_stream
 from cplearn.text import few, printable
 
+PREFIX = "hf:"  # of --dataset, before the folder of a copy that `datasets` saved
+
 # What a split may be called, the usual name first. Hugging Face's test splits often hide their labels.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
-SUFFIXES = {"tar": tars.SUFFIXES, "parquet": parquet.SUFFIXES, "list": lists.SUFFIXES}
+SUFFIXES = {"tar": tars.SUFFIXES, "parquet": (".parquet",), "list": lists.SUFFIXES}
 
 
 class OneImage(Folder):
@@ -68,7 +69,11 @@ class Place(NamedTuple):
             return Folder(self.root, class_list)
         if self.kind == "list":
             return lists.Listed(self.root / self.files[0], class_list)
-        return {"tar": tars.Tars, "parquet": parquet.Parquet}[self.kind](self.root, self.files, class_list)
+        if self.kind == "tar":
+            return tars.Tars(self.root, self.files, class_list)
+        from cplearn.data.huggingface import Parquet
+
+        return Parquet(self.root, self.files, class_list)
 
 
 def open_images(path: str, flag: str = "--images") -> ImageDataset:
@@ -85,7 +90,7 @@ def open_images(path: str, flag: str = "--images") -> ImageDataset:
     kind = kind_of(path)
     if kind and os.path.isfile(path):
         return Place(kind, Path(path).parent, [os.path.basename(path)]).open()
-    if not os.path.isfile(path) or os.path.splitext(path)[1].lower() not in EXTENSIONS:
+    if not os.path.isfile(path) or not has_image_suffix(path):
         raise UserError(
             f"{flag} {printable(path)} is no image: give one of {', '.join(sorted(EXTENSIONS))}, a folder, a list "
             "(.txt), tar or parquet"
@@ -106,7 +111,9 @@ def build_dataset(name: str, data_path: str | None, split: str, class_list: str 
         return Digits(split)
     chosen = read_class_list(class_list) if class_list else None
     if local_copy:
-        return HuggingFace(name.removeprefix(PREFIX), SPLITS[split], chosen)
+        from cplearn.data.huggingface import SavedCopy
+
+        return SavedCopy(name.removeprefix(PREFIX), SPLITS[split], chosen)
     if data_path is None:
         raise UserError(f"--dataset {name} needs --data_path: the folder it lies in")
     if name == "folder" and kind_of(data_path) and os.path.exists(data_path) and not os.path.isdir(data_path):
@@ -238,7 +245,7 @@ def _visible(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _any_image(names: list[str]) -> bool:
-    return any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in names)
+    return any(map(has_image_suffix, names))
 
 
 def _words(name: str) -> set[str]:

@@ -2,25 +2,23 @@
 
 import json
 import os
-import stat
 import tarfile
-import time
 from array import array
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from cplearn.data import datasets
-from cplearn.data.datasets import EXTENSIONS, say
-from cplearn.data.encoded import EncodedImages, Names, check_size, check_unique, number_labels
+from cplearn.data.datasets import ImageFiles, check_bytes, file_stamp, open_regular
+from cplearn.data.labels import Names, check_unique, number_labels
+from cplearn.data.scan import EXTENSIONS, Progress, has_image_suffix, say
 from cplearn.errors import UserError
 from cplearn.text import few, printable
 
 # Compressed ones are known, to be refused: an image in them could only be reached through all before it.
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 LABELS = (".cls", ".json", ".txt")  # where a label comes from, the first that has one
 JSON_KEYS = ("label", "cls", "class")
@@ -38,101 +36,68 @@ class Entry(NamedTuple):
     kind: str  # of the file that the label is from: one of LABELS, or "" for none
 
 
-class Tars(EncodedImages):
+class Tars(ImageFiles):
     """The images of tar shards: shards by name, images in the order in which they lie there."""
 
     def __init__(self, root: Path, shards: list[str], class_list: list[str] | None = None):
-        """Raises `UserError` for shards that are damaged or compressed, and for images that share a name."""
+        """Raises `UserError` for shards that cannot be read, and for images that share a name."""
         self.root, self.shards, self.where = root, sorted(shards), str(root)
-        found = _Index(root, self.shards)
-        if not found.names:
+        self._stamps, names, labels, kinds, damaged = [], [], [], set(), []
+        place, known, progress = array("q"), {}, Progress()
+        for k, shard in enumerate(self.shards):
+            scanning = f"Still scanning {printable(root)}, in shard {k + 1}, {len(names):,} images in those before it"
+            try:
+                with open_regular(root / shard) as file:
+                    self._stamps.append(file_stamp(shard, file))
+                    for entry in scan_shard(file, lambda line=scanning: progress.tell(lambda: line)):
+                        names.append(f"{shard}/{entry.name}")
+                        labels.append(known.setdefault(entry.label, entry.label))  # one string for all of a class
+                        kinds.add(entry.kind)
+                        place.extend((k, entry.offset, entry.size))
+            except (OSError, ValueError, tarfile.TarError):
+                damaged.append(shard)
+        if damaged:
+            raise UserError(
+                f"{printable(root)} has {len(damaged)} tar shards that cannot be read: {few(damaged)}; get them again, "
+                "whole and not compressed, or move them away"
+            )
+        if not names:
             formats = ", ".join(sorted(EXTENSIONS))
             raise UserError(f"{printable(root)}: its {len(shards)} tar shards hold no images ({formats})")
-        check_unique(found.names, self.where, "pack them again under names of their own")
-        self.classes, self.labels, keep = number_labels(found.useful_labels(), self.where, class_list)
-        self.names = Names([found.names[i] for i in keep])
-        self.place = np.stack([found.shard, found.offset, found.size], axis=1)[keep]  # int64 (n, 3)
-        self._stamps = found.stamps
+        check_unique(names, self.where, "pack them again under names of their own")
+        texts = _classes_of(names, labels, kinds)
+        self.classes, self.labels, keep = number_labels(texts, self.where, class_list)
+        self.names = Names([names[i] for i in keep])
+        self.place = np.array(place, np.int64).reshape(-1, 3)[keep]  # shard, offset, size
 
-    def content(self, i: int) -> bytes:
+    def open(self, i: int) -> BinaryIO:
         """Read it with a file of its own: processes then share no position, and few files are open."""
         shard, offset, size = self.place[i].tolist()
-        check_size(size)
+        check_bytes(size)
         with open_regular(self.root / self.shards[shard]) as file:
-            return os.pread(file.fileno(), size, offset)
+            return BytesIO(os.pread(file.fileno(), size, offset))
 
     def stamps(self) -> list:
         return [*self._stamps, len(self)]
 
 
-class _Index:
-    """What a scan of all shards finds: a row per image, size and time per shard."""
-
-    def __init__(self, root: Path, shards: list[str]):
-        self.names: list[str] = []  # with the shard's before it
-        self.labels: list[str | None] = []
-        self.kinds: set[str] = set()
-        self.shard, self.offset, self.size = array("q"), array("q"), array("q")
-        self.in_folders, self.stamps, self.said = True, [], time.monotonic()
-        damaged = []
-        for k, one in enumerate(shards):
-            try:
-                with open_regular(root / one) as file:
-                    status = os.fstat(file.fileno())
-                    self.stamps.append((one, status.st_size, status.st_mtime_ns))
-                    self._add(k, one, scan_shard(file, lambda k=k: self._tell(root, k)))
-            except (OSError, ValueError, tarfile.TarError) as error:
-                damaged.append(f"{one} ({getattr(error, 'strerror', None) or error})")
-        if damaged:
-            raise UserError(
-                f"{printable(root)} has {len(damaged)} tar shards that cannot be used: {few(damaged)}; "
-                "get them again, or move them away"
-            )
-
-    def _tell(self, root: Path, shard: int) -> None:
-        if time.monotonic() - self.said >= datasets.SAY_AFTER:
-            self.said = time.monotonic()
-            say(
-                f"Still scanning {printable(root)}, in shard {shard + 1}, {len(self.names):,} images in those before it"
-            )
-
-    def _add(self, k: int, shard: str, entries: Iterator[Entry]) -> None:
-        known: dict[str | None, str | None] = {}  # one string for all images of a class
-        for entry in entries:
-            self.names.append(f"{shard}/{entry.name}")
-            self.labels.append(known.setdefault(entry.label, entry.label))
-            self.kinds.add(entry.kind)
-            self.in_folders &= "/" in entry.name
-            for column, value in ((self.shard, k), (self.offset, entry.offset), (self.size, entry.size)):
-                column.append(value)
-
-    def useful_labels(self) -> list[str | None]:
-        """Return the labels; none if they are captions; the shards' folders where no file has a label."""
-        if self.kinds == {""}:
-            return [name.split("/")[1] for name in self.names] if self.in_folders else self.labels
-        if ".txt" in self.kinds and len(set(self.labels)) > len(self.labels) / 2:
-            say("The .txt files beside the images count as captions, not as classes: more than half of them differ")
-            return [None] * len(self.labels)
-        return self.labels
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read. Raises OSError for what is none: a pipe would be waited for without end."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(0, "is no regular file", str(path))
-    return file
+def _classes_of(names: list[str], labels: list[str | None], kinds: set[str]) -> list[str | None]:
+    """Return the labels; none if they are captions; the shards' folders where no file has a label."""
+    if kinds == {""}:
+        folders = [name.split("/")[1:-1] for name in names]
+        return [folder[0] for folder in folders] if all(folders) else labels
+    if ".txt" in kinds and len(set(labels)) > len(labels) / 2:
+        say("The .txt files beside the images count as captions, not as classes: more than half of them differ")
+        return [None] * len(labels)
+    return labels
 
 
 def scan_shard(file: BinaryIO, tell: Callable[[], None] = lambda: None) -> Iterator[Entry]:
     """Yield the images of a tar file in their order; what is hidden, a link, a folder or sparse is left out.
 
     `tell` is called for every file in it, for a line on progress.
-    Raises ValueError, TarError or OSError with the reason for a file that is damaged, cut or compressed.
+    Raises ValueError, TarError or OSError for a file that is damaged, cut or compressed.
     """
-    if os.pread(file.fileno(), 8, 0).startswith(COMPRESSED):
-        raise ValueError("compressed: decompress it, images hardly get smaller by it")
     images, labels = [], {}
     for member in _members(file):
         tell()
@@ -140,38 +105,33 @@ def scan_shard(file: BinaryIO, tell: Callable[[], None] = lambda: None) -> Itera
         if any(part.startswith(".") and part != ".." for part in name.split("/")):
             continue
         stem, suffix = os.path.splitext(name)
-        suffix = suffix.lower()
-        if suffix in EXTENSIONS:
+        if has_image_suffix(name):
             images.append((name, member.offset_data, member.size))
-        elif suffix in LABELS and (text := _label(file, member, suffix)) is not None:
-            labels[stem, suffix] = text
+        elif suffix.lower() in LABELS and (text := _label(file, member, suffix.lower())) is not None:
+            labels[stem, suffix.lower()] = text
     for name, offset, size in images:
         folder, base = os.path.split(name)
         # key.left.jpg may have its label in key.left.cls or, as WebDataset reads names, in key.cls.
         stems = (os.path.splitext(name)[0], os.path.join(folder, base.partition(".")[0]))
-        kind = next((kind for kind in LABELS if any((stem, kind) in labels for stem in stems)), "")
-        label = next((labels[stem, kind] for stem in stems if (stem, kind) in labels), None)
-        yield Entry(name, offset, size, label, kind)
+        keys = [(stem, kind) for kind in LABELS for stem in stems if (stem, kind) in labels]
+        yield Entry(name, offset, size, *((labels[keys[0]], keys[0][1]) if keys else (None, "")))
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar file. `tarfile` itself takes a damaged header for the end."""
+    """Yield the regular files of a tar file. Raises ValueError for damaged headers: `tarfile` takes one for the end."""
     length, last = os.fstat(file.fileno()).st_size, -1
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep all
             if tar.offset <= last or member.size < 0:
-                raise ValueError(f"damaged at byte {member.offset:,}")
+                raise ValueError("a header that leads back")
             last = tar.offset
             if member.isreg() and not member.issparse():
                 if member.offset_data + member.size > length:
-                    raise ValueError(f"cut: {printable(member.name)} goes on behind its end")
+                    raise ValueError("a file behind the end")
                 yield member
-        end = os.pread(file.fileno(), 512, tar.offset)
-        if end.strip(b"\0"):
-            raise ValueError(f"damaged at byte {tar.offset:,}")
-        if len(end) < 512:
-            raise ValueError("cut: it has no end mark")
+        if os.pread(file.fileno(), 512, tar.offset) != bytes(512):
+            raise ValueError("no end mark")
 
 
 def _label(file: BinaryIO, member: tarfile.TarInfo, suffix: str) -> str | None:

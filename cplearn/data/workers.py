@@ -1,17 +1,20 @@
-"""Loader processes: what each reads now, room for them before they start, and what is said when they fail."""
+"""Loader processes: room for them before they start, what each reads, and what is said when one dies or hangs."""
 
+import itertools
 import multiprocessing
 import os
-import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import DataLoader, Dataset
 
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError, WorkerError
@@ -26,6 +29,7 @@ from cplearn.text import printable
 
 WORKER_TIMEOUT = 600.0  # seconds, the default of --worker_timeout
 TICKS = 10  # in which that time passes
+GRACE = 0.2  # seconds in which a process may end by itself
 AHEAD = 2  # batches that torch lets each worker make ahead
 WORKER_MEMORY = 50_000_000  # bytes that a worker takes for itself, at the least
 # Open files: of this process a pipe or two for each worker and one for each tensor of its batches.
@@ -80,146 +84,162 @@ def check_workers(num_workers: int, batch_bytes: int) -> None:
         )
 
 
-# --- what they read ---------------------------------------------------------------------------------
+# --- in a loader process ----------------------------------------------------------------------------
+
+_reading: np.ndarray | None = None  # its row of `Loader.reading`: its number, and the sample that it reads
 
 
-def reading_table(num_workers: int) -> Tensor:
-    """Return what a loader's data set keeps as `reading`, for `note` and `worker_error`.
+def note(sample: int) -> None:
+    """Remember, in a loader process, which sample it reads now; -1 for none."""
+    if _reading is not None:
+        _reading[1] = sample
 
-    Which process reads which sample now (-1: none), a row for each worker, in shared memory. Shape: -> int64 (w, 2).
+
+def start_worker(reading: Tensor, worker: int) -> None:
+    """Begin a loader process. Shape: reading int64 (workers, 2)."""
+    global _reading
+    _reading = reading[worker].numpy()
+    _reading[:] = os.getpid(), -1
+    leave_signals_to_parent(worker)
+
+
+# --- in the process that reads from them -------------------------------------------------------------
+
+
+class Loader:
+    """A DataLoader whose processes are known: one that died or hangs is named with its image, all can be ended.
+
+    Raises `UserError` for processes that this machine has no room for. `batch_bytes` is what a batch takes, `names` has
+    a name for each sample that the data set tells to `note`, `options` are those of DataLoader.
     """
-    table = torch.full((max(1, num_workers), 2), -1)
-    return table.share_memory_() if num_workers else table
 
+    def __init__(self, dataset: Dataset, names: Sequence[str], *, num_workers: int, batch_bytes: int = 0, **options):
+        check_workers(num_workers, batch_bytes)
+        self.names, self.num_workers = names, num_workers
+        self.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()
+        self.processes: list[BaseProcess] = []
+        self.late = 0.0  # seconds in which a batch did not come
+        self._batches: Iterator | None = None
+        self._awaited: int | None = None  # number of the batch that is waited for
+        self._loader = DataLoader(
+            dataset,
+            num_workers=num_workers,
+            worker_init_fn=partial(start_worker, self.reading),
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # its own, so that it leaves the global one (drop path) alone
+            **options,
+        )
+        self.batch_sampler = self._loader.batch_sampler
 
-def note(table: Tensor, sample: int) -> None:
-    """Remember what this process reads now; -1 for nothing."""
-    worker = get_worker_info()
-    table[worker.id if worker else 0].numpy()[:] = os.getpid(), sample
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
 
+    def __iter__(self) -> Iterator:
+        return self.batches()
 
-def start_worker(_: int) -> None:
-    """Begin a worker of a loader whose data set has a `reading_table`."""
-    note(get_worker_info().dataset.reading, -1)
-    leave_signals_to_parent(_)
+    def batches(self, timeout: float = 0) -> Iterator:
+        """Yield the batches of an epoch, each within `timeout` seconds of its process (0 for any time).
 
-
-# --- their start, and when they fail ----------------------------------------------------------------
-
-
-def start_workers(loader: DataLoader) -> Iterator:
-    """Begin an epoch. Raises `LocalError` where workers cannot be started; those that were are gone by then."""
-    before = multiprocessing.active_children()
-    try:
-        return iter(loader)
-    except BaseException as error:
-        for child in multiprocessing.active_children():
-            if child not in before:  # it ignores the signal with which Python would end it
-                child.kill()
-                child.join()
-        if not isinstance(error, OSError) and "new thread" not in str(error):
-            raise
-        raise LocalError(
-            f"--num_workers {loader.num_workers}: they cannot be started ({error}): fewer of them, or raise the limits "
-            "of open files and processes (ulimit -n, ulimit -u) and the size of /dev/shm"
-        ) from None
-
-
-class _Late(BaseException):
-    """What `deadline` raises inside: no Exception, because what reads damaged images catches all of those."""
-
-
-@contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Raise RuntimeError inside after that time; 0 for never. In the main thread, where the loader is read.
-
-    torch's own timeout waits for the begin of a message only, and does not see a worker that is frozen in one. Time in
-    which this process is itself stopped (Ctrl-Z) hardly counts: all its ticks come as one.
-    """
-    if not seconds or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    left = TICKS
-
-    def tick(*_) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise _Late
-
-    before = signal.signal(signal.SIGALRM, tick)
-    signal.setitimer(signal.ITIMER_REAL, seconds / TICKS, seconds / TICKS)
-    try:
+        Raises `LocalError` where processes cannot be started, `WorkerError` for one that died or hangs.
+        """
+        self._start()
+        done = threading.Event()
+        if timeout and self.processes:
+            threading.Thread(target=self._watch, args=(timeout, done), daemon=True).start()
         try:
-            yield
+            for self._awaited in itertools.count():
+                batch = next(self._batches, None)
+                self._awaited = None
+                if batch is None:
+                    return
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:  # torch's, or of a connection to a process that is gone
+            raise self.failure() or error from None
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except _Late:
-        raise RuntimeError(f"DataLoader timed out after {seconds:g} seconds") from None
-    finally:
-        signal.signal(signal.SIGALRM, before)
+            done.set()
+
+    def _watch(self, seconds: float, done: threading.Event) -> None:
+        """Kill the processes when a batch does not come, which ends the wait for it.
+
+        torch's own timeout does not see a process that is frozen while it hands over a batch. Of the time in which this
+        process is itself stopped (Ctrl-Z) little counts: all its ticks come as one.
+        """
+        before, ticks = None, 0
+        while not done.wait(seconds / TICKS):
+            still = before is not None and self._awaited == before
+            ticks = ticks + 1 if still else 0
+            before = self._awaited
+            if ticks == TICKS:
+                self.late = seconds
+                self._kill()
+
+    def _start(self) -> None:
+        before = multiprocessing.active_children()
+        try:
+            self._batches = iter(self._loader)
+            failed = None
+        except (OSError, RuntimeError) as error:  # torch gives the error of a thread, too
+            failed = error
+        self.processes += [child for child in multiprocessing.active_children() if child not in before]
+        if failed:
+            self.stop()
+            raise LocalError(
+                f"--num_workers {self.num_workers}: they cannot be started ({failed}): fewer of them, or raise the "
+                "limits of open files and processes (ulimit -n, ulimit -u) and the size of /dev/shm"
+            )
+
+    def failure(self) -> WorkerError | None:
+        """Return what to say of processes that died or hang, with their images; None if all are well."""
+        if self.processes:
+            wait([process.sentinel for process in self.processes], timeout=1)  # a connection may end before its process
+        ended = {process.pid: process.exitcode for process in self.processes if process.exitcode is not None}
+        if not ended:
+            return None
+        images = [printable(self.names[i]) for pid, i in self.reading.tolist() if pid in ended and i >= 0]
+        at = f"while reading {', '.join(images[:5])}" if images else "between two images"
+        what = ", ".join(f"loader process {pid} ended by {_cause(code)}" for pid, code in list(ended.items())[:5])
+        if self.late:
+            what = f"no loader process gave a batch in {self.late:g} seconds"
+        more = "a larger /dev/shm" if -signal.SIGBUS in ended.values() else "more memory"
+        return WorkerError(f"{what}, {at}: try that file alone, fewer --num_workers, or {more} (or --worker_timeout)")
+
+    def stop(self) -> None:
+        """End the processes, and torch's thread that copies their batches: after `GRACE` seconds by signal 9.
+
+        They handle no other signal, may hang, and Python waits for its children at its end.
+        """
+        here = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here else None  # torch's raises at their death
+        late = threading.Timer(GRACE, self._kill)
+        late.start()
+        self._batches = self._loader = None  # which torch takes as a request to end them
+        late.cancel()
+        self._kill()
+        for process in self.processes:
+            process.join()
+        self.processes = []
+        if here:
+            signal.signal(signal.SIGCHLD, handler)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
 
 
-def next_batch(batches: Iterator, timeout: float):
-    """Return the next batch. Raises RuntimeError for one that does not come in time, or whose worker is gone."""
-    try:
-        with deadline(timeout):
-            return next(batches)
-    except (ConnectionError, EOFError, FileNotFoundError) as error:  # killed while it handed over a tensor
-        raise RuntimeError(f"DataLoader worker is gone ({error})") from None
+def _cause(exit_code: int) -> str:
+    return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
 
 
 @contextmanager
-def watched(loader: DataLoader, timeout: float = WORKER_TIMEOUT) -> Iterator[Iterator]:
-    """Give the batches of a loader, once, each within `timeout` seconds (0 for any time).
+def watched(loader: Loader, timeout: float = WORKER_TIMEOUT) -> Iterator[Iterator]:
+    """Give the batches of a loader, once, each within `timeout` seconds of its process (0 for any time).
 
-    The loader keeps its workers. Raises `WorkerError` inside for one that died or hangs; none is left after an error.
+    The loader keeps its processes. Raises `WorkerError` inside for one that died or hangs; none is left after an error.
     """
-
-    def batches() -> Iterator:
-        with deadline(timeout):
-            found = start_workers(loader)
-        for _ in range(len(loader)):
-            yield next_batch(found, timeout)
-
     try:
-        yield batches()
+        yield loader.batches(timeout)
     except BaseException as error:
-        told = worker_error(error, loader) if isinstance(error, RuntimeError) else None
-        stop_workers(loader)
-        raise told or error from None
-
-
-def worker_error(error: RuntimeError, loader: DataLoader) -> WorkerError | None:
-    """Return what to say of a loader's worker that died or hangs, with the file it was at; None for other errors."""
-    text = str(error)
-    if "DataLoader worker" not in text and "DataLoader timed out" not in text:
-        return None
-    source = loader.dataset
-    named = {int(pid) for pid in re.findall(r"\d+", text.partition("exited")[0].partition("is killed")[0])}
-    rows = [(pid, sample) for pid, sample in source.reading.tolist() if pid >= 0]
-    files = [printable(source.names[j]) for pid, j in rows if j >= 0 and (pid in named or "timed out" in text)]
-    at = f"while reading {', '.join(files[:5])}" if files else "between two files"
-    what = " ".join(text.split()).removesuffix(".")[:200]
-    more = "a larger /dev/shm" if "Bus error" in text or "shared memory" in text else "more memory"
-    return WorkerError(f"{what}, {at}: try that file alone, fewer --num_workers, or {more} (or --worker_timeout)")
-
-
-def stop_workers(loader: DataLoader) -> None:
-    """Kill the workers with signal 9: they handle no other, may hang, and Python waits for its children at its end."""
-    iterator = getattr(loader, "_iterator", None)
-    children = getattr(iterator, "_workers", [])
-    if not children:
-        return
-    # Its own way of ending waits for locks that a killed worker may hold.
-    iterator._shutdown = True
-    here = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here else None  # torch's raises at a worker's death
-    for child in children:
-        child.kill()
-        child.join()
-    if handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
-    if iterator._worker_pids_set:  # torch knows them by the address of their iterator, which a later one may be given
-        signal_handling._remove_worker_pids(id(iterator))
-        iterator._worker_pids_set = False
+        # torch raises RuntimeError wherever this process happens to be when one dies.
+        failure = loader.failure() if isinstance(error, RuntimeError) else None
+        loader.stop()
+        raise failure or error from None

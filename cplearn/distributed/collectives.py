@@ -4,7 +4,6 @@ One process without a process group is a normal case: every function here then w
 `launch.py` starts the process group.
 """
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -50,11 +49,9 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     for value in module.state_dict().values():
         if isinstance(value, Tensor):
             dist.broadcast(value, 0)
-    # Names of the switches differ between torch's versions: later ones warn about `broadcast_buffers`.
-    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    off = {"init_sync", "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"} & set(known)
     devices = [device] if device.type == "cuda" else None
-    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices, **dict.fromkeys(off, False))
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices, init_sync=False)
+    wrapped.broadcast_buffers = False  # not as an argument, whose name differs between torch's versions
     if device.type == "cpu":
         wrapped.register_comm_hook(None, _mean_in_rank_order)
     return wrapped
@@ -74,19 +71,18 @@ def _mean_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 
 def on_main(function: Callable, *args):
     """Call function(*args) on rank 0 alone; every rank returns its value, or raises the `ExpectedError` it raised."""
-    outcome = None
+    value = error = None
     if is_main():
         try:
-            outcome = (function(*args), None)
-        except ExpectedError as error:
-            outcome = (None, error)
-        except OSError as error:
-            outcome = (None, WriteError(f"{error.filename or 'a file'}: {error.strerror or error}"))
+            value = function(*args)
+        except ExpectedError as expected:
+            error = expected
+        except OSError as failure:
+            error = WriteError(f"{failure.filename or 'a file'}: {failure.strerror or failure}")
     if world_size() > 1:
-        box = [outcome]
-        dist.broadcast_object_list(box)
-        outcome = box[0]
-    value, error = outcome
+        outcome = [value, error]
+        dist.broadcast_object_list(outcome)
+        value, error = outcome
     if error is not None:
         raise error
     return value
@@ -95,29 +91,26 @@ def on_main(function: Callable, *args):
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise on all ranks, at the end, an `ExpectedError` that any rank meets inside, so that none waits."""
-    mine = None
+    local = None
     try:
         yield
     except ExpectedError as error:
-        mine = error
-    found = gather_objects(None if mine is None else (host_name(), mine))
-    first = next((r for r, x in enumerate(found) if x is not None), None)
-    if first is None:
-        return
-    host, error = found[first]
-    raise error if first == 0 else type(error)(f"rank {first} on {host}: {error}")
+        local = error
+    for r, (host, error) in enumerate(gather_objects((host_name(), local))):
+        if error is not None:
+            raise error if r == 0 else type(error)(f"rank {r} on {host}: {error}")
 
 
-def check_same(what: dict[str, object]) -> None:
+def check_same(values: dict[str, object]) -> None:
     """Check that all ranks hold the same values. Raises `UserError` on every rank, naming what differs, and where."""
-    for r, (host, theirs) in enumerate(everyone := gather_objects((host_name(), what))):
-        differ = [k for k in what if theirs.get(k) != everyone[0][1].get(k)]
-        if differ:
-            k = differ[0]
-            raise UserError(
-                f"rank {r} on {host} has {k} {theirs.get(k)}, rank 0 on {everyone[0][0]} {everyone[0][1].get(k)}: "
-                "start all processes with the same command, on the same data"
-            )
+    (first_host, first), *others = gather_objects((host_name(), values))
+    for r, (host, theirs) in enumerate(others, start=1):
+        for k in values:
+            if theirs.get(k) != first.get(k):
+                raise UserError(
+                    f"rank {r} on {host} has {k} {theirs.get(k)}, rank 0 on {first_host} {first.get(k)}: "
+                    "start all processes with the same command, on the same data"
+                )
 
 
 # --- gather --------------------------------------------------------------------------------------
@@ -132,22 +125,28 @@ def gather_objects(value) -> list:
     return values
 
 
-def gather_rows(x: Tensor) -> Tensor:
+def gather_equal_rows(x: Tensor) -> Tensor:
     """Gather the rows of every rank, interleaved: row i of rank r becomes row i * world_size + r. No gradient.
 
-    Undoes the split `range(rank, total, world_size)`; ranks may hold one row fewer than rank 0.
-    Shape: (n_r, ...) -> (sum of n_r, ...), on the tensor's device.
+    Shape: (n, ...), the same on all ranks -> (n * world_size, ...), on the tensor's device.
     """
     if world_size() == 1:
         return x
+    parts = x.new_empty((world_size() * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(parts, x.contiguous())
+    return parts.unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Like `gather_equal_rows`, of ranks that may hold one row fewer than rank 0: undo range(rank, total, world_size).
+
+    Shape: (n_r, ...) -> (sum of n_r, ...), on the tensor's device.
+    """
     counts = gather_objects(len(x))
-    padded = x.new_zeros((max(counts), *x.shape[1:]))
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    rows = torch.stack(parts, dim=1).flatten(0, 1)
-    keep = torch.arange(max(counts))[:, None] < torch.tensor(counts)[None]
-    return rows[keep.flatten().to(rows.device)]
+    most = max(counts)
+    if len(x) < most:
+        x = torch.cat([x, x.new_zeros((most - len(x), *x.shape[1:]))])
+    return gather_equal_rows(x)[: sum(counts)]
 
 
 @torch.no_grad()

@@ -1,16 +1,13 @@
 """What every format shares: what it says of the network, where it is written, and the comparison with ours."""
 
 import contextlib
-import importlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ from cplearn import backbones
 from cplearn.checkpoints import EXPORTED
 from cplearn.data import augmentations, color
 from cplearn.errors import ExpectedError, UserError, WriteError
-from cplearn.files import is_full, read_json
+from cplearn.files import check_output_dir, check_replaceable, is_full, read_json
 from cplearn.host import git_commit
 from cplearn.load import Model
 from cplearn.text import printable
@@ -68,6 +65,11 @@ def description(model: Model, to: str) -> dict[str, object]:
     }
 
 
+def metadata_of(description: dict[str, object]) -> dict[str, str]:
+    """Return a description as the metadata of a file: what is no text as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
+
+
 def plain_weights(module: torch.nn.Module) -> dict[str, Tensor]:
     """Return a module's state on the CPU, each tensor in memory of its own and in its usual order."""
     state = module.state_dict()
@@ -75,28 +77,13 @@ def plain_weights(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
 
-# --- packages of others ---------------------------------------------------------------------------------
-
-
-def need(package: str, to: str) -> ModuleType:
-    """Import a package that only exports need. Raises `UserError` with the command that installs it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        top = package.partition(".")[0]
-        missing = (getattr(error, "name", None) or top).partition(".")[0]
-        hint = "pip install " + top if missing == top else f"pip install --upgrade {top} {missing}"
-        raise UserError(f"--to {to} needs the package {top} ({error}): {hint}") from None
-
-
 # --- where it is written ----------------------------------------------------------------------------------
 
 
-def check_target(target: Path, *, folder: bool, is_ours: Callable[[Path], bool]) -> None:
-    """Check before any work that the export can be written there.
+def check_target(target: Path, to: str, *, folder: bool) -> None:
+    """Check before any work that the export can be written there, in place of an earlier one of its kind at most.
 
-    Raises `UserError` for a link, for a path that other libraries cannot read, where something else is, and where
-    nothing can be written.
+    Raises `UserError`, for a name that other libraries cannot read, too.
     """
     name = printable(target)
     try:
@@ -105,18 +92,11 @@ def check_target(target: Path, *, folder: bool, is_ours: Callable[[Path], bool])
         raise UserError(f"--out {name} is not UTF-8, which other libraries need: choose another name") from None
     if not target.absolute().parent.is_dir():
         raise UserError(f"--out {name}: the folder it goes to does not exist: create it first")
-    if target.is_symlink():
-        raise UserError(f"--out {name} is a link, through which nothing is written: remove it")
-    if os.path.lexists(target):
-        mode = target.stat().st_mode
-        right_kind = stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)
-        if not right_kind or not is_ours(target):
-            raise UserError(f"--out {name} is there, and no earlier export of this kind: choose another name")
-    try:
-        with workspace(target):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {name} cannot be written: {error.strerror}; choose another folder") from None
+    check_output_dir(str(target.absolute().parent), "--out")
+    if not folder:
+        check_replaceable(target, EXPORTED.encode(), "--out")
+    elif os.path.lexists(target) and not is_marked_folder(target, to):
+        raise UserError(f"--out {name} is there, and no earlier export of this kind: choose another name")
 
 
 @contextlib.contextmanager
@@ -130,45 +110,42 @@ def workspace(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def write_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
-    """Turn whatever a library raises where a disk fails into a `WriteError`, and versions that do not fit each other
-    into a `UserError`."""
+def library_errors(target: Path, packages: Sequence[str]) -> Iterator[None]:
+    """Turn whatever a library raises where a disk fails into a `WriteError`, and packages that are not there, or do not
+    fit each other, into a `UserError` with the command that installs them."""
     try:
         yield
     except ExpectedError:
         raise
     except ImportError as error:
         names = " ".join(sorted({name.partition(".")[0] for name in packages}))
-        raise UserError(f"the installed versions do not fit ({error}): pip install --upgrade {names}") from None
+        raise UserError(f"this export needs other packages ({error}): pip install --upgrade {names}") from None
     except Exception as error:
         full = is_full(target.absolute().parent)
-        if not full and not isinstance(error, OSError):
+        if not full and getattr(error, "errno", None) is None:  # not the system's: libraries raise OSError of their own
             raise
-        reason = "no space left on the disk" if full else (getattr(error, "strerror", None) or str(error))
+        reason = "no space left on the disk" if full else os.strerror(error.errno)
         raise WriteError(f"{printable(target)} could not be written: {reason}; run again with more space") from None
 
 
-def move_into_place(new: Path, target: Path, folder: bool) -> None:
+def move_into_place(new: Path, target: Path) -> None:
     """Put what is complete under its name, in place of an earlier export."""
-    if not folder:
-        os.replace(new, target)
-        return
-    new.chmod(0o777 & ~_umask())
     old = new.with_name("old")
-    if target.exists():
+    if target.is_dir():  # which no renaming replaces
         os.rename(target, old)
     try:
-        os.rename(new, target)
+        os.replace(new, target)
     except OSError:
         if old.exists():
             os.rename(old, target)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write a .safetensors file for other libraries, whose word for torch's tensors is pt."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(weights, {"format": "pt"}))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -182,12 +159,11 @@ def mark_folder(folder: Path, described: dict[str, object]) -> None:
 
 
 def is_marked_folder(folder: Path, to: str) -> bool:
-    """Return whether a folder is an earlier export of this kind, and holds nothing else."""
+    """Return whether a folder is an earlier export of this kind, and holds nothing else. A link is none."""
     marker = read_json(folder / MARKER)
-    names = marker.get("files")
-    if marker.get("format") != EXPORTED or marker.get("to") != to or not isinstance(names, list):
+    if folder.is_symlink() or (marker.get("format"), marker.get("to")) != (EXPORTED, to):
         return False
-    return all(path.name in names and not path.is_dir() for path in folder.iterdir())
+    return {path.name for path in folder.iterdir()} <= set(marker.get("files", ()))
 
 
 # --- the comparison ---------------------------------------------------------------------------------------
@@ -198,10 +174,6 @@ def random_pixels(n: int, size: int) -> Tensor:
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def normalized(pixels: Tensor) -> Tensor:
-    return color.normalize(pixels)
-
-
 def sample_image() -> Image.Image:
     """Return a smooth image of 4:3, always the same, to try a library's preprocessing on."""
     coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -210,7 +182,10 @@ def sample_image() -> Image.Image:
 
 @torch.inference_mode()
 def compare(
-    model: Model, features: Callable[[Tensor], Tensor], prepare: Callable[[Tensor], Tensor], library: str
+    model: Model,
+    features: Callable[[Tensor], Tensor],
+    library: str,
+    prepare: Callable[[Tensor], Tensor] = color.normalize,
 ) -> float:
     """Return the largest difference between a library's features and ours, relative to our largest absolute feature.
 

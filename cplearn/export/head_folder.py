@@ -34,10 +34,6 @@ def check(model: Model) -> None:
         )
 
 
-def is_earlier(path: Path) -> bool:
-    return common.is_marked_folder(path, NAME)
-
-
 def write(model: Model, folder: Path) -> None:
     """Write head.safetensors (tensors), head.json (numbers) and codes.py (how to use both)."""
     head = model.method.head
@@ -56,8 +52,7 @@ def write(model: Model, folder: Path) -> None:
         "norm_eps": head.norm.eps,
         "logit_scale": head.scale * head.kappa,  # p = softmax(logit_scale * h W)
     }
-    save = common.need("safetensors.torch", NAME).save
-    (folder / "head.safetensors").write_bytes(save(weights, {"format": "pt"}))
+    common.write_weights(folder / "head.safetensors", weights)
     common.write_json(folder / "head.json", about)
     (folder / "codes.py").write_bytes(SOURCE.read_bytes())
     common.mark_folder(folder, described)

@@ -1,5 +1,7 @@
 """`--to hf`: a folder for Hugging Face's `ViTModel.from_pretrained`, with an image processor."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -40,10 +42,6 @@ def check(model: Model) -> None:
         )
 
 
-def is_earlier(path: Path) -> bool:
-    return common.is_marked_folder(path, NAME)
-
-
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a ViT's weights under Hugging Face's names: query, key and value apart."""
     found = {}
@@ -63,8 +61,7 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def write(model: Model, folder: Path) -> None:
     """Write config.json, model.safetensors and preprocessor_config.json."""
     vit = model.backbone
-    save = common.need("safetensors.torch", NAME).save
-    (folder / "model.safetensors").write_bytes(save(renamed(common.plain_weights(vit)), {"format": "pt"}))
+    common.write_weights(folder / "model.safetensors", renamed(common.plain_weights(vit)))
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -116,19 +113,11 @@ def preprocessing(model: Model) -> dict[str, object]:
 def load(folder: Path) -> torch.nn.Module:
     """Load it as Hugging Face's users do, with nothing fetched and nothing printed."""
     import transformers
-    from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with contextlib.redirect_stderr(io.StringIO()):
         return transformers.ViTModel.from_pretrained(
             folder.absolute(), add_pooling_layer=False, local_files_only=True
         ).eval()
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
@@ -139,9 +128,7 @@ def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
     from transformers import AutoImageProcessor
 
     loaded = load(folder)
-    difference = common.compare(
-        model, lambda x: loaded(pixel_values=x).last_hidden_state[:, 0], common.normalized, LIBRARY
-    )
+    difference = common.compare(model, lambda x: loaded(pixel_values=x).last_hidden_state[:, 0], LIBRARY)
     processor = AutoImageProcessor.from_pretrained(folder.absolute(), local_files_only=True)
     image = common.sample_image()
     theirs = torch.as_tensor(processor(images=image, return_tensors="np")["pixel_values"])[0]

@@ -1,7 +1,6 @@
 """`--to onnx`: one file for onnxruntime, with a dynamic batch and a fixed image size."""
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cplearn import checkpoints
 from cplearn.data import color
 from cplearn.errors import UserError
 from cplearn.export import common
@@ -45,15 +43,6 @@ def check(model: Model) -> None:
         )
 
 
-def is_earlier(path: Path) -> bool:
-    import onnx
-
-    try:
-        return any(x.key == "format" and x.value == checkpoints.EXPORTED for x in onnx.load(path).metadata_props)
-    except Exception:  # anything may lie there
-        return False
-
-
 def write(model: Model, path: Path, with_preprocessing: bool = False) -> None:
     """Trace the network in eval mode and write it with its metadata."""
     import onnx
@@ -72,9 +61,8 @@ def write(model: Model, path: Path, with_preprocessing: bool = False) -> None:
             verbose=False,
         )
     proto = program.model_proto
-    said = {**common.description(model, NAME), "input": "0..1" if with_preprocessing else "normalized"}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
-    onnx.helper.set_model_props(proto, metadata)
+    description = {**common.description(model, NAME), "input": "0..1" if with_preprocessing else "normalized"}
+    onnx.helper.set_model_props(proto, common.metadata_of(description))
     path.write_bytes(proto.SerializeToString())
 
 
@@ -84,8 +72,7 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(before)
@@ -101,13 +88,13 @@ def load(path: Path) -> Callable[[Tensor], Tensor]:
 
 def verify(model: Model, path: Path, with_preprocessing: bool = False) -> tuple[float, list[str]]:
     """Run it with batches of 1 and 3. Raises `WriteError` for other features."""
-    prepare = (lambda x: x) if with_preprocessing else common.normalized
+    prepare = (lambda x: x) if with_preprocessing else color.normalize
     kind = "pixels in 0..1" if with_preprocessing else "normalized pixels"
     size = model.image_size
     shape = (
         f"input `pixels` (batch, 3, {size}, {size}), {kind}; output `features` (batch, {model.backbone.num_features})"
     )
-    return common.compare(model, load(path), prepare, LIBRARY), [f"Opset {OPSET}; {shape}"]
+    return common.compare(model, load(path), LIBRARY, prepare), [f"Opset {OPSET}; {shape}"]
 
 
 def usage(path: Path) -> str:

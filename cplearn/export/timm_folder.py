@@ -23,10 +23,6 @@ def check(model: Model) -> None:
         )
 
 
-def is_earlier(path: Path) -> bool:
-    return common.is_marked_folder(path, NAME)
-
-
 def architecture(model: Model) -> tuple[str, dict[str, object]]:
     """Return timm's name of the network, and the arguments that make it this one."""
     import timm
@@ -41,11 +37,10 @@ def architecture(model: Model) -> tuple[str, dict[str, object]]:
 
 def write(model: Model, folder: Path) -> None:
     """Write config.json and model.safetensors, as timm's own tools do."""
-    save = common.need("safetensors.torch", NAME).save
     name, options = architecture(model)
     known = getattr(model.backbone, "pretrained_cfg", None) or {}
     size = model.image_size
-    (folder / "model.safetensors").write_bytes(save(common.plain_weights(model.backbone), {"format": "pt"}))
+    common.write_weights(folder / "model.safetensors", common.plain_weights(model.backbone))
     config = {
         "architecture": name,
         "num_classes": 0,
@@ -93,7 +88,7 @@ def verify(model: Model, folder: Path) -> tuple[float, list[str]]:
     from timm.data import create_transform, resolve_data_config
 
     loaded = load(folder)
-    difference = common.compare(model, loaded, common.normalized, LIBRARY)
+    difference = common.compare(model, loaded, LIBRARY)
     transform = create_transform(**resolve_data_config({}, model=loaded), is_training=False)
     image = common.sample_image()
     ours, theirs = EvalTransform(model.image_size)(image), transform(image)

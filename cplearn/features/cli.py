@@ -1,6 +1,7 @@
 """What every evaluation script shares: its flags, its start, and the line that it appends to results.jsonl."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from cplearn.features.splits import Features, has_features
 from cplearn.files import append_json_line, check_output_dir
 from cplearn.flags import check_unread_path, expand_paths, ignore_local_rank, nonnegative, positive, seed_below
 from cplearn.host import git_commit
-from cplearn.load import Model, WeightsFile, load_model, no_data_flags, read_weights
+from cplearn.load import Model, ModelRequest, WeightsFile, load_model
 from cplearn.text import printable
 
 # What is fixed once features are kept.
@@ -94,6 +95,12 @@ def start(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def request_of(args: argparse.Namespace, unnamed_dataset: str) -> ModelRequest:
+    """Return which network the flags ask for; of flags that a script does not have, the defaults."""
+    given = {field.name: getattr(args, field.name) for field in fields(ModelRequest) if hasattr(args, field.name)}
+    return ModelRequest(args.pretrained_weights, **given, unnamed_dataset=unnamed_dataset)
+
+
 def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile | None = None) -> Model | None:
     """Load the model of --pretrained_weights (`file`, if it has been read already); None for kept features.
 
@@ -101,8 +108,28 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
     """
     if args.load_features:
         return None
-    file = file or read_weights(args.pretrained_weights)
-    model = load_model(args, device, file)
+    model = _load_and_try(request_of(args, unnamed_dataset="digits"), device, file)
+    if getattr(args, "split", None) == "val" and model.dataset == "folder" and not is_undivided(args, model):
+        root = Path(model.data_path or "")
+        if root.is_dir() and not sources.has_split(str(root), "val"):
+            raise UserError(f"--data_path {root} has no val or test folder: add one, or --split train")
+    return model
+
+
+def open_network(args: argparse.Namespace, device: torch.device) -> Model:
+    """Load the network of --pretrained_weights for a command that brings its own images (`add_weights_flags` only).
+
+    Raises `UserError` if the flag is missing, or if the file has no such network.
+    """
+    if not args.pretrained_weights:
+        raise UserError("--pretrained_weights is missing: give a checkpoint, or backbone weights with --arch")
+    expand_paths(args, "pretrained_weights")
+    return _load_and_try(request_of(args, unnamed_dataset="folder"), device)
+
+
+def _load_and_try(request: ModelRequest, device: torch.device, file: WeightsFile | None = None) -> Model:
+    """Load a model, and run one image through it. Raises `UserError` if it cannot take such images."""
+    model = load_model(request, device, file)
     size = model.image_size
     try:
         with torch.no_grad():
@@ -110,10 +137,6 @@ def open_model(args: argparse.Namespace, device: torch.device, file: WeightsFile
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--image_size {size}: --arch {model.arch} cannot take such images: {reason}") from None
-    if getattr(args, "split", None) == "val" and model.dataset == "folder" and not is_undivided(args, model):
-        root = Path(model.data_path or "")
-        if root.is_dir() and not sources.has_split(str(root), "val"):
-            raise UserError(f"--data_path {root} has no val or test folder: add one, or --split train")
     return model
 
 
@@ -132,19 +155,6 @@ def take_all_if_undivided(args: argparse.Namespace, model: Model | None) -> None
     args.split = "all"
     if model is not None and collectives.is_main():
         print(f"{printable(model.data_path)} has no train/ and no val/: all of its images are used", flush=True)
-
-
-def open_network(args: argparse.Namespace, device: torch.device) -> Model:
-    """Load the network of --pretrained_weights for a command that brings its own images (`add_weights_flags` only).
-
-    Raises `UserError` if the flag is missing, or if the file has no such network.
-    """
-    if not args.pretrained_weights:
-        raise UserError("--pretrained_weights is missing: give a checkpoint, or backbone weights with --arch")
-    expand_paths(args, "pretrained_weights")
-    file = read_weights(args.pretrained_weights)
-    flags = {**no_data_flags(file), "load_features": None, "seed": 0, **vars(args), "split": None}
-    return open_model(argparse.Namespace(**flags), device, file)
 
 
 def effective_flags(args: argparse.Namespace, model: Model | None) -> dict[str, object]:

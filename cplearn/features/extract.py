@@ -43,14 +43,21 @@ class Extraction:
         if keep_aspect and size % self.patch:
             raise UserError(f"--image_size {size} is not a multiple of the patch size {self.patch}")
         width = size * 4 // 3 // self.patch * self.patch + self.patch if keep_aspect else size
-        try:
-            self.empty, self.row_bytes = self._try(size, width)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--keep_aspect: --arch {model.arch} takes no {size} x {width} images: {reason}") from None
+        row = self._try(size, width)
+        self.columns = {name: rows[:0] for name, rows in row.items()}
+        self.row_bytes = sum(rows.nbytes for rows in row.values())
         self.pixels = size * width
+
+    def _try(self, height: int, width: int) -> Rows:
+        """Return the rows of one image. Raises `UserError` if the network cannot take it."""
+        try:
+            return self.run(torch.zeros(1, 3, height, width, dtype=torch.uint8))[0]
+        except UserError:
+            raise
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            arch = self.model.arch
+            raise UserError(f"--keep_aspect: --arch {arch} takes no {height} x {width} images: {reason}") from None
 
     def view(self) -> Callable[[Image.Image], Tensor]:
         """Return what makes an RGB image uint8 (3, H, W); it can be sent to loader processes."""
@@ -60,9 +67,10 @@ class Extraction:
 
     @torch.inference_mode()
     def run(self, pixels: Tensor) -> list[Rows]:
-        """Return what is taken of each image. Shape: uint8 (n, 3, H, W) -> n x columns, whose rows are
+        """Return the rows of each image. Shape: uint8 (n, 3, H, W) -> n x columns.
 
-        features (f,) or (patches, f), grid (2,) rows and columns of patches, embedding (d,), codes ().
+        features (1, f), (1, patches, f) or, where images differ in their patches, (patches, f); grid (1, 2) rows and
+        columns of patches; embedding (1, d); codes (1,).
         """
         x = color.network_input(pixels, self.device)
         backbone, taken = self.model.backbone, {}
@@ -83,24 +91,18 @@ class Extraction:
             taken["codes"] = self.method.assign(taken["embedding"])
         columns = {name: rows.float() if rows.is_floating_point() else rows for name, rows in taken.items()}
         columns = {name: rows.cpu().numpy() for name, rows in columns.items()}
-        return [{name: rows[i] for name, rows in columns.items()} for i in range(len(x))]
-
-    def _try(self, height: int, width: int) -> tuple[Rows, int]:
-        """Return columns without a row, and the bytes of an image's rows."""
-        (row,) = self.run(torch.zeros(1, 3, height, width, dtype=torch.uint8))
-        empty = {name: value[None][:0] for name, value in row.items()}
+        images = [{name: rows[i : i + 1] for name, rows in columns.items()} for i in range(len(x))]
         if self.ragged:
-            empty["features"] = row["features"][:0]
-        return empty, sum(value.nbytes for value in row.values())
+            images = [rows | {"features": rows["features"][0]} for rows in images]
+        return images
 
     def stack(self, rows: dict[int, Rows]) -> Rows:
         """Return the columns of a part, its images in order, as `Parts.write` takes them."""
         samples = sorted(rows)
-        columns = {"samples": np.array(samples, dtype=np.int64)}
-        for name, empty in self.empty.items():
-            join = np.concatenate if name == "features" and self.ragged else np.stack
-            columns[name] = join([rows[i][name] for i in samples]) if samples else empty
-        return columns
+        columns = {
+            name: np.concatenate([empty, *(rows[i][name] for i in samples)]) for name, empty in self.columns.items()
+        }
+        return {"samples": np.array(samples, dtype=np.int64), **columns}
 
     def identity(self, dataset, images: str) -> dict[str, object]:
         """Return what has to be equal for parts to belong together: weights, images, and what is taken of them."""
@@ -123,17 +125,16 @@ class Extraction:
             "data_hash": datasets.fingerprint(dataset),
         }
 
-    def source(self, identity: dict[str, object], parts: Parts, names) -> dict[str, object]:
+    def source(self, identity: dict[str, object], unreadable: dict[str, str]) -> dict[str, object]:
         """Return what the file has to say of itself: the identity, and what was left out."""
-        failures = {int(i): reason for k in range(len(parts)) for i, reason in (parts.failures(k) or {}).items()}
         return {
-            "script": SCRIPT,
             **self.model.source(),
             **identity,
             "patch_size": self.patch if self.patch > 1 else None,
             "out_dim": self.method.out_dim if self.method is not None else None,
-            "unreadable": {str(names[i]): reason for i, reason in sorted(failures.items())},
+            "unreadable": unreadable,
             "commit": git_commit(),
+            "script": SCRIPT,  # the last: where `files.MARK` is looked for
         }
 
     def part_size(self, images: int, batch_size: int) -> int:
@@ -142,53 +143,46 @@ class Extraction:
         return max(1, min(max(most // batch_size, 1) * batch_size, -(-images // collectives.world_size())))
 
 
-class _Batches:
-    """The batches of some parts, one after another: what a loader takes as its batch sampler."""
-
-    def __init__(self, parts: list[range], batch_size: int):
-        self.parts, self.batch_size = parts, batch_size
-
-    def __len__(self) -> int:
-        return sum(-(-len(part) // self.batch_size) for part in self.parts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for part in self.parts:
-            for start in range(0, len(part), self.batch_size):
-                yield list(part[start : start + self.batch_size])
-
-
-def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) -> None:
+def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) -> dict[str, str]:
     """Make the parts that are missing, one per process and round. Every rank calls it.
 
+    Returns why images could not be read, by name: parts that miss some are made again by every run, so these are all.
     Raises `UserError` on all ranks when more images cannot be read than `--max_bad_images` allows.
     """
     missing = collectives.on_main(parts.missing)
-    rank, world = collectives.rank(), collectives.world_size()
+    rank, world, size = collectives.rank(), collectives.world_size(), args.batch_size_per_gpu
+    local_parts = [parts.samples(k) for k in missing[rank::world]]
     loader = loaders.skipping_loader(
         dataset,
         job.view(),
-        _Batches([parts.samples(k) for k in missing[rank::world]], args.batch_size_per_gpu),
-        batch_bytes=args.batch_size_per_gpu * 3 * job.pixels,
+        [part[start : start + size] for part in local_parts for start in range(0, len(part), size)],
+        batch_bytes=size * 3 * job.pixels,
         num_workers=workers.default_workers(args.num_workers),
         device=job.device,
     )
-    found: dict[int, str] = {}
-    missing_images = sum(len(parts.samples(k)) for k in missing)
-    silent = not (collectives.is_main() and sys.stderr.isatty())
-    bar = tqdm(total=parts.images, initial=parts.images - missing_images, unit="image", disable=silent)
+    failures: dict[int, str] = {}
+    done = parts.images - sum(len(parts.samples(k)) for k in missing)
+    quiet = None if collectives.is_main() else True  # None: without a terminal
+    bar = tqdm(total=parts.images, initial=done, unit="image", disable=quiet)
     with workers.watched(loader, args.worker_timeout) as batches, bar:
         for first in range(0, len(missing), world):
-            failures: dict[int, str] = {}
+            local: dict[int, str] = {}
             with collectives.raise_on_all_ranks():
                 if first + rank < len(missing):
-                    failures = _make(job, parts, missing[first + rank], batches, args.batch_size_per_gpu, bar)
-            for one in collectives.gather_objects(failures):
-                found |= one
+                    local = _make(job, parts, missing[first + rank], batches, size, bar)
+            for one in collectives.gather_objects(local):
+                failures |= one
                 for reason in one.values() if collectives.is_main() else ():
                     print(f"WARNING: left out: {reason}", file=sys.stderr, flush=True)
             others = [k for r, k in enumerate(missing[first : first + world]) if r != rank]
             bar.update(sum(len(parts.samples(k)) for k in others))
-            _check(found, len(dataset), args.max_bad_images)
+            if len(failures) > args.max_bad_images * len(dataset):
+                raise UserError(
+                    f"{len(failures)} of {len(dataset)} images cannot be read, more than --max_bad_images "
+                    f"{args.max_bad_images:g} allows ({int(args.max_bad_images * len(dataset))}): repair them, or "
+                    f"allow more, and run again; the last: {list(failures.values())[-1]}"
+                )
+    return {str(dataset.names[i]): reason for i, reason in sorted(failures.items())}
 
 
 def _make(job: Extraction, parts: Parts, k: int, batches: Iterator, batch_size: int, bar: tqdm) -> dict[int, str]:
@@ -196,18 +190,10 @@ def _make(job: Extraction, parts: Parts, k: int, batches: Iterator, batch_size: 
     rows: dict[int, Rows] = {}
     failures: dict[int, str] = {}
     for _ in range(-(-len(parts.samples(k)) // batch_size)):
-        groups, failed = next(batches)
-        failures |= failed
+        groups, unreadable = next(batches)
+        failures |= unreadable
         for group in groups:
             rows.update(zip(group.samples, job.run(group.pixels), strict=True))
-        bar.update(len(failed) + sum(len(group.samples) for group in groups))
-    parts.write(k, job.stack(rows), failures)
+        bar.update(len(unreadable) + sum(len(group.samples) for group in groups))
+    parts.write(k, job.stack(rows))
     return failures
-
-
-def _check(found: dict[int, str], images: int, limit: float) -> None:
-    if len(found) > limit * images:
-        raise UserError(
-            f"{len(found)} of {images} images cannot be read, more than --max_bad_images {limit:g} allows "
-            f"({int(limit * images)}): repair them, or allow more, and run again; the last: {list(found.values())[-1]}"
-        )

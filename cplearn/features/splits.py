@@ -1,18 +1,18 @@
 """Features of the splits of a data set: extracted once, or those that an evaluation kept earlier."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cplearn import backbones, checkpoints, random_streams
 from cplearn.data import augmentations, color, datasets, loaders, workers
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import plain_average
 from cplearn.errors import UserError
+from cplearn.files import reading
 from cplearn.load import Model
 from cplearn.text import few
 
@@ -84,7 +84,7 @@ def get_features(
     _check_classes([dataset.classes for dataset in data.values()], splits, labels_for)
     if model.random_init:
         train = data.get("train") or model.images("train")
-        calibrate_batch_norm(model, train, device, seed=args.seed, timeout=args.worker_timeout)
+        calibrate_batch_norm(model, train, device, seed=args.seed)
     extracted = []
     for split, dataset in data.items():
         if collectives.is_main():
@@ -125,7 +125,6 @@ def calibrate_batch_norm(
     *,
     seed: int,
     images: int = 2048,
-    timeout: float = workers.WORKER_TIMEOUT,
 ) -> None:
     """Give batch norms of an untrained network the statistics of training images.
 
@@ -138,9 +137,9 @@ def calibrate_batch_norm(
     order = random_streams.random_stream(random_streams.FOR_ORDER, seed).permutation(len(dataset))[:images]
     starts = range(0, max(1, len(order) - 1), 256)  # no batch of one image, of which there are no statistics
     parts = [order[start : start + 256].tolist() for start in starts]
-    loader = DataLoader(loaders.EvalDataset(dataset, augmentations.eval_view(model.image_size)), batch_sampler=parts)
-    with plain_average(norms), workers.watched(loader, timeout) as batches:
-        for pixels, _, _ in batches:
+    images = loaders.EvalDataset(dataset, augmentations.eval_view(model.image_size))
+    with plain_average(norms):
+        for pixels, _, _ in workers.Loader(images, dataset.names, num_workers=0, batch_sampler=parts):
             features = model.backbone(color.network_input(pixels, device))
             if model.method is not None:
                 model.method.predict(features)
@@ -156,26 +155,22 @@ def _load_features(folder: str, split: str, tokens: Tokens) -> Features:
     if not path.is_file():
         raise UserError(f"--load_features {folder} has no {path.name}: extract it first with --dump_features")
     state = checkpoints.load(path)
-    kept = {name: state.get(name) for name in Features.__dataclass_fields__}
-    if not _whole(**kept):
-        raise UserError(f"{path} holds no kept features: extract them again with --dump_features")
-    return Features(**kept)
+    with reading(path, "extract the features again with --dump_features"):
+        kept = Features(**{field.name: state[field.name] for field in fields(Features)})
+        _check_rows(kept)
+    return kept
 
 
-def _whole(features, labels, codes, names, classes, out_dim, arch, source) -> bool:
-    """Return whether these are what `Features` has, each of n images."""
-    rows = isinstance(features, Tensor) and features.dtype == torch.float32 and features.dim() == 2
-    shape = features.shape[:1] if rows else None
-    whole = [isinstance(x, Tensor) and x.dtype == torch.int64 and x.shape == shape for x in (labels, codes)]
-    texts = [isinstance(x, list) and all(isinstance(y, str) for y in x) for x in (names, classes)]
-    return (
-        (rows and whole[0] and texts[0] and len(names) == len(features) and isinstance(arch, str))
-        and (whole[1] or codes is None)
-        and (texts[1] or classes is None)
-        and (out_dim is None or (type(out_dim) is int and out_dim > 1))
-        and (codes is None or (out_dim is not None and bool(((codes >= 0) & (codes < out_dim)).all())))
-        and (isinstance(source, dict) and all(isinstance(k, str) for k in source))
-    )
+def _check_rows(kept: Features) -> None:
+    """Raise ValueError for what would give wrong numbers in silence: each column has n usable rows."""
+    n = len(kept.names)
+    if kept.features.dtype != torch.float32 or kept.features.shape[:-1] != (n,) or not kept.features.isfinite().all():
+        raise ValueError(f"features are not {n} rows of finite float32")
+    for rows in (kept.labels,) if kept.codes is None else (kept.labels, kept.codes):
+        if rows.dtype != torch.int64 or rows.shape != (n,):
+            raise ValueError(f"labels or codes are not {n} whole numbers")
+    if kept.codes is not None and not ((kept.codes >= 0) & (kept.codes < kept.out_dim)).all():
+        raise ValueError(f"codes are not below {kept.out_dim}")
 
 
 @torch.inference_mode()

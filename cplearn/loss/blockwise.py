@@ -1,6 +1,6 @@
 """The streamed loss in torch operations, block by block: forms `stored` and `recomputed`.
 
-Letters and passes as in `streamed_loss.py`. Everything is code-major: a block of log p is (b, V, n).
+Letters and passes as in `streamed.py`. Everything is code-major: a block of log p is (b, V, n).
 """
 
 import math
@@ -39,13 +39,13 @@ class _Blocks:
         self.ranges = [(j, min(j + block, self.c)) for j in range(0, self.c, block)]
         self.read = dictionary.reader(block, h.dtype)
         size = min(block, self.c) * columns  # of a block of logits
-        self._room = dictionary.workspace("scratch", 2 * size, h.dtype).view(2, size)
+        self._scratch = dictionary.workspace("scratch", 2 * size, h.dtype).view(2, size)
         self._logits = h.new_empty(self.c, columns) if store else dictionary.workspace("logits", size, h.dtype)
         self._logits = self._logits.view(-1, columns)
         self.norms: tuple[Tensor, Tensor]  # of each row: the largest logit, the log of the sum relative to it
 
     def scratch(self, which: int, *shape: int) -> Tensor:
-        return self._room[which, : math.prod(shape)].view(shape)
+        return self._scratch[which, : math.prod(shape)].view(shape)
 
     def place(self, start: int, stop: int) -> Tensor:
         """Return where the logits of a block are, as (b, V n)."""
@@ -115,16 +115,19 @@ def _gradient(blocks: _Blocks, spec: LossSpec, t: Tensor, u: Tensor, log_mean: T
         codes = blocks.read(start, stop)
         log_p = blocks.log_p(start, stop, codes, stored=True)
         own, others = log_p[:, :n_global], log_p[:, n_global:]
+        column = log_mean[start:stop, :, None]
         p = torch.exp(own, out=blocks.scratch(0, *own.shape))
         share = p.sum(1, keepdim=True).mul_(alpha)
-        column = log_mean[start:stop, :, None]
         # As target and, for all of p's own terms, as prediction: p (row - alpha r + weight a) - share.
-        minus_r = torch.sub(own, log_p.sum(1, keepdim=True), out=blocks.scratch(1, *own.shape))
+        coefficient = blocks.scratch(1, *own.shape)
+        torch.sub(own, log_p.sum(1, keepdim=True), out=coefficient).mul_(alpha).add_(row)
         if spec.prior == "reverse":
-            coefficient = minus_r.mul_(alpha).add_(row).add_(weight * (column + log_c)).mul_(p)
+            coefficient.add_(weight * (column + log_c)).mul_(p)
         else:
-            coefficient = minus_r.mul_(alpha).add_(row).mul_(p)
-            coefficient.sub_(own.sub_(column).exp_().mul_(weight / blocks.c))
+            coefficient.mul_(p)
+            own.sub_(column).exp_().mul_(weight / blocks.c)  # log p of the global views is lost here
+            coefficient.sub_(own)
+        # Log p is not read again: the derivative of all views takes its place.
         torch.sub(coefficient, share, out=own)
         others.exp_().mul_(alpha * n_global).sub_(share)
         codes.combine(blocks.place(start, stop), grad)

@@ -87,13 +87,13 @@ class Dictionary(nn.Module):
     def reader(self, size: int, dtype: torch.dtype = torch.float32) -> Callable[[int, int], DenseBlock]:
         """Return `read(start, stop)`: up to `size` codes, ready for products until the next read overwrites them."""
         count = min(size, self.out_dim) * self.packed.shape[1]
-        room = self.workspace("codes", count * 8, dtype).view(-1, 8)
+        buffer = self.workspace("codes", count * 8, dtype).view(-1, 8)
         index = self.workspace("index", count, torch.int32)
 
         def read(start: int, stop: int) -> DenseBlock:
             packed = self.packed[start:stop].flatten()
             byte = index[: len(packed)].copy_(packed)
-            signs = torch.index_select(_byte_table(dtype, packed.device), 0, byte, out=room[: len(packed)])
+            signs = torch.index_select(_byte_table(dtype, packed.device), 0, byte, out=buffer[: len(packed)])
             return DenseBlock(signs.view(stop - start, -1)[:, : self.embed_dim])
 
         return read
@@ -106,12 +106,11 @@ class Dictionary(nn.Module):
         """Return memory of about a block, on a CPU kept for the next call: fresh pages cost more than filling them."""
         if self.packed.device.type != "cpu":  # torch's allocator keeps it, for whichever stream
             return torch.empty(numbers, dtype=dtype, device=self.packed.device)
-        room = self._workspaces.get(purpose)
-        if room is None or len(room) < numbers or room.dtype != dtype:
+        memory = self._workspaces.get(purpose)
+        if memory is None or len(memory) < numbers or memory.dtype != dtype:
             with torch.inference_mode(False):  # made in an evaluation, it must serve training too
-                room = torch.empty(numbers, dtype=dtype)
-            self._workspaces[purpose] = room
-        return room[:numbers]
+                memory = self._workspaces[purpose] = torch.empty(numbers, dtype=dtype)
+        return memory[:numbers]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_workspaces": {}}  # copies and pickles do without
@@ -134,12 +133,12 @@ class Dictionary(nn.Module):
         return self.description()
 
     def set_extra_state(self, state: dict[str, str | int]) -> None:
-        mine = self.description()
-        if state != mine:
-            differ = sorted(k for k in mine | state if mine.get(k) != state.get(k))
+        own = self.description()
+        differ = sorted(k for k in own | state if own.get(k) != state.get(k))
+        if differ:
             raise UserError(
                 "the checkpoint was trained with another dictionary: "
-                + ", ".join(f"{k} {state.get(k)} instead of {mine.get(k)}" for k in differ)
+                + ", ".join(f"{k} {state.get(k)} instead of {own.get(k)}" for k in differ)
             )
 
 
@@ -156,7 +155,7 @@ def unpack(packed: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Te
     return signs.view(len(packed), -1)[:, :width]
 
 
-def _pack(bits: Tensor) -> Tensor:
+def pack(bits: Tensor) -> Tensor:
     """Pack bits. Shape: bool (b, width) -> uint8 (b, ceil(width / 8))."""
     padded = F.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
     return (padded.view(len(bits), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8)

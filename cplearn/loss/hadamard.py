@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cplearn.errors import UserError
-from cplearn.loss.codes import Dictionary, _pack, unpack
+from cplearn.loss.codes import Dictionary, pack, unpack
 
 
 class HadamardBlock(NamedTuple):
@@ -55,7 +55,7 @@ class HadamardDictionary(Dictionary):
     GENERATOR = "hadamard-splitmix64-v1"
 
     def _draw(self) -> Tensor:
-        h = _pack(hadamard(self.embed_dim) > 0)
+        h = pack(hadamard(self.embed_dim) > 0)
         blocks = -(-self.out_dim // self.embed_dim)
         same = ~(self._signs(0, blocks)[:, None] ^ h)  # equal bits: product +1
         if self.embed_dim % 8:
@@ -124,8 +124,8 @@ def hadamard_factors(order: int) -> tuple[Tensor, ...]:
     construction reaches, with orders near by that can be had.
     """
     with torch.inference_mode(False):
-        found = _factors(order)
-        if found is None:
+        factors = _factors(order)
+        if factors is None:
             near = [n for n in range(max(2, order - 64), order + 64) if _factors(n) is not None]
             near.sort(key=lambda n: (abs(n - order), n))
             raise UserError(
@@ -133,7 +133,7 @@ def hadamard_factors(order: int) -> tuple[Tensor, ...]:
                 + " or ".join(map(str, near[:2]))
                 + ", or --dictionary rademacher"
             )
-        return found
+        return factors
 
 
 @cache
@@ -143,17 +143,14 @@ def _factors_on(order: int, dtype: torch.dtype, device: torch.device) -> tuple[T
 
 
 def _factors(order: int) -> tuple[Tensor, ...] | None:
-    power = order & -order  # largest power of two in it
-    if order == power:
-        bases, rest = (), power
-    else:
-        rest, base = power, None
-        while rest >= 1 and base is None:
-            base = paley(order // rest)
-            rest = rest if base is not None else rest // 2
-        if base is None:
+    power = rest = order & -order  # largest power of two in it
+    bases: tuple[Tensor, ...] = ()
+    if order != power:
+        while rest and paley(order // rest) is None:
+            rest //= 2
+        if not rest:
             return None
-        bases = (base,)
+        bases = (paley(order // rest),)
     if rest > 64:  # balanced: the transform costs the sum of the factors
         half = 2 ** ((rest.bit_length() - 1) // 2)
         return (*bases, sylvester(half), sylvester(rest // half))

@@ -1,6 +1,6 @@
 """What all forms of the streamed loss share: which loss it is, the prior's population, and sums over blocks.
 
-Letters as in `streamed_loss.py`.
+Letters as in `streamed.py`.
 """
 
 import math

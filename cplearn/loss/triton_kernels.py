@@ -1,6 +1,6 @@
 """The streamed loss as Triton kernels that read the dictionary as bits and expand them in registers.
 
-Same mathematics and letters as `streamed_loss.py`, one kernel a sum:
+Same mathematics and letters as `streamed.py`, one kernel a sum:
 
     row_norms      logits, their running maximum and sum of exponentials            pass A
     column_means   log of the mean assignment of each code over the images          pass B
@@ -46,8 +46,9 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _logits(
-    h, i, n, bits, j, f, c, n_bytes, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
-):
+    h, i, n, bits, j, f, c, n_bytes,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Compute h[i] . w_j for a tile of rows and codes. -> (BI, BJ) float32"""
     acc = tl.zeros((BI, BJ), tl.float32)
     for start in range(0, f, BK):
@@ -59,22 +60,9 @@ def _logits(
 
 @triton.jit
 def _log_p(
-    h,
-    norm,
-    view,
-    views,
-    i,
-    n,
-    bits,
-    j,
-    f,
-    c,
-    n_bytes,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    h, norm, view, views, i, n, bits, j, f, c, n_bytes,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Compute log-assignments of one view. h: (V + 1, n, f), norm: (2, V + 1, n); last, the sum of the local views."""
     s = _logits(h + view * n * f, i, n, bits, j, f, c, n_bytes, BI, BJ, BK, PRECISION)
     place = norm + view * n + i
@@ -84,19 +72,9 @@ def _log_p(
 
 @triton.jit
 def row_norms(
-    h,
-    bits,
-    out,
-    n,
-    f,
-    c,
-    n_bytes,
-    per_split,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    h, bits, out, n, f, c, n_bytes, per_split,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Compute largest logit and sum of exponentials relative to it, over one split of the codes. out: (splits, 2, n)"""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     split = tl.program_id(1)
@@ -115,20 +93,9 @@ def row_norms(
 
 @triton.jit
 def column_means(
-    h,
-    bits,
-    norm,
-    views,
-    out,
-    n,
-    f,
-    c,
-    n_bytes,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    h, bits, norm, views, out, n, f, c, n_bytes,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Compute the log of the sum over images of p, for one view and tile of codes. out: (G, c)"""
     j = tl.program_id(0) * BJ + tl.arange(0, BJ)
     view = tl.program_id(1)
@@ -146,22 +113,9 @@ def column_means(
 
 @triton.jit
 def _both(
-    h,
-    norm,
-    views,
-    i,
-    n,
-    bits,
-    j,
-    f,
-    c,
-    n_bytes,
-    LOCAL: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    h, norm, views, i, n, bits, j, f, c, n_bytes,
+    LOCAL: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Compute log p of the two global views, and r of each: the sum of log p over all other views."""
     inside = (j < c)[None, :]  # beyond c: any finite value, left out by the callers
     l0 = _log_p(h, norm, 0, views, i, n, bits, j, f, c, n_bytes, BI, BJ, BK, PRECISION)
@@ -176,24 +130,10 @@ def _both(
 
 @triton.jit
 def row_sums(
-    h,
-    bits,
-    norm,
-    views,
-    log_mean,
-    out,
-    n,
-    f,
-    c,
-    n_bytes,
-    per_split,
-    LOCAL: tl.constexpr,
-    FORWARD: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
+    h, bits, norm, views, log_mean, out, n, f, c, n_bytes, per_split,
+    LOCAL: tl.constexpr, FORWARD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Sum over one split of the codes: entropy, t, u of both views. out: (splits, 6, n)"""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     split = tl.program_id(1)
@@ -228,28 +168,10 @@ def row_sums(
 
 @triton.jit
 def coefficients(
-    h,
-    bits,
-    norm,
-    views,
-    log_mean,
-    row,
-    out,
-    n,
-    f,
-    c,
-    n_bytes,
-    first,
-    chunk,
-    alpha,
-    weight,
-    LOCAL: tl.constexpr,
-    FORWARD: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
+    h, bits, norm, views, log_mean, row, out, n, f, c, n_bytes, first, chunk, alpha, weight,
+    LOCAL: tl.constexpr, FORWARD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Compute the derivative by the logits of all views, codes first .. first + chunk. out: (V, n, chunk)"""
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     column = tl.program_id(0) * BJ + tl.arange(0, BJ)
@@ -281,21 +203,9 @@ def coefficients(
 
 @triton.jit
 def gradient(
-    coefficient,
-    bits,
-    out,
-    rows,
-    f,
-    c,
-    n_bytes,
-    first,
-    chunk,
-    per_split,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    coefficient, bits, out, rows, f, c, n_bytes, first, chunk, per_split,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add coefficient W over one split of the chunk. coefficient: (rows, chunk); out: (splits, rows, f)"""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     k = tl.program_id(1) * BK + tl.arange(0, BK)

@@ -61,7 +61,7 @@ def all_rows(x: Tensor) -> Tensor:
 
 
 class BarlowTwins(Method):
-    CERTAINTY = "standardized output"
+    CERTAINTY, UNIFORM = "standardized output", "unrelated"
     REMEDIES = {"dimensional": "a larger --lambd"}
 
     def __init__(
@@ -121,15 +121,6 @@ class BarlowTwins(Method):
         floor = min(1.0, lambd) * max(0, c - population + 1)
         return ReferenceLosses(self.scale_loss * unrelated, float("inf"), self.scale_loss * floor)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count zhat of all ranks, its gradient and a product's copy for each view, and the Gram matrices; never c x c."""
-        population = n * collectives.world_size()
-        return 4 * views * (3 * population * self.out_dim + population**2)
-
-    def describe(self, n: int) -> dict[str, float | str]:
-        refs = self.references(n)
-        return {
-            "head_parameters": sum(p.numel() for p in self.projector.parameters()),
-            "loss_unrelated": refs.uniform,
-            "loss_floor": refs.floor,
-        }
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count zhat of all ranks, its gradient and a product's copy for each view; never c x c."""
+        return 3 * views * collectives.world_size()

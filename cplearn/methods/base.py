@@ -14,6 +14,7 @@ from cplearn.distributed.batch_norm import statistics_kept
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
 from cplearn.loss.spec import largest_probability
+from cplearn_head import CPLearnHead
 
 
 class ReferenceLosses(NamedTuple):
@@ -35,13 +36,55 @@ class StepOutput(NamedTuple):
     usage: Tensor | None = None
 
 
+class LinearCodes(NamedTuple):
+    """Codes that are rows of a matrix. The code of an embedding is the row with the largest score, x W^T + b."""
+
+    weight: Tensor  # (c, d)
+    scale: float  # of the scores in the softmax with which the loss predicts: 1 / temperature
+    bias: Tensor | None = None  # (c,)
+    unit: bool = False  # scores are of rows brought to length 1
+
+    @property
+    def rows(self) -> Tensor:
+        return F.normalize(self.weight, dim=1) if self.unit else self.weight
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        return F.linear(embedding, self.rows, self.bias).argmax(1)
+
+    def certainty(self, embedding: Tensor) -> Tensor:
+        """Return the largest entry of softmax(scale * scores), a block of codes at a time. Shape: (n, d) -> (n,)."""
+        step = max(1, 2**22 // max(1, len(embedding)))
+        biases = (None,) * len(self.weight) if self.bias is None else self.bias.split(step)
+        blocks = zip(self.rows.split(step), biases, strict=False)
+        return largest_probability(self.scale * F.linear(embedding, w, b) for w, b in blocks)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        return self.weight[codes]
+
+
+class FrozenCodes(NamedTuple):
+    """The codes of CPLearn's head. `scale`: of the cosines in the softmax, in place of the head's own."""
+
+    head: CPLearnHead
+    scale: float | None = None
+
+    def assign(self, embedding: Tensor) -> Tensor:
+        return self.head.assign(embedding)
+
+    def certainty(self, embedding: Tensor) -> Tensor:
+        return self.head.certainty(embedding, scale=self.scale)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        return self.head.dictionary.select(codes)
+
+
 class Method(nn.Module):
     """A backbone, what a method puts on it, and the loss. `main_cplearn.py` trains it, the evaluations read it.
 
-    A method defines `add_flags`, `forward`, `embed`, `assign`, `certainty` and `references`; the other functions do
-    nothing unless it needs them. Its settings are keyword-only arguments of its constructor, whose defaults are those
-    of the flags of the same names. The order of a step is `before_step`, `forward`, backward, `after_backward`, the
-    optimizer's step, `after_step`.
+    A method defines `add_flags`, `forward`, `embed`, `references`, and `codebook` (or, without vectors for its codes,
+    `assign` and `certainty`); the other functions do nothing unless it needs them. Its settings are keyword-only
+    arguments of its constructor, whose defaults are those of the flags of the same names. The order of a step is
+    `before_step`, `forward`, backward, `after_backward`, the optimizer's step, `after_step`.
     """
 
     N_GLOBAL = 2  # global crops, the first of the views
@@ -50,19 +93,20 @@ class Method(nn.Module):
     accum = 1  # those parts
     backbone: nn.Module  # trained; num_features wide
     out_dim: int
-    # What to try against each kind of collapse, where there is more to say than `evaluation.collapse` has.
+    # What to try against each kind of collapse, where there is more to say than `probe.verdict` has.
     REMEDIES: dict[str, str] = {}
     CERTAINTY = "probability"  # what `certainty` returns, in words
+    UNIFORM = "uniform"  # what the state of `ReferenceLosses.uniform` is called at the start
 
     @classmethod
     def settings(cls) -> dict[str, object]:
         """Return the constructor's keyword-only arguments, by name, with their defaults (or `Parameter.empty`)."""
-        found = {}
+        defaults = {}
         for kind in reversed(cls.__mro__):
             if issubclass(kind, Method) and kind is not Method:
                 parameters = inspect.signature(kind.__init__).parameters.values()
-                found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        return found
+                defaults |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return defaults
 
     @classmethod
     def add_flags(cls, parser) -> None:
@@ -125,16 +169,20 @@ class Method(nn.Module):
         """Embed each image: the last vectors of the head before its codes. Shape: (n, f) -> (n, d) float32."""
         raise NotImplementedError
 
+    def codebook(self) -> LinearCodes | FrozenCodes | None:
+        """Return the codes, where they lie in the space of the embeddings."""
+        return None
+
     def assign(self, embedding: Tensor) -> Tensor:
         """Return the code of each embedding. Shape: (n, d) -> (n,) int64."""
-        raise NotImplementedError
+        return self.codebook().assign(embedding)
 
     def certainty(self, embedding: Tensor) -> Tensor:
         """Return how sure the method is of the code that `assign` chooses: its probability, where codes have one.
 
         That is the softmax with which the loss predicts, at its temperature. Shape: (n, d) -> (n,), no (n, c) matrix.
         """
-        raise NotImplementedError
+        return self.codebook().certainty(embedding)
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the code of each image from the features of the evaluated backbone. Shape: (n, f) -> (n,) int64."""
@@ -142,6 +190,8 @@ class Method(nn.Module):
 
     def code_vectors(self, codes: Tensor) -> Tensor | None:
         """Return where these codes lie in the space of the embeddings, if they do. Shape: (n,) -> (n, d)."""
+        codebook = self.codebook()
+        return None if codebook is None else codebook.vectors(codes)
 
     def learned_codes(self) -> Tensor | None:
         """Return the vectors of all codes where they are learned and may come to coincide. Shape: (c, d)."""
@@ -156,10 +206,10 @@ class Method(nn.Module):
             sum(p.numel() for p in module.parameters() if p.requires_grad) for module in (self, self.backbone)
         )
         refs = self.references(n)
-        return {"head_parameters": trained - backbone, "loss_uniform": refs.uniform, "loss_floor": refs.floor}
+        return {"head_parameters": trained - backbone, f"loss_{self.UNIFORM}": refs.uniform, "loss_floor": refs.floor}
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Return the bytes that head and loss hold at once for n images per rank, beside weights; 0 if that is little."""
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Return how many (n, c) float32 matrices head and loss hold at once for n images per rank."""
         return 0
 
     def warnings(self) -> list[str]:
@@ -178,16 +228,6 @@ def check_out_dim(method: str, out_dim: int, weights: int, more: str = "") -> No
             f"--method {method} --out_dim {out_dim}{more}: {weights:,} weights take {4 * weights / 1e9:.0f} GB, "
             f"this machine has {have / 1e9:.0f} GB: make it smaller"
         )
-
-
-def linear_certainty(x: Tensor, weight: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Return the largest entry of softmax(scale * (x W^T + b)), a block of codes at a time.
-
-    Shape: (n, d), (c, d), (c,) -> (n,).
-    """
-    step = max(1, 2**22 // max(1, len(x)))
-    biases = (None,) * len(weight) if bias is None else bias.split(step)
-    return largest_probability(scale * F.linear(x, w, b) for w, b in zip(weight.split(step), biases, strict=False))
 
 
 def forward_by_size(backbone: nn.Module, views: list[Tensor], parts: int = 1) -> list[Tensor]:

@@ -12,7 +12,7 @@ from cplearn.loss import DICTIONARIES
 from cplearn.loss.prior_buffer import PriorBuffer
 from cplearn.loss.spec import LossSpec
 from cplearn.loss.streamed import FORMS, pick_form
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput
+from cplearn.methods.base import FrozenCodes, Method, ReferenceLosses, StepOutput
 from cplearn.precision import float32
 from cplearn_head import PRIORS, CPLearnHead
 
@@ -169,15 +169,9 @@ class CPLearn(Method):
     def embed(self, features: Tensor) -> Tensor:
         return self.head(float32(features))
 
-    def assign(self, embedding: Tensor) -> Tensor:
-        return self.head.assign(embedding)
-
-    def certainty(self, embedding: Tensor) -> Tensor:
-        """Return p of the code, the assignment of the loss: softmax(s kappa h W), with the head's own scale."""
-        return self.head.certainty(embedding)
-
-    def code_vectors(self, codes: Tensor) -> Tensor:
-        return self.head.dictionary.select(codes)
+    def codebook(self) -> FrozenCodes:
+        """Return the frozen codes; the probability is the assignment of the loss, softmax(s kappa h W)."""
+        return FrozenCodes(self.head)
 
     def after_step(self, output: StepOutput, skipped: Tensor) -> None:
         """Keep the step's code usage for the prior, with --prior_buffer. There is no teacher, there are no prototypes."""
@@ -196,52 +190,46 @@ class CPLearn(Method):
         population = n * collectives.world_size() if self.spec.prior_group == "global" else n
         return population * (1 + len(self.buffer.ring)) if self.buffer is not None else population
 
-    def loss_memory(self, n: int, views: int) -> int:
+    def loss_matrices(self, n: int, views: int) -> float:
         """Count, as measured, the logits of all views once where they are stored, six times in the plain form."""
-        logits = 4 * views * n * self.out_dim
         form = self.loss_form if self.loss_form == "plain" else pick_form(self.loss_form, views * n, self.out_dim)
-        return {"plain": 6, "stored": 1}.get(form, 0) * logits
+        return {"plain": 6, "stored": 1}.get(form, 0) * views
 
     def describe(self, n: int) -> dict[str, float | str]:
         """Return derived values that decide a run, for n images per rank."""
-        std = self.head.initial_logit_std()
-        refs = self.references(n)
+        refs, dictionary = self.references(n), self.head.dictionary
+        aligned = {}
+        if refs.aligned is not None:
+            aligned["loss_aligned"] = refs.aligned
+            aligned["regime"] = regime(self.spec.beta, self.out_dim, self._population(n))
         return {
-            "embed_dim": self.head.dictionary.embed_dim,
+            "embed_dim": dictionary.embed_dim,
             "logit_scale": self.head.scale,
-            "initial_logit_std": std,
+            "initial_logit_std": self.head.initial_logit_std(),
             "loss_uniform": refs.uniform,
             "loss_one_code": refs.one_code if math.isfinite(refs.one_code) else "unbounded",
             "loss_floor": refs.floor,
-            **self._aligned(n, refs),
-            "dictionary": f"{self.head.dictionary.GENERATOR} seed {self.head.dictionary.seed} sha256 {self.head.dictionary.checksum()[:12]}",
-        }
-
-    def _aligned(self, n: int, references: ReferenceLosses) -> dict[str, float | str]:
-        if references.aligned is None:
-            return {}
-        return {
-            "loss_aligned": references.aligned,
-            "regime": regime(self.spec.beta, self.out_dim, self._population(n)),
+            **aligned,
+            "dictionary": f"{dictionary.GENERATOR} seed {dictionary.seed} sha256 {dictionary.checksum()[:12]}",
         }
 
     def warnings(self) -> list[str]:
         """Name settings that are allowed but known to train badly."""
-        found = []
+        messages = []
         std = self.head.initial_logit_std()
         if not 0.5 <= std <= 3:
-            found.append(
+            messages.append(
                 f"the logits start with a standard deviation of {std:.2f}, outside 0.5 to 3: assignments start "
                 f"{'almost one-hot' if std > 3 else 'almost uniform'}; --n_ref {(1.6 / std) ** 2 * self.head.n_ref:.3g} would start at 1.6"
             )
         if self.spec.beta == 0:
-            found.append("--beta 0 has no invariance term: nothing ties the views of an image together")
+            messages.append("--beta 0 has no invariance term: nothing ties the views of an image together")
         if self.spec.prior == "forward" and (trap := forward_prior_warning(self.spec.beta, self.out_dim)):
-            found.append(trap)
+            messages.append(trap)
         if self.spec.beta > 1:
-            found.append(
+            messages.append(
                 f"--beta {self.spec.beta:g} is above 1: near uniform assignments a step towards the same codes for all images then grows"
             )
         if self.buffer is not None and self.buffer.ring.nbytes > 2**28:
-            found.append(f"--prior_buffer keeps {self.buffer.ring.nbytes / 2**20:.0f} MiB, also in every checkpoint")
-        return found
+            messages.append(f"--prior_buffer keeps {self.buffer.ring.nbytes / 2**20:.0f} MiB, also in every checkpoint")
+        return messages

@@ -20,8 +20,8 @@ from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import UserError
 from cplearn.flags import bool_flag, fraction, nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
-from cplearn.methods.soft_targets import soft_target_loss
+from cplearn.methods.base import LinearCodes, Method, ReferenceLosses, StepOutput, check_out_dim
+from cplearn.methods.soft_targets import loss_over_pairs
 from cplearn.precision import float32
 from cplearn.schedules import cosine
 
@@ -59,18 +59,6 @@ class DINOHead(nn.Module):
 def teacher_targets(teacher_logits: Tensor, center: Tensor, temperature: float) -> Tensor:
     """Compute q. Shape: (2, n, c), (c,) -> (2, n, c)."""
     return ((teacher_logits - center) / temperature).softmax(-1)
-
-
-def dino_loss(bottlenecks: list[Tensor], prototypes: Tensor, targets: Tensor, student_temp: float = 0.1) -> Tensor:
-    """Average CE(q^a, p^b) over pairs and images, a a global view and b another view.
-
-    Shape: V x (n, d), prototypes (c, d), targets (G, n, c) -> scalar.
-    """
-    n_global, n = targets.shape[:2]
-    total = targets.sum(0)
-    others = (total - targets[b] if b < n_global else total for b in range(len(bottlenecks)))
-    loss = soft_target_loss(bottlenecks, prototypes, others, 1 / student_temp)
-    return loss / (n_global * (len(bottlenecks) - 1) * n)
 
 
 class DINO(Method):
@@ -152,7 +140,7 @@ class DINO(Method):
                 self._mean_logits = collectives.mean_over_ranks(logits.mean(0))
                 targets = teacher_targets(logits.unflatten(0, (self.N_GLOBAL, -1)), self.center, self.teacher_temp)
             bottlenecks = self.head(torch.cat([float32(z) for z in features])).chunk(len(features))
-            loss = dino_loss(list(bottlenecks), self.head.prototypes(), targets, self.STUDENT_TEMP)
+            loss = loss_over_pairs(list(bottlenecks), self.head.prototypes(), targets, 1 / self.STUDENT_TEMP)
             with torch.no_grad():  # of the teacher
                 entropy = torch.special.entr(targets).sum(-1).mean()
         return StepOutput(loss, {"loss": loss.detach(), "entropy": entropy}, targets.mean((0, 1)))
@@ -167,14 +155,10 @@ class DINO(Method):
         taken = (~skipped).to(self.center.dtype)
         moved = self.center.lerp(self._mean_logits.to(self.center.dtype), 1 - self.CENTER_MOMENTUM)
         self.center.copy_(torch.where(skipped, self.center, moved))  # 0 * NaN would be NaN
-        teachers, students = zip(*self._pairs(), strict=True)
-        difference = torch._foreach_sub(students, teachers)
+        teachers = list(self.teacher.parameters())
+        difference = torch._foreach_sub([*self.backbone.parameters(), *self.head.parameters()], teachers)
         torch._foreach_mul_(difference, taken * (1 - self.momentum))
         torch._foreach_add_(teachers, difference)
-
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        students = [*self.backbone.parameters(), *self.head.parameters()]
-        return list(zip(self.teacher.parameters(), students, strict=True))
 
     # --- evaluation ---
 
@@ -194,18 +178,12 @@ class DINO(Method):
     def embed(self, features: Tensor) -> Tensor:
         return self._evaluated_head(float32(features))
 
-    def assign(self, embedding: Tensor) -> Tensor:
-        return (embedding @ self._evaluated_head.prototypes().T).argmax(1)
-
-    def certainty(self, embedding: Tensor) -> Tensor:
-        """Return p of the code as the student predicts, softmax(l / 0.1), from the head that is evaluated.
+    def codebook(self) -> LinearCodes:
+        """Return the prototypes of the head that is evaluated; the probability is as the student predicts.
 
         The teacher's center and lower temperature make its targets, whose largest entry need not be the code.
         """
-        return linear_certainty(embedding, self._evaluated_head.prototypes(), 1 / self.STUDENT_TEMP)
-
-    def code_vectors(self, codes: Tensor) -> Tensor:
-        return self._evaluated_head.prototypes()[codes]
+        return LinearCodes(self._evaluated_head.prototypes(), 1 / self.STUDENT_TEMP)
 
     def learned_codes(self) -> Tensor:
         return self._evaluated_head.prototypes()
@@ -214,9 +192,9 @@ class DINO(Method):
         """Return the loss of uniform targets and predictions, and of one code for all images, which centering is against."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=0.0, floor=0.0)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count the teacher's logits and targets, their sum, one view's targets and logits; the prototypes' gradient twice."""
-        return 4 * self.out_dim * ((2 * self.N_GLOBAL + 3) * n + 2 * 256)
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count the teacher's logits and targets, their sum, one view's targets and logits."""
+        return 2 * self.N_GLOBAL + 3
 
     def describe(self, n: int) -> dict[str, float | str]:
         return super().describe(n) | {"teacher_temp": "{:g} to {:g} over {} epochs".format(*self.temperatures)}

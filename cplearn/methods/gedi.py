@@ -18,7 +18,7 @@ from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import positive
 from cplearn.loss.spec import LossSpec
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
+from cplearn.methods.base import LinearCodes, Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.methods.cplearn import BETA_REMEDIES, forward_prior_warning, reference_losses
 from cplearn.precision import float32
 from cplearn_head import cplearn_loss, log_mean_probs, prior_forward
@@ -74,16 +74,9 @@ class GEDI(Method):
         """Return the last hidden layer."""
         return self.projector[:-1](float32(features))
 
-    def assign(self, embedding: Tensor) -> Tensor:
-        return self.projector[-1](embedding).argmax(1)
-
-    def certainty(self, embedding: Tensor) -> Tensor:
-        """Return p of the code, the assignment of the loss: softmax(logits / 0.1)."""
-        last = self.projector[-1]
-        return linear_certainty(embedding, last.weight, 1 / self.TEMPERATURE, last.bias)
-
-    def code_vectors(self, codes: Tensor) -> Tensor:
-        return self.projector[-1].weight[codes]
+    def codebook(self) -> LinearCodes:
+        """Return the last layer; the probability is the assignment of the loss, softmax(logits / 0.1)."""
+        return LinearCodes(self.projector[-1].weight, 1 / self.TEMPERATURE, self.projector[-1].bias)
 
     def references(self, n: int) -> ReferenceLosses:
         if self.reduction == "mean":
@@ -91,18 +84,18 @@ class GEDI(Method):
         c, log_c = self.out_dim, math.log(self.out_dim)
         return ReferenceLosses(0.5 * (self.beta + c) * log_c, math.inf, 0.5 * c * log_c)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count, as measured, nine tensors of images x codes per view (gradient runs through both sides) and a weight gradient."""
-        return 4 * self.out_dim * (9 * views * n + self.projector[-1].in_features)
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count nine per view, as measured: gradient runs through both sides."""
+        return 9 * views
 
     def warnings(self) -> list[str]:
-        found = []
+        messages = []
         limit = 1 if self.reduction == "mean" else self.out_dim  # the sum makes the prior so many times stronger
         if self.beta > limit:
-            found.append(
+            messages.append(
                 f"--beta {self.beta:g} is above {limit}: near uniform assignments a step towards the same codes for all "
                 "images then grows"
             )
         if self.reduction == "mean" and (trap := forward_prior_warning(self.beta, self.out_dim)):
-            found.append(trap)
-        return found
+            messages.append(trap)
+        return messages

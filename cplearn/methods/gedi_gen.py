@@ -125,7 +125,7 @@ class GEDIGen(GEDI):
                 energy = -self.energy(self.backbone(x)).sum()
                 (slope,) = torch.autograd.grad(energy, x)
             x = x.detach() - self.step_size * slope + self.noise * draw(torch.randn)[mine]
-        self._drawn = rows, collectives.gather_rows(x.detach())
+        self._drawn = rows, collectives.gather_equal_rows(x.detach())
         return x.detach(), noise
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
+from cplearn.methods.base import FrozenCodes, LinearCodes, Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.precision import float32
 from cplearn_head import CPLearnHead
 
@@ -105,7 +105,7 @@ class SelfClassifier(Method):
         """Compute cosines. Shape: (n, f) -> (n, c)."""
         if self.frozen_head is not None:
             return self.frozen_head.logits(self.embed(z)) / self.frozen_head.scale
-        return self.embed(z) @ F.normalize(self.classifier.weight, dim=1).T
+        return self.embed(z) @ self.codebook().rows.T
 
     def forward(self, views: list[Tensor]) -> StepOutput:
         features = self.features(views)
@@ -113,21 +113,11 @@ class SelfClassifier(Method):
             logits = [self.logits(z) for z in features]  # batch norm sees one view at a time
             return StepOutput(*self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp))
 
-    def assign(self, embedding: Tensor) -> Tensor:
+    def codebook(self) -> FrozenCodes | LinearCodes:
+        """Return the codes of either head; the probability is of the softmax over codes, without a column's sum."""
         if self.frozen_head is not None:
-            return self.frozen_head.assign(embedding)
-        return (embedding @ F.normalize(self.classifier.weight, dim=1).T).argmax(1)
-
-    def certainty(self, embedding: Tensor) -> Tensor:
-        """Return p of the code from the softmax over codes, at --row_temp; nothing is divided by a column's sum."""
-        if self.frozen_head is not None:
-            return self.frozen_head.certainty(embedding, scale=1 / self.row_temp)
-        return linear_certainty(embedding, F.normalize(self.classifier.weight, dim=1), 1 / self.row_temp)
-
-    def code_vectors(self, codes: Tensor) -> Tensor:
-        if self.frozen_head is not None:
-            return self.frozen_head.dictionary.select(codes)
-        return self.classifier.weight[codes]
+            return FrozenCodes(self.frozen_head, 1 / self.row_temp)
+        return LinearCodes(self.classifier.weight, 1 / self.row_temp, unit=True)
 
     def references(self, n: int) -> ReferenceLosses:
         """Return log c, the loss of equal logits for every image, and the floor: N/c S is at most N/c, and by Gibbs'
@@ -136,6 +126,6 @@ class SelfClassifier(Method):
         floor = max(0.0, math.log(self.out_dim / (n * collectives.world_size())))
         return ReferenceLosses(uniform=log_c, one_code=log_c, floor=floor)
 
-    def loss_memory(self, n: int, views: int) -> int:
-        """Count, as measured, ten tensors of images x codes per view, as gradient runs through both sides."""
-        return 4 * 10 * views * n * self.out_dim
+    def loss_matrices(self, n: int, views: int) -> float:
+        """Count ten per view, as measured: gradient runs through both sides."""
+        return 10 * views

@@ -1,9 +1,21 @@
 """Cross-entropy between given targets and the softmax of a linear layer, one tensor of images x codes at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+
+def loss_over_pairs(views: list[Tensor], weight: Tensor, targets: Sequence[Tensor] | Tensor, scale: float) -> Tensor:
+    """Average CE(target^a, softmax(scale * x^b W^T)) over images and pairs of a global view a and another view b.
+
+    Shape: views V x (n, d), the global ones first, weight (c, d), targets G x (n, c) without gradient -> scalar.
+    """
+    total = reduce(torch.add, targets)
+    others = (total - targets[b] if b < len(targets) else total for b in range(len(views)))
+    loss = soft_target_loss(views, weight, others, scale)
+    return loss / (len(targets) * (len(views) - 1) * len(views[0]))
 
 
 def soft_target_loss(views: list[Tensor], weight: Tensor, targets: Iterable[Tensor], scale: float) -> Tensor:

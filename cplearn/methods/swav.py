@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.flags import nonnegative, positive
-from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim, linear_certainty
-from cplearn.methods.soft_targets import soft_target_loss
+from cplearn.methods.base import LinearCodes, Method, ReferenceLosses, StepOutput, check_out_dim
+from cplearn.methods.soft_targets import loss_over_pairs
 from cplearn.precision import float32
 
 
@@ -101,15 +101,13 @@ class SwAV(Method):
         features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
             x = [self.embed(z) for z in features]  # batch norm sees one view at a time
-            prototypes = self.prototypes.weight
             with torch.no_grad():
                 targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
                 if self.fill_queue:
-                    self._fresh = torch.stack([collectives.gather_rows(x[a].detach()) for a in range(self.N_GLOBAL)])
-                total = sum(targets)
-            others = (total - targets[b] if b < self.N_GLOBAL else total for b in range(len(x)))
-            loss = soft_target_loss(x, prototypes, others, 1 / self.TEMPERATURE)
-            loss = loss / (self.N_GLOBAL * (len(x) - 1) * len(x[0]))
+                    self._fresh = torch.stack(
+                        [collectives.gather_equal_rows(x[a].detach()) for a in range(self.N_GLOBAL)]
+                    )
+            loss = loss_over_pairs(x, self.prototypes.weight, targets, 1 / self.TEMPERATURE)
             with torch.no_grad():
                 entropy = sum(torch.special.entr(q).sum(1).mean() for q in targets) / self.N_GLOBAL
         return StepOutput(loss, {"loss": loss.detach(), "entropy": entropy})
@@ -133,16 +131,9 @@ class SwAV(Method):
             pushed = torch.cat([self._fresh.to(self.queue.dtype), self.queue], dim=1)[:, : self.queue.shape[1]]
             self.queue.copy_(torch.where(skipped, self.queue, pushed))
 
-    def assign(self, embedding: Tensor) -> Tensor:
-        """Return the best prototype, without Sinkhorn."""
-        return (embedding @ self.prototypes.weight.T).argmax(1)
-
-    def certainty(self, embedding: Tensor) -> Tensor:
-        """Return p of the best prototype as the loss predicts, softmax(S / 0.1), without Sinkhorn."""
-        return linear_certainty(embedding, self.prototypes.weight, 1 / self.TEMPERATURE)
-
-    def code_vectors(self, codes: Tensor) -> Tensor:
-        return self.prototypes.weight[codes]
+    def codebook(self) -> LinearCodes:
+        """Return the prototypes; the probability is as the loss predicts, softmax(S / 0.1), without Sinkhorn."""
+        return LinearCodes(self.prototypes.weight, 1 / self.TEMPERATURE)
 
     def learned_codes(self) -> Tensor:
         return self.prototypes.weight
@@ -152,7 +143,7 @@ class SwAV(Method):
         leave room below that."""
         return ReferenceLosses(uniform=math.log(self.out_dim), one_code=math.inf, floor=0.0)
 
-    def loss_memory(self, n: int, views: int) -> int:
+    def loss_matrices(self, n: int, views: int) -> float:
         """Count the scores of images and queue four times in Sinkhorn, the targets, one view's targets and logits."""
-        queue = self.queue.shape[1] // collectives.world_size()
-        return 4 * self.out_dim * (4 * (n + queue) + (self.N_GLOBAL + 3) * n + 2 * self.WIDTH)
+        queue = self.queue.shape[1] / collectives.world_size()
+        return 4 * (1 + queue / n) + self.N_GLOBAL + 3

@@ -1,20 +1,15 @@
-"""Numbers of a finished network: those of `collapse.py`, and the paper's analysis of covariances, codes and entropy."""
+"""Numbers of a finished network: those of `collapse.py`, and the paper's analysis of covariances and codes."""
 
-import math
 import re
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cplearn.features.splits import Features
+from cplearn.methods.base import Method
 from cplearn.metrics import collapse
-
-IMAGES_PER_COMPONENT = 10  # of a mixture; with fewer, its fit says more of single images than of their distribution
 
 # Which values are good, for a table; docs/collapse-numbers.md says what each number is. K: components of a mixture.
 GOOD = {
@@ -52,10 +47,41 @@ class Network:
 
     label: str
     data: Features
-    embedding: Tensor | None  # (n, d)
-    alignment: Tensor | None  # cosine of each embedding with its code (n,)
-    chance_alignment: float | None  # the same of random directions, mean
+    embedding: Tensor | None = None  # (n, d)
+    alignment: Tensor | None = None  # cosine of each embedding with its code (n,)
+    chance_alignment: float | None = None  # the same of random directions, mean
     prototypes: Tensor | None = None  # all code vectors (c, d), where they are learned
+
+    def vectors(self, kind: str) -> Tensor | None:
+        """Return the vectors of this kind: embedding or representation."""
+        return self.embedding if kind == "embedding" else self.data.features
+
+
+@torch.inference_mode()
+def embed(label: str, data: Features, method: Method | None, device: torch.device, seed: int) -> Network:
+    """Compute the embeddings of features, and their alignment to their codes; nothing more without a method.
+
+    The level of chance is that of 1,000 random directions.
+    """
+    network, embeddings, cosines = Network(label, data), [], []
+    if method is None:
+        return network
+    for features, codes in zip(data.features.split(1024), data.codes.split(1024), strict=True):
+        h = method.embed(features.to(device))
+        vectors = method.code_vectors(codes.to(device))
+        embeddings.append(h.float().cpu())
+        if vectors is not None:
+            cosines.append(F.cosine_similarity(h, vectors, dim=1).cpu())
+    network.embedding = torch.cat(embeddings)
+    if cosines:
+        network.alignment = torch.cat(cosines)
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(1000, network.embedding.shape[1], generator=generator).to(device)
+        vectors = method.code_vectors(method.assign(F.normalize(directions, dim=1)))
+        network.chance_alignment = F.cosine_similarity(directions, vectors, dim=1).abs().mean().item()
+        prototypes = method.learned_codes()
+        network.prototypes = None if prototypes is None else prototypes.float().cpu()
+    return network
 
 
 def off_diagonal_energy(x: Tensor) -> tuple[float, float]:
@@ -156,43 +182,3 @@ def collapse_metrics(network: Network) -> dict[str, float | int | None]:
 def good_values(name: str) -> str:
     """Return which values of a number are good, in a few words; "" where that is no question."""
     return GOOD[re.sub(r"^mixture\d+_", "mixtureK_", name)]
-
-
-def components_for(sizes: Sequence[int], images: int) -> list[int]:
-    """Return the sizes of mixtures that so many images allow."""
-    return [k for k in sizes if IMAGES_PER_COMPONENT * k <= images]
-
-
-def mixture_entropy(x: np.ndarray, components: int, *, samples: int, seed: int) -> tuple[float | None, str]:
-    """Fit a Gaussian mixture with diagonal covariances; return its entropy per dimension (nats), and how the fit went.
-
-    The entropy is a Monte Carlo estimate; None where there is no usable fit. Shape: (n, f).
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
-    if components > len(x):
-        return None, f"more components than the {len(x)} images"
-    if (x == x[0]).all():
-        return None, "all images have the same features"
-    model = GaussianMixture(components, covariance_type="diag", random_state=seed, max_iter=200)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of the k-means that starts it; `converged_` is read below
-        try:
-            model.fit(x)
-            entropy = -float(model.score_samples(model.sample(samples)[0]).mean()) / x.shape[1]
-        except ValueError as error:
-            return None, str(error).strip().splitlines()[0]
-    if not math.isfinite(entropy):
-        return None, "entropy not finite"
-    if not model.converged_:
-        return entropy, "stopped before it converged"
-    return entropy, "ok" if len(
-        x
-    ) >= IMAGES_PER_COMPONENT * components else f"only {len(x) / components:.1f} images per component"
-
-
-def scaled(features: Tensor) -> np.ndarray:
-    """Scale to 0..1 by the minimum and maximum of all entries, so that entropies of networks can be compared."""
-    low, high = features.min(), features.max()
-    return ((features - low) / (high - low).clamp(min=1e-30)).double().numpy()

@@ -159,7 +159,7 @@ def view_nearness(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Return how near an image is to its own other view, of all images, and the standard error of that.
 
     One minus the mean logarithm of `view_places`, in units of that by chance: 1 if the own is always the nearest, 0 on
-    average by chance. Of the measures without labels in `label_free.py` this followed k-NN best over 99 runs on two
+    average by chance. Of the measures without labels this followed k-NN best over 99 runs on two
     data sets (results/label_free.md). NaN if an entry is not finite, or with fewer than two. Shape: (n, d) twice.
     """
     if len(x) < 2 or not (x.isfinite().all() and y.isfinite().all()):

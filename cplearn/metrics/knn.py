@@ -1,12 +1,33 @@
 """Weighted k-nearest-neighbor classification: between two sets of images, and among the images of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cplearn.errors import UserError
+
+# Unit vectors (n, f) and k -> cosine and row of the k nearest training images, largest first: (n, k) and (n, k).
+Search = Callable[[Tensor, int], tuple[Tensor, ...]]
+CPU = torch.device("cpu")
+BLOCK = 4096  # images that are classified at once: votes are (BLOCK, classes)
+LARGEST_PRODUCT = 2**28  # cosines that a GPU holds at once: 1 GiB
+
+
+def faiss_search(train: Tensor) -> Search:
+    """Return an exact search on the CPU, in faiss's own blocks. Shape: unit vectors (N, f)."""
+    import faiss
+
+    index = faiss.IndexFlatIP(train.shape[1])
+    index.add(train.numpy())
+    return lambda x, k: tuple(map(torch.from_numpy, index.search(x.numpy(), k)))
+
+
+def product_search(train: Tensor, device: torch.device) -> Search:
+    """Return an exact search by plain products, for a GPU (not measured). Shape: unit vectors (N, f)."""
+    columns = train.to(device).T
+    return lambda x, k: tuple(nearest.cpu() for nearest in (x.to(device) @ columns).topk(k, dim=1))
 
 
 def knn(
@@ -18,6 +39,7 @@ def knn(
     ks: Sequence[int],
     temperature: float,
     leave_one_out: bool = False,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy for each k; k is capped at the number of training images.
 
@@ -27,25 +49,24 @@ def knn(
     weight exp(cosine / temperature). With `leave_one_out`, train and test are the same images, and none is its own
     neighbor. Shape: train (N, f), test (n, f), labels int64, classes 0..K-1.
     """
-    import faiss
-
-    train = F.normalize(train, dim=1).numpy()
-    test = F.normalize(test, dim=1).numpy()
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    if device.type == "cpu":
+        search, block = faiss_search(train), BLOCK
+    else:
+        search, block = product_search(train, device), max(1, min(BLOCK, LARGEST_PRODUCT // len(train)))
     n_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    index = faiss.IndexFlatIP(train.shape[1])
-    index.add(train)
     own = int(leave_one_out)
     if len(train) <= own:
         raise UserError(f"{len(train)} images: k-NN compares each with another, which needs at least 2")
     ks = sorted({min(k, len(train) - own) for k in ks})
     hits = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
-    for start in range(0, len(test), 4096):  # votes are (4096, classes): bounded memory
-        cosine, neighbor = (torch.from_numpy(x) for x in index.search(test[start : start + 4096], ks[-1] + own))
+    for start in range(0, len(test), block):
+        cosine, neighbor = search(test[start : start + block], ks[-1] + own)
         if own:  # to the end, where no k reaches it
             itself = neighbor == torch.arange(start, start + len(neighbor))[:, None]
             order = itself.int().argsort(dim=1, stable=True)
             cosine, neighbor = cosine.gather(1, order), neighbor.gather(1, order)
-        labels, truth = train_labels[neighbor], test_labels[start : start + 4096]
+        labels, truth = train_labels[neighbor], test_labels[start : start + block]
         for k in ks:
             hits[k] += count_hits(cosine[:, :k], labels[:, :k], truth, n_classes, temperature)
     results: dict[str, float] = {}

@@ -1,5 +1,6 @@
 """What a ViT looks at: the attention of its CLS token in the last block, its patch tokens, and views of any shape."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -9,8 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cplearn.data.augmentations import BICUBIC, eval_resize
-from cplearn.data.datasets import MAX_PIXELS
+from cplearn.data.augmentations import aspect_pixels, eval_pixels, eval_resize
 from cplearn.errors import UserError
 
 WITH_ATTENTION = "vit_tiny, vit_small, vit_base and timm's ViTs that have one (timm:vit_*, deit*, beit*, eva*)"
@@ -19,48 +19,22 @@ WITH_ATTENTION = "vit_tiny, vit_small, vit_base and timm's ViTs that have one (t
 
 
 class View(NamedTuple):
-    """How an image becomes a network's input: resized, then cut from the center. All in pixels of the resized image."""
+    """What a network sees of an image."""
 
-    resized: tuple[int, int]  # width, height
-    left: int
-    top: int
-    width: int
-    height: int
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """Shape: RGB image -> uint8 (3, height, width)."""
-        from torchvision.transforms.v2 import functional as tvf  # takes a second, which --help does not need
-
-        image = tvf.resize(image, list(self.resized[::-1]), interpolation=BICUBIC)
-        return tvf.pil_to_tensor(image.crop((self.left, self.top, self.left + self.width, self.top + self.height)))
-
-    def region(self, image: Image.Image) -> tuple[float, float, float, float]:
-        """Return left, top, right and bottom of what is seen, in pixels of the image itself."""
-        x, y = (a / b for a, b in zip(image.size, self.resized, strict=True))
-        return self.left * x, self.top * y, (self.left + self.width) * x, (self.top + self.height) * y
+    pixels: Tensor  # uint8 (3, H, W)
+    region: tuple[float, float, float, float]  # left, top, right and bottom of it, in pixels of the image itself
 
 
-def plan_view(image_size: tuple[int, int], size: int, patch: tuple[int, int], *, keep_aspect: bool = False) -> View:
-    """Plan the view of an image (width, height): the square one of every evaluation, or the whole image.
-
-    The whole one has a shorter side of `size`, and loses what is left of the longer one after whole patches (height,
-    width). Raises `UserError` if it has too many pixels.
-    """
-    short = min(image_size)
-    # As `augmentations.aspect_pixels` and `eval_pixels`.
+def view_of(image: Image.Image, size: int, patch: tuple[int, int], *, keep_aspect: bool = False) -> View:
+    """Return the square view of every evaluation, or the whole image in whole patches (height, width)."""
+    pixels = aspect_pixels(image, size, math.lcm(*patch)) if keep_aspect else eval_pixels(image, size)
     shorter = size if keep_aspect else eval_resize(size)
-    width = height = across = down = size
-    if shorter is not None:
-        width, height = (shorter if side == short else int(shorter * side / short) for side in image_size)
-    if keep_aspect:
-        across, down = width - width % patch[1], height - height % patch[0]
-    if width * height > MAX_PIXELS:
-        remedy = "leave --keep_aspect out, or " * keep_aspect
-        raise UserError(
-            f"an image of {image_size[0]} x {image_size[1]} pixels would be resized to {width} x {height}, more than "
-            f"{MAX_PIXELS:,}: {remedy}take it away"
-        )
-    return View((width, height), round((width - across) / 2), round((height - down) / 2), across, down)
+    if shorter is None:  # the whole image, made square
+        return View(pixels, (0, 0, *image.size))
+    scale = min(image.size) / shorter  # what is missing was cut around the center
+    width, height = min(image.width, pixels.shape[2] * scale), min(image.height, pixels.shape[1] * scale)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return View(pixels, (left, top, left + width, top + height))
 
 
 # --- attention ----------------------------------------------------------------------------------------
@@ -188,34 +162,25 @@ class Components(NamedTuple):
         return centered @ self.vectors / self.deviations.clamp(min=torch.finfo(torch.float64).tiny)
 
 
-class TokenStatistics:
-    """Mean and covariance of tokens that come in parts, so that the tokens of all images need not be kept."""
+def components_of(parts: Iterable[tuple[Tensor, Tensor]]) -> Components:
+    """Return the first three components of tokens that come in parts, so that not all of them need be kept.
 
-    def __init__(self, width: int):
-        self.count = 0
-        self.sum, self.products = torch.zeros(width).double(), torch.zeros(width, width).double()
-        self.weight, self.weighted = 0.0, torch.zeros(width).double()
-
-    def add(self, tokens: Tensor, weights: Tensor) -> None:
-        """Shape: tokens (m, f), weights (m,): how much each is attended to."""
-        tokens, weights = tokens.cpu().double(), weights.cpu().double()
-        self.count += len(tokens)
-        self.sum += tokens.sum(0)
-        self.products += tokens.T @ tokens
-        self.weight += float(weights.sum())
-        self.weighted += weights @ tokens
-
-    def components(self) -> Components:
-        """Return the first three components. The sign of each is such that what is attended to is positive."""
-        mean = self.sum / max(1, self.count)
-        values, vectors = torch.linalg.eigh(self.products / max(1, self.count) - torch.outer(mean, mean))
-        width = min(3, len(values))
-        values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
-        toward = (self.weighted / self.weight if self.weight else mean) - mean
-        vectors = vectors * torch.where(toward @ vectors < 0, -1.0, 1.0)
-        there = values > 1e-9 * values[0].clamp(min=1e-30)
-        vectors, deviations = vectors * there, values.clamp(min=0).sqrt()
-        return Components(mean, F.pad(vectors, (0, 3 - width)), F.pad(deviations, (0, 3 - width)))
+    The sign of each is such that what is attended to is positive.
+    Shape: tokens (m, f), weights (m,) for how much each is attended to.
+    """
+    moments, weighted = 0, 0  # of the tokens with a 1 behind them: with their sum, and their number
+    for tokens, weights in parts:
+        extended = F.pad(tokens.cpu().double(), (0, 1), value=1)
+        moments = moments + extended.T @ extended
+        weighted = weighted + weights.cpu().double() @ extended
+    mean = moments[-1, :-1] / moments[-1, -1].clamp(min=1)
+    covariance = moments[:-1, :-1] / moments[-1, -1].clamp(min=1) - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(covariance)
+    width = min(3, len(values))
+    values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+    toward = weighted[:-1] - mean * weighted[-1]
+    vectors = vectors * torch.where(toward @ vectors < 0, -1.0, 1.0) * (values > 1e-9 * values[0].clamp(min=1e-30))
+    return Components(mean, F.pad(vectors, (0, 3 - width)), F.pad(values.clamp(min=0).sqrt(), (0, 3 - width)))
 
 
 class PatchColors:
@@ -228,18 +193,14 @@ class PatchColors:
         Shape: attention (heads, h, w), tokens (h, w, f).
         """
         self.whole = None
-        self.components = self._of(passes())
+        self.components = components_of(map(self._part, passes()))
         if foreground:
             self.whole = self.components
-            self.components = self._of(passes())
+            self.components = components_of(map(self._part, passes()))
 
-    def _of(self, blocks: Iterable[LastBlock]) -> Components:
-        statistics = None
-        for seen in blocks:
-            statistics = statistics or TokenStatistics(seen.tokens.shape[-1])
-            kept = self.is_foreground(seen.tokens)
-            statistics.add(seen.tokens[kept], seen.attention.mean(0)[kept])
-        return statistics.components()
+    def _part(self, seen: LastBlock) -> tuple[Tensor, Tensor]:
+        kept = self.is_foreground(seen.tokens)
+        return seen.tokens[kept], seen.attention.mean(0)[kept]
 
     def is_foreground(self, tokens: Tensor) -> Tensor:
         """Shape: (h, w, f) -> bool (h, w), all True without a foreground."""

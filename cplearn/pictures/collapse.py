@@ -1,125 +1,130 @@
 """The paper's analysis figures of one or several networks, each with its numbers as CSV beside it."""
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cplearn.errors import UserError
-from cplearn.features.splits import Features
-from cplearn.files import is_own_table, write_csv
+from cplearn.files import check_replaceable, write_csv
 from cplearn.metrics.analysis import Network, covariance_of
-from cplearn.pictures.matrices import plot_cosines, plot_covariances
-from cplearn.pictures.style import COLORS, MARKERS, OTHER, as_text, is_own_figure, pyplot, save_figure, shortened, style
+from cplearn.pictures.matrices import Drawn, draw_cosines, draw_covariances, groups_of, write_matrix
+from cplearn.pictures.style import (
+    COLORS,
+    MARKERS,
+    OTHER,
+    as_text,
+    finish,
+    panels,
+    png_mark,
+    save_figure,
+    style,
+)
 
-FIGURES = ("spectrum", "mixture", "matrices", "cosines", "codes", "tsne")
-TABLES = {  # beside figures of these names
-    "spectrum": ("network", "of", "index", "singular value"),
-    "mixture": ("network", "components", "nats per dimension", "fit"),
-    "codes": ("network", "of", "x", "y"),
-    "tsne": ("network", "image", "x", "y"),
-}
+MOST_LOOKS = len(COLORS) * len(MARKERS)  # classes or codes with a look of their own
 
 
-def draw_figures(
-    out: Path,
-    networks: list[Network],
-    results: dict[str, dict],
-    *,
-    components: list[int],
-    shown_images: int,
-    tsne_images: int,
-    seed: int,
-) -> list[str]:
-    """Draw all figures for which there are numbers; return their names.
+class Analysis(NamedTuple):
+    """What the figures show."""
 
-    `results`: the numbers of each network by its label, as printed.
-    """
-    for name in FIGURES:  # of an earlier call
-        (out / f"{name}.png").unlink(missing_ok=True)
-        if name in TABLES:
-            (out / f"{name}.csv").unlink(missing_ok=True)
-    plot_spectrum(out, networks, results)
-    if components:
-        plot_mixture(out, components, results)
-    with_codes = [n for n in networks if n.embedding is not None]
-    plot_covariances(out, networks)
-    some = sample_rows(len(networks[0].data.features), shown_images, seed)
-    plot_cosines(out, networks, some)
-    if with_codes:
-        plot_codes(out, with_codes)
-    if tsne_images:
-        plot_tsne(out, networks, tsne_images, seed)
-    return sorted(f"{name}.png" for name in FIGURES if (out / f"{name}.png").exists())
+    networks: list[Network]
+    results: dict[str, dict]  # the numbers of each network by its label, as printed
+    components: list[int]  # of the mixtures
+    shown_images: int  # of the matrix of cosines
+    tsne_images: int
+    seed: int
+
+    def some_images(self, most: int) -> np.ndarray:
+        """Return at most so many rows, in their order: the same ones for every network."""
+        n = len(self.networks[0].data.features)
+        return np.sort(np.random.default_rng(self.seed).permutation(n)[:most])
 
 
 def check_figures(out: Path) -> None:
     """Raise `UserError` if a figure or its table would replace a file that is no earlier one."""
-    for name in FIGURES:
-        path = out / f"{name}.png"
-        if os.path.lexists(path) and not is_own_figure(path):
-            raise UserError(f"--output_dir {out}: {name}.png is no figure of this command: name another folder")
-    for name, header in TABLES.items():
-        path = out / f"{name}.csv"
-        if os.path.lexists(path) and not is_own_table(path, header):
-            raise UserError(f"--output_dir {out}: {name}.csv is no table of this command: name another folder")
+    for name, (_, header) in FIGURES.items():
+        check_replaceable(out / f"{name}.png", png_mark(), "--output_dir")
+        if header:
+            check_replaceable(out / f"{name}.csv", ",".join(header).encode(), "--output_dir")
 
 
-def plot_spectrum(out: Path, networks: list[Network], results: dict[str, dict]) -> None:
-    """Plot the singular values of the covariance of embeddings and representations."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
+def draw_figures(out: Path, analysis: Analysis) -> list[str]:
+    """Draw all figures for which there are numbers, in place of those of an earlier call; return their names."""
+    names = []
+    for name, (draw, header) in FIGURES.items():
+        for suffix in (".png", ".csv") if header else (".png",):
+            (out / f"{name}{suffix}").unlink(missing_ok=True)
+        drawn = draw(analysis)
+        if drawn is None:
+            continue
+        names.append(f"{name}.png")
+        save_figure(drawn.figure, out, name)
+        if header:
+            write_csv(out / f"{name}.csv", header, drawn.rows)
+        for matrix, values in drawn.matrices.items():
+            write_matrix(out / f"{matrix}.csv", values)
+    return sorted(names)
+
+
+# --- curves -------------------------------------------------------------------------------------------
+
+
+def draw_spectrum(analysis: Analysis) -> Drawn:
+    """Draw the singular values of the covariance of embeddings and representations."""
+    figure, (axes,) = panels(2)
     rows = []
-    for axis, kind, rank in zip(
-        axes, ("embedding", "representation"), ("embedding_rank", "features_rank"), strict=True
-    ):
-        for i, network in enumerate(networks):
-            x = network.embedding if kind == "embedding" else network.data.features
+    kinds = {"embedding": "embedding_rank", "representation": "features_rank"}
+    for axis, (kind, rank) in zip(axes, kinds.items(), strict=True):
+        for i, network in enumerate(analysis.networks):
+            x = network.vectors(kind)
             if x is None:
                 continue
             values = torch.linalg.eigvalsh(covariance_of(x)).flip(0).clamp(min=0)
             rows += [(network.label, kind, k + 1, f"{v:.6g}") for k, v in enumerate(values.tolist())]
             share = (values / values[0].clamp(min=1e-300)).clamp(min=1e-12)  # below the axis, which has no 0
-            label = f"{as_text(network.label)} (rank {results[network.label][rank]:.0f} of {x.shape[1]})"
+            label = f"{as_text(network.label)} (rank {analysis.results[network.label][rank]:.0f} of {x.shape[1]})"
             axis.plot(range(1, len(share) + 1), share, label=label, **style(network.label, i))
-        axis.set(xscale="log", yscale="log", ylim=(1e-9, 2), xlabel="index", title=f"Covariance of the {kind}s")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    axes[0].set_ylabel("singular value / largest")
-    save_figure(figure, out, "spectrum")
-    write_csv(out / "spectrum.csv", TABLES["spectrum"], rows)
+        axis.set(xscale="log", yscale="log", ylim=(1e-9, 2))
+        finish(axis, xlabel="index", ylabel="singular value / largest", title=f"Covariance of the {kind}s")
+    return Drawn(figure, rows)
 
 
-def plot_mixture(out: Path, components: list[int], results: dict[str, dict]) -> None:
-    """Plot the entropy of Gaussian mixtures of the representations against their number of components."""
-    figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")
-    rows, fitted = [], set()
-    for i, (label, metrics) in enumerate(results.items()):
-        entropies = [metrics[f"mixture{k}_entropy"] for k in components]
-        fits = [metrics[f"mixture{k}_fit"] for k in components]
-        rows += [(label, k, e, fit) for k, e, fit in zip(components, entropies, fits, strict=True)]
-        drawn = [(k, e, fit) for k, e, fit in zip(components, entropies, fits, strict=True) if e is not None]
-        fitted |= {k for k, _, _ in drawn}
+def draw_mixture(analysis: Analysis) -> Drawn | None:
+    """Draw the entropy of Gaussian mixtures of the representations against their number of components."""
+    if not analysis.components:
+        return None
+    figure, ((axis,),) = panels(1, width=6)
+    rows = [
+        (label, k, metrics[f"mixture{k}_entropy"], metrics[f"mixture{k}_fit"])
+        for label, metrics in analysis.results.items()
+        for k in analysis.components
+    ]
+    for i, label in enumerate(analysis.results):
+        fitted = [(k, entropy, fit) for owner, k, entropy, fit in rows if owner == label and entropy is not None]
         look = style(label, i)
-        axis.plot([k for k, _, _ in drawn], [e for _, e, _ in drawn], label=as_text(label), **look)
-        for k, e, fit in drawn:
-            axis.plot(k, e, "o", ms=5, color=look["color"], mfc=look["color"] if fit == "ok" else "white")
-    axis.set(xscale="log", xlabel="components of the mixture (hollow: poor fit)", ylabel="entropy (nats per dimension)")
-    axis.set_title("Gaussian mixture of the representations")
-    axis.set_xticks(sorted(fitted), [str(k) for k in sorted(fitted)], minor=False)
+        axis.plot([k for k, *_ in fitted], [entropy for _, entropy, _ in fitted], label=as_text(label), **look)
+        for k, entropy, fit in fitted:
+            axis.plot(k, entropy, "o", ms=5, color=look["color"], mfc=look["color"] if fit == "ok" else "white")
+    ticks = sorted({k for _, k, entropy, _ in rows if entropy is not None})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    save_figure(figure, out, "mixture")
-    write_csv(out / "mixture.csv", TABLES["mixture"], rows)
+    finish(
+        axis,
+        xlabel="components of the mixture (hollow: poor fit)",
+        ylabel="entropy (nats per dimension)",
+        title="Gaussian mixture of the representations",
+    )
+    return Drawn(figure, rows)
 
 
-def plot_codes(out: Path, networks: list[Network]) -> None:
-    """Plot how often each code is used, and how well embeddings align with their codes."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
+def draw_codes(analysis: Analysis) -> Drawn | None:
+    """Draw how often each code is used, and how well embeddings align with their codes."""
+    networks = [network for network in analysis.networks if network.embedding is not None]
+    if not networks:
+        return None
+    figure, ((left, right),) = panels(2)
     rows = []
     for i, network in enumerate(networks):
         look = style(network.label, i)
@@ -137,107 +142,65 @@ def plot_codes(out: Path, networks: list[Network]) -> None:
         right.plot(middle, density, label=f"{as_text(network.label)} (mean {alignment.mean():.2f})", **look)
         if not i:
             right.axvline(network.chance_alignment, color="0.7", ls=":", label="random directions (mean)")
-    left.set(xscale="log", yscale="log", xlabel="code, most used first", ylabel="images", title="Use of the codes")
-    right.set(xlabel="|cosine| of embedding and its code", ylabel="density", title="Alignment to the codes")
+    left.set(xscale="log", yscale="log")
+    finish(left, xlabel="code, most used first", ylabel="images", title="Use of the codes")
     right.set_xlim(0, 1)
-    for axis in (left, right):
-        axis.grid(alpha=0.3, which="both")
-        if axis.lines:
-            axis.legend(fontsize=8)
-    save_figure(figure, out, "codes")
-    write_csv(out / "codes.csv", TABLES["codes"], rows)
+    finish(right, xlabel="|cosine| of embedding and its code", ylabel="density", title="Alignment to the codes")
+    return Drawn(figure, rows)
 
 
-def plot_tsne(out: Path, networks: list[Network], images: int, seed: int) -> None:
+# --- t-SNE --------------------------------------------------------------------------------------------
+
+
+def draw_tsne(analysis: Analysis) -> Drawn | None:
     """Draw a t-SNE of the representations, colored by class, or by code where there are no classes."""
     from sklearn.manifold import TSNE
 
-    classes = networks[0].data.classes
-    size = (4.6 * len(networks), 4.4 if classes and len(classes) > MOST_NAMES else 5.6)
-    figure, axes = pyplot().subplots(1, len(networks), figsize=size, layout="constrained", squeeze=False)
-    rows = []
-    for axis, network in zip(axes[0], networks, strict=True):
-        data = network.data
-        some = sample_rows(len(data.features), images, seed)
+    if not analysis.tsne_images:
+        return None
+    figure, (axes,) = panels(len(analysis.networks), width=4.6, height=5.6)
+    rows, some = [], analysis.some_images(analysis.tsne_images)
+    for axis, network in zip(axes, analysis.networks, strict=True):
         axis.set(xticks=[], yticks=[])
         axis.set_title(as_text(network.label), fontsize=11)
-        x = F.normalize(data.features[some], dim=1).numpy()
+        x = F.normalize(network.data.features[some], dim=1).numpy()
         if min(x.shape) < 5 or np.ptp(x, axis=0).max() < 1e-6:
             axis.set_xlabel("too few images, or all with the same features")
             continue
-        place = TSNE(random_state=seed, perplexity=min(30, (len(x) - 1) / 3), init="pca").fit_transform(x)
-        draw_points(axis, place, data, some)
-        rows += [(network.label, data.names[i], f"{a:.4g}", f"{b:.4g}") for i, (a, b) in zip(some, place, strict=True)]
-    if classes:
-        name_classes(figure, axes[0], classes)
-    save_figure(figure, out, "tsne")
-    write_csv(out / "tsne.csv", TABLES["tsne"], rows)
+        place = TSNE(random_state=analysis.seed, perplexity=min(30, (len(x) - 1) / 3), init="pca").fit_transform(x)
+        draw_points(axis, place, network, some)
+        points = zip(some, place, strict=True)
+        rows += [(network.label, network.data.names[i], f"{a:.4g}", f"{b:.4g}") for i, (a, b) in points]
+    return Drawn(figure, rows)
 
 
-MOST_NAMES = len(COLORS) * len(MARKERS)  # classes that a legend names; more are on a color bar
-MOST_CODES = len(COLORS)  # codes with a color of their own
-
-
-def draw_points(axis, place: np.ndarray, data: Features, some: np.ndarray) -> None:
-    """Draw these images at their places, colored by class, or else the most used codes with a legend."""
-    size = float(np.clip(16_000 / len(some), 8, 40))
-    if data.classes and len(data.classes) > MOST_NAMES:
-        of = data.labels.numpy()[some]
-        axis.scatter(*place.T, c=of, cmap="viridis", vmin=0, vmax=len(data.classes) - 1, s=size, lw=0)
-        axis.set_xlabel(f"{len(some):,} images of {len(data.classes)} classes")
-    elif data.classes:
-        of = data.labels.numpy()[some]
-        draw_groups(axis, place, of, size)
-        axis.set_xlabel(f"{len(some):,} images of {len(data.classes)} classes")
-    elif data.codes is None:
-        axis.scatter(*place.T, s=size, lw=0, color=COLORS[0])
-        axis.set_xlabel(f"{len(some):,} images, without classes and codes")
-    else:
-        of = data.codes.numpy()[some]
-        codes, counts = np.unique(of, return_counts=True)
-        most = [int(codes[k]) for k in np.argsort(-counts, kind="stable")[:MOST_CODES] if counts[k] > 1]
-        other = ~np.isin(of, most)
-        if other.any():
-            label = f"{len(codes) - len(most)} other codes ({other.sum()})" if most else f"{len(codes)} codes"
-            axis.scatter(*place[other].T, s=size, lw=0, color=OTHER, label=label)
-        for k, code in enumerate(most):
-            axis.scatter(*place[of == code].T, s=size, lw=0, label=f"code {code} ({(of == code).sum()})", **look_of(k))
-        axis.set_xlabel(f"{len(some):,} images with {len(codes):,} codes (images of each)")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, fontsize=8, frameon=False, markerscale=2)
-
-
-def draw_groups(axis, place: np.ndarray, groups: np.ndarray, size: float) -> None:
-    """Draw points in the look of their groups, in a random order: none lies on top of all others."""
-    order = np.random.default_rng(0).permutation(len(groups))
-    for marker in np.unique(groups // len(COLORS)):
-        of_marker = order[groups[order] // len(COLORS) == marker]
-        colors = [COLORS[k % len(COLORS)] for k in groups[of_marker]]
-        axis.scatter(*place[of_marker].T, c=colors, marker=MARKERS[marker], s=size, lw=0)
-
-
-def look_of(k: int) -> dict[str, str]:
-    """Return color and marker of the k-th of at most `MOST_NAMES` groups."""
-    return {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k // len(COLORS) % len(MARKERS)]}
-
-
-def name_classes(figure, axes: Sequence, classes: list[str]) -> None:
-    """Add a legend of the classes, or a color bar with some of their names if they are many."""
-    if len(classes) <= MOST_NAMES:
-        from matplotlib.lines import Line2D
-
-        names = [as_text(shortened(name, 16)) for name in classes]
-        marks = [Line2D([], [], ls="", ms=7, label=name, **look_of(k)) for k, name in enumerate(names)]
-        columns = min(len(names), 5 * len(axes) if max(map(len, names)) < 6 else 3 * len(axes))
-        figure.legend(handles=marks, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+def draw_points(axis, place: np.ndarray, network: Network, some: np.ndarray) -> None:
+    """Draw these images at their places, in the look of their class, or else of their code; what is rare is gray."""
+    data = network.data
+    common = {"s": float(np.clip(16_000 / len(some), 8, 40)), "lw": 0}
+    axis.set_xlabel(f"{len(some):,} images")
+    if not data.classes and data.codes is None:
+        axis.scatter(*place.T, color=COLORS[0], **common)
         return
-    colors = pyplot().cm.ScalarMappable(pyplot().Normalize(0, len(classes) - 1), "viridis")
-    some = np.linspace(0, len(classes) - 1, 6).round().astype(int)
-    bar = figure.colorbar(
-        colors, ax=list(axes), ticks=some, shrink=0.8, label=f"{len(classes)} classes, in their order"
-    )
-    bar.set_ticklabels([as_text(shortened(classes[k], 16)) for k in some], fontsize=8)
+    groups, names, _ = groups_of(network)
+    groups, names = groups.numpy()[some], names[:MOST_LOOKS]
+    rare = (groups < 0) | (groups >= len(names))
+    if rare.any():
+        axis.scatter(*place[rare].T, color=OTHER, label="all others", **common)
+    for k, name in enumerate(names):
+        look = {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k // len(COLORS)], "label": as_text(name)}
+        axis.scatter(*place[groups == k].T, **look, **common)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06)}
+    columns = max(1, 60 // (6 + max(map(len, names))))
+    axis.legend(title=f"{'classes' if data.classes else 'codes'} (images)", ncols=columns, fontsize=8, title_fontsize=8,
+                frameon=False, **below)  # fmt: skip
 
 
-def sample_rows(n: int, most: int, seed: int) -> np.ndarray:
-    """Return at most so many of n row numbers, in their order: the same ones for every network."""
-    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
+FIGURES = {  # by name: how each is drawn, and the header of its table
+    "spectrum": (draw_spectrum, ("network", "of", "index", "singular value")),
+    "mixture": (draw_mixture, ("network", "components", "nats per dimension", "fit")),
+    "matrices": (lambda analysis: draw_covariances(analysis.networks), None),
+    "cosines": (lambda analysis: draw_cosines(analysis.networks, analysis.some_images(analysis.shown_images)), None),
+    "codes": (draw_codes, ("network", "of", "x", "y")),
+    "tsne": (draw_tsne, ("network", "image", "x", "y")),
+}

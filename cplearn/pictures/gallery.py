@@ -63,14 +63,14 @@ class Gallery:
     """Everything that the page shows. Images are numbers: rows of `data`."""
 
     data: Features
-    certainty: Tensor | None  # (n,), None for weights without codes
-    certainty_name: str
-    use: Use | None
-    baseline: Use | None  # at random initialization
-    codes: list[Code]  # the most used first
-    most: list[int]  # the most certain images, the most certain first
-    least: list[int]  # the least certain images, the least certain first
-    queries: list[Query]
+    certainty: Tensor | None = None  # (n,), None for weights without codes
+    certainty_name: str = ""
+    use: Use | None = None
+    baseline: Use | None = None  # at random initialization
+    codes: list[Code] = field(default_factory=list)  # the most used first
+    most: list[int] = field(default_factory=list)  # the most certain images, the most certain first
+    least: list[int] = field(default_factory=list)  # the least certain images, the least certain first
+    queries: list[Query] = field(default_factory=list)
     thumbnails: dict[int, bytes] = field(default_factory=dict)  # JPEG of every image that is shown
 
 
@@ -128,7 +128,7 @@ def nearest(queries: Tensor, rows: Tensor, count: int, *, itself: bool = False) 
 
     `itself`: queries are the rows, and none is near itself. Shape: (q, d), (n, d) -> q lists of (row, cosine).
     """
-    cosines = F.normalize(queries.float(), dim=1) @ F.normalize(rows.float(), dim=1).T
+    cosines = F.normalize(queries.float().cpu(), dim=1) @ F.normalize(rows.float().cpu(), dim=1).T
     if itself:
         cosines.fill_diagonal_(-torch.inf)
     values, index = cosines.topk(min(count, len(rows) - itself), dim=1)
@@ -189,21 +189,13 @@ def _class_counts(data: Features, images: np.ndarray) -> list[tuple[str, int]]:
 # --- thumbnails -----------------------------------------------------------------------------------------
 
 
-def thumbnail_limit(size: int) -> int:
-    """Return the most bytes that a thumbnail may take: what the size of a page follows from."""
-    return 1500 + size * size // 2
-
-
 def thumbnail(image: Image.Image, image_size: int, size: int) -> bytes:
-    """Return what the network sees of an image as JPEG of at most `size` pixels, and of `thumbnail_limit` bytes."""
+    """Return what the network sees of an image as JPEG of at most `size` pixels."""
     view = Image.fromarray(augmentations.eval_pixels(image, image_size).permute(1, 2, 0).numpy())
     if image_size > size:
         view = view.resize((size, size), Image.Resampling.LANCZOS)
-    for quality in (85, 75, 60, 40, 20, 5, 1):
-        file = io.BytesIO()
-        view.save(file, "JPEG", quality=quality)
-        if file.tell() <= thumbnail_limit(size):
-            break
+    file = io.BytesIO()
+    view.save(file, "JPEG", quality=85)
     return file.getvalue()
 
 

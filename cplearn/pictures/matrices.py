@@ -1,14 +1,16 @@
 """Matrices of networks as pictures: covariances of dimensions, and cosines of images, by class and code."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cplearn.files import written
 from cplearn.metrics.analysis import Network, block_cosines, covariance_of, off_diagonal_energy
-from cplearn.pictures.style import as_text, diverging, pyplot, save_figure, shortened
+from cplearn.pictures.style import as_text, diverging, panels, shortened
 
 CELLS = 100  # along a side of the matrix of images
 DIMENSIONS = 128  # drawn of a covariance
@@ -16,34 +18,51 @@ MOST_BLOCKS = 20  # that are named, and codes that are drawn
 MOST_NUMBERS = 12  # blocks along a side with their number written
 
 
-def plot_covariances(out: Path, networks: list[Network]) -> None:
+class Drawn(NamedTuple):
+    """A figure and its numbers."""
+
+    figure: object
+    rows: list[tuple] = []
+    matrices: dict[str, Tensor] = {}  # by the names of their files
+
+
+def draw_covariances(networks: list[Network]) -> Drawn:
     """Draw the covariance of embedding and representation, similar dimensions side by side, with its energy."""
     kinds = ["embedding", "representation"] if any(n.embedding is not None for n in networks) else ["representation"]
-    size = (4.2 * len(networks) + 1, 4.4 * len(kinds))
-    figure, axes = pyplot().subplots(len(kinds), len(networks), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = panels(len(networks), len(kinds), width=4.2, height=4.4, aside=1)
+    matrices = {}
     for row, kind in zip(axes, kinds, strict=True):
+        row[0].set_ylabel(kind, fontsize=11)
         for i, (axis, network) in enumerate(zip(row, networks, strict=True)):
-            x = network.embedding if kind == "embedding" else network.data.features
+            x = network.vectors(kind)
             if x is None:
                 axis.set_axis_off()
                 continue
             covariance = covariance_of(x)
-            write_matrix(out / f"matrices_{file_name(network.label, i)}_{kind}.csv", covariance)
+            matrices[f"matrices_{file_name(network.label, i)}_{kind}"] = covariance
             order = similar_together(covariance)
-            drawn = order[:: -(-len(order) // DIMENSIONS)]  # not means, in which the diagonal would fade
-            shares = (covariance / covariance.diagonal().mean().clamp(min=1e-300))[drawn][:, drawn]
-            image = axis.imshow(shares.numpy(), cmap=diverging(), vmin=-1, vmax=1, interpolation="nearest")
+            some = order[:: -(-len(order) // DIMENSIONS)]  # not means, in which the diagonal would fade
+            image = show(axis, (covariance / covariance.diagonal().mean().clamp(min=1e-300))[some][:, some], 1)
             off, chance = off_diagonal_energy(x)
             energy = f"energy off the diagonal {off:.1%} (chance {chance:.1%}), on it {1 - off:.1%}"
             axis.set_title(f"{as_text(network.label)}\n{energy}", fontsize=9)
-            some = f"{len(order)}" if len(drawn) == len(order) else f"{len(drawn)} of {len(order)}"
-            axis.set_xlabel(f"{some} dimensions, similar ones together", fontsize=9)
+            count = f"{len(order)}" if len(some) == len(order) else f"{len(some)} of {len(order)}"
+            axis.set_xlabel(f"{count} dimensions, similar ones together", fontsize=9)
             axis.set(xticks=[], yticks=[])
-            if not i:
-                axis.set_ylabel(kind, fontsize=11)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, extend="both")
-    bar.set_label("covariance / mean variance (colors end at ±1)", fontsize=9)
-    save_figure(figure, out, "matrices")
+    add_bar(figure, image, axes, "covariance / mean variance", 1)
+    return Drawn(figure, matrices=matrices)
+
+
+def show(axis, matrix: Tensor, limit: float, **more):
+    """Draw a matrix in colors that end at `limit`; return the image for its color bar."""
+    colors = {"cmap": diverging(), "vmin": -limit, "vmax": limit}
+    return axis.imshow(matrix.numpy(), interpolation="nearest", **colors, **more)
+
+
+def add_bar(figure, image, axes: np.ndarray, label: str, limit: float) -> None:
+    """Add a color bar beside these axes."""
+    bar = figure.colorbar(image, ax=list(axes.flat), shrink=0.7, extend="both")
+    bar.set_label(f"{label} (colors end at ±{limit:g})", fontsize=9)
 
 
 def similar_together(covariance: Tensor) -> np.ndarray:
@@ -62,35 +81,36 @@ def similar_together(covariance: Tensor) -> np.ndarray:
     )
 
 
-def plot_cosines(out: Path, networks: list[Network], some: np.ndarray) -> None:
+def draw_cosines(networks: list[Network], some: np.ndarray) -> Drawn | None:
     """Draw cosines of embeddings (features without a head): of some images, and the means over classes or codes.
 
     Images are in the order of class, then code. Nothing is drawn where there are neither.
     """
     networks = [n for n in networks if n.data.classes or n.data.codes is not None]
     if not networks:
-        return
-    size = (4.6 * len(networks) + 1, 9.4)
-    figure, axes = pyplot().subplots(2, len(networks), figsize=size, layout="constrained", squeeze=False)
-    cells, blocks = [], []
+        return None
+    figure, axes = panels(len(networks), 2, width=4.6, height=4.7, aside=1)
+    matrices, cells, means = {}, [], []
     for i, network in enumerate(networks):
         x = network.data.features if network.embedding is None else network.embedding
-        order = some[in_order(network, some)]
-        u = F.normalize(x[order].double(), dim=1)
+        u = F.normalize(x[some[in_order(network, some)]].double(), dim=1)
+        groups, names, _ = groups_of(network)
         name = file_name(network.label, i)
-        write_matrix(out / f"cosines_{name}_images.csv", u @ u.T)
-        cells.append((in_cells(u @ u.T, CELLS), order))
-        groups, names, share = groups_of(network)
-        means = block_cosines(x, groups, len(names))
-        write_matrix(out / f"cosines_{name}_blocks.csv", means)
-        blocks.append((means, groups, names, share))
-    for row, draw, drawn in ((axes[0], draw_images, cells), (axes[1], draw_blocks, blocks)):
-        limit = limit_of([first for first, *_ in drawn])
-        for axis, network, what in zip(row, networks, drawn, strict=True):
-            image = draw(axis, network, *what, limit)
-        bar = figure.colorbar(image, ax=list(row), shrink=0.8, extend="both")
-        bar.set_label(f"mean cosine (colors end at ±{limit:g})", fontsize=9)
-    save_figure(figure, out, "cosines")
+        matrices[f"cosines_{name}_images"] = u @ u.T
+        matrices[f"cosines_{name}_blocks"] = block_cosines(x, groups, len(names))
+        cells.append(in_cells(matrices[f"cosines_{name}_images"], CELLS))
+        means.append(matrices[f"cosines_{name}_blocks"])
+    for row, shown in zip(axes, (cells, means), strict=True):
+        limit = limit_of(shown)
+        for axis, network, matrix in zip(row, networks, shown, strict=True):
+            if shown is cells:
+                image = show(axis, matrix, limit, extent=(0, len(some), len(some), 0))
+                describe_images(axis, network, some)
+            else:
+                image = show(axis, matrix, limit)
+                describe_blocks(axis, network, matrix, limit)
+        add_bar(figure, image, row, "mean cosine", limit)
+    return Drawn(figure, matrices=matrices)
 
 
 def in_order(network: Network, some: np.ndarray) -> np.ndarray:
@@ -144,62 +164,45 @@ def limit_of(matrices: list[Tensor]) -> float:
     return float(f"{np.clip(np.ceil(largest / digit) * digit, 0.01, 1):.1g}")
 
 
-def draw_images(axis, network: Network, cells: Tensor, order: np.ndarray, limit: float):
-    """Draw the cosines of images in cells; return the image for its color bar."""
-    m = len(order)
-    image = axis.imshow(
-        cells.numpy(), cmap=diverging(), vmin=-limit, vmax=limit, extent=(0, m, m, 0), interpolation="nearest"
-    )
-    axis.set_title(as_text(network.label), fontsize=11)
+def describe_images(axis, network: Network, some: np.ndarray) -> None:
+    """Say which images a matrix of cosines shows; lines part their classes, if these are few."""
+    m, classes = len(some), network.data.classes
     size = -(-m // CELLS)
     means = f"; means of {size} x {size}" if size > 1 else ""
-    kind = "class, then code" if network.data.classes else "code"
-    axis.set_xlabel(f"{m:,} images, by {kind}{means}", fontsize=9)
+    axis.set_title(as_text(network.label), fontsize=11)
+    axis.set_xlabel(f"{m:,} images, by {'class, then code' if classes else 'code'}{means}", fontsize=9)
     axis.tick_params(labelsize=8)
-    classes = network.data.classes
     if classes and len(classes) <= MOST_BLOCKS:
-        ends = np.searchsorted(network.data.labels.numpy()[order], np.arange(len(classes) + 1))
+        ends = np.searchsorted(np.sort(network.data.labels.numpy()[some]), np.arange(len(classes) + 1))
         for end in ends[1:-1]:
             axis.axhline(end, color="black", lw=0.4)
             axis.axvline(end, color="black", lw=0.4)
         axis.set_yticks((ends[1:] + ends[:-1]) / 2, [as_text(shortened(name, 12)) for name in classes], fontsize=8)
         axis.tick_params(axis="y", length=0)
-    return image
 
 
-def draw_blocks(axis, network: Network, means: Tensor, groups: Tensor, names: list[str], share: float, limit: float):
-    """Draw the mean cosines of classes or codes; return the image for its color bar."""
-    k = len(names)
-    image = axis.imshow(means.numpy(), cmap=diverging(), vmin=-limit, vmax=limit, interpolation="nearest")
+def describe_blocks(axis, network: Network, means: Tensor, limit: float) -> None:
+    """Name the classes or codes of a matrix of mean cosines, and write its numbers, if they are few."""
+    groups, names, share = groups_of(network)
+    k, classes = len(names), network.data.classes
     axis.set_facecolor("0.85")  # of what has no pair
     axis.tick_params(labelsize=8)
     if k <= MOST_BLOCKS:
-        short = [as_text(name.rpartition(" (")[0]) for name in names]
-        axis.set_xticks(range(k), short, rotation=90, fontsize=8)
-        axis.set_yticks(range(k), [as_text(name) for name in names], fontsize=8)
+        axis.set_xticks(range(k), [as_text(name.rpartition(" (")[0]) for name in names], rotation=90, fontsize=8)
+        axis.set_yticks(range(k), map(as_text, names), fontsize=8)
     if k <= MOST_NUMBERS:
         for (a, b), value in np.ndenumerate(means.numpy()):
             if np.isfinite(value):
-                color = "white" if abs(value) > 0.65 * limit else "black"
-                axis.text(
-                    b,
-                    a,
-                    two_digits(value).replace("0.", "."),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color=color,
-                )
-    own = means.diagonal().nanmean().item()
-    other = means[~torch.eye(k, dtype=torch.bool)].nanmean().item()
-    kind = "class" if network.data.classes else "code"
-    axis.set_title(f"means by {kind}: same {two_digits(own)}, other {two_digits(other)}", fontsize=9)
-    counts, total = groups[groups >= 0].bincount(minlength=k), f"{len(groups):,} images"
+                look = {"color": "white" if abs(value) > 0.65 * limit else "black", "fontsize": 7}
+                axis.text(b, a, two_digits(value).replace("0.", "."), ha="center", va="center", **look)
+    own, other = means.diagonal().nanmean().item(), means[~torch.eye(k, dtype=torch.bool)].nanmean().item()
+    numbers = f"same {two_digits(own)}, other {two_digits(other)}"
+    axis.set_title(f"means by {'class' if classes else 'code'}: {numbers}", fontsize=9)
+    counts = groups[groups >= 0].bincount(minlength=k)
     least, most = counts.min(), counts.max()
-    classes = f"{k} classes of {least:,}{f' to {most:,}' if most > least else ''} images"
-    codes = f"{k} most used codes (images): {share:.0%} of {total}"
-    axis.set_xlabel(classes if network.data.classes else codes, fontsize=9)
-    return image
+    of_classes = f"{k} classes of {least:,}{f' to {most:,}' if most > least else ''} images"
+    of_codes = f"{k} most used codes (images): {share:.0%} of {len(groups):,} images"
+    axis.set_xlabel(of_classes if classes else of_codes, fontsize=9)
 
 
 def two_digits(value: float) -> str:
@@ -213,6 +216,6 @@ def file_name(label: str, i: int) -> str:
 
 
 def write_matrix(path: Path, matrix: Tensor) -> None:
-    """Write a matrix as CSV, without a header."""
-    path.unlink(missing_ok=True)  # never through a link
-    np.savetxt(path, matrix.numpy(), fmt="%.4g", delimiter=",")
+    """Write a matrix as CSV, without a header, whole or not at all. Raises `WriteError`."""
+    with written(path) as file:
+        np.savetxt(file, matrix.numpy(), fmt="%.4g", delimiter=",")

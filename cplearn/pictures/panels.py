@@ -1,4 +1,4 @@
-"""What `plot_runs.py` shows: one entry per panel. The page, the picture and the CSV file follow this table."""
+"""What `plot_runs.py` shows, in which colors: the page, the picture and the CSV file follow these tables."""
 
 from dataclasses import dataclass, field
 
@@ -47,3 +47,11 @@ PANELS = (
 
 CURVES = tuple(dict.fromkeys(name for panel in PANELS for name in panel.curves))
 LEVELS = tuple(dict.fromkeys(name for panel in PANELS for name in (*panel.references, *panel.far)))
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#6b6b6b")  # of runs
+VERDICTS = {"learning": "#8fd0a8", "no better than at the start": "#f2c14e", "losing dimensions": "#f4a6c0",
+            "no alarm": "#bfd7ea", "too short to judge": "#dddddd", "stuck at uniform": "#a0a0a0",
+            "representation": "#c1272d", "cluster": "#ee8833", "dimensional": "#7a3fa0",
+            "intracluster": "#2f5fb3"}  # fmt: skip
+DARK = ("representation", "dimensional", "intracluster")  # of these, on which words are white
+OTHER = "#d6e685"  # a verdict of another version

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.files import read_json_lines, read_text
+from cplearn.files import read_json_lines, read_text, reading
 from cplearn.flags import check_path
-from cplearn.pictures.panels import CURVES, LEVELS
+from cplearn.pictures.panels import COLORS, CURVES, LEVELS
 from cplearn.text import names_of
 
 AXES = ("epochs", "steps", "hours")  # of training, finished
@@ -20,6 +20,7 @@ class RunLog:
     """What the log of a run says; all lists have one entry per record, None where it has no such number."""
 
     name: str
+    color: str
     axes: dict[str, list[float | None]]  # by AXES
     values: dict[str, list[float | None]]  # by the fields of CURVES and LEVELS
     verdicts: list[str]  # "" for none
@@ -53,35 +54,37 @@ def read_runs(paths: Sequence[str], labels: Sequence[str] | None = None) -> list
         raise UserError(f"RUN {twice[0]} is given twice: leave one of them out")
     if labels and len(set(labels)) < len(labels):
         raise UserError(f"--labels {' '.join(labels)}: they must differ")
-    names = list(labels or names_of(logs))
-    runs = [_run(name, epochs(read_json_lines(log))) for name, log in zip(names, logs, strict=True)]
-    early = [str(log) for log, run in zip(logs, runs, strict=True) if not run.verdicts]
-    if len(early) == len(runs):
-        raise UserError(f"{early[0]} holds no finished epoch yet: plot it after the first")
-    for log in early:
-        print(f"WARNING: {log} holds no finished epoch yet: left out", file=sys.stderr)
-    return [run for run in runs if run.verdicts]
+    runs: list[RunLog] = []
+    for name, log in zip(labels or names_of(logs), logs, strict=True):
+        if records := _records_of(log):
+            runs.append(_run(name, COLORS[len(runs) % len(COLORS)], records))
+        elif len(paths) > 1:
+            print(f"WARNING: {log} holds no finished epoch yet: left out", file=sys.stderr)
+    if not runs:
+        raise UserError(f"{logs[0]} holds no finished epoch yet: plot it after the first")
+    return runs
 
 
 def _log_of(given: str) -> Path:
-    """Return the log of a run. Raises `UserError` if there is none, or if it cannot be read."""
-    if not given.strip():
-        raise UserError("RUN '' is empty: name the output folder of a run, or its log.txt")
+    """Return the log of a run, which is not there in its first epoch. Raises `UserError` for what is no run."""
     path = Path(check_path("RUN", given))
     log = path / "log.txt" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"{given} does not exist: name the output folder of a run, or its log.txt")
-    if not log.exists() and (path / "args.json").exists():
-        return log  # it is in its first epoch
-    try:
-        text = read_text(log)
-    except FileNotFoundError:
-        raise UserError(f"{given} has no log.txt: name the output folder of a run") from None
-    except OSError as error:
-        raise UserError(f"{log} cannot be read: {error.strerror}") from None
-    if text.strip() and not epochs(read_json_lines(log)) and "\n" in text:
-        raise UserError(f"{given} is no log of main_cplearn.py: name the output folder of a run, or its log.txt")
+    if not given.strip() or not (log.is_file() or (path / "args.json").exists()):
+        raise UserError(f"RUN {given or repr(given)} is no run: name the output folder of a run, or its log.txt")
     return log
+
+
+def _records_of(log: Path) -> list[dict]:
+    """Return the records of a log; none in a first epoch. Raises `UserError` for another file."""
+    try:
+        with reading(log):
+            text = read_text(log)
+    except FileNotFoundError:
+        return []
+    records = epochs(read_json_lines(log))
+    if not records and text.strip() and "\n" in text:  # more than a line that is being written
+        raise UserError(f"RUN {log} is no log of main_cplearn.py: name the output folder of a run, or its log.txt")
+    return records
 
 
 def epochs(records: list[dict]) -> list[dict]:
@@ -104,7 +107,7 @@ def _before_training(records: list[dict]) -> list[dict]:
     return [{"epoch": -1, "step": 0, "seconds": 0.0, **start}] if start else []
 
 
-def _run(name: str, records: list[dict]) -> RunLog:
+def _run(name: str, color: str, records: list[dict]) -> RunLog:
     start = _before_training(records)
     records = start + records
     hours, seconds = [], 0.0
@@ -118,6 +121,7 @@ def _run(name: str, records: list[dict]) -> RunLog:
     }
     return RunLog(
         name=name,
+        color=color,
         axes=axes,
         values={field: [_number(r.get(field)) for r in records] for field in (*CURVES, *LEVELS)},
         verdicts=[_text(r.get("verdict")) for r in records],

@@ -5,9 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cplearn.pictures.panels import PANELS
+from cplearn.pictures.panels import OTHER, PANELS, VERDICTS
 from cplearn.pictures.runs import RunLog
-from cplearn.pictures.runs_picture import COLORS, OTHER, VERDICTS
 from cplearn.text import printable
 
 TEMPLATE = Path(__file__).with_name("runs_page.html")
@@ -25,14 +24,14 @@ def page(runs: Sequence[RunLog], axis: str, note: str) -> str:
         "runs": [
             {
                 "name": printable(run.name),
-                "color": COLORS[i % len(COLORS)],
+                "color": run.color,
                 "axes": _rounded(run.axes),
                 "values": _rounded(run.values),
                 "verdicts": [printable(x) for x in run.verdicts],
                 "lines": [printable(x) for x in run.verdict_lines],
                 "start": run.start,
             }
-            for i, run in enumerate(runs)
+            for run in runs
         ],
     }
     # Nothing in it can end the script element, whatever the names are.

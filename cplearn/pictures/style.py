@@ -1,6 +1,7 @@
-"""What the figures share: matplotlib without a display, colors that everybody can tell apart, files that are whole."""
+"""What the figures share: matplotlib without a display, colors that everybody can tell apart, one writer of PNG."""
 
 import io
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -12,25 +13,25 @@ from cplearn.files import write_bytes
 COLORS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933", "#000000", "#DDCC77")
 MARKERS = ("o", "^")
 OTHER = "0.82"  # gray of what has no color of its own
+SOFTWARE = "cplearn"  # what a picture names as its origin, unless a script names itself
 
 
 def pyplot():
-    """Import matplotlib.pyplot, to draw without a display."""
+    """Import matplotlib.pyplot, to draw without a display; a letter that the font lacks is a box, without a warning."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
+    warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
     return matplotlib.pyplot
 
 
 def style(network_label: str, i: int) -> dict[str, str]:
     """Return color and line of a network; the baseline is gray and dashed in all figures."""
-    return (
-        {"color": "0.45", "ls": "--"}
-        if network_label == "random init"
-        else {"color": COLORS[i % len(COLORS)], "ls": "-"}
-    )
+    if network_label == "random init":
+        return {"color": "0.45", "ls": "--"}
+    return {"color": COLORS[i % len(COLORS)], "ls": "-"}
 
 
 def as_text(label: str) -> str:
@@ -45,35 +46,49 @@ def diverging():
 
 
 def shortened(text: str, most: int) -> str:
-    """Return at most so many characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    """Return at most so many characters, without the middle: names often differ at their ends."""
+    kept = most - 3
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}...{text[-(kept // 2) :]}"
 
 
-def written_here() -> PngInfo:
-    """Return what a figure's file says of its origin."""
-    info = PngInfo()
-    info.add_text("Software", "cplearn")
-    return info
+def panels(columns: int, rows: int = 1, *, width: float = 5, height: float = 4, aside: float = 0):
+    """Return a figure and its axes (rows, columns), which have this size in inches; `aside`: for a color bar."""
+    size = (width * columns + aside, height * rows)
+    return pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
 
 
-def is_own_figure(path: Path) -> bool:
-    """Return whether a file is a figure of ours, by what it says; earlier ones name Matplotlib. A link is not."""
-    if path.is_symlink() or not path.is_file():  # a pipe would not answer
-        return False
+def finish(axis, **labels) -> None:
+    """Label an axis with curves; draw its grid and its legend."""
+    axis.set(**labels)
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=8)
+
+
+def png_mark(software: str = SOFTWARE) -> bytes:
+    """Return what the PNG files of `save_picture` hold: see `cplearn.files.replaceable`."""
+    return b"Software\0" + software.encode()
+
+
+def save_picture(picture: Image.Image, path: Path, software: str = SOFTWARE) -> None:
+    """Write a picture as PNG, marked with its origin, whole or not at all. Raises `WriteError`."""
+    content, origin = io.BytesIO(), PngInfo()
+    origin.add_text("Software", software)
+    picture.save(content, "PNG", pnginfo=origin)
+    write_bytes(path, content.getvalue())
+
+
+def drawn(figure, dpi: int = 120) -> Image.Image:
+    """Return the pixels of a figure, and forget it."""
+    content = io.BytesIO()
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return str(image.info.get("Software")).startswith(("cplearn", "Matplotlib"))
-    except Exception:  # a damaged file can make Pillow raise anything
-        return False
-
-
-def save_figure(figure, out: Path, name: str) -> None:
-    """Write a figure as PNG, whole or not at all, and forget it. Raises `WriteError`."""
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    try:
-        figure.savefig(drawn, format="png", dpi=120)
+        figure.savefig(content, format="png", dpi=dpi)
     finally:
         pyplot().close(figure)
-    image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # enough, in a third of the bytes
-    image.save(packed, "PNG", optimize=True, pnginfo=written_here())
-    write_bytes(out / f"{name}.png", packed.getvalue())
+    return Image.open(content).convert("RGB")
+
+
+def save_figure(figure, folder: Path, name: str, *, dpi: int = 120, software: str = SOFTWARE) -> None:
+    """Write a figure as FOLDER/NAME.png in 256 colors, a third of the bytes, and forget it. Raises `WriteError`."""
+    picture = drawn(figure, dpi).quantize(256, dither=Image.Dither.NONE)
+    save_picture(picture, folder / f"{name}.png", software)

@@ -58,12 +58,15 @@ class Monitor:
             self.start = collectives.on_main(self._at_start, probed)
 
     def _at_start(self, probed: ProbeResult) -> dict[str, float]:
-        found = probed.metrics() | ({"knn20": probed.knn()} if self.knn_freq else {})
-        if verdict.SCORE in found:
-            words = f"{verdict.score_in_words(found, {})}; {verdict.numbers_in_words(found, {})}"
-            words += f"; 20-NN by the labels {found['knn20']:.4f}" if "knn20" in found else ""
+        numbers = self._numbers(probed)
+        if verdict.SCORE in numbers:
+            words = f"{verdict.score_in_words(numbers, {})}; {verdict.numbers_in_words(numbers, {})}"
+            words += f"; 20-NN by the labels {numbers['knn20']:.4f}" if "knn20" in numbers else ""
             print(f"Before the first step: {words}", flush=True)
-        return {name: found[name] for name in AT_START if name in found}
+        return {name: numbers[name] for name in AT_START if name in numbers}
+
+    def _numbers(self, probed: ProbeResult) -> dict[str, float]:
+        return probed.metrics() | ({"knn20": probed.knn()} if self.knn_freq else {})
 
     def add(self, usage: Tensor | None, images: int, skipped: Tensor) -> None:
         """Count the mean assignment of a step of so many images over all ranks, if the method has one."""
@@ -76,56 +79,57 @@ class Monitor:
         In an epoch in which the probe is not measured the last verdict stands, and is shown with its epoch. The epoch
         cannot be the best if its weights are not `sound`.
         """
-        start = time.perf_counter()
-        found, done = self.usage.average(), record["epoch"] + 1
-        self.usage = CodeUsage()
-        if not math.isfinite(found.get("usage_entropy", math.nan)):  # none, or every step was skipped
-            found = {}
-        else:
-            found["usage_perplexity"] = math.exp(found["usage_entropy"])
-            found["information"] = found["usage_entropy"] - record["train_entropy"]
-        knn = self.knn_freq > 0 and done % self.knn_freq == 0
-        probed = self.probe.measure(method, device, batch) if self.probe.due(done) or knn else None
+        began, done = time.perf_counter(), record["epoch"] + 1
+        usage = self._end_usage(record)
+        is_due = self.probe.due(done) or (self.knn_freq > 0 and done % self.knn_freq == 0)
+        probed = self.probe.measure(method, device, batch) if is_due else None
         # By one rank, so that all ranks agree.
-        found, name, line = collectives.on_main(self._verdict, method, found, probed, done)
-        if name:
-            self.alarms = self.alarms + 1 if name in verdict.ALARMS else 0
-            self.last = {"verdict": name, "line": line, "epoch": str(done)}
+        probe, judged = collectives.on_main(self._judge, method, usage, probed, done)
+        if judged:
+            self.last = judged
+            self.alarms = self.alarms + 1 if judged["verdict"] in verdict.ALARMS else 0
+        numbers = usage | probe
         if self.last:
             since = "" if self.last["epoch"] == str(done) else f" (epoch {self.last['epoch']})"
-            found |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + since}
-        found |= self._compare(found, done, sound)
-        return found | {"monitor_seconds": time.perf_counter() - start}
+            numbers |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + since}
+        if probe:
+            numbers |= _named("start_", self.start)
+        self._compare(numbers, done, sound=sound)
+        if self.best:
+            numbers |= {"best_epoch": self.best["epoch"], f"best_{self.best['by']}": self.best["value"]}
+        return numbers | {"monitor_seconds": time.perf_counter() - began}
 
-    def _compare(self, found: dict, done: int, sound: bool) -> dict:
-        """Return the numbers at the start beside those found, and which epoch is the best so far."""
-        probed = "probe_images" in found
-        start = {f"start_{name}": value for name, value in self.start.items()} if probed else {}
-        value = found.get(BEST.get(self.best_by, ""), math.nan)
-        settled = sound and done >= self.probe.first
-        self.improved = settled and value > self.best.get("value", -math.inf)
+    def _end_usage(self, record: dict) -> dict[str, float]:
+        """Return the use of codes in an epoch, and begin to count the next; {} without any, or if no step was taken."""
+        usage, self.usage = self.usage.average(), CodeUsage()
+        entropy = usage.get("usage_entropy", math.nan)
+        if not math.isfinite(entropy):
+            return {}
+        return usage | {"usage_perplexity": math.exp(entropy), "information": entropy - record["train_entropy"]}
+
+    def _judge(self, method: Method, usage: dict, probed: ProbeResult | None, done: int) -> tuple[dict, dict[str, str]]:
+        """Return the numbers of the probe, and the verdict as `last` keeps it; {} for none."""
+        probe = {} if probed is None else _named("probe_", self._numbers(probed))
+        settled = probe if done >= self.probe.first else {}
+        judged = verdict.judge(usage | settled | _named("start_", self.start), method.out_dim)
+        if judged is None:
+            return probe, {}
+        return probe, {"verdict": judged.name, "line": judged.line(method.REMEDIES), "epoch": str(done)}
+
+    def _compare(self, numbers: dict, done: int, *, sound: bool) -> None:
+        """Note whether an epoch is the best so far."""
+        value = numbers.get(BEST.get(self.best_by, ""), math.nan)
+        self.improved = sound and done >= self.probe.first and value > self.best.get("value", -math.inf)
         if self.improved:
             self.best = {"by": self.best_by, "epoch": done, "value": value}
-        if self.best:
-            start |= {"best_epoch": self.best["epoch"], f"best_{self.best['by']}": self.best["value"]}
-        return start
-
-    def _verdict(self, method: Method, found: dict, probed: ProbeResult | None, done: int) -> tuple[dict, str, str]:
-        """Return numbers, verdict and its line; "" and "" for none."""
-        probe = {} if probed is None else probed.metrics() | ({"knn20": probed.knn()} if self.knn_freq else {})
-        probe = {f"probe_{name}": value for name, value in probe.items()}
-        start = {f"start_{name}": value for name, value in self.start.items()}
-        settled = probe if done >= self.probe.first else {}
-        judged = verdict.judge(found | settled | start, method.out_dim)
-        return found | probe, judged.name if judged else "", judged.line(method.REMEDIES) if judged else ""
 
     def at_end(self, steps: int) -> dict[str, str]:
         """Return a verdict for the log of a run that ends, after so many steps, before there could be any."""
         if self.last or steps >= self.probe.first * self.probe.steps_per_epoch:
             return {}
         needs = f"{steps} step{'s' * (steps != 1)}; a verdict takes {Probe.SETTLED} and a whole epoch"
-        found = verdict.Verdict(verdict.TOO_SHORT, needs)
-        return {"verdict": found.name, "verdict_line": found.line({})}
+        judged = verdict.Verdict(verdict.TOO_SHORT, needs)
+        return {"verdict": judged.name, "verdict_line": judged.line({})}
 
     def check(self, record: dict, saved_step: int) -> None:
         """Raise `CollapseError` after `PATIENCE` alarms in a row."""
@@ -142,10 +146,15 @@ class Monitor:
 
     def load(self, state: dict, device: torch.device, *, same_steps: bool = True) -> None:
         """Go on from a `state`. `same_steps`: the epoch goes on where it was cut, with the images in the same order."""
-        if "code_use" in state:  # not in checkpoints of the first versions
-            if same_steps:
-                self.usage.load(state["code_use"], device)
-            self.alarms, self.last = state["alarms"], state["verdict"]
-            self.start, best = state.get("start", {}), state.get("best", {})  # younger still
-            of_this_score = self.best_by != "score" or verdict.SCORE in self.start  # versions before had another
-            self.best = best if best.get("by") == self.best_by and of_this_score else {}
+        if "code_use" not in state:  # a checkpoint of the first versions
+            return
+        if same_steps:
+            self.usage.load(state["code_use"], device)
+        self.alarms, self.last = state["alarms"], state["verdict"]
+        self.start, best = state.get("start", {}), state.get("best", {})  # younger still
+        is_this_score = self.best_by != "score" or verdict.SCORE in self.start  # versions before had another
+        self.best = best if best.get("by") == self.best_by and is_this_score else {}
+
+
+def _named(prefix: str, numbers: dict) -> dict:
+    return {f"{prefix}{name}": value for name, value in numbers.items()}

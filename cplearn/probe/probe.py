@@ -18,7 +18,7 @@ from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import plain_average, statistics_kept
 from cplearn.errors import LocalError
 from cplearn.methods.base import Method, forward_by_size
-from cplearn.metrics import collapse, label_free
+from cplearn.metrics import collapse
 from cplearn.metrics.knn import leave_one_out_knn
 
 
@@ -36,8 +36,8 @@ class Probe:
         self.pixels, self.views, self.seed = pixels, views[: Method.N_GLOBAL], seed
         size = self.views[0].size
         budget = self.COST * 3 * len(pixels) * sum(v.size**2 for v in views) / size**2  # of forward passes per epoch
-        room = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
-        count = min(self.MOST, len(pixels), room, max(self.LEAST, int(budget / 2)))
+        fit = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
+        count = min(self.MOST, len(pixels), fit, max(self.LEAST, int(budget / 2)))
         self.every = max(1, math.ceil(2 * count / budget))
         self.first, self.steps_per_epoch = math.ceil(self.SETTLED / steps_per_epoch), steps_per_epoch
         order = random_streams.random_stream(random_streams.FOR_MONITOR, seed).permutation(len(pixels))
@@ -49,19 +49,19 @@ class Probe:
 
     def _read(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """Read this rank's images, once: crops, color parameters, labels. Those that cannot be read are left out."""
-        mine = self.samples[collectives.rank() :: collectives.world_size()]
+        samples = self.samples[collectives.rank() :: collectives.world_size()]
         # Of an epoch that no run reaches: these views are not trained on.
-        u = augmentations.draw(self.seed, 2**31, mine, len(self.views))
-        crops, kept = augmentations.empty_views(self.views, len(mine)), []
-        for k, i in enumerate(mine):
+        u = augmentations.draw(self.seed, 2**31, samples, len(self.views))
+        crops, kept = augmentations.empty_views(self.views, len(samples)), []
+        for k, i in enumerate(samples):
             try:
                 image = self.pixels[i]
             except LocalError:
                 continue
-            room = [x[len(kept) : len(kept) + 1] for x in crops]
-            augmentations.cut_views([image], u[k : k + 1], self.views, room)
+            rows = [x[len(kept) : len(kept) + 1] for x in crops]
+            augmentations.cut_views([image], u[k : k + 1], self.views, rows)
             kept.append(k)
-        labels = torch.as_tensor(self.pixels.dataset.labels)[[mine[k] for k in kept]].long()
+        labels = torch.as_tensor(self.pixels.dataset.labels)[[samples[k] for k in kept]].long()
         return [x[: len(kept)] for x in crops], augmentations.color_params(self.views, u[kept]), labels
 
     @torch.no_grad()
@@ -87,29 +87,33 @@ class Probe:
                 with plain_average(norms):
                     for images in self._images(range(0, min(counts) - 1, batch), min(counts), batch, device):
                         method.embed(method.evaluated(images[0]))
-            parts: list[dict[str, Tensor | None]] = []
-            for images in self._images(range(0, len(labels), batch), len(labels), batch, device):
-                features = forward_by_size(method.evaluated, images)
-                with torch.autocast(device.type, enabled=False):
-                    embeddings = [method.embed(z) for z in features]
-                    codes = [method.assign(h) for h in embeddings]
-                    vectors = method.code_vectors(codes[0])
-                first, other = (x.float() for x in features)
-                parts.append({"features": first, "other_features": other, "embedding": embeddings[0],
-                              "other_embedding": embeddings[1], "codes": codes[0], "others": codes[1],
-                              "vectors": vectors})  # fmt: skip
+            batches = self._images(range(0, len(labels), batch), len(labels), batch, device)
+            parts = [_measure_batch(method, images) for images in batches]
         method.train(training)
-        mine = {name: None if x is None else torch.cat([part[name] for part in parts]) for name, x in parts[0].items()}
-        mine["labels"] = labels.to(device)
-        rows = {name: None if x is None else collectives.gather_rows(x).cpu() for name, x in mine.items()}
+        parts = {name: [part[name] for part in parts] for name in parts[0]} | {"labels": [labels.to(device)]}
         prototypes = method.learned_codes() if collectives.is_main() else None
-        return ProbeResult(**rows, prototypes=None if prototypes is None else prototypes.cpu())
+        return ProbeResult(
+            **{
+                name: None if x[0] is None else collectives.gather_rows(torch.cat(x)).cpu() for name, x in parts.items()
+            },
+            prototypes=None if prototypes is None else prototypes.cpu(),
+        )
 
     def _images(self, starts: range, count: int, batch: int, device: torch.device) -> Iterator[list[Tensor]]:
         crops, params, _ = self._kept
         for start in starts:
             rows = slice(start, min(start + batch, count))
             yield augmentations.color_views([x[rows] for x in crops], params[rows], self.views, device)
+
+
+def _measure_batch(method: Method, images: list[Tensor]) -> dict[str, Tensor | None]:
+    features = forward_by_size(method.evaluated, images)
+    with torch.autocast(images[0].device.type, enabled=False):
+        embeddings = [method.embed(z) for z in features]
+        codes = [method.assign(h) for h in embeddings]
+        vectors = method.code_vectors(codes[0])
+    return {"features": features[0].float(), "other_features": features[1].float(), "embedding": embeddings[0],
+            "other_embedding": embeddings[1], "codes": codes[0], "others": codes[1], "vectors": vectors}  # fmt: skip
 
 
 def _norms_without_batch(method: Method) -> list[nn.Module]:
@@ -132,19 +136,14 @@ class ProbeResult:
     labels: Tensor  # int64 (n,), -1 where there are none
     prototypes: Tensor | None = None  # of all codes, where they are learned (c, d)
 
-    def label_free(self) -> dict[str, float]:
-        """Return the measures that need no label, of `metrics/label_free.py`."""
-        return label_free.label_free(self.features, self.other_features, self.embedding, self.other_embedding,
-                                     self.codes, self.others)  # fmt: skip
-
     def metrics(self) -> dict:
         """Return the numbers of the verdict; NaN as the cosine, and no more, if an entry is not finite."""
         if not (self.features.isfinite().all() and self.embedding.isfinite().all()):
             return {"images": len(self.features), "features_cosine": math.nan}
-        found = collapse.probe_metrics(
+        numbers = collapse.probe_metrics(
             self.features, self.embedding, self.codes, self.vectors, self.other_features, self.others
         )
-        return found | collapse.prototype_numbers(self.prototypes)
+        return numbers | collapse.prototype_numbers(self.prototypes)
 
     def knn(self, k: int = 20, temperature: float = 0.07) -> float:
         """Return the top-1 of the weighted k nearest neighbors of each image among the others."""

@@ -12,7 +12,7 @@ from cplearn.training.meters import Meter
 class CodeUsage:
     """Entropy of the mean assignment, and codes in use, over windows of `STEPS` steps of an epoch.
 
-    What is left of an epoch after its last whole window is not looked at, unless the epoch has no whole one.
+    Trailing steps are ignored, unless the epoch has no whole window.
     """
 
     STEPS = 20
@@ -37,7 +37,7 @@ class CodeUsage:
     def _close(self) -> None:
         total, images = collectives.mean_over_ranks(self.total), self.images
         share = total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
-        # A code counts as used if half an image or more fell to it: none may, where assignments are spread widely.
+        # A code counts as used from a total probability of 0.5: none may, where assignments are spread widely.
         terms = {"usage_entropy": torch.special.entr(share).sum(), "codes_used": (share * images >= 0.5).double().sum()}
         self.meter.add(terms, images == 0)
         self.total, self.images, self.steps = None, None, 0
@@ -55,15 +55,14 @@ class CodeUsage:
 
     def state(self) -> dict:
         """Return what a continuation needs to come to the same bits. Every rank must call it."""
-        mine = {"total": None, "images": None}
-        if self.steps:
-            mine = {"total": self.total.cpu(), "images": self.images.cpu()}
+        parts = {"total": self.total, "images": self.images}
+        own = {name: None if x is None else x.cpu() for name, x in parts.items()}
         return {"meter": self.meter.state(), "steps": self.steps, "windows": self.windows,
-                "ranks": collectives.gather_objects(mine)}  # fmt: skip
+                "ranks": collectives.gather_objects(own)}  # fmt: skip
 
     def load(self, state: dict, device: torch.device) -> None:
         self.meter.load(state["meter"], device)
         self.steps, self.windows = state["steps"], state["windows"]
-        mine = state["ranks"][collectives.rank()]
+        own = state["ranks"][collectives.rank()]
         if self.steps:
-            self.total, self.images = mine["total"].to(device), mine["images"].to(device)
+            self.total, self.images = own["total"].to(device), own["images"].to(device)

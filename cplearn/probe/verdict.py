@@ -57,8 +57,8 @@ def judge(metrics: dict, out_dim: int) -> Verdict | None:
     """
     probe, start = ({k.removeprefix(x): v for k, v in metrics.items() if k.startswith(x)} for x in ("probe_", "start_"))
     enough = probe.get("images", 0) >= MIN_IMAGES
-    if found := _alarm(metrics, probe if enough else {}, start, out_dim):
-        return found
+    if alarm := _alarm(metrics, probe if enough else {}, start, out_dim):
+        return alarm
     if not probe:
         return None
     if not enough:
@@ -71,26 +71,27 @@ def _alarm(metrics: dict, probe: dict, start: dict, out_dim: int) -> Verdict | N
     information, perplexity = metrics.get("information"), metrics.get("usage_perplexity", math.inf)
     least = max(1.5, MIN_PERPLEXITY * min(out_dim, 10))
     if probe and not probe["features_cosine"] < MAX_COSINE:
-        number = f"{probe['features_cosine']:.4f}{_beside(start, 'features_cosine', '.4f')}"
-        return Verdict("representation", f"the features of two images have a cosine of {number} on average")
+        cosine = _number(probe, start, "features_cosine", ".4f")
+        return Verdict("representation", f"the features of two images have a cosine of {cosine} on average")
     if information is not None and information < MIN_INFORMATION and not perplexity < least:
         return Verdict("stuck at uniform", f"an assignment tells {information:.4f} nats about its image")
-    of_start = ""
+    of_start = {}
     if probe and probe["codes_perplexity"] < perplexity:
-        perplexity, of_start = probe["codes_perplexity"], _beside(start, "codes_perplexity", ".1f")
+        perplexity, of_start = probe["codes_perplexity"], start
     if perplexity < least:
-        return Verdict("cluster", f"the perplexity of the codes is {perplexity:.1f}, of {out_dim}{of_start}")
+        number = f"{perplexity:.1f}, of {out_dim}{_at_start(of_start, 'codes_perplexity', '.1f')}"
+        return Verdict("cluster", f"the perplexity of the codes is {number}")
     if not probe:
         return None
     chance, within = probe["agreement_chance"], probe["within_code"]
     if probe["agreement"] <= chance + 3 * math.sqrt(chance * (1 - chance) / probe["images"]):
         return Verdict("stuck at uniform", _agreement(probe, start))
     if probe["embedding_dimensions"] < MIN_DIMENSIONS:
-        number = f"{probe['embedding_dimensions']:.1f} dimensions{_beside(start, 'embedding_dimensions', '.1f')}"
-        return Verdict("dimensional", f"the embeddings vary in {number}")
+        dimensions = _number(probe, start, "embedding_dimensions", ".1f", " dimensions")
+        return Verdict("dimensional", f"the embeddings vary in {dimensions}")
     if within is not None and within < MIN_WITHIN:
-        number = f"{within:.1%}{_beside(start, 'within_code', '.0%')}"
-        return Verdict("intracluster", f"{number} of the variance of the features is between images of one code")
+        share = f"{within:.1%}{_at_start(start, 'within_code', '.0%')}"
+        return Verdict("intracluster", f"{share} of the variance of the features is between images of one code")
     return None
 
 
@@ -101,7 +102,7 @@ def _against_start(probe: dict, start: dict) -> Verdict:
         return Verdict(NO_ALARM, f"nothing is known about the start, so not whether this is better; {words}")
     score = score_in_words(probe, start)
     lost = [
-        f"{what} {probe[name]:.3g}{_beside(start, name, '.3g')}"
+        f"{what} {_number(probe, start, name, '.3g')}"
         for name, (share, what) in KEPT.items()
         if probe[name] < share * start.get(name, 0)
     ]
@@ -110,8 +111,7 @@ def _against_start(probe: dict, start: dict) -> Verdict:
     if not has_risen(probe, start):
         return Verdict(NO_BETTER, f"{score}; {words}")
     if "knn20" in start and probe.get("knn20", math.inf) <= start["knn20"]:
-        neighbors = f"20-NN by the labels {probe['knn20']:.4f}{_beside(start, 'knn20', '.4f')}"
-        return Verdict(NO_BETTER, f"{neighbors}; {score}; {words}")
+        return Verdict(NO_BETTER, f"20-NN by the labels {_number(probe, start, 'knn20', '.4f')}; {score}; {words}")
     return Verdict(LEARNING, f"{score}; {words}")
 
 
@@ -124,24 +124,27 @@ def has_risen(probe: dict, start: dict) -> bool:
 def score_in_words(probe: dict, start: dict) -> str:
     """Return the score without labels as the (geometric) mean place, beside that at the start, where it is known."""
     n = probe["images"]
-    now, before = (math.exp((1 - x.get(SCORE, math.nan)) * collapse.mean_log_place(n)) for x in (probe, start))
-    return f"another view finds its image at place {now:.1f} of {n} on average{_beside({SCORE: before}, SCORE, '.1f')}"
+    now, before = ({SCORE: math.exp((1 - x.get(SCORE, math.nan)) * collapse.mean_log_place(n))} for x in (probe, start))
+    return f"another view finds its image at place {_number(now, before, SCORE, '.1f', f' of {n} on average')}"
 
 
 def numbers_in_words(probe: dict, start: dict) -> str:
     """Return agreement of views, use of codes and effective ranks, each beside its value at the start, where known."""
-    return "; ".join(
-        (
-            _agreement(probe, start),
-            f"{probe['codes_used']} different codes on {probe['images']} images{_beside(start, 'codes_used', '.0f')}",
-            f"effective rank of the features {probe['features_rank']:.0f}{_beside(start, 'features_rank', '.0f')}, "
-            f"of the embedding {probe['embedding_rank']:.0f}{_beside(start, 'embedding_rank', '.0f')}",
-        )
+    used = f" different codes on {probe['images']} images"
+    return (
+        f"{_agreement(probe, start)}; "
+        f"{_number(probe, start, 'codes_used', '.0f', used)}; "
+        f"effective rank of the features {_number(probe, start, 'features_rank', '.0f')}, "
+        f"of the embedding {_number(probe, start, 'embedding_rank', '.0f')}"
     )
 
 
-def _beside(start: dict, name: str, form: str) -> str:
-    """Return the value of a number before the first step, in brackets, "" if that is not known."""
+def _number(probe: dict, start: dict, name: str, form: str, unit: str = "") -> str:
+    """Return a number with its unit, and in brackets its value before the first step, where that is known."""
+    return f"{probe[name]:{form}}{unit}{_at_start(start, name, form)}"
+
+
+def _at_start(start: dict, name: str, form: str) -> str:
     value = start.get(name)
     return "" if value is None or not math.isfinite(value) else f" (at the start {value:{form}})"
 

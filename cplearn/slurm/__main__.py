@@ -1,6 +1,6 @@
 """What the batch script starts, by the path of this file:
 
-    python cplearn/slurm/__main__.py task FOLDER                              # under srun: one process of the job
+    python cplearn/slurm/__main__.py task FOLDER                              # a process of a job queued by older code
     python cplearn/slurm/__main__.py finish FOLDER MAX_REQUEUES SRUN_CODE     # the last line: requeue the job or not
 
 By its path, because `python -m` puts the working folder first on the path: a `cplearn` or a `torch.py` that lies there

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import itertools
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from cplearn.errors import UserError
-from cplearn.slurm.status import FOLDER, LIVE, ask, job_state, submissions
+from cplearn.slurm.status import FOLDER, LIVE, ask, fields_of, job_state, submissions
 from cplearn.slurm.submit import Resources
 
 # --- checks of the input ----------------------------------------------------------------------------------
@@ -21,7 +20,13 @@ def parse_flags(script: str, argv: list[str]) -> argparse.Namespace:
     """Parse the flags of an entry point as it would itself. Raises `UserError`."""
     module = importlib.import_module(script)
     parse = getattr(module, "parse_args", None) or module.get_args_parser().parse_args
-    return parse([x.replace("%j", "0") for x in argv])
+    return parse(argv)
+
+
+def paths_of(parsed: argparse.Namespace, *names: str) -> list[str]:
+    """Return the paths that these flags were given, [] where the entry point has no such flag."""
+    values = [getattr(parsed, name, None) or [] for name in names]
+    return [os.path.expanduser(x) for value in values for x in ([value] if isinstance(value, str) else value)]
 
 
 def check_inputs(parsed: argparse.Namespace, *, may_come: bool) -> None:
@@ -29,13 +34,13 @@ def check_inputs(parsed: argparse.Namespace, *, may_come: bool) -> None:
 
     Warns about images that this machine does not see, because the nodes may.
     """
-    named = [(name, path_of(parsed, name)) for name in ("pretrained_weights", "load_features", "init_from")]
-    for name, path in [*named, *(("checkpoints", os.path.expanduser(x)) for x in _checkpoints_of(parsed))]:
-        if path and not may_come and not os.path.exists(path):
-            raise UserError(f"--{name} {path} does not exist: check the path")
-    data_path = path_of(parsed, "data_path")
-    if data_path and not os.path.exists(data_path):
-        print(f"WARNING: --data_path {data_path} does not exist on this machine", file=sys.stderr)
+    for name in ("pretrained_weights", "load_features", "init_from", "checkpoints"):
+        for path in paths_of(parsed, name):
+            if not may_come and not os.path.exists(path):
+                raise UserError(f"--{name} {path} does not exist: check the path")
+    for path in paths_of(parsed, "data_path"):
+        if not os.path.exists(path):
+            print(f"WARNING: --data_path {path} does not exist on this machine", file=sys.stderr)
 
 
 def check_run(parsed: argparse.Namespace) -> None:
@@ -48,8 +53,8 @@ def check_run(parsed: argparse.Namespace) -> None:
 
     if parsed.class_list:
         datasets.read_class_list(parsed.class_list)
-    weights = path_of(parsed, "pretrained_weights") or path_of(parsed, "init_from")
-    state = checkpoints.load_file(weights, checkpoints.DINO_CLASSES) if os.path.exists(weights) else None
+    weights = [x for x in paths_of(parsed, "pretrained_weights", "init_from") if os.path.exists(x)]
+    states = [checkpoints.load_file(x, checkpoints.DINO_CLASSES) for x in weights]
     if not hasattr(parsed, "method"):
         return  # an evaluation: its model is that of the weights
 
@@ -65,50 +70,22 @@ def check_run(parsed: argparse.Namespace) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that weights cannot be copied there
         backbone = build_method_for(parsed, views).backbone
-        if state is not None:
-            checkpoints.load_backbone(backbone, state, weights)
+        for state, path in zip(states, weights, strict=True):
+            checkpoints.load_backbone(backbone, state, path)
 
 
-def output_dir_of(script: str, argv: list[str], parsed: argparse.Namespace) -> Path:
+def output_dir_of(script: str, parsed: argparse.Namespace) -> Path:
     """Return the absolute folder that an entry point will write to, with %j as given. Raises `UserError`."""
-    output_dir = _value_of("--output_dir", argv)
-    if output_dir is None:
-        weights, features = _weights_of(parsed), path_of(parsed, "load_features")
-        output_dir = path_of(parsed, "output_dir") or features or str(Path(weights or ".").parent)
-        if script != "main_cplearn" and not (weights or features):
-            raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
+    features, weights = paths_of(parsed, "load_features"), paths_of(parsed, "checkpoints", "pretrained_weights")
+    if script != "main_cplearn" and not features and not weights:
+        raise UserError("--pretrained_weights is missing: give a checkpoint (or --load_features)")
+    beside = [*features, *(str(Path(path).parent) for path in weights)]
+    output_dir = [*paths_of(parsed, "output_dir"), *beside][0]
     if not output_dir.strip():
         raise UserError("--output_dir is empty: name a folder")
     if "%" in output_dir.replace("%j", ""):
         raise UserError(f"--output_dir {output_dir}: only %j, the job's number, is understood after %")
-    return Path(os.path.abspath(os.path.expanduser(output_dir)))
-
-
-def _checkpoints_of(parsed: argparse.Namespace) -> list[str]:
-    """Return the paths of --checkpoints of eval_collapse.py."""
-    return getattr(parsed, "checkpoints", None) or []
-
-
-def _weights_of(parsed: argparse.Namespace) -> str:
-    """Return the path of the weights beside which an evaluation writes, "" if there are none."""
-    several = _checkpoints_of(parsed)
-    return os.path.expanduser(several[0]) if several else path_of(parsed, "pretrained_weights")
-
-
-def path_of(parsed: argparse.Namespace, name: str) -> str:
-    """Return the value of a flag that is a path, "" if the entry point has no such flag or it was not given."""
-    return os.path.expanduser(getattr(parsed, name, None) or "")
-
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    """Return the last value of a flag in a command line, as argparse would."""
-    value = None
-    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        if word == flag:
-            value = following
-        elif word.startswith(f"{flag}="):
-            value = word.removeprefix(f"{flag}=")
-    return value
+    return Path(os.path.abspath(output_dir))
 
 
 # --- checks of the machine --------------------------------------------------------------------------------
@@ -128,19 +105,18 @@ def check_partition(resources: Resources) -> None:
 
     sbatch itself accepts more nodes or time than a partition has, and such a job never starts.
     """
-    shown = ask("scontrol", "show", "partition", "-o").splitlines()
-    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in shown]
+    partitions = [fields_of(line) for line in ask("scontrol", "show", "partition", "-o").splitlines()]
     if resources.partition:
-        mine = [p for p in partitions if p.get("PartitionName") in resources.partition.split(",")]
+        chosen = [p for p in partitions if p["PartitionName"] in resources.partition.split(",")]
     else:
-        mine = [p for p in partitions if p.get("Default") == "YES"]
-    if not mine:
+        chosen = [p for p in partitions if p["Default"] == "YES"]
+    if not chosen:
         return  # sbatch refuses it
-    name = mine[0]["PartitionName"]
-    most_nodes = max(min(int(p["TotalNodes"]), _number(p["MaxNodes"])) for p in mine)
+    name = chosen[0]["PartitionName"]
+    most_nodes = max(min(int(p["TotalNodes"]), _number(p["MaxNodes"])) for p in chosen)
     if resources.nodes > most_nodes:
         raise UserError(f"--nodes {resources.nodes}: partition {name} gives a job {most_nodes} at most")
-    longest = max(_minutes(p["MaxTime"]) for p in mine)
+    longest = max(_minutes(p["MaxTime"]) for p in chosen)
     if resources.timeout > longest:
         raise UserError(
             f"--timeout {resources.timeout}: partition {name} gives a job {longest:g} minutes at most "

@@ -2,6 +2,7 @@
 requeues the job (`finish`). What they write down is listed in `status.py`."""
 
 import contextlib
+import enum
 import importlib
 import json
 import os
@@ -22,6 +23,8 @@ from cplearn.slurm.status import AT_WORK, read_ends, show_job, the_cause
 
 # Exit code that makes submitit's local executor start the tasks again.
 LOCAL_REQUEUE = 144
+# Signals that tell a job to stop. SIGTERM may also be srun's, when a process has died.
+FROM_SLURM = ("SIGUSR1", "SIGUSR2")
 
 
 # --- every process of the job -----------------------------------------------------------------------------
@@ -38,29 +41,28 @@ class Task:
 
     def __call__(self) -> None:
         """Run the entry point as rank SLURM_PROCID of SLURM_NTASKS; write down how it ended."""
-        import submitit
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
 
-        env = submitit.JobEnvironment()
+        env = JobEnvironment()
         job, rank, local = env.job_id, env.global_rank, env.cluster == "local"
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         folder = Path(self.folder.replace("%j", job))
         end = folder / f"{job}_{rank}_end.json"
         restarts = read_json(end).get("restarts", -1) + 1 if local else restart_count()
         remove_quietly(end)
 
-        def report(code: int, line: str) -> None:
+        def report(error: BaseException | None) -> None:
+            code, line = errors.exit_status(error) if error else (0, "")
             content = {"code": code, "line": line, "rank": rank, "host": host_name(), "restarts": restarts}
+            content |= {"signal": getattr(error, "signal", None), "time": time.time()}
             try:
-                write_text(end, json.dumps({**content, "time": time.time()}) + "\n")
-            except ExpectedError as error:  # a full disk, which may be why the run ended
-                print(error, file=sys.stderr)
+                write_text(end, json.dumps(content) + "\n")
+            except ExpectedError as full:  # which may be why the run ended
+                print(full, file=sys.stderr)
 
         early = _stop_on_signals()
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(env.num_tasks),
-            LOCAL_RANK=str(env.local_rank),
-            LOCAL_WORLD_SIZE=str(env.num_tasks // env.num_nodes),
-        )
+        # A port of submitit's choice may be taken; in this file rank 0 names one that was free.
         meet = folder / f"{job}_{restarts}_rank0_address"
         sys.argv = [f"{self.script}.py", "--dist_url", f"file://{meet}", *(x.replace("%j", job) for x in self.argv)]
         if local:
@@ -74,7 +76,7 @@ class Task:
             if ended.code != Interrupted.exit_code or (early and not local):
                 raise  # and srun ends the others, which may be waiting for this one
             # All ranks stop after the same step and are about to end: srun would kill them for a code other than 0.
-            if local and read_json(end).get("line", "").startswith("SIGUSR2") and restarts < self.max_requeues:
+            if local and read_json(end).get("signal") == "SIGUSR2" and restarts < self.max_requeues:
                 sys.exit(LOCAL_REQUEUE)
 
 
@@ -84,7 +86,7 @@ def _stop_on_signals() -> list[str]:
 
     def stop(number: int, frame) -> None:
         received.append(signal.Signals(number).name)
-        raise Interrupted(f"{received[0]}: stopped before there was anything to save")
+        raise Interrupted(f"{received[0]}: stopped before there was anything to save", signal=received[0])
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, stop)
@@ -100,6 +102,31 @@ def restart_count() -> int:
 # --- when all processes have ended ------------------------------------------------------------------------
 
 
+class Ending(enum.Enum):
+    """How all processes of a job ended, since its last requeue."""
+
+    DONE = enum.auto()
+    FAILED = enum.auto()  # one of them, by itself: it would fail again
+    STOPPED = enum.auto()  # they were told to: the time limit, preemption
+    LOST = enum.auto()  # one of them has ended without a word, or with its machine
+
+
+def classify(ends: list[dict], processes: int, srun_code: int) -> Ending:
+    """Return how a job ended, of which `ends` are known (`read_ends`); srun's code is the highest of all processes'."""
+    codes = {end["code"] for end in ends}
+    heard_all = len(ends) == processes or srun_code == 0
+    if codes == {0} and heard_all:
+        return Ending.DONE
+    if codes - {0, Interrupted.exit_code, PeerError.exit_code}:
+        return Ending.FAILED
+    if 0 < srun_code < PeerError.exit_code:  # an error that a full disk could not record
+        return Ending.FAILED
+    told = any(end.get("signal") in FROM_SLURM for end in ends)
+    if told or (Interrupted.exit_code in codes and heard_all):
+        return Ending.STOPPED
+    return Ending.LOST
+
+
 def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
     """Requeue the job if it was told to stop or lost a process, and return the batch script's exit code.
 
@@ -107,61 +134,59 @@ def finish(folder: Path, max_requeues: int, srun_code: int) -> int:
     """
     job, processes = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_NTASKS", "1"))
     folder = Path(str(folder).replace("%j", job))
-
-    def decide(line: str) -> None:
-        print(f"job {job}: {line}", flush=True)
-        with contextlib.suppress(ExpectedError):
-            write_text(folder / f"{job}_end.json", json.dumps({"restarts": restart_count(), "line": line}) + "\n")
-
-    if not folder.is_dir():
-        decide(f"{folder} is gone")
-        return WriteError.exit_code
     try:
+        if not folder.is_dir():
+            raise WriteError(f"{folder} is gone")
         check_output_dir(str(folder))  # on NFS, writing also makes visible what other nodes have written there
     except ExpectedError as error:
-        decide(str(error))
+        print(f"job {job}: {error}", flush=True)
         return WriteError.exit_code
     ends = [end for end in read_ends(folder, job) if end["restarts"] == restart_count()]
-    silent = sorted(set(range(processes)) - {end["rank"] for end in ends})
-    if ends and all(end["code"] == 0 for end in ends) and (srun_code == 0 or not silent):
+    ending, cause = classify(ends, processes, srun_code), the_cause(ends)
+    if ending is Ending.DONE:
         return 0
-    failed = the_cause(ends)
-    if failed and failed["code"] != PeerError.exit_code:
-        decide(f"failed on rank {failed['rank']} with exit code {failed['code']}: {failed['line']}")
-        return failed["code"]
-    if 0 < srun_code < PeerError.exit_code:  # an error that the full disk could not record
-        return srun_code
-    now = show_job(job)
-    if now.get("JobState", "RUNNING") not in AT_WORK:  # cancelled, or requeued by Slurm itself
+    if ending is Ending.FAILED:
+        if cause is None or cause["code"] == PeerError.exit_code:
+            return srun_code
+        _decide(folder, job, f"failed on rank {cause['rank']} with exit code {cause['code']}: {cause['line']}")
+        return cause["code"]
+    if (now := show_job(job)).get("JobState", "RUNNING") not in AT_WORK:  # cancelled, or requeued by Slurm itself
         return Interrupted.exit_code
-    stopped = [end["line"] for end in ends if end["code"] == Interrupted.exit_code]
-    stopped.sort(key=lambda line: not line.startswith("SIGUSR"))  # srun sends SIGTERM, too, when one has died
-    if stopped and (srun_code == 0 or not silent or stopped[0].startswith("SIGUSR")):
-        code, why = Interrupted.exit_code, stopped[0]
+    if ending is Ending.STOPPED:
+        stopped = [end for end in ends if end["code"] == Interrupted.exit_code]
+        stopped.sort(key=lambda end: end.get("signal") not in FROM_SLURM)  # the others only heard of it
+        _requeue(folder, job, stopped[0]["line"], max_requeues)
+        return Interrupted.exit_code
+    silent = ", ".join(str(rank) for rank in sorted(set(range(processes)) - {end["rank"] for end in ends}))
+    reason = f"no last message of rank {silent} of {processes}, see srun's lines above" if silent else cause["line"]
+    if _saved_since(folder.parent / "checkpoint.pth", now.get("StartTime", "")):
+        _requeue(folder, job, reason, max_requeues)
     else:
-        ranks = ", ".join(map(str, silent))
-        why = f"no last message of rank {ranks} of {processes}, see srun's lines above" if silent else failed["line"]
-        code = PeerError.exit_code
-        if not _saved_since(folder.parent / "checkpoint.pth", now.get("StartTime", "")):
-            decide(f"{why} before anything was saved: not requeued (srun's code {srun_code})")
-            return code
+        reason += f" before anything was saved: not requeued (srun's code {srun_code})"
+        _decide(folder, job, reason, given_up=True)
+    return PeerError.exit_code
+
+
+def _requeue(folder: Path, job: str, reason: str, max_requeues: int) -> None:
+    """Ask Slurm to requeue the job, unless it was requeued often enough."""
     if restart_count() >= max_requeues:
-        decide(f"{why}; not requeued: --max_requeues {max_requeues} is reached, submit again")
-        return code
-    decide(f"{why}; requeueing it, {restart_count() + 1} of {max_requeues}")
-    problem = _requeue(job)
-    if problem:
-        decide(f"{why}; could not be requeued ({problem}): submit the same command again")
-    return code
-
-
-def _requeue(job: str) -> str:
-    """Ask Slurm to requeue the job. Returns "" or why it refused."""
+        line = f"{reason}; not requeued: --max_requeues {max_requeues} is reached, submit again"
+        return _decide(folder, job, line, given_up=True)
+    _decide(folder, job, f"{reason}; requeueing it, {restart_count() + 1} of {max_requeues}")
     try:
         subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        return (getattr(error, "stderr", None) or str(error)).strip()
-    return ""
+        problem = (getattr(error, "stderr", None) or str(error)).strip()
+        line = f"{reason}; could not be requeued ({problem}): submit the same command again"
+        _decide(folder, job, line, given_up=True)
+
+
+def _decide(folder: Path, job: str, line: str, *, given_up: bool = False) -> None:
+    """Print and write down what becomes of the job; `given_up`: it should go on, and does not."""
+    print(f"job {job}: {line}", flush=True)
+    with contextlib.suppress(ExpectedError):
+        content = {"restarts": restart_count(), "line": line, "given_up": given_up}
+        write_text(folder / f"{job}_end.json", json.dumps(content) + "\n")
 
 
 def _saved_since(checkpoint: Path, start: str) -> bool:

@@ -3,19 +3,16 @@
 jobs.jsonl            one line per submission: job number, time, entry point, flags, size, commit
 JOB_submission.sh     the batch script
 JOB_RANK_log.out      what each process printed, over all requeues
-JOB_RANK_end.json     how each process ended the last time: exit code, message, host
-JOB_end.json          what the batch script decided: done, failed, requeued
+JOB_RANK_end.json     how each process ended the last time: exit code, message, host, signal
+JOB_end.json          what the batch script decided: failed, requeued, given up
 """
 
-import contextlib
-import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from cplearn.errors import Interrupted, PeerError, UserError
-from cplearn.files import read_json, read_json_lines
+from cplearn.files import read_json, read_json_lines, reading
 from cplearn.host import process_start
 from cplearn.text import format_duration
 
@@ -39,10 +36,14 @@ def ask(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
+def fields_of(line: str) -> dict[str, str]:
+    """Return the fields of a line that scontrol prints with -o."""
+    return dict(re.findall(r"(\w+)=(\S*)", line))
+
+
 def show_job(job: str) -> dict[str, str]:
     """Return what scontrol knows of a job or, when it has forgotten, sacct. {} if neither knows it."""
-    shown = ask("scontrol", "show", "job", "-o", job)
-    return dict(re.findall(r"(\w+)=(\S*)", shown)) if shown else account_of(job)
+    return fields_of(ask("scontrol", "show", "job", "-o", job)) or account_of(job)
 
 
 def account_of(job: str) -> dict[str, str]:
@@ -55,30 +56,19 @@ def account_of(job: str) -> dict[str, str]:
 
 
 def submissions(folder: Path) -> list[dict]:
-    """Return the lines of jobs.jsonl, oldest first. Warns about lines that no submission wrote, and leaves them out."""
-    lines = read_json_lines(folder / "jobs.jsonl")
-    fields = {"job": str, "cluster": str, "script": str, "processes": int, "time": float}
-    ours = [x for x in lines if _has(x, fields) and x["job"].isdecimal() and x["processes"] > 0]
-    if len(ours) < len(lines):
-        count = len(lines) - len(ours)
-        print(f"WARNING: {folder / 'jobs.jsonl'} has {count} lines that no submission wrote: left out", file=sys.stderr)
-    return ours
-
-
-def _has(record: object, fields: dict[str, type]) -> bool:
-    """Whether what was read from a file is an object with these fields, each of its type."""
-    return isinstance(record, dict) and all(type(record.get(k)) is kind for k, kind in fields.items())
+    """Return the lines of jobs.jsonl, oldest first."""
+    return read_json_lines(folder / "jobs.jsonl")
 
 
 def read_ends(folder: Path, job: str) -> list[dict]:
     """Return how the processes of a job ended since its last requeue, in the order of time.
 
-    A process that runs, or was killed, has no entry.
+    A process that runs, or was killed, has no entry. Raises `UserError` for a file that is damaged.
     """
-    fields = {"code": int, "line": str, "rank": int, "host": str, "restarts": int, "time": float}
-    ends = [end for path in folder.glob(f"{job}_*_end.json") if _has(end := read_json(path), fields)]
-    last = max((end["restarts"] for end in ends), default=0)
-    return sorted((end for end in ends if end["restarts"] == last), key=lambda end: end["time"])
+    with reading(folder / f"{job}_RANK_end.json"):
+        ends = [end for path in folder.glob(f"{job}_*_end.json") if (end := read_json(path))]
+        last = max((end["restarts"] for end in ends), default=0)
+        return sorted((end for end in ends if end["restarts"] == last), key=lambda end: end["time"])
 
 
 def the_cause(ends: list[dict]) -> dict | None:
@@ -92,18 +82,19 @@ def job_state(folder: Path, entry: dict) -> dict[str, str]:
     """Return JobState and what else is known (Reason, NodeList, RunTime, Restarts), from Slurm or the job's files."""
     job = entry["job"]
     ends = read_ends(folder, job)
-    restarts = {"Restarts": str(max([end["restarts"] for end in ends], default=0))}
+    known = {"Restarts": str(ends[0]["restarts"] if ends else 0)}
     if entry["cluster"] == "slurm":
-        known = show_job(job)
-        if known:
-            return restarts | known
+        if answer := show_job(job):
+            return known | answer
     elif "started" in entry and process_start(int(job)) == entry["started"]:
-        return restarts | {"JobState": "RUNNING"}
-    codes = {end["code"] for end in ends}
+        return known | {"JobState": "RUNNING"}
     if len(ends) < entry["processes"]:
-        return restarts | {"JobState": "GONE"}  # how it ended is not known
-    ended = "COMPLETED" if codes == {0} else "FAILED" if the_cause(ends) else "INTERRUPTED"
-    return restarts | {"JobState": ended}
+        state = "GONE"  # how it ended is not known
+    elif all(end["code"] == 0 for end in ends):
+        state = "COMPLETED"
+    else:
+        state = "FAILED" if the_cause(ends) else "INTERRUPTED"
+    return known | {"JobState": state}
 
 
 # --- the jobs of a folder ---------------------------------------------------------------------------------
@@ -115,48 +106,50 @@ def status(output_dir: str) -> list[str]:
     entries = submissions(folder)
     if not entries:
         raise UserError(f"{folder} has no jobs: was it submitted with this --output_dir?")
-    newest = [entry["job"] for entry in entries if entry["script"] == "main_cplearn"][-1:]
-    lines = []
-    for entry in entries:
-        job, now = entry["job"], job_state(folder, entry)
-        state, restarts = now["JobState"], int(now.get("Restarts") or 0)
-        line = f"{job:>8}  {entry['script']:<12}  {state:<10}"
-        if state == "PENDING":
-            line += f"  ({now.get('Reason', 'None')})"
-        elif state in LIVE and now.get("NodeList", "(null)") not in ("(null)", ""):
-            line += f"  on {now['NodeList']} for {now.get('RunTime', '?')}"
-        line += f"  requeued {restarts} time{'s' * (restarts > 1)}" * (restarts > 0)
-        if job in newest:  # the files of training are the newest job's
-            line += f"  {progress(folder, job, running=state in AT_WORK)}"
-        if state not in (*LIVE, "COMPLETED"):
-            line += f"  {last_error(folder, entry, now)}"
-        lines.append(line.rstrip())
-    return lines
+    with reading(folder / "jobs.jsonl"):
+        newest = [entry["job"] for entry in entries if entry["script"] == "main_cplearn"][-1:]
+        return [_status_line(folder, entry, trains=entry["job"] in newest) for entry in entries]
+
+
+def _status_line(folder: Path, entry: dict, *, trains: bool) -> str:
+    """Return a job's line; `trains`: the files of training in the folder are this job's."""
+    job, now = entry["job"], job_state(folder, entry)
+    state, restarts = now["JobState"], int(now.get("Restarts") or 0)
+    parts = [f"{job:>8}", f"{entry['script']:<12}", f"{state:<10}"]
+    if state == "PENDING":
+        parts.append(f"({now.get('Reason', 'None')})")
+    elif state in LIVE and now.get("NodeList", "(null)") not in ("(null)", ""):
+        parts.append(f"on {now['NodeList']} for {now.get('RunTime', '?')}")
+    if restarts:
+        parts.append(f"requeued {restarts} time{'s' * (restarts > 1)}")
+    if trains:
+        parts.append(progress(folder, job, running=state in AT_WORK))
+    if state not in (*LIVE, "COMPLETED"):
+        parts.append(last_error(folder, entry, now))
+    return "  ".join(parts).rstrip()
 
 
 def progress(folder: Path, job: str, *, running: bool) -> str:
-    """Return epoch, step and remaining time, from log.txt, args.json and the last line that the job printed."""
-    try:
-        return _progress(folder, job, running=running)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-        return "progress unknown: args.json or log.txt is not a run's"
+    """Return epoch, step and remaining time, from log.txt, args.json and the last line that the job printed.
 
-
-def _progress(folder: Path, job: str, *, running: bool) -> str:
+    Raises `UserError` for a file that is damaged.
+    """
     start = read_json(folder.parent / "args.json")
     if not start:
         return "nothing trained yet"
-    epochs, steps = start["args"]["epochs"], start["derived"]["steps_per_epoch"]
-    last = min(epochs * steps, start["args"]["max_steps"] or epochs * steps)
-    record = _last_json_line(folder.parent / "log.txt")
-    done = record.get("step", 0)
+    with reading(folder.parent / "args.json"):
+        epochs, steps = start["args"]["epochs"], start["derived"]["steps_per_epoch"]
+        last = min(epochs * steps, start["args"]["max_steps"] or epochs * steps)
+    records = read_json_lines(folder.parent / "log.txt")
+    with reading(folder.parent / "log.txt"):
+        done = records[-1]["step"] if records else 0
+        pace = records[-1]["seconds"] / records[-1]["steps"] if records else None  # seconds per step
     printed = re.findall(r"(?m)^epoch (\d+)/\d+  step (\d+)/\d+", tail(folder / f"{job}_0_log.out"))
     if printed and running:
         done = max(done, (int(printed[-1][0]) - 1) * steps + int(printed[-1][1]))
     line = f"epoch {done // steps} of {epochs}" + f" and {done % steps} of {steps} steps" * (done % steps > 0)
-    if record and running:
-        seconds = (last - done) * record["seconds"] / record["steps"]
-        line += f"  ETA {format_duration(seconds)}"
+    if running and pace is not None:
+        line += f"  ETA {format_duration((last - done) * pace)}"
     return line
 
 
@@ -165,8 +158,7 @@ def last_error(folder: Path, entry: dict, now: dict[str, str]) -> str:
     ends, job = read_ends(folder, entry["job"]), entry["job"]
     end = the_cause(ends) or next((end for end in reversed(ends) if end["code"]), None)
     batch = read_json(folder / f"{job}_end.json")
-    batch = batch if _has(batch, {"line": str, "restarts": int}) else {}
-    if end and not ("not requeued" in batch.get("line", "") and end["restarts"] == batch["restarts"]):
+    if end and not (batch.get("given_up") and batch["restarts"] == end["restarts"]):
         return f"exit {end['code']} on rank {end['rank']} ({end['host']}): {end['line']}"
     code = f"exit {now['ExitCode'].removesuffix(':0')}: " if now.get("ExitCode", "0:0") != "0:0" else ""
     if batch:
@@ -193,10 +185,3 @@ def tail(path: Path, size: int = 20_000) -> str:
             return f.read().decode("utf-8", "replace")
     except OSError:
         return ""
-
-
-def _last_json_line(path: Path) -> dict:
-    for line in reversed(tail(path).splitlines()):
-        with contextlib.suppress(ValueError):  # cut short by a kill
-            return json.loads(line)
-    return {}

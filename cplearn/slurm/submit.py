@@ -45,17 +45,16 @@ class Resources:
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
-# After a line's end whatever follows is a command, and other control characters are as unwelcome. sbatch takes a
-# backslash for an escape, even where the shell does not, and in the name of a log for "%j is no number".
-_NOT_IN_ARGUMENTS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_NOT_IN_OPTIONS = re.compile(rf"{_NOT_IN_ARGUMENTS.pattern}|\\")
+# What follows a line's end in the batch script is a command. sbatch takes a backslash for an escape, even where the
+# shell does not, and in the name of a log for "%j is no number".
+_NOT_IN_OPTIONS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\]")
 
 
 @dataclass(frozen=True)
 class JobRequest:
     """A job to submit. In `argv` and `output_dir`, %j is its number.
 
-    Raises `UserError` for a character that must not get into a batch script, whichever flag it came with.
+    Raises `UserError` for a character that must not get into a batch script.
     """
 
     script: str  # module name of the entry point
@@ -68,11 +67,10 @@ class JobRequest:
 
     def __post_init__(self):
         options = {**vars(self.resources), "output_dir": self.output_dir, "name": self.name}
-        words = [(f"--{k}", x, _NOT_IN_OPTIONS) for k, v in options.items() for x in (v if k == "sbatch" else [v])]
-        words += [(f"the arguments of {self.script}", x, _NOT_IN_ARGUMENTS) for x in self.argv]
-        for where, word, unwanted in words:
-            if found := unwanted.search(str(word)):
-                raise UserError(f"{where}: {str(word)!a} holds the character {found[0]!a}: leave it out")
+        for name, value in options.items():
+            for word in map(str, value if isinstance(value, list) else [value]):
+                if unwanted := _NOT_IN_OPTIONS.search(word):
+                    raise UserError(f"--{name}: {word!a} holds the character {unwanted[0]!a}: leave it out")
 
     @property
     def folder(self) -> Path:
@@ -98,6 +96,9 @@ class JobRequest:
         return [*self.argv, *(x for flag, value in extra.items() if flag not in given for x in (flag, value))]
 
 
+_SAME_IN_SBATCH = ("partition", "account", "qos", "constraint", "exclude", "comment")
+
+
 # --- submission -------------------------------------------------------------------------------------------
 
 
@@ -108,14 +109,11 @@ def submit(request: JobRequest) -> str:
     resources, argv = request.resources, request.full_argv()
     task = Task(request.script, argv, str(request.folder), resources.max_requeues)
     start = submitit.core.utils.JobPaths.get_first_id_independent_folder(request.folder)
-    before, captured = set(start.glob("*") if start.exists() else ()), io.StringIO()
+    before = set(start.glob("*"))
     try:
-        with submitit.helpers.clean_env(), contextlib.redirect_stderr(captured):  # this may be typed in another job
+        with submitit.helpers.clean_env(), contextlib.redirect_stderr(io.StringIO()):  # this may be typed in a job
             if resources.local:
-                threads = os.environ.get("OMP_NUM_THREADS") or str(_threads(resources))
-                # The controller is started with -m, which would import a submitit.py of the working folder.
-                alone = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
-                with submitit.core.utils.environment_variables(**alone), _without_terminal():
+                with _in_background(resources):
                     job = _local_executor(request).submit(task).job_id
             else:
                 job = _slurm_executor(request).submit(task).job_id
@@ -141,15 +139,13 @@ def submit(request: JobRequest) -> str:
 def batch_script(request: JobRequest) -> str:
     """Return the batch script that `submit` would submit. Needs no Slurm."""
     executor = _slurm_executor(request)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+    return executor._make_submission_file_text(executor._submitit_command_str, "")  # submitit has no dry run
 
 
 def _slurm_executor(request: JobRequest):
     import submitit
 
     class Executor(submitit.SlurmExecutor):
-        _submitit_command_str = property(_task_command)
-
         @classmethod
         def affinity(cls) -> int:
             return 1  # or a dry run would need srun
@@ -157,20 +153,15 @@ def _slurm_executor(request: JobRequest):
     resources = request.resources
     name = request.name or request.output_dir.name.replace("%j", "") or "cplearn"
     memory = resources.mem or (None if resources.cpu else f"{40 * resources.ngpus}G")
-    finish = _command("finish", str(request.folder), str(resources.max_requeues))
-    executor = Executor(request.folder)
+    finish = [sys.executable, "-u", str(ROOT / "cplearn/slurm/__main__.py"), "finish", str(request.folder)]
+    executor = Executor(request.folder, python=_python())
     executor.update_parameters(
         job_name=name if request.script == "main_cplearn" else f"{name}-{request.script.rpartition('.')[2]}",
         nodes=resources.nodes,
         ntasks_per_node=request.tasks_per_node,
         cpus_per_task=request.cpus_per_task,
         time=resources.timeout,
-        partition=resources.partition,
-        account=resources.account,
-        qos=resources.qos,
-        constraint=resources.constraint,
-        exclude=resources.exclude,
-        comment=resources.comment,
+        **{name: getattr(resources, name) for name in _SAME_IN_SBATCH},
         dependency=request.dependency,
         signal_delay_s=resources.signal_delay_s,
         stderr_to_stdout=True,
@@ -178,7 +169,7 @@ def _slurm_executor(request: JobRequest):
         setup=[f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{_threads(resources)}}}"],
         # One process that fails ends the others; and srun does not inherit the number of cores from sbatch.
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={request.cpus_per_task}"],
-        teardown=[f"{finish} $?"],
+        teardown=[f"{shlex.join(finish)} {resources.max_requeues} $?"],
         additional_parameters={
             "requeue": True,
             **{x.partition("=")[0]: x.partition("=")[2] or True for x in resources.sbatch},
@@ -193,10 +184,7 @@ def _slurm_executor(request: JobRequest):
 def _local_executor(request: JobRequest):
     import submitit
 
-    class Executor(submitit.LocalExecutor):
-        _submitit_command_str = property(_task_command)
-
-    executor, resources = Executor(request.folder), request.resources
+    executor, resources = submitit.LocalExecutor(request.folder, python=_python()), request.resources
     executor.update_parameters(
         tasks_per_node=resources.ngpus,
         timeout_min=resources.timeout,
@@ -207,13 +195,10 @@ def _local_executor(request: JobRequest):
     return executor
 
 
-def _task_command(executor) -> str:
-    """Return the command of every process, instead of submitit's `python -m submitit.core._submit`."""
-    return _command("task", str(executor.folder))
-
-
-def _command(*words: str) -> str:
-    return shlex.join([sys.executable, "-u", str(ROOT / "cplearn/slurm/__main__.py"), *words])
+def _python() -> str:
+    """Return what submitit starts every process with: this code, whatever lies in the working folder."""
+    path = [str(ROOT), *(x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x)]
+    return shlex.join(["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={os.pathsep.join(path)}", sys.executable])
 
 
 def _gpus(resources: Resources) -> dict[str, int]:
@@ -226,21 +211,26 @@ def _threads(resources: Resources) -> int:
 
 
 @contextlib.contextmanager
-def _without_terminal() -> Iterator[None]:
-    """Give what is started inside no standard streams: with a pipe to this command, its reader would wait for the
-    job's end."""
+def _in_background(resources: Resources) -> Iterator[None]:
+    """Start inside what outlives this command: it gets no standard streams, or a reader of this command's output would
+    wait for the job's end."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(_threads(resources))
+    before = dict(os.environ)
+    # submitit starts its controller with -m, which would import a submitit.py of the working folder.
+    os.environ.update(OMP_NUM_THREADS=threads, PYTHONSAFEPATH="1")
     sys.stdout.flush()
-    kept = [os.dup(fd) for fd in range(3)]
-    null = os.open(os.devnull, os.O_RDWR)
+    streams = [os.dup(fd) for fd in range(3)]
     try:
-        for fd in range(3):
-            os.dup2(null, fd)
+        with open(os.devnull, "r+b") as null:
+            for fd in range(3):
+                os.dup2(null.fileno(), fd)
         yield
     finally:
-        for fd, before in enumerate(kept):
-            os.dup2(before, fd)
-            os.close(before)
-        os.close(null)
+        for fd, stream in enumerate(streams):
+            os.dup2(stream, fd)
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _reason(text: str) -> str:

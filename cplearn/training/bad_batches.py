@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cplearn.data.datasets import ImageError
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import running_buffers
-from cplearn.errors import LocalError, NonFiniteError, UserError, WriteError
+from cplearn.errors import NonFiniteError, UserError, WriteError
 from cplearn.files import write_text
 from cplearn.text import printable
 
@@ -128,13 +129,13 @@ class BadImages:
 
     def _still_unreadable(self, known: dict[str, str]) -> dict[str, str]:
         place = {str(name): i for i, name in enumerate(self.dataset.names)} if known else {}
-        found = {}
+        unreadable = {}
         for name in known.keys() & place.keys():
             try:
                 self.dataset[place[name]]
-            except LocalError as error:
-                found[name] = str(error).partition("; repair it")[0]
-        return dict(sorted(found.items()))
+            except ImageError as error:
+                unreadable[name] = error.reason
+        return dict(sorted(unreadable.items()))
 
     def _write(self) -> None:
         write_text(self.path, "".join(f"{printable(name)}\t{reason}\n" for name, reason in self.known.items()))

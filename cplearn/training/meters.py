@@ -76,9 +76,6 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._start
 
 
-LONGEST = 1e9  # seconds, which no epoch takes
-
-
 @dataclass
 class EpochState:
     """How far the current epoch is, over all its parts if it was interrupted. Saved with the run."""
@@ -100,12 +97,9 @@ class EpochState:
         }
 
     def load(self, state: dict, device: torch.device) -> None:
-        """Raises KeyError, TypeError or ValueError for what no run writes."""
         self.meter.load(state["meter"], device)
         self.skipped, self.replaced, self.seconds = state["skipped"], state["replaced"], state["seconds"]
         self.waiting.seconds = state["waiting"]
-        if not (0 <= self.waiting.seconds < LONGEST and 0 <= self.seconds < LONGEST):
-            raise ValueError(f"an epoch of {self.seconds:g} s, {self.waiting.seconds:g} s of waiting")
 
 
 class DeferredRead:
@@ -123,10 +117,6 @@ class DeferredRead:
             event.record()
         self._waiting = (x, event)
         return before
-
-    @property
-    def waiting(self) -> bool:
-        return self._waiting is not None
 
     def flush(self) -> list[float] | None:
         """Return what is still under way, if anything."""

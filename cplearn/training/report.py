@@ -13,11 +13,12 @@ from cplearn.data import datasets
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.files import append_json_line, write_text
-from cplearn.host import cores_of_process, git_commit, resident_memory
+from cplearn.host import cores_of_process, git_commit
 from cplearn.methods.base import StepOutput
 from cplearn.precision import slow_precision
 from cplearn.probe import verdict
 from cplearn.text import format_duration
+from cplearn.training.memory import peak_memory
 from cplearn.training.meters import Progress
 from cplearn.training.optimizer import actual_lr
 from cplearn.training.run import Run
@@ -33,7 +34,7 @@ def announce(run: Run, lines: list[str]) -> None:
         *lines,
         f"Data: {datasets.summary(images.dataset)}",
         f"  {images.summary()}" + f", from {side} x {side} pixels on at 1/2, 1/4 or 1/8 of their size" * bool(side),
-        memory_line(run),
+        f"{'GPU memory' if run.device.type == 'cuda' else 'Memory'}: about {run.memory}",
     ]
     print("\n".join(lines))
     args, method, device = run.args, run.method, run.device
@@ -59,23 +60,15 @@ def announce(run: Run, lines: list[str]) -> None:
     print("Arguments: " + " ".join(f"--{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
     for name, value in derived.items():
         print(f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}")
-    found = method.warnings()
+    warnings = method.warnings()
     if slow_precision(args.precision, device):
-        found.append(f"this CPU only emulates {args.precision}: --precision fp32 is many times as fast")
-    for warning in found:
+        warnings.append(f"this CPU only emulates {args.precision}: --precision fp32 is many times as fast")
+    for warning in warnings:
         print(f"WARNING: {warning}")
     content = json.dumps({"args": vars(args), "derived": derived}, indent=1, sort_keys=True)
     if run.step < run.last_step:
         write_text(Path(args.output_dir, "args.json"), content + "\n")
     sys.stdout.flush()
-
-
-def memory_line(run: Run) -> str:
-    """Return what the run is expected to take, and on a CPU what this process has by now, which it adds to."""
-    if run.device.type == "cuda":
-        return f"GPU memory: about {run.memory}"
-    line, now = f"Memory: about {run.memory}", resident_memory()
-    return line if now is None else f"{line}; beside {now / 1e9:.1f} GB that this process has now"
 
 
 class EpochReport:
@@ -105,7 +98,7 @@ class EpochReport:
             values = epoch.meter.read() | run.monitor.usage.read()
             rate, wait = done * self.batch / epoch.seconds, epoch.waiting.seconds / epoch.seconds
             self.progress.show(done, values, lr, rate, wait)
-        if not run.duration_told and (run.step - self.first_step == TIMED_STEPS or done == run.steps_per_epoch):
+        if not run.is_timed and (run.step - self.first_step == TIMED_STEPS or done == run.steps_per_epoch):
             counted = run.step - self.first_step - 1
             all_but_first = epoch.seconds - self.seconds_before - self.first_step_seconds
             self._tell_duration(all_but_first / counted if counted else self.first_step_seconds)
@@ -113,12 +106,13 @@ class EpochReport:
     def _tell_duration(self, seconds: float) -> None:
         """Say how long an epoch and all of them take, from the seconds per step."""
         run, epoch = self.run, seconds * self.run.steps_per_epoch
-        run.duration_told = True
+        run.is_timed = True
         if not collectives.is_main():
             return
         print(
             f"{seconds:.2g} s per step: an epoch takes about {format_duration(epoch)}, what is left of "
-            f"{run.args.epochs} epochs {format_duration(seconds * (run.last_step - run.step))}",
+            f"{run.args.epochs} epochs {format_duration(seconds * (run.last_step - run.step))}\n"
+            f"{peak_memory(run.device) / 1e9:.1f} GB of memory at most so far",
             flush=True,
         )
         if run.device.type == "cpu" and epoch > SLOW_EPOCH:
@@ -188,9 +182,9 @@ def report_epoch(run: Run, record: dict) -> None:
     ending = run.monitor.at_end(run.step) if run.step == run.last_step else {}
     if run.step == args.epochs * run.steps_per_epoch:  # one cut by --max_steps goes on: no line of its log may differ
         record |= ending
-    if said := record if "verdict" in record else ending:
-        mark = "WARNING: " if said["verdict"] in verdict.WARNINGS else ""
-        print(f"  {mark}{said['verdict_line']}", flush=True)
+    if judged := record if "verdict" in record else ending:
+        mark = "WARNING: " if judged["verdict"] in verdict.WARNINGS else ""
+        print(f"  {mark}{judged['verdict_line']}", flush=True)
     if "probe_knn20" in record:
         start = f" ({record['start_knn20']:.4f} before the first step)" if "start_knn20" in record else ""
         print(f"  20-NN among the probe's images: {record['probe_knn20']:.4f}{start}", flush=True)
@@ -212,17 +206,15 @@ def loader_advice(wait: float, workers: int, device: torch.device, images: Pixel
         return ""
     cores = cores_of_process(collectives.local_world_size())
     needed = math.ceil((workers or wait) / max(0.01, 1 - wait))
-    said = f"{wait:.0%} of the time went into waiting for images"
+    waited = f"{wait:.0%} of the time went into waiting for images"
     if device.type != "cpu" and needed <= cores:  # on a CPU the workers would take the step's own cores
-        return f"{said}: --num_workers {needed} would keep up (now {workers}, this process has {cores} cores)"
+        return f"{waited}: --num_workers {needed} would keep up (now {workers}, this process has {cores} cores)"
     if images.kind == "none":
         size = images.expected_bytes() / 1e9
-        return f"{said}: --cache disk decodes them once ({size:.1f} GB in --cache_dir), --cache ram if that fits"
-    if device.type != "cpu":
-        return (
-            f"{said}: {needed} cores for --num_workers would keep up, this process has {cores}; fewer local crops help"
-        )
-    return ""
+        return f"{waited}: --cache disk decodes them once ({size:.1f} GB in --cache_dir), --cache ram if that fits"
+    if device.type == "cpu":
+        return ""
+    return f"{waited}: {needed} cores for --num_workers would keep up, this process has {cores}; fewer local crops help"
 
 
 def report_end(run: Run, record: dict) -> None:

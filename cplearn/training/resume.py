@@ -10,44 +10,17 @@ import torch
 from cplearn import checkpoints
 from cplearn.distributed import collectives
 from cplearn.errors import NonFiniteError, UserError
-from cplearn.files import open_own
+from cplearn.files import reading
 from cplearn.host import git_commit
 from cplearn.training.run import Run
 
 # Flags that may differ between a run and its continuation, because they change nothing but how sums are rounded.
 MAY_CHANGE_ON_RESUME = {
-    "output_dir",
-    "num_workers",
-    "cache",
-    "cache_dir",
-    "worker_timeout",
-    "saveckp_freq",
-    "saveckp_minutes",
-    "print_freq",
-    "max_steps",
-    "max_bad_images",
-    "max_skipped_steps",
-    "knn_freq",
-    "best_by",
-    "on_collapse",
-    "resume_force",
-    "tensorboard",
-    "wandb",
-    "wandb_project",
-    "profile",
-    "grad_checkpointing",
-    "device",
-    "dist_url",
-    "dist_timeout",
-    "peer_timeout",
-    "loss_form",
-    "threads",
-}
-
-
-STATE = {"format": str, "args": dict, "identity": dict, "commit": str, "epoch": int, "step": int,
-         "steps_per_epoch": int, "model": dict, "optimizer": dict, "scaler": dict, "progress": dict,
-         "bad_images": dict, "log_bytes": int}  # fmt: skip
+    "output_dir", "num_workers", "cache", "cache_dir", "worker_timeout", "saveckp_freq", "saveckp_minutes",
+    "print_freq", "max_steps", "max_bad_images", "max_skipped_steps", "knn_freq", "best_by", "on_collapse",
+    "resume_force", "tensorboard", "wandb", "wandb_project", "profile", "grad_checkpointing", "device", "dist_url",
+    "dist_timeout", "peer_timeout", "loss_form", "threads",
+}  # fmt: skip
 
 
 def save(run: Run) -> None:
@@ -90,11 +63,12 @@ def _write(run: Run, progress: dict) -> None:
         "log_bytes": log.stat().st_size if log.exists() else 0,
     }
     run.lock.check()
-    if run.args.saveckp_freq and rest == 0 and epoch % run.args.saveckp_freq == 0:  # first: a kill may come between
-        checkpoints.save(folder / f"checkpoint{epoch:04}.pth", state)
+    others = []
+    if run.args.saveckp_freq and rest == 0 and epoch % run.args.saveckp_freq == 0:
+        others.append(f"checkpoint{epoch:04}.pth")
     if run.monitor.improved:
-        checkpoints.save(folder / "checkpoint_best.pth", state)
-    checkpoints.save_run(folder, state)
+        others.append("checkpoint_best.pth")
+    checkpoints.save_run(folder, state, others)
 
 
 def resume(run: Run, defaults: dict) -> None:
@@ -107,48 +81,44 @@ def resume(run: Run, defaults: dict) -> None:
     path = collectives.on_main(_choose_checkpoint, Path(run.args.output_dir))
     if path is None:
         return
-    with collectives.raise_on_all_ranks():  # each rank reads the file on its own
+    with collectives.raise_on_all_ranks(), reading(path, "use another copy"):  # each rank reads it on its own
         state = checkpoints.load(path)
         differ = _check_settings(run, state, defaults, path)
         checkpoints.load_into(run.method, state["model"], path)
         checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
-        _load_progress(run, state, differ, path)
+        _load_progress(run, state, differ)
     run.bad_images.load(state["bad_images"])
     collectives.on_main(_announce, run, path, differ, state)
     run.resumed = True
 
 
-def _load_progress(run: Run, state: dict, differ: dict, path: str) -> None:
-    """Set how far the run is. Raises `UserError` for what this version does not write."""
-    try:
-        if "precision" not in differ:
-            run.scaler.load_state_dict(state["scaler"])
-        run.step = run.saved_step = state["step"]
-        progress = state["progress"]
-        same_steps = state["steps_per_epoch"] == run.steps_per_epoch
-        if same_steps and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ.keys():
-            run.epoch.load(progress, run.device)
-            run.monitor.load(progress, run.device)
-            run.bad_steps.in_a_row = progress["in_a_row"]
-        else:  # another batch: steps cannot be matched inside an epoch
-            run.step = state["epoch"] * run.steps_per_epoch
-            if not {"data", "seed"} & differ.keys():  # the probe is the same
-                run.monitor.load(progress, run.device, same_steps=False)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
-        raise UserError(f"{path} does not say how far its run was ({reason}): use another copy") from None
+def _load_progress(run: Run, state: dict, differ: dict) -> None:
+    """Set how far the run is."""
+    if "precision" not in differ:
+        run.scaler.load_state_dict(state["scaler"])
+    run.step = run.saved_step = int(state["step"])
+    progress = state["progress"]
+    same_steps = state["steps_per_epoch"] == run.steps_per_epoch
+    if same_steps and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ.keys():
+        run.epoch.load(progress, run.device)
+        run.monitor.load(progress, run.device)
+        run.bad_steps.in_a_row = progress["in_a_row"]
+    else:  # another batch: steps cannot be matched inside an epoch
+        run.step = state["epoch"] * run.steps_per_epoch
+        if not {"data", "seed"} & differ.keys():  # the probe is the same
+            run.monitor.load(progress, run.device, same_steps=False)
 
 
 def _choose_checkpoint(folder: Path) -> str | None:
     """Clear up after a killed run, and return the newest checkpoint that can be read. None if there is none."""
     checkpoints.finish_writing(folder)
-    found = checkpoints.load_run(folder)
+    newest = checkpoints.load_run(folder)
     log = folder / "log.txt"
-    if found is None:
+    if newest is None:
         if log.exists():  # of a run that was killed before its first checkpoint
             os.replace(log, log.with_name("log_old.txt"))
         return None
-    _, path, problem = found
+    _, path, problem = newest
     if problem:
         latest = folder / checkpoints.LATEST
         if latest.exists():  # out of the way of the good one, which is the next to be called previous
@@ -159,19 +129,14 @@ def _choose_checkpoint(folder: Path) -> str | None:
 
 def _check_settings(run: Run, state: dict, defaults: dict, path: str) -> dict[str, object]:
     """Return the settings that differ, with the checkpoint's values. Raises `UserError` for those not forced."""
-    wrong = sorted(map(str, state.keys() ^ STATE.keys())) or [
-        k for k, v in STATE.items() if not isinstance(state[k], v)
-    ]
-    if wrong:
-        raise UserError(f"{path} was written by another version (keys {', '.join(wrong)}): use another --output_dir")
-    mine, theirs = vars(run.args) | run.identity, defaults | state["args"] | state["identity"]
-    names = (mine.keys() | theirs.keys()) - MAY_CHANGE_ON_RESUME
-    differ = {k: theirs.get(k) for k in sorted(names) if mine.get(k) != theirs.get(k)}
+    now, then = vars(run.args) | run.identity, defaults | state["args"] | state["identity"]
+    names = (now.keys() | then.keys()) - MAY_CHANGE_ON_RESUME
+    differ = {k: then.get(k) for k in sorted(names) if now.get(k) != then.get(k)}
     refused = [k for k in differ if k not in run.args.resume_force]
     if refused:
         raise UserError(
             f"{path} belongs to another run: "
-            + ", ".join(f"{k} {differ[k]} there, {mine.get(k)} here" for k in refused)
+            + ", ".join(f"{k} {differ[k]} there, {now.get(k)} here" for k in refused)
             + f"; use another --output_dir, the same settings, or --resume_force {' '.join(refused)}"
         )
     return differ
@@ -198,7 +163,6 @@ def _announce(run: Run, path: str, differ: dict[str, object], state: dict) -> No
     log = Path(run.args.output_dir, "log.txt")
     size = log.stat().st_size if log.exists() else 0
     if size > log_bytes and run.step < run.last_step:
-        with open_own(log) as f:
-            f.truncate(log_bytes)
+        os.truncate(log, log_bytes)
     elif size < log_bytes:
         print(f"WARNING: {log} has lost lines: {size} bytes instead of {log_bytes}")

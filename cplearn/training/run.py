@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,16 +10,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from cplearn.data import loaders, workers
+from cplearn import backbones, random_streams
+from cplearn.data import datasets, loaders, workers
 from cplearn.data.augmentations import View
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.lock import FolderLock
+from cplearn.methods import build_method_for
 from cplearn.methods.base import Method
 from cplearn.probe.monitor import Monitor
 from cplearn.training.bad_batches import BadImages, BadSteps
-from cplearn.training.memory import Memory
+from cplearn.training.memory import Memory, check_memory
 from cplearn.training.meters import DeferredRead, EpochState
+from cplearn.training.optimizer import build_optimizer
 from cplearn.training.profile import StepProfile
 from cplearn.training.stop import StopSignals
 from cplearn.training.writers import Writers
@@ -33,7 +37,7 @@ class Run:
     device: torch.device
     images: Pixels
     views: list[View]
-    loader: torch.utils.data.DataLoader
+    loader: workers.Loader
     method: Method
     model: nn.Module  # the method, in several processes inside DDP
     optimizer: torch.optim.Optimizer
@@ -55,12 +59,12 @@ class Run:
     outcomes: DeferredRead = field(default_factory=DeferredRead)  # of the last step, on their way to the host
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
-    duration_told: bool = False  # how long it will take
+    is_timed: bool = False  # its steps: how long it takes has been printed
 
     def set_training(self) -> None:
-        """Set all to training, but the backbone in the epochs in which --freeze_backbone_epochs keeps it as it is.
+        """Enter train mode when an epoch begins; keep a frozen backbone (--freeze_backbone_epochs) in eval mode.
 
-        What is frozen has no gradient, keeps nothing for one, and keeps its statistics. Called when an epoch begins.
+        What is frozen has no gradient, keeps nothing for one, and keeps its statistics.
         """
         backbone, epochs = self.method.backbone, self.args.freeze_backbone_epochs
         frozen = self.step < epochs * self.steps_per_epoch
@@ -82,7 +86,7 @@ class Run:
         DDP must be gone before its process group is: found by the garbage collector after that, it aborts the process.
         """
         self.profile.close()
-        workers.stop_workers(self.loader)
+        self.loader.stop()
         self.model = self.method
         gc.collect()
 
@@ -102,3 +106,49 @@ class Run:
     @property
     def between_epochs(self) -> bool:
         return self.step % len(self.loader) == 0
+
+
+def assemble(
+    args: argparse.Namespace, images: Pixels, device: torch.device, lock: FolderLock, signals: StopSignals
+) -> Run:
+    """Build loader, method and optimizer; return the run at its beginning."""
+    dataset, views = images.dataset, images.views
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args.seed)
+    on_cpu = device.type == "cpu"
+    loader = loaders.train_loader(
+        images,
+        views,
+        batch_size=args.batch_size_per_gpu,
+        seed=args.seed,
+        # On a CPU, workers that only cut views take more from the step than they give.
+        num_workers=workers.default_workers(args.num_workers, no_gain=on_cpu and images.kind != "none"),
+        pin_memory=not on_cpu,
+    )
+    method = build_method_for(args, views)
+    memory = check_memory(method, args, views, device)
+    method.to(device)
+    if args.compile:
+        backbones.compile_backbone(method.backbone, device)
+    processes, data, threads = collectives.world_size(), datasets.fingerprint(dataset), torch.get_num_threads()
+    half = args.precision == "fp16"
+    return Run(
+        args=args,
+        identity={"processes": processes, "data": data, "threads": threads},
+        device=device,
+        images=images,
+        views=views,
+        loader=loader,
+        method=method,
+        model=method,
+        optimizer=build_optimizer(method, args),
+        # Scale 1 outside fp16: there it only leaves out, on the device, steps whose gradient is not finite.
+        scaler=torch.amp.GradScaler(device.type, init_scale=2.0**16 if half else 1.0),
+        profile=StepProfile(args.profile, args.output_dir, device),
+        last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
+        memory=memory,
+        monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq, args.best_by),
+        bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
+        bad_images=BadImages(dataset, args.max_bad_images, args.output_dir),
+        lock=lock,
+        signals=signals,
+    )

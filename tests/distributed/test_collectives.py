@@ -116,6 +116,8 @@ def half_batch(rank):
 
     rows = torch.arange(rank, 7, 2)[:, None] * torch.tensor([1.0, 10.0])
     out["rows"] = collectives.gather_rows(rows)
+    out["six_rows"] = collectives.gather_rows(rows[:3])
+    out["six_equal_rows"] = collectives.gather_equal_rows(rows[:3])
     return out
 
 
@@ -224,13 +226,15 @@ def test_gather_rows_restores_the_order(two):
     expected = torch.arange(7)[:, None] * torch.tensor([1.0, 10.0])
     for rank in range(2):
         assert torch.equal(two[rank]["rows"], expected)
+        assert torch.equal(two[rank]["six_rows"], expected[:6])
+        assert torch.equal(two[rank]["six_equal_rows"], expected[:6])
 
 
 def test_one_process_is_a_normal_case():
     x = torch.randn(5)
     assert collectives.world_size() == 1 and collectives.is_main()
     assert torch.equal(collectives.log_mean_over_ranks(x), x)
-    assert torch.equal(collectives.gather_rows(x), x)
+    assert torch.equal(collectives.gather_rows(x), x) and torch.equal(collectives.gather_equal_rows(x), x)
     module = nn.Linear(2, 2)
     assert collectives.wrap(module, torch.device("cpu")) is module
 

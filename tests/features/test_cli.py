@@ -28,27 +28,23 @@ def test_scripts_read_everything_from_the_checkpoint(run, tmp_path, image_folder
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "named"),
     [
-        (["--arch", "vit_small"], "was trained with resnet8_w8"),
-        (["--dataset", "mnist"], "--dataset mnist is unknown"),
-        (["--nb_knn", "0"], "must be positive"),
-        (["--load_features", "/tmp"], "leave out --pretrained_weights"),
-        (["--data_path", "/nowhere"], "/nowhere is not a folder"),
-        (["--checkpoint_key", "foo"], "--checkpoint_key foo: .* has no such network"),
-        (["--checkpoint_key", "teacher"], "--checkpoint_key teacher: .* has no such network"),
-        (["--dataset", "digits", "--data_path", "."], "is not read with --dataset digits"),
-        (["--data_path", ""], "--data_path '' is empty"),
-        (["--output_dir", ""], "--output_dir '' is empty"),
-        (["--pretrained_weights", "x" * 300], "--pretrained_weights xxx.* is longer than a path can be"),
-        (["--seed", str(2**32)], "--seed 4294967296 must not be negative, and be below"),
-        (["--image_size", "2"], "--image_size 2: --arch resnet8_w8 cannot take such images"),
-        (["--n_b_k", "2"], "did you mean --nb_knn"),
-        (["--output_dir", "/proc/x"], "--output_dir /proc/x cannot be written"),
+        (["--arch", "vit_small"], "--arch vit_small, .* resnet8_w8"),
+        (["--dataset", "mnist"], "--dataset mnist"),
+        (["--load_features", "/tmp"], "--load_features"),
+        (["--data_path", "/nowhere"], "/nowhere"),
+        (["--checkpoint_key", "foo"], "--checkpoint_key foo"),
+        (["--checkpoint_key", "teacher"], "--checkpoint_key teacher"),
+        (["--dataset", "digits", "--data_path", "."], "--dataset digits"),
+        (["--output_dir", ""], "--output_dir ''"),
+        (["--image_size", "2"], "--image_size 2: --arch resnet8_w8"),
+        (["--image_size", "20000"], "--image_size 20000"),
+        (["--output_dir", "/proc/x"], "--output_dir /proc/x"),
     ],
 )
-def test_wrong_flags(run, tmp_path, more, words):
-    with pytest.raises(UserError, match=words):
+def test_wrong_flags(run, tmp_path, more, named):
+    with pytest.raises(UserError, match=named):
         eval_knn.main(eval_flags(run, tmp_path, *more))
 
 
@@ -65,14 +61,14 @@ def test_the_network_of_bare_weights_has_to_be_there(run, tmp_path):
     common = ["--pretrained_weights", str(tmp_path / "bare.pth"), "--arch", "resnet8_w8", "--nb_knn", "3",
               "--num_workers", "0", "--device", "cpu"]  # fmt: skip
     eval_knn.main([*common, "--checkpoint_key", "student"])
-    with pytest.raises(UserError, match="--checkpoint_key teacher: .*bare.pth has no such network|does not fit"):
+    with pytest.raises(UserError, match="--checkpoint_key teacher|bare.pth"):
         eval_knn.main([*common, "--checkpoint_key", "teacher"])
 
 
 @pytest.mark.parametrize("script", [eval_cluster, eval_collapse])
 def test_a_folder_without_val_is_told_of_the_train_split(run, tmp_path, image_folder, script):
     shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
-    with pytest.raises(UserError, match="data has no val or test folder: add one, or --split train"):
+    with pytest.raises(UserError, match="data .*--split train"):
         script.main(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
 
 
@@ -91,9 +87,7 @@ def test_class_folders_without_splits_are_evaluated_whole(run, tmp_path, image_f
     assert eval_knn.main([*again, "--nb_knn", "5", "100"]) == metrics
     assert eval_cluster.main([*again, "--kmeans_redo", "1", "--shuffles", "1"]) == rows
     for given in (flags, again):
-        with pytest.raises(
-            UserError, match="one set of images, eval_linear.py needs two with labels: train/CLASS/ and"
-        ):
+        with pytest.raises(UserError, match="eval_linear.py"):
             eval_linear.main([*given, "--augment", "false"])
 
 
@@ -103,34 +97,22 @@ def test_a_flat_folder_has_codes_but_no_classes(run, tmp_path, capsys):
     assert list(eval_cluster.main(flags)) == ["codes"]
     assert "9 images, no classes" in capsys.readouterr().out
     eval_cluster.main([*flags, "--random_init", "--split", "train"])
-    with pytest.raises(UserError, match="eval_knn.py needs labels, .*: sort them into train/CLASS/ and val/CLASS/"):
+    with pytest.raises(UserError, match="eval_knn.py needs labels"):
         eval_knn.main(flags)
-    with pytest.raises(UserError, match="flat is one set of images, eval_linear.py needs two with labels"):
+    with pytest.raises(UserError, match="flat .* eval_linear.py"):
         eval_linear.main(flags)
 
 
 def test_the_rank_that_a_launcher_adds_is_in_no_result(run, tmp_path):
     eval_knn.main(eval_flags(run, tmp_path, "--nb_knn", "3", "--local-rank=0"))
     assert "local_rank" not in last_result(tmp_path)["flags"]
-
-
-@pytest.mark.parametrize("script", ["eval_knn", "eval_linear", "eval_cluster"])
-def test_weights_are_asked_for(script):
-    with pytest.raises(UserError, match="--pretrained_weights is missing"):
-        {"eval_knn": eval_knn, "eval_linear": eval_linear, "eval_cluster": eval_cluster}[script].main([])
+    with pytest.raises(UserError, match="--pretrained_weights"):  # which is asked for
+        eval_knn.main([])
 
 
 def _evaluate(rank, run, out):
-    common = [
-        "--pretrained_weights",
-        f"{run}/checkpoint.pth",
-        "--output_dir",
-        out,
-        "--num_workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    common = ["--pretrained_weights", f"{run}/checkpoint.pth", "--output_dir", out, "--num_workers", "0",
+              "--device", "cpu"]  # fmt: skip
     knn = eval_knn.main([*common, "--nb_knn", "5"])
     cluster = eval_cluster.main(common)
     linear = eval_linear.main([*common, "--epochs", "3", "--augment", "true", "--batch_size_per_gpu", "10"])

@@ -1,10 +1,12 @@
 """Features from a checkpoint: their order, what is kept of them, wrong data, weights of other kinds."""
 
+import argparse
 import copy
 import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,15 @@ import eval_cluster
 import eval_knn
 import eval_linear
 import main_cplearn
-from cplearn import backbones, checkpoints
+from cplearn import checkpoints, random_streams
+from cplearn.data.augmentations import eval_pixels
+from cplearn.data.color import network_input
+from cplearn.data.datasets import Folder
 from cplearn.errors import UserError, WorkerError
+from cplearn.features.cli import request_of
 from cplearn.features.splits import extract_features
 from cplearn.load import load_model
+from cplearn.methods import build_method
 
 
 def test_features_do_not_depend_on_batch_size_and_come_in_order(run, tmp_path):
@@ -35,7 +42,7 @@ def test_features_do_not_depend_on_batch_size_and_come_in_order(run, tmp_path):
 def test_a_model_says_what_the_file_completed_and_leaves_the_flags_alone(run, tmp_path, image_folder, monkeypatch):
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--image_size", "16"))
     before = copy.deepcopy(args)
-    model = load_model(args, torch.device("cpu"))
+    model = load_model(request_of(args, "digits"), torch.device("cpu"))
     assert args == before and model.network is None and model.epoch == 2 and not model.backbone.training
     assert model.flags() == {"arch": "resnet8_w8", "patch_size": 16, "image_size": 16, "dataset": "folder",
                              "data_path": str(image_folder), "class_list": None, "method": "cplearn"}  # fmt: skip
@@ -47,19 +54,16 @@ def test_a_model_says_what_the_file_completed_and_leaves_the_flags_alone(run, tm
 
 
 def test_random_init_is_the_run_before_training(run, tmp_path):
-    args = json.loads((run / "args.json").read_text())["args"]
     eval_cluster.main(eval_flags(run, tmp_path, "--random_init", "--dump_features", str(tmp_path)))
     random = checkpoints.load(tmp_path / "features_val_last1.pth")["features"]
-    assert last_result(tmp_path)["random_init"] is True
-    torch.manual_seed(1)
-    untrained = backbones.build_backbone("resnet8_w8", patch_size=16, image_size=32).eval()
-    trained = checkpoints.load(run / "checkpoint.pth")["model"]
-    assert random.shape == (12, 8) and args["seed"] == 0
-    checkpoints.load_into(
-        untrained, checkpoints.backbone_weights({"format": checkpoints.FORMAT, "model": trained}), "x"
-    )
-    eval_cluster.main(eval_flags(run, tmp_path, "--dump_features", str(tmp_path)))
-    assert not torch.allclose(random, checkpoints.load(tmp_path / "features_val_last1.pth")["features"])
+    assert last_result(tmp_path)["random_init"] is True and random.shape == (12, 8)
+    args = json.loads((run / "args.json").read_text())["args"]
+    random_streams.seed_everything(random_streams.FOR_WEIGHTS, args["seed"])
+    untrained = build_method(argparse.Namespace(**args)).eval()
+    pixels = [eval_pixels(Folder(Path(args["data_path"]) / "val")[i][0], 32) for i in range(12)]
+    with torch.no_grad():
+        expected = untrained.backbone(network_input(torch.stack(pixels), torch.device("cpu")))
+    torch.testing.assert_close(random, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_dumped_features_give_the_same_results_without_images(run, tmp_path):
@@ -105,31 +109,48 @@ def test_images_without_classes(run, tmp_path, capsys):
     assert set(rows) == {"codes"} and "No labels" in capsys.readouterr().out
 
 
-def test_kept_features_of_two_models_do_not_mix(run, tmp_path, image_folder):
-    other = tmp_path / "other"
+def test_kept_features_of_two_models_or_data_sets_do_not_mix(run, tmp_path, image_folder):
+    other, kept = tmp_path / "other", tmp_path / "f"
     main_cplearn.main(
         [*SMALL, "--epochs", "2", "--data_path", str(image_folder), "--seed", "5", "--output_dir", str(other)]
     )
-    kept = ["--dump_features", str(tmp_path / "f")]
-    eval_knn.main(eval_flags(run, tmp_path, *kept))
-    eval_cluster.main(eval_flags(other, tmp_path, *kept))  # replaces those of val only
-    with pytest.raises(UserError, match="train and val are of different weights"):
-        eval_knn.main(["--load_features", str(tmp_path / "f"), "--device", "cpu"])
-    with pytest.raises(UserError, match="--random_init cannot change kept features"):
-        eval_knn.main(["--load_features", str(tmp_path / "f"), "--random_init"])
-    with pytest.raises(UserError, match="holds kept features or a linear probe"):
-        eval_knn.main(["--pretrained_weights", str(tmp_path / "f" / "features_val_last1.pth"), "--device", "cpu"])
-
-
-def test_kept_features_of_two_data_sets_do_not_mix(run, tmp_path, image_folder):
     shutil.copytree(image_folder, tmp_path / "copy")
-    kept = ["--dump_features", str(tmp_path / "f")]
-    eval_knn.main(eval_flags(run, tmp_path, *kept))
-    compared = last_result(tmp_path)
-    assert compared["train_data_hash"].startswith("48 images ") and compared["data_hash"].startswith("12 images ")
-    eval_cluster.main(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "copy"), *kept))  # those of val only
-    with pytest.raises(UserError, match="train and val are of different data: extract both again"):
-        eval_knn.main(["--load_features", str(tmp_path / "f"), "--device", "cpu"])
+    eval_knn.main(eval_flags(run, tmp_path, "--dump_features", str(kept)))
+    record = last_result(tmp_path)
+    assert record["train_data_hash"].startswith("48 images ") and record["data_hash"].startswith("12 images ")
+    for weights, more, named in ((other, [], "weights"), (run, ["--data_path", str(tmp_path / "copy")], "data")):
+        eval_cluster.main(eval_flags(weights, tmp_path, *more, "--dump_features", str(kept)))  # those of val only
+        with pytest.raises(UserError, match=f"{kept}: train and val .* {named}"):
+            eval_knn.main(["--load_features", str(kept), "--device", "cpu"])
+    with pytest.raises(UserError, match="--random_init"):
+        eval_knn.main(["--load_features", str(kept), "--random_init"])
+    with pytest.raises(UserError, match="kept features"):
+        eval_knn.main(["--pretrained_weights", str(kept / "features_val_last1.pth"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("features", lambda x: x[:-1]),
+        ("features", lambda x: x.double()),
+        ("features", lambda x: x * float("nan")),
+        ("labels", lambda x: x[:, None]),
+        ("labels", lambda x: x.float()),
+        ("labels", lambda x: None),
+        ("codes", lambda x: x + 40),
+        ("codes", lambda x: x[:-1]),
+        ("out_dim", lambda x: None),
+        ("names", lambda x: None),
+    ],
+)
+def test_kept_features_that_would_give_wrong_numbers_are_refused(tmp_path, name, change):
+    labels = torch.arange(3).repeat(4)
+    state = dict(features=torch.randn(12, 5), labels=labels, codes=labels + 7, names=[""] * 12, classes=["a", "b", "c"],
+                 out_dim=10, arch="resnet8", source={"weights": "none"})  # fmt: skip
+    path = tmp_path / "features_val_last1.pth"
+    checkpoints.save(path, state | {name: change(state[name])})
+    with pytest.raises(UserError, match=f"{path}.* --dump_features"):
+        eval_cluster.main(["--load_features", str(tmp_path), "--device", "cpu"])
 
 
 def test_wrong_data_is_noticed_before_anything_is_extracted(run, tmp_path, image_folder, capsys):
@@ -152,7 +173,7 @@ def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_p
     write_images(tmp_path / "data" / "val", 4)
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
     args.num_workers = int(workers)
-    model = load_model(args, torch.device("cpu"))
+    model = load_model(request_of(args, "digits"), torch.device("cpu"))
     dataset = model.images("val")
     extract_features(model, dataset, args, torch.device("cpu"))
     (tmp_path / "data" / "val" / "002.jpg").unlink()
@@ -161,8 +182,3 @@ def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_p
     with pytest.raises(WorkerError, match="timed out after 1 seconds, while reading 002.jpg: try") as error:
         extract_features(model, dataset, args, torch.device("cpu"))
     assert error.value.exit_code == 5
-
-
-def test_images_larger_than_any_are_refused(run, tmp_path):
-    with pytest.raises(UserError, match="--image_size 20000 is more than any image may have"):
-        eval_knn.main(eval_flags(run, tmp_path, "--image_size", "20000"))

@@ -154,11 +154,7 @@ def test_not_a_number_is_passed_on():
 
 def make_method(**options):
     torch.manual_seed(0)
-    defaults = dict(
-        out_dim=300, embed_dim=32, activation="l2", eps=1e-8, n_ref=1.0, beta=0.25,
-        prior="reverse", prior_group="global", dictionary_seed=0,
-    )  # fmt: skip
-    return CPLearn(ResNet8(8), **defaults | options)
+    return CPLearn(ResNet8(8), **{"out_dim": 300, "embed_dim": 32} | options)
 
 
 def test_compiled_methods_break_the_graph_and_go_on():
@@ -288,7 +284,7 @@ def test_auto_is_by_size():
     assert pick_form("auto", 128, 131072) == "stored"
     assert pick_form("auto", 128, 10_000_000) == "recomputed"
     assert pick_form("recomputed", 2, 2) == "recomputed"
-    with pytest.raises(UserError, match="'fast' is unknown: auto, stored"):
+    with pytest.raises(UserError, match="'fast'"):
         pick_form("fast", 2, 2)
 
 
@@ -299,17 +295,10 @@ def test_blocks_of_hadamard_are_whole():
 
 def test_wrong_arguments():
     h = embeddings()
-    with pytest.raises(ValueError, match="two or more views, got 1"):
+    with pytest.raises(ValueError, match="got 1"):
         streamed_loss(h[:1], Dictionary(50, 32), 1.0, LossSpec(0.3))
     with pytest.raises(ValueError, match="prior 'kl'"):
         streamed_loss(h, Dictionary(50, 32), 1.0, LossSpec(0.3, prior="kl"))
-
-
-def test_assign_streams_for_both_dictionaries():
-    for kind in DICTIONARIES:
-        head = CPLearnHead(8, 3000, 48, dictionary=kind)
-        h = F.normalize(torch.randn(33, 48), dim=1)
-        assert torch.equal(head.assign(h, block=100), (h @ head.dictionary.codes().T).argmax(1))
 
 
 def test_checkpoints_do_not_grow_with_the_dictionary(tmp_path):

@@ -9,8 +9,7 @@ import torch
 from helpers import ROOT
 
 from cplearn.errors import UserError
-from cplearn.loss import DICTIONARIES
-from cplearn.loss import triton_kernels as triton_kernels
+from cplearn.loss import DICTIONARIES, triton_kernels
 from cplearn.loss.codes import Dictionary
 from cplearn.loss.prior_buffer import PriorBuffer
 from cplearn.loss.spec import LossSpec
@@ -101,15 +100,15 @@ def test_bf16_inputs_keep_three_digits():
 def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
     h = [torch.randn(3, 32, device=DEVICE) for _ in range(2)]
     dictionary = Dictionary(50, 32).to(DEVICE)
-    with pytest.raises(UserError, match="two global views in float32, not 1 in torch.float32"):
+    with pytest.raises(UserError, match="not 1 in torch.float32"):
         streamed_loss(h, dictionary, 1.0, LossSpec(0.3, n_global=1), form="triton")
     with pytest.raises(UserError, match="not 2 in torch.float64"):
         streamed_loss([x.double() for x in h], dictionary, 1.0, LossSpec(0.3), form="triton")
     if DEVICE == "cpu":
-        with pytest.raises(UserError, match="interpreter has no bf16"):
+        with pytest.raises(UserError, match="bf16"):
             streamed_loss(h, dictionary, 1.0, LossSpec(0.3), form="triton", precision="bf16")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(UserError, match="needs a GPU: use --loss_form auto"):
+    with pytest.raises(UserError, match="--loss_form auto"):
         streamed_loss([x.cpu() for x in h], dictionary.cpu(), 1.0, LossSpec(0.3), form="triton")
 
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from helpers import FakeBackbone, all_close, gradients, randn
 from lightly.loss import BarlowTwinsLoss
 
-from cplearn.methods import base as base
 from cplearn.methods.barlow_twins import BarlowTwins, barlow_loss, barlow_loss_explicit
 
 

@@ -11,9 +11,9 @@ from lightly.models.modules.heads import DINOProjectionHead
 import eval_knn
 from cplearn import checkpoints
 from cplearn.errors import UserError
-from cplearn.methods import base as base
 from cplearn.methods import build_method
-from cplearn.methods.dino import DINOHead, dino_loss, teacher_targets
+from cplearn.methods.dino import DINOHead, teacher_targets
+from cplearn.methods.soft_targets import loss_over_pairs
 
 
 def naive_dino(students, teachers, center, student_temp, teacher_temp):
@@ -32,7 +32,7 @@ def test_dino_loss_and_center_equal_lightly_and_the_formula(views):
     x = [randn(n, d, seed=v).requires_grad_() for v in range(views)]
     prototypes = randn(c, d, seed=50).requires_grad_()
     teachers, center = randn(2, n, c, seed=60), randn(c, seed=70)
-    ours = dino_loss(x, prototypes, teacher_targets(teachers, center, 0.04))
+    ours = loss_over_pairs(x, prototypes, teacher_targets(teachers, center, 0.04), 1 / 0.1)
     students = [z @ prototypes.T for z in x]
     written_out = naive_dino(students, teachers, center, 0.1, 0.04)
     theirs = DINOLoss(output_dim=c, teacher_temp=0.04, student_temp=0.1).double()
@@ -48,10 +48,9 @@ def test_dino_head_is_lightlys_and_has_the_specified_size():
     torch.manual_seed(0)
     head, z = DINOHead(384, 500), torch.randn(3, 384)
     peer = DINOProjectionHead(384, 2048, 256, 500)
-    ours = [p for p in head.mlp.parameters()]
     theirs = [p for name, p in peer.named_parameters() if not name.startswith("last_layer")]
-    for mine, other in zip(ours, theirs, strict=True):
-        other.data.copy_(mine.data)
+    for own, other in zip(head.mlp.parameters(), theirs, strict=True):
+        other.data.copy_(own.data)
     peer.last_layer.weight_v.data.copy_(head.last_layer.weight_v.data)
     assert torch.allclose(head.logits(z), peer(z), atol=1e-6)
     learned = sum(p.numel() for p in head.parameters() if p.requires_grad)
@@ -112,7 +111,7 @@ def test_dino_evaluates_the_teacher_or_the_student():
     method.use("student")
     assert method.evaluated is method.backbone
     assert torch.equal(method.predict(z), method.head.logits(z).argmax(1))
-    with pytest.raises(UserError, match="--checkpoint_key tutor is unknown"):
+    with pytest.raises(UserError, match="tutor"):
         method.use("tutor")
 
 
@@ -128,7 +127,7 @@ def test_kept_features_say_which_network_they_are_of(tmp_path, image_folder):
     kept = ["--dump_features", str(tmp_path / "kept")]
     eval_knn.main([*weights, *kept, "--checkpoint_key", "student"])
     assert checkpoints.load(tmp_path / "kept/features_val_last1.pth")["source"]["network"] == "student"
-    with pytest.raises(UserError, match="--checkpoint_key cannot change kept features"):
+    with pytest.raises(UserError, match="--checkpoint_key"):
         eval_knn.main(["--load_features", str(tmp_path / "kept"), "--checkpoint_key", "teacher"])
     state = checkpoints.load(tmp_path / "run" / "checkpoint.pth")
     teacher = {

@@ -7,7 +7,6 @@ import torch
 from helpers import FakeBackbone, all_close, gradients, make, randn
 
 from cplearn.loss.spec import LossSpec
-from cplearn.methods import base as base
 from cplearn.methods.gedi import GEDI, gedi_loss_as_published
 from cplearn_head import cplearn_loss
 
@@ -49,5 +48,5 @@ def test_the_warning_of_beta_is_of_a_step_that_lowers_the_loss(reduction, limit,
 
     falls = bool(loss(0.001 * same) < loss(0 * same))
     method = GEDI(FakeBackbone(8), out_dim=30, beta=beta, gedi_prior_reduction=reduction)
-    warned = any(f"is above {limit}: near uniform" in said for said in method.warnings())
+    warned = any(f"--beta {beta:g} is above {limit}" in message for message in method.warnings())
     assert falls == warned == (beta > limit)

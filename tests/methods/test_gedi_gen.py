@@ -8,7 +8,6 @@ from helpers import GEN, make, randn
 
 from cplearn.data import color
 from cplearn.errors import UserError
-from cplearn.methods import base as base
 
 
 def test_sgld_goes_down_the_energy_from_uniform_pixels():
@@ -60,7 +59,7 @@ def test_gedi_gen_loss_replay_and_limit():
     assert written.sum() == 8 and torch.equal(method.replay[method._drawn[0]], samples)
     method.gen_limit = 0.0
     assert method(views)[0].isnan()
-    with pytest.raises(UserError, match="--sgld_buffer 40 is smaller than a batch of 48 images"):
+    with pytest.raises(UserError, match="--sgld_buffer 40 .* 48"):
         method([randn(48, 3, 16, 16)] * 2)
-    with pytest.raises(UserError, match="gedi_gen samples images .* use --arch resnet8"):
+    with pytest.raises(UserError, match="gedi_gen .* --arch resnet8"):
         make("gedi_gen", "--arch", "resnet8bn_w16")

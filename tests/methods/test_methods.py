@@ -25,8 +25,7 @@ import main_cplearn
 from cplearn import checkpoints
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
-from cplearn.methods import base as base
-from cplearn.methods import build_method, method_class
+from cplearn.methods import METHODS, base, build_method, method_class
 from cplearn.methods.barlow_twins import BarlowTwins
 
 BASELINES = ("dino", "swav", "barlow_twins", "gedi", "gedi_gen", "self_classifier")
@@ -117,23 +116,20 @@ def test_interrupted_equals_uninterrupted_and_all_evaluations_read_it(tmp_path, 
 
 def test_flags_of_another_method_are_refused():
     for method in ("cplearn", "swav", "barlow_twins", "gedi", "self_classifier"):
-        with pytest.raises(UserError, match=f"--teacher_temp belongs to --method dino, not to {method}"):
+        with pytest.raises(UserError, match=f"--teacher_temp .*--method dino.*{method}"):
             arguments(method, "--teacher_temp", "0.07")
-    with pytest.raises(UserError, match="--beta belongs to --method cplearn or gedi or gedi_gen, not to dino"):
+    with pytest.raises(UserError, match="--beta .*--method cplearn or gedi or gedi_gen.*dino"):
         arguments("dino", "--beta", "0.1")
-    with pytest.raises(UserError, match="--method moco is unknown: cplearn, dino, swav, barlow_twins, gedi, gedi_gen"):
-        arguments("moco")
+    for unknown in (lambda: arguments("moco"), lambda: method_class("moco")):
+        with pytest.raises(UserError, match="moco.*" + ".*".join(METHODS)):
+            unknown()
 
 
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
-        (
-            "barlow_twins",
-            ("--out_dim", "4000000"),
-            "--out_dim 4000000 --projector_width 2048: 8,196,[0-9,]+ weights take 33 GB",
-        ),
-        ("dino", ("--out_dim", "100000000"), "--method dino --out_dim 100000000: 51,200,000,000 weights take 205 GB"),
+        ("barlow_twins", ("--out_dim", "4000000"), "--out_dim 4000000 --projector_width 2048: .* 33 GB"),
+        ("dino", ("--out_dim", "100000000"), "--method dino --out_dim 100000000: .* 205 GB"),
     ],
 )
 def test_what_cannot_fit_is_refused_before_it_is_made(monkeypatch, name, more, words):
@@ -167,6 +163,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tmp_path, image_fold
         ("swav", ("--freeze_prototypes_epochs", "-1")),
         ("swav", ("--epsilon", "0")),
         ("swav", ("--queue_length", "-1")),
+        ("swav", ("--epoch_queue_starts", "-1")),
         ("barlow_twins", ("--projector_width", "0")),
         ("barlow_twins", ("--lambd", "0")),
         ("gedi", ("--beta", "0")),
@@ -189,14 +186,9 @@ def test_references_at_lambda_above_one_and_gedis_warning():
     assert "forward prior" in make("gedi", "--beta", "5").warnings()[1]
 
 
-def test_unknown_method():
-    with pytest.raises(UserError, match="--method simclr is unknown: cplearn"):
-        method_class("simclr")
-
-
 @pytest.mark.parametrize(("name", "value"), [("beta", "0.25"), ("beta", None), ("n_ref", None), ("eps", [1e-8])])
 def test_a_damaged_flag_of_a_checkpoint_is_named(name, value):
     args = main_cplearn.parse_args(["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40"])
     setattr(args, name, value)
-    with pytest.raises(UserError, match=rf"--{name} .* is not a float: the flags of this run are damaged"):
+    with pytest.raises(UserError, match=f"--{name} "):
         build_method(args)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from helpers import all_close, gradients, make, randn
 
-from cplearn.methods import base as base
 from cplearn.methods.self_classifier import self_classifier_loss
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers import all_close, gradients, randn
 
-from cplearn.methods import base as base
 from cplearn.methods.soft_targets import soft_target_loss
 
 

@@ -16,7 +16,6 @@ from timm.models.xcit import Xcit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cplearn.backbones import build_backbone
-from cplearn.data.augmentations import aspect_pixels, eval_pixels
 from cplearn.errors import UserError
 from cplearn.pictures import attention
 
@@ -175,45 +174,33 @@ def test_mask_of_even_attention():
 # --- views ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [32, 96, 224])
+@pytest.mark.parametrize(("size", "keep_aspect"), [(224, False), (32, False), (64, True)])
 @pytest.mark.parametrize("shape", [(300, 200), (201, 333), (50, 50)])
-def test_the_square_view_is_that_of_evaluations(size, shape):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8))
-    view = attention.plan_view(shape, size, (8, 8))
-    assert torch.equal(view.pixels(image), eval_pixels(image, size))
+def test_the_region_of_a_view_is_what_its_pixels_show(shape, size, keep_aspect):
+    """On an image whose red grows from left to right and whose green grows downward."""
+    ramps = np.zeros((*shape[::-1], 3), dtype=np.uint8)
+    ramps[..., 0], ramps[..., 1] = np.linspace(0, 255, shape[0]), np.linspace(0, 255, shape[1])[:, None]
+    pixels, (left, top, right, bottom) = attention.view_of(
+        Image.fromarray(ramps), size, (8, 8), keep_aspect=keep_aspect
+    )
+    red, green = pixels[0].float().mean(0), pixels[1].float().mean(1)
+    edges = [red[0], green[0], red[-1], green[-1]]
+    expected = [255 * x / shape[k % 2] for k, x in enumerate((left, top, right, bottom))]
+    assert np.allclose(edges, expected, atol=255 / min(min(shape), size))
 
 
-def test_what_a_view_shows_of_the_image():
-    assert attention.plan_view((400, 200), 32, (8, 8)).region(Image.new("RGB", (400, 200))) == (0, 0, 400, 200)
-    left, top, right, bottom = attention.plan_view((512, 256), 224, (8, 8)).region(Image.new("RGB", (512, 256)))
-    assert (left, top, right, bottom) == (144, 16, 368, 240)
-
-
-@pytest.mark.parametrize("shape", [(333, 200), (200, 333), (100, 100), (64, 641)])
-def test_a_whole_image_keeps_its_aspect(shape):
-    image = Image.new("RGB", shape)
-    view = attention.plan_view(shape, 64, (16, 8), keep_aspect=True)
-    pixels = view.pixels(image)
-    assert min(pixels.shape[1:]) == 64 and pixels.shape[1] % 16 == 0 and pixels.shape[2] % 8 == 0
-    left, top, right, bottom = view.region(image)
-    assert (right - left) / (bottom - top) == pytest.approx(pixels.shape[2] / pixels.shape[1], rel=0.01)
-    lost = max(shape) - max(right - left, bottom - top)
-    assert lost < 16 * min(shape) / 64 and left == pytest.approx(shape[0] - right, abs=4)
-
-
-@pytest.mark.parametrize("shape", [(321, 300), (300, 321), (333, 200), (100, 100)])
-def test_a_whole_image_is_the_view_that_features_are_extracted_from(shape):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
-    pixels = attention.plan_view(shape, 224, (16, 16), keep_aspect=True).pixels(image)
-    assert torch.equal(pixels, aspect_pixels(image, 224, 16))
-
-
-def test_a_strip_that_would_become_too_large():
-    with pytest.raises(UserError, match="20000 x 10 pixels would be .* to 2000000 x 1000, .*: leave --keep_as"):
-        attention.plan_view((20000, 10), 1000, (8, 8), keep_aspect=True)
-    with pytest.raises(UserError, match="1 x 5000 pixels would be resized to 256 x 1280000, .*: take it away"):
-        attention.plan_view((1, 5000), 224, (16, 16))
-    assert attention.plan_view((1, 5000), 64, (16, 16)).resized == (64, 64)
+@pytest.mark.parametrize(
+    ("shape", "size", "keep_aspect", "region"),
+    [
+        ((400, 200), 32, False, (0, 0, 400, 200)),
+        ((512, 256), 224, False, (144, 16, 368, 240)),
+        ((512, 256), 64, True, (0, 0, 512, 256)),
+        ((100, 330), 100, True, (2, 5, 98, 325)),
+    ],
+)
+def test_regions(shape, size, keep_aspect, region):
+    view = attention.view_of(Image.new("RGB", shape), size, (16, 16), keep_aspect=keep_aspect)
+    assert view.region == region
 
 
 # --- components -------------------------------------------------------------------------------------------

@@ -1,14 +1,10 @@
-"""Pictures of attention: what is bright, what is dark, one scale; and that no file of somebody else is touched."""
-
-import json
+"""Pictures of attention: what is bright, what is dark, one scale."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cplearn.errors import UserError
-from cplearn.pictures import attention
 from cplearn.pictures import attention_figures as figures
 
 
@@ -47,45 +43,32 @@ def test_components_are_red_green_and_blue():
     assert (seen[:, :10] == [255, 0, 128]).all() and (seen[:, 10:] == 255).all()
 
 
-def test_the_photo_is_the_part_that_the_network_sees():
+def test_the_photo_is_the_region_that_the_network_sees():
     image = Image.new("RGB", (400, 200), "white")
     image.paste("red", (100, 0, 300, 200))  # the middle square
-    square = attention.plan_view(image.size, 224, (16, 16))
-    shown = figures.photo_of(image, square, 100)
+    shown = figures.photo_of(image, (112.5, 12.5, 287.5, 187.5), 100)
     assert shown.size == (100, 100) and (array(shown) == [255, 0, 0]).all()
-    whole = attention.plan_view(image.size, 64, (16, 16), keep_aspect=True)
-    assert figures.photo_of(image, whole, 100).size == (100, 50)
-    squeezed = attention.plan_view(image.size, 32, (16, 16))  # is shown as it was before
-    assert figures.photo_of(image, squeezed, 100).size == (100, 50)
-
-
-def seen(**more):
-    maps = figures.by_name(torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0)))
-    return figures.Seen("a/b.jpg", photo(), maps, **{"masks": None, "components": None, **more})
+    assert figures.photo_of(image, (0, 0, 400, 200), 100).size == (100, 50)
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
 @pytest.mark.parametrize("with_pca", [False, True])
-def test_pictures_and_their_names(with_masks, with_pca):
-    masks = {name: m > 0.5 for name, m in seen().maps.items()} if with_masks else None
-    one = seen(masks=masks, components=torch.zeros(2, 4, 3) if with_pca else None)
+def test_pictures_and_the_sheet_of_them(with_masks, with_pca):
+    maps = figures.by_name(torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(maps["mean"], torch.stack([maps[f"head{k}"] for k in (1, 2, 3)]).mean(0))
+    masks = {name: m > 0.5 for name, m in maps.items()} if with_masks else {}
+    one = figures.Seen("a/b.jpg", photo(), maps, masks, torch.zeros(2, 4, 3) if with_pca else None)
     drawn = figures.pictures(one)
-    assert sorted(drawn) == sorted(figures.picture_names(3, with_masks, with_pca))
-    sheet = figures.Sheet(80, "title", 0.6 if with_masks else None)
-    sheet.add(one)
-    sheet.add(one)
-    assert sheet.headings == ["image", "mean", "head 1", "head 2", "head 3", *(["components"] if with_pca else [])]
-    page = sheet.draw()
-    assert page.width == 6 + 86 * len(sheet.headings)
-    assert sum(row.height for row in sheet.rows) < page.height
-    place = (6 + 86 * 2, round(2 * sheet.font.size))  # head 1 of the first row
-    cell = page.crop((*place, place[0] + 80, place[1] + 40))
-    assert np.array_equal(array(cell), array(drawn["head1"]))
-
-
-def test_the_mean_is_that_of_the_heads():
-    maps = torch.rand(3, 2, 4)
-    assert torch.equal(figures.by_name(maps)["mean"], maps.mean(0))
+    assert list(drawn) == figures.picture_names(3, with_masks, with_pca)
+    columns = figures.headings(drawn)
+    assert columns == ["image", "mean", "head1", "head2", "head3", *(["pca"] if with_pca else [])]
+    rows = figures.sheet_rows(one, drawn, 80, 0.6)
+    assert [len(row) for row in rows] == [len(columns), *([5] if with_masks else [])]
+    assert [cell.text for cell in rows[0]][0] == "a/b.jpg" and rows[0][1].text == f"{maps['mean'].max():.1f}×"
+    page = figures.draw(rows * 2, list(drawn), 80, 0.6, "title")
+    assert page.width == pytest.approx(86 * len(columns) + 6, abs=1) and page.height > 40 * 2 * len(rows)
+    head = page.crop((86 * 2 + 8, 18, 86 * 2 + 84, 50))  # head1 of the first row
+    assert np.abs(array(head).mean((0, 1)) - array(drawn["head1"]).mean((0, 1))).max() < 12
 
 
 @pytest.mark.parametrize(
@@ -101,59 +84,3 @@ def test_the_mean_is_that_of_the_heads():
 )
 def test_folder_names(name, expected):
     assert figures.folder_name(7, name) == expected and len(expected.encode()) < 250
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-
-def write_all(folder, *names):
-    out = figures.OutputFolder(str(folder), list(names))
-    out.open()
-    for name in names:
-        out.write(name, name.encode())
-    out.close({"more": 1})
-
-
-def test_a_second_call_replaces_the_first_ones_files_only(tmp_path):
-    write_all(tmp_path, "sheet.png", "0001_a/mean.png", "0001_a/head1.png", "attention.npz")
-    (tmp_path / "0001_a" / "mine.txt").write_text("kept")
-    write_all(tmp_path, "sheet.png", "0001_b/mean.png")
-    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert left == ["0001_a/mine.txt", "0001_b/mean.png", "attention.json", "sheet.png"]
-    record = json.loads((tmp_path / "attention.json").read_text())
-    assert record["more"] == 1 and record["files"] == ["0001_b/mean.png", "attention.json", "sheet.png"]
-
-
-def test_a_killed_call_can_be_repeated(tmp_path):
-    out = figures.OutputFolder(str(tmp_path), ["sheet.png", "0001_a/mean.png"])
-    out.open()
-    out.write("0001_a/mean.png", b"")
-    write_all(tmp_path, "sheet.png", "0001_a/mean.png")
-
-
-@pytest.mark.parametrize("name", ["sheet.png", "0001_a/mean.png", "attention.json"])
-def test_files_of_somebody_else_are_in_the_way(tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"--output_dir .*: {name} was not written by visualize_attention.py"):
-        figures.OutputFolder(str(tmp_path), ["sheet.png", "0001_a/mean.png"])
-    assert (tmp_path / name).read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["sheet.png", "0001_a", "attention.json"])
-def test_nothing_is_written_through_a_link(tmp_path, name):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="is a link: choose another folder"):
-        figures.OutputFolder(str(tmp_path / "out"), ["sheet.png", "0001_a/mean.png"])
-
-
-def test_a_list_that_names_files_outside_removes_none(tmp_path):
-    out = tmp_path / "out"
-    write_all(out, "sheet.png")
-    for name in ("victim.png", "out/kept.txt"):
-        (tmp_path / name).write_text("")
-    listed = ["../victim.png", str(tmp_path / "victim.png"), "kept.txt", 3, "sheet.png"]
-    (out / "attention.json").write_text(json.dumps({"script": "visualize_attention", "files": listed}))
-    write_all(out, "0001_a/mean.png")
-    assert (tmp_path / "victim.png").exists() and (out / "kept.txt").exists() and not (out / "sheet.png").exists()

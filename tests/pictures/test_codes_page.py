@@ -1,8 +1,10 @@
 """The page in a real browser: search, keys, width, colors, and names that try to be code."""
 
-import html
+import base64
+import hashlib
 import io
-import re
+import json
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from cplearn.features.splits import Features
 from cplearn.pictures import codes_page
 from cplearn.pictures import gallery as codes
-from cplearn.pictures.codes_sheet import draw_sheet
+from cplearn.pictures.style import drawn
 
 HOSTILE = [
     "</script><script>document.title='taken'</script>.jpg",
@@ -58,7 +60,7 @@ def gallery_of(
     order = certainty.argsort(descending=True).tolist()
     use = codes.measure_use(data, 0)
     name = "standardized output" if barlow else "probability"
-    gallery = codes.Gallery(data, certainty, name, use, use, shown, order[:6], order[::-1][:6], [])
+    gallery = codes.Gallery(data, certainty, name, use, use, shown, order[:6], order[::-1][:6])
     gallery.queries = [codes.Query("/a <i>query</i>.png", jpeg("green"), [(0, 0.9), (1, -0.5)])]
     gallery.thumbnails = {i: jpeg("red") for i in codes.images_shown(gallery)}
     return gallery
@@ -71,49 +73,77 @@ def page_of(gallery: codes.Gallery) -> str:
     return codes_page.render(gallery, FACTS, "Codes of run/<check>.pth", 96)
 
 
+class Read(HTMLParser):
+    """What a browser reads of a page: its words, its elements with their attributes, its style and script."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements, self.inside, self.words = [], {}, ""
+        self.feed(page)
+        self.words = " ".join(self.words.split())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.cdata_elem:
+            self.inside[self.cdata_elem] = self.inside.get(self.cdata_elem, "") + data
+        else:
+            self.words += data
+
+    def all(self, tag: str, attribute: str) -> list[str]:
+        return [attributes[attribute] for name, attributes in self.elements if name == tag and attribute in attributes]
+
+
 # --- its text ---------------------------------------------------------------------------------------------
 
 
-def test_every_image_has_its_words_and_every_name_is_escaped():
+def test_every_image_has_its_words_and_names_are_no_markup():
     gallery = gallery_of()
-    page = page_of(gallery)
-    assert page.isprintable() or page.encode()  # proper UTF-8
-    alts = re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="([^"]*)"', page)
-    shown = sum(len(code.images) for code in gallery.codes) + 12 + 1 + 2
-    assert len(alts) == shown and all(alts)
-    assert "document.title='taken'" not in page and "<b>ant" not in page and "<i>query" not in page
+    page = Read(page_of(gallery))
+    assert {tag for tag, _ in page.elements} & {"b", "i", "img", "script"} == {"b", "img", "script"}
+    assert len(page.all("script", "src")) == 0 and len([tag for tag, _ in page.elements if tag == "script"]) == 1
+    assert not any(name.startswith("on") or name == "autofocus" for _, given in page.elements for name in given)
+    assert all(src.startswith("data:image/jpeg;base64,") for src in page.all("img", "src"))
+    alts = [alt for alt in page.all("img", "alt") if alt]
+    assert len(alts) == sum(len(code.images) for code in gallery.codes) + 12 + 1 + 2
     i = gallery.codes[1].images[0]
-    said = f"{gallery.data.names[i]}, class {CLASSES[i % 3]}, code 10, probability {gallery.certainty[i]:.3f}"
-    assert said in [html.unescape(alt) for alt in alts]
-    assert page.count("{{codes}} {{script}}.jpg") >= 2 and "caf\\udce9\\n&lt;!--.jpg" in page
+    name, certainty = gallery.data.names[i], f"{gallery.certainty[i]:.3f}"
+    assert f"{name}, class {CLASSES[i % 3]}, code 10, probability {certainty}" in alts
+    facts = [dict(json.loads(x)) for x in page.all("button", "data-facts")]
+    assert {"class": CLASSES[i % 3], "code": "10", "probability": certainty} in facts
+    assert {*HOSTILE[:4], "caf\\udce9\\n<!--.jpg"} <= set(page.all("button", "data-name"))
+    assert "Nearest to /a <i>query</i>.png" in page.words and "<b>ant</b>" in page.words
+
+
+def test_its_policy_lets_nothing_else_run():
+    page = Read(page_of(gallery_of()))
+    own = [base64.b64encode(hashlib.sha256(page.inside[x].encode()).digest()).decode() for x in ("style", "script")]
+    expected = "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'".format(*own)
+    assert page.all("meta", "content")[0] == expected
 
 
 def test_the_head_says_what_it_is_of():
-    page = page_of(gallery_of())
-    assert "All 12 codes that 120 images chose, out of 200" in page
-    assert "cplearn · epoch 3 · sha256 0123456789ab<" in page and "<dd>0123456789abcdef</dd>" in page
-    assert "of 200; unused: 188" in page and "188 of 200 codes (94%) were chosen by none of these 120 images" in page
-    assert "random codes with the same counts" in page and "random init: " in page and "uniform: 0.0050" in page
+    words = Read(page_of(gallery_of())).words
+    assert "All 12 codes that 120 images chose, out of 200" in words
+    assert "cplearn · epoch 3 · sha256 0123456789ab" in words and "0123456789abcdef" in words
+    assert "of 200; unused: 188" in words and "188 of 200 codes (94%) were chosen by none of these 120 images" in words
+    assert "random codes with the same counts" in words and "random init: " in words and "uniform: 0.0050" in words
 
 
-def test_without_labels_there_is_no_purity():
-    page = page_of(gallery_of(labels=False))
-    assert "Purity</dt>" not in page and "purest" not in page and 'class="bar"' not in page
-
-
-def test_outputs_that_are_no_codes_are_not_called_probable():
-    page = page_of(gallery_of(barlow=True))
-    assert "This method has no codes of its own" in page and "mean standardized output" in page
-    assert "Nearest by vector" not in page and "Nearest by images" in page and "uniform:" not in page
-
-
-def test_weights_without_codes_have_neighbours_only():
+def test_what_is_not_known_is_not_said():
+    """Without labels no purity; where outputs are no codes, no probability; without codes, neighbours only."""
+    words = Read(page_of(gallery_of(labels=False))).words
+    assert "largest class" not in words and "purest" not in words and "(chance" not in words
+    words = Read(page_of(gallery_of(barlow=True))).words
+    assert "This method has no codes of its own" in words and "mean standardized output" in words
+    assert "Nearest by vector" not in words and "Nearest by images" in words and "uniform:" not in words
     data = gallery_of().data
     data.codes = data.out_dim = None
     query = codes.Query("q.png", jpeg("green"), [(0, 0.9)])
-    gallery = codes.Gallery(data, None, "", None, None, [], [], [], [query], {0: jpeg("red")})
-    page = codes_page.render(gallery, FACTS, "Nearest images", 96)
-    assert "Nearest to q.png" in page and "0.900" in page and 'id="search"' not in page and "unused" not in page.lower()
+    page = page_of(codes.Gallery(data, queries=[query], thumbnails={0: jpeg("red")}))
+    words = Read(page).words
+    assert "Nearest to q.png" in words and "0.900" in words and "search" not in words and "unused" not in words.lower()
 
 
 @pytest.mark.parametrize(
@@ -126,10 +156,9 @@ def test_numbers_are_short(value, expected):
 
 def test_the_sheet_has_a_row_per_code():
     gallery = gallery_of()
-    wide, tall = (Image.open(io.BytesIO(draw_sheet(gallery, *shape))) for shape in ((3, 6), (6, 3)))
-    assert wide.format == "PNG" and wide.info["Software"] == "visualize_codes.py"
-    assert wide.width > tall.width > 900 and tall.height == pytest.approx(2 * wide.height, abs=2)
-    red = (torch.from_numpy(np.asarray(wide.convert("RGB"), dtype=np.int64)) - torch.tensor([254, 0, 0])).abs()
+    wide, tall = (drawn(codes_page.draw_codes(gallery, *shape), 300) for shape in ((3, 6), (6, 3)))
+    assert wide.width > tall.width > 900 and tall.height == pytest.approx(2 * wide.height, abs=30)
+    red = (torch.from_numpy(np.asarray(wide, dtype=np.int64)) - torch.tensor([254, 0, 0])).abs()
     assert 0.3 < (red.sum(2) < 30).float().mean() < 0.8  # images, and room for the words
 
 
@@ -177,13 +206,10 @@ def test_it_runs_alone_and_names_are_no_code(browser, page):
     ("typed", "expected"),
     [
         ("10", [10]),
-        ("#20", [20]),
         ("code 30", [30]),
-        ("image_0007", [70]),
         ("IMAGE_0007", [70]),
         ("0008", [80]),  # no code: part of a file name
         ("wasp", [10, 40, 70, 100]),  # images of a class: i % 3 == 1
-        ("onfocus=", [20]),
         ("wasp image_0007", [70]),
         ("zebra", []),
     ],
@@ -195,7 +221,7 @@ def test_search(browser, page, typed, expected):
     assert browser.run("found.textContent") == f"{len(expected)} of 12 codes"
     assert browser.run("document.getElementById('nothing').hidden") == bool(expected)
     hits = browser.run("document.querySelectorAll('.code:not([hidden]) .hit').length")
-    assert (hits > 0) == (bool(expected) and "#" not in typed and "code" not in typed and typed != "10")
+    assert (hits > 0) == (bool(expected) and "code" not in typed and typed != "10")
     browser.press("Escape")
     assert browser.run("search.value") == "" and len(browser.run(VISIBLE)) == 12
 
@@ -268,20 +294,3 @@ def test_it_fits_its_width(browser, page, width):
     browser.run("document.querySelector('.images button').click()")
     box = browser.run("(({left, right}) => [left, right])(document.getElementById('detail').getBoundingClientRect())")
     assert 0 <= box[0] < box[1] <= width
-
-
-@pytest.mark.browser
-def test_it_is_dark_where_that_is_preferred(browser, page):
-    def contrast() -> tuple[bool, float]:
-        colors = browser.run("[getComputedStyle(document.body).backgroundColor, "
-                             "getComputedStyle(document.querySelector('.quiet, .lead')).color]")  # fmt: skip
-        light = []
-        for color in colors:
-            linear = [(x / 255 / 12.92) if x <= 10 else ((x / 255 + 0.055) / 1.055) ** 2.4
-                      for x in map(int, re.findall(r"\d+", color)[:3])]  # fmt: skip
-            light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-        return light[0] < light[1], (max(light) + 0.05) / (min(light) + 0.05)
-
-    for dark in (False, True):
-        browser.open(page, dark=dark)
-        assert contrast()[0] is dark and contrast()[1] > 4.5  # WCAG AA of the faintest text

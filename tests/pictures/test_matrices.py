@@ -15,7 +15,7 @@ def network(labels, codes, classes=None, width=4) -> Network:
     features = randn(n, width).float()
     names = [f"{i}.png" for i in range(n)]
     data = Features(features, torch.tensor(labels), torch.tensor(codes), names, classes, 100, "resnet8", {})
-    return Network("net", data, features, None, None)
+    return Network("net", data, features)
 
 
 def test_similar_dimensions_are_neighbors():

@@ -263,7 +263,7 @@ def test_a_signal_while_ranks_wait_for_one_another_requeues(tmp_path, image_fold
     wait_for(lambda: "submitit" in log(tmp_path, job, 3), "the start")
     find = f"tr '\\0' '\\n' < /proc/$p/environ | grep -qx SLURM_JOB_ID={job} && " \
            "tr '\\0' '\\n' < /proc/$p/environ | grep -qx SLURM_PROCID=3"  # fmt: skip
-    loop = "for p in $(pgrep -f 'slurm/__main__.py task'); do " + find + " && kill -{} $p; done; true"
+    loop = "for p in $(pgrep -f submitit.core._submit); do " + find + " && kill -{} $p; done; true"
     subprocess.run(["bash", "-c", loop.format("STOP")], check=True)
     time.sleep(12)
     if "steps_per_epoch" in log(tmp_path, job):

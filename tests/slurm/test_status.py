@@ -1,6 +1,5 @@
-"""Which of several errors is told; files that others have written or damaged."""
+"""How a job ended, which of several errors is told, and files that are damaged."""
 
-import itertools
 import json
 
 import pytest
@@ -8,66 +7,74 @@ import pytest
 import run_with_submitit
 from cplearn.errors import UserError
 from cplearn.files import append_json_line
-from cplearn.slurm.status import status, the_cause
+from cplearn.slurm.job import Ending, classify
+from cplearn.slurm.status import last_error, status, the_cause
+
+
+def end(rank, code, signal=None, at=1.0):
+    return {"rank": rank, "code": code, "signal": signal, "time": at, "line": f"{code}", "host": "a", "restarts": 0}
 
 
 def test_the_error_to_tell_is_the_one_that_others_follow_from():
-    def end(rank, code, at):
-        return {"rank": rank, "code": code, "time": at, "line": ""}
-
-    peer, mine, late = end(0, 6, 1.0), end(1, 2, 2.0), end(2, 3, 3.0)
-    assert the_cause([peer, mine, late]) == mine
-    assert the_cause([end(3, 0, 0.0), peer, end(4, 75, 1.0)]) == peer
-    assert the_cause([end(0, 0, 1.0), end(1, 75, 1.0)]) is None
+    peer, own, late = end(0, 6), end(1, 2, at=2.0), end(2, 3, at=3.0)
+    assert the_cause([peer, own, late]) == own
+    assert the_cause([end(3, 0, at=0.0), peer, end(4, 75)]) == peer
+    assert the_cause([end(0, 0), end(1, 75)]) is None
 
 
-GOOD = {"job": "999999999", "cluster": "local", "started": "1", "script": "main_cplearn", "processes": 1, "time": 1.0}
-FOREIGN = (None, True, -1, 1.5, "x", "", [], {}, "../../etc", "1; ls", 10**30)
+@pytest.mark.parametrize(
+    ("ends", "srun_code", "ending"),  # of two processes
+    [
+        ([end(0, 0), end(1, 0)], 0, Ending.DONE),
+        ([end(0, 0), end(1, 0)], 1, Ending.DONE),  # one has failed after its work was done
+        ([end(0, 0)], 0, Ending.DONE),  # a file that has not come yet
+        ([end(0, 0)], 137, Ending.LOST),
+        ([], 0, Ending.LOST),
+        ([], 137, Ending.LOST),
+        ([end(0, 6)], 137, Ending.LOST),
+        ([end(0, 6), end(1, 6)], 6, Ending.LOST),
+        ([end(0, 75, "SIGTERM")], 137, Ending.LOST),  # srun's own, as the other has died
+        ([end(0, 75, "SIGTERM"), end(1, 75)], 0, Ending.STOPPED),
+        ([end(0, 75), end(1, 75, "SIGUSR2")], 0, Ending.STOPPED),
+        ([end(0, 75, "SIGUSR2")], 137, Ending.STOPPED),  # and the other was too slow
+        ([{k: v for k, v in end(0, 75).items() if k != "signal"}], 0, Ending.STOPPED),  # older code
+        ([end(0, 2), end(1, 6)], 6, Ending.FAILED),
+        ([end(0, 1), end(1, 75, "SIGTERM")], 75, Ending.FAILED),
+        ([end(0, 75, "SIGUSR2"), end(1, 3)], 75, Ending.FAILED),
+        ([], 4, Ending.FAILED),  # a full disk could not record it
+        ([end(0, 6)], 2, Ending.FAILED),
+    ],
+)
+def test_how_a_job_ended(ends, srun_code, ending):
+    assert classify(ends, 2, srun_code) is ending
 
 
-def test_foreign_lines_of_jobs_are_left_out_with_a_word(tmp_path, capsys):
-    jobs = tmp_path / "slurm/jobs.jsonl"
-    jobs.parent.mkdir()
-    bad = [GOOD | {name: x} for name in ("job", "cluster", "script", "processes", "time") for x in (None, True, [], {})]
-    bad += [GOOD | {"job": x} for x in FOREIGN] + [{k: v for k, v in GOOD.items() if k != x} for x in GOOD]
-    bad = [x for x in bad if "started" in x]  # without it the job is one that has ended
-    for x in bad:
-        append_json_line(jobs, x)
-    with open(jobs, "a") as f:
-        f.writelines(f"{json.dumps(x)}\n" for x in FOREIGN)
-    with pytest.raises(UserError, match="has no jobs"):
-        status(str(tmp_path))
-    foreign = sum(isinstance(x, dict) for x in FOREIGN)  # what is no record is no line of ours at all
-    assert f"has {len(bad) + foreign} lines that no submission wrote: left out" in capsys.readouterr().err
-    append_json_line(jobs, GOOD)
-    append_json_line(jobs, {k: v for k, v in GOOD.items() if k != "started"})
-    assert [line.split()[:3] for line in status(str(tmp_path))] == [["999999999", "main_cplearn", "GONE"]] * 2
-    jobs.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="has no jobs") as caught:
-        run_with_submitit.main(["--status", str(tmp_path)])
-    assert len(str(caught.value).splitlines()) == 1
+def test_what_the_batch_script_gave_up_is_told_before_the_ends_of_processes(tmp_path):
+    (tmp_path / "7_0_end.json").write_text(json.dumps(end(0, 75, "SIGUSR2")))
+    entry, now = {"job": "7", "processes": 1}, {"JobState": "FAILED", "ExitCode": "75:0"}
+    for given_up, words in ((False, "exit 75 on rank 0 (a): 75"), (True, "exit 75: enough")):
+        batch = {"line": "enough", "restarts": 0, "given_up": given_up}
+        (tmp_path / "7_end.json").write_text(json.dumps(batch))
+        assert last_error(tmp_path, entry, now) == words
 
 
-def test_status_reads_whatever_lies_beside_the_jobs(tmp_path):
-    """Every file that --status reads, with any value in place of each of its fields."""
+def test_status_names_the_file_that_is_damaged(tmp_path):
     folder = tmp_path / "slurm"
     folder.mkdir()
-    append_json_line(folder / "jobs.jsonl", GOOD)
+    entry = {"job": "999999999", "cluster": "local", "started": "1", "script": "main_cplearn", "processes": 1}
+    append_json_line(folder / "jobs.jsonl", entry)
     files = {
-        folder / "999999999_0_end.json": {"code": 2, "line": "x", "rank": 0, "host": "a", "restarts": 0, "time": 1.0},
-        folder / "999999999_end.json": {"restarts": 0, "line": "not requeued"},
+        folder / "999999999_0_end.json": end(0, 2),
         tmp_path / "args.json": {"args": {"epochs": 2, "max_steps": None}, "derived": {"steps_per_epoch": 3}},
         tmp_path / "log.txt": {"step": 3, "seconds": 1.0, "steps": 3},
+        folder / "jobs.jsonl": entry,
     }
     for path, content in files.items():
         path.write_text(json.dumps(content))
     assert status(str(tmp_path))[0].split()[2:6] == ["FAILED", "epoch", "1", "of"]
     for path, content in files.items():
-        for name, x in itertools.product(content, FOREIGN):
-            for damaged in (content | {name: x}, {k: v for k, v in content.items() if k != name}, x):
-                path.write_text(json.dumps(damaged))
-                (line,) = status(str(tmp_path))
-                assert len(line.splitlines()) == 1 and line.split()[0] == "999999999"
-        path.write_bytes(b"\xff\x00{")
-        assert len(status(str(tmp_path))) == 1
+        path.write_text('{"foreign": 1}')
+        with pytest.raises(UserError, match=path.name.replace("_0_", "_RANK_")) as caught:
+            run_with_submitit.main(["--status", str(tmp_path)])
+        assert len(str(caught.value).splitlines()) == 1
         path.write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""Batches in parts, checkpointed blocks, a compiled backbone: the same numbers. Memory: counted, measured, refused."""
+"""Batches in parts, checkpointed blocks, a compiled backbone: the same numbers. Memory: counted, measured."""
 
 import ctypes
 from pathlib import Path
@@ -75,11 +75,11 @@ def test_parts_in_two_processes(tmp_path):
 
 
 def test_wrong_numbers_of_parts_and_networks_without_blocks(tmp_path):
-    with pytest.raises(UserError, match="--accum 3 does not divide --batch_size_per_gpu 16"):
+    with pytest.raises(UserError, match="--accum 3"):
         train(tmp_path, "--accum", "3")
-    with pytest.raises(UserError, match="--accum 2 cannot split gedi_gen's sampling"):
+    with pytest.raises(UserError, match="--accum 2"):
         arguments("gedi_gen", "--accum", "2")
-    with pytest.raises(UserError, match="--grad_checkpointing is for ViTs, not for --arch resnet8_w8: use --accum N"):
+    with pytest.raises(UserError, match="--grad_checkpointing .* --arch resnet8_w8"):
         train(tmp_path, "--grad_checkpointing")
 
 
@@ -115,7 +115,7 @@ def test_a_compiled_backbone_trains_and_its_checkpoint_is_an_ordinary_one(tmp_pa
 def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler \(g\+\+ or clang\+\+\): install one"):
+    with pytest.raises(UserError, match="--compile"):
         train(tmp_path / "out", "--compile")
 
 
@@ -123,10 +123,19 @@ def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
 
 
 def test_activations_of_a_known_network():
-    """Linear layers keep their inputs, GELU its input, in the precision of the pass."""
+    """Linear layers keep their inputs, GELU its input, in the precision of the pass; copies of weights do not count."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 100), torch.nn.GELU(), torch.nn.Linear(100, 7))
-    assert activation_bytes(net, 4, "fp32") == 4 * (48 + 100 + 100)
+    for precision, width in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+        assert activation_bytes(net, 4, precision) == width * (48 + 100 + 100)
     assert net.training
+
+
+def test_half_precision_takes_less():
+    need = {}
+    for precision in ("fp32", "bf16"):
+        args, method, views = settings("--arch", "vit_tiny", "--image_size", "96", "--precision", precision)
+        need[precision] = expected_memory(method, args, views)["activations"]
+    assert 0.4 < need["bf16"] / need["fp32"] < 0.75
 
 
 def settings(*flags):
@@ -180,65 +189,47 @@ def test_the_estimate_is_near_what_a_step_takes(tmp_path, flags):
     assert 0.65 < peak / expected < 1.35, (peak / 1e9, expected / 1e9)
 
 
-def test_more_than_there_is_is_refused_with_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "physical_memory", lambda: 2 * 10**9)
-    words = "--out_dim 65536 with 16 images and 2 views takes about 2.5 GB: weights, .* has 2.0 GB: a smaller --batch"
-    with pytest.raises(UserError, match=words):
-        train(tmp_path, "--method", "barlow_twins", "--out_dim", "65536")
-
-
 def test_the_loss_is_counted_by_its_form():
-    logits = 4 * 2 * 64 * 131072  # of two views of 64 images
     flags = [*SMALL, "--out_dim", "131072", "--embed_dim", "64", "--local_crops_number", "0"]
-    for form, times in (("plain", 6), ("stored", 1), ("recomputed", 0), ("auto", 1)):
-        _, method, _ = settings(*flags, "--loss_form", form)
-        assert method.loss_memory(64, 2) == times * logits
-    assert method.loss_memory(1025, 2) == 0  # above 1 GiB of logits auto computes them twice
+    for form, matrices in (("plain", 6 * 2), ("stored", 2), ("recomputed", 0), ("auto", 2)):
+        args, method, views = settings(*flags, "--loss_form", form)
+        assert method.loss_matrices(64, 2) == matrices
+        assert expected_memory(method, args, views)["head and loss"] == 4 * 16 * 131072 * matrices
+    assert method.loss_matrices(1025, 2) == 0  # above 1 GiB of logits auto computes them twice
 
 
-@pytest.mark.parametrize(
-    ("arch", "side"),
-    [("vit_tiny", 8), ("timm:vit_tiny_patch16_224", 16), ("timm:xcit_nano_12_p16_224", 16), ("timm:mixer_s32_224", 8)],
-)
-def test_patches_are_as_large_as_the_network_says(arch, side):
-    """XCiT says it with one number, a mixer not at all: then --patch_size stands."""
-    with torch.device("meta"):
-        backbone = backbones.build_backbone(arch, patch_size=8, image_size=224)
-    assert backbones.patch_side(backbone, 8) == side
-
-
-def test_samples_of_gedi_gen_are_counted_and_no_parts_advised(capsys, monkeypatch):
+def test_samples_of_gedi_gen_are_counted():
     gen = ("--arch", "resnet8_w8", "--method", "gedi_gen", "--sgld_buffer", "100")
     args, method, views = settings(*SMALL, *gen, "--local_crops_number", "0")
-    need = memory.expected_memory(method, args, views)
     _, plain, _ = settings(*SMALL, "--method", "gedi", "--local_crops_number", "0")
-    of_views = memory.expected_memory(plain, args, views).activations
-    assert need.activations == pytest.approx(2 * of_views, rel=0.01)
-    monkeypatch.setattr(memory, "available_memory", lambda: need.total - need.activations + need.activations // 3)
-    memory.check_memory(method, args, views, CPU)
-    assert "a smaller --batch_size_per_gpu" in (said := capsys.readouterr().err) and "--accum" not in said
+    of_views = expected_memory(plain, args, views)["activations"]
+    assert expected_memory(method, args, views)["activations"] == pytest.approx(2 * of_views, rel=0.01)
 
 
-def test_more_than_is_free_is_warned_of_with_the_parts_that_would_fit(capsys, monkeypatch):
+def test_more_than_is_free_is_warned_of(capsys, monkeypatch):
     args, method, views = settings(*SMALL, "--arch", "vit_tiny", "--image_size", "96", "--local_crops_number", "0")
     need = memory.check_memory(method, args, views, CPU)
     assert capsys.readouterr().err == ""
-    free = need.total - need.activations + need.activations // 3
-    monkeypatch.setattr(memory, "available_memory", lambda: free)
-    memory.check_memory(method, args, views, CPU)
-    said = capsys.readouterr().err
-    assert said.startswith("WARNING: this takes about") and "--accum 4" in said and said.count("\n") == 1
+    monkeypatch.setattr(memory, "available_memory", lambda: need.total - 1)
+    assert memory.check_memory(method, args, views, CPU) == need
+    warning = capsys.readouterr().err
+    assert str(need) in warning and "--accum N" in warning and warning.count("\n") == 1
+
+
+def test_the_peak_is_at_least_what_is_held():
+    held = torch.ones(2**26)
+    assert memory.peak_memory(CPU) > held.nbytes
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "flags",
     [
-        (("--image_size", "20000"), "--image_size 20000 is more than any image may have"),
-        (("--local_crops_number", "1000000000"), "--local_crops_number 1000000000: the views of one image take"),
-        (("--num_workers", "1000000000"), "--num_workers 1000000000: .* at most"),
-        (("--arch", "resnet8_w999999999"), "--arch resnet8_w999999999: its weights alone take inf GB"),
+        ("--image_size", "20000"),
+        ("--local_crops_number", "1000000000"),
+        ("--num_workers", "1000000000"),
+        ("--arch", "resnet8_w999999999"),
     ],
 )
-def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, flags, words):
-    with pytest.raises(UserError, match=words):
+def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, flags):
+    with pytest.raises(UserError, match=" ".join(flags)):
         train(tmp_path, *flags)

@@ -41,8 +41,8 @@ def test_meter_leaves_out_skipped_steps_and_goes_on_from_its_state():
 
 def test_a_deferred_read_hands_out_the_step_before():
     deferred = DeferredRead()
-    assert deferred.flush() is None and deferred.push(torch.tensor([1.0])) is None and deferred.waiting
-    assert deferred.push(torch.tensor([2.0])) == [1.0] and deferred.flush() == [2.0] and not deferred.waiting
+    assert deferred.flush() is None and deferred.push(torch.tensor([1.0])) is None
+    assert deferred.push(torch.tensor([2.0])) == [1.0] and deferred.flush() == [2.0] and deferred.flush() is None
 
 
 def test_plain_lines_come_at_intervals(capsys):

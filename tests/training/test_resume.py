@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 
 import pytest
 import torch
@@ -11,26 +10,6 @@ from helpers import log_of, model_of, same_state, same_weights, train, without_t
 from cplearn import checkpoints
 from cplearn.errors import UserError
 from cplearn.files import append_json_line
-
-
-def test_resuming_at_an_epoch_is_bit_identical(tmp_path, image_folder):
-    common = (
-        "--data_path",
-        str(image_folder),
-        "--epochs",
-        "4",
-        "--arch",
-        "vit_tiny",
-        "--drop_path_rate",
-        "0.3",
-    )
-    train(tmp_path / "whole", *common)
-    train(tmp_path / "cut", *common, "--max_steps", "6")  # two epochs of three steps
-    assert len(log_of(tmp_path / "cut")) == 2
-    train(tmp_path / "cut", *common)
-    assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "cut"))
-    assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
-    assert train(tmp_path / "cut", *common) == {}  # nothing left to do
 
 
 @pytest.mark.parametrize("dictionary", ["rademacher", "hadamard"])
@@ -60,26 +39,19 @@ def test_a_checkpoint_from_before_a_flag_existed_goes_on_with_its_default(tmp_pa
     assert train(tmp_path, *common)["epoch"] == 1
 
 
-def test_resuming_with_workers_is_bit_identical(tmp_path, image_folder):
-    """A loader's workers take their seed from its own generator, not from the one drop path draws from."""
-    common = ("--data_path", str(image_folder), "--epochs", "2", "--arch", "vit_tiny", "--drop_path_rate", "0.5")
-    train(tmp_path / "whole", *common, "--num_workers", "1")
-    train(tmp_path / "cut", *common, "--max_steps", "3", "--num_workers", "1")
-    train(tmp_path / "cut", *common, "--num_workers", "1")
-    assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "cut"))
-
-
 @pytest.mark.parametrize("more", [(), ("--arch", "vit_tiny", "--drop_path_rate", "0.5", "--num_workers", "2")])
-def test_resuming_inside_an_epoch_is_bit_identical(tmp_path, image_folder, more):
-    """Cut by --max_steps after 1, 2, 4 and 5 of six steps; drop path, workers, the averages of the log line."""
+def test_resuming_is_bit_identical(tmp_path, image_folder, more):
+    """Cut by --max_steps after each of six steps but the last; drop path, workers, the averages of the log line."""
     common = ("--data_path", str(image_folder), "--epochs", "2", "--print_freq", "2", "--optimizer", "adam", *more)
     train(tmp_path / "whole", *common)
-    for steps in ("1", "2", "4", "5"):
+    for steps in ("1", "2", "3", "4", "5"):
         assert train(tmp_path / "cut", *common, "--max_steps", steps)["step"] == int(steps)
         assert checkpoints.load(tmp_path / "cut" / "checkpoint.pth")["epoch"] == int(steps) // 3
+        assert len(log_of(tmp_path / "cut")) == 1 + int(steps) // 4
     train(tmp_path / "cut", *common)
     assert same_state(tmp_path / "whole", tmp_path / "cut")
     assert without_time(log_of(tmp_path / "whole")) == without_time(log_of(tmp_path / "cut"))
+    assert train(tmp_path / "cut", *common) == {}  # nothing left to do
 
 
 def test_a_damaged_checkpoint_costs_one_checkpoint(tmp_path, image_folder, capsys):
@@ -99,11 +71,11 @@ def test_a_damaged_checkpoint_costs_one_checkpoint(tmp_path, image_folder, capsy
 def test_forced_differences(tmp_path, image_folder, capsys):
     common = ("--data_path", str(image_folder), "--epochs", "2")
     train(tmp_path, *common, "--max_steps", "4")
-    with pytest.raises(UserError, match="beta 0.25 there, 0.5 here; use another .* or --resume_force beta$"):
+    with pytest.raises(UserError, match="beta 0.25 there, 0.5 here.* --resume_force beta$"):
         train(tmp_path, *common, "--lr", "0.1", "--beta", "0.5", "--resume_force", "lr")
     record = train(tmp_path, *common, "--lr", "0.1", "--beta", "0.5", "--resume_force", "lr", "beta")
     assert record["step"] == 6 and "forced although different: beta was 0.25, lr was 0.0005" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--resume_force bata: not the name of a flag"):
+    with pytest.raises(UserError, match="--resume_force bata"):
         train(tmp_path, *common, "--resume_force", "bata")
 
 
@@ -199,29 +171,29 @@ def test_another_number_of_threads_is_said(tmp_path, image_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "refused"),
     [
-        (lambda s: s.update(args=[1]), "was written by another version (keys args)"),
-        (lambda s: s.update(step="many"), "was written by another version (keys step)"),
-        (lambda s: s.update(progress=None), "was written by another version (keys progress)"),
-        (lambda s: s.update(more=1), "was written by another version (keys more)"),
-        (lambda s: s["progress"].pop("meter"), "does not say how far its run was (KeyError"),
-        (lambda s: s["progress"].update(meter=7), "does not say how far its run was (TypeError"),
-        (lambda s: s["progress"].update(waiting=1e308), "does not say how far its run was (ValueError"),
-        (lambda s: s["model"].update({"head.linear.weight": "x"}), "does not fit this model"),
-        (lambda s: s["optimizer"].update(state=[]), "the optimizer state in"),
-        (lambda s: s.update(bad_images={1: 2}), None),  # no such image: none to look at
+        (lambda s: s.update(args=[1]), True),
+        (lambda s: s.update(step="many"), True),
+        (lambda s: s.update(progress=None), True),
+        (lambda s: s["progress"].pop("meter"), True),
+        (lambda s: s["progress"].update(meter=7), True),
+        (lambda s: s["model"].update({"head.linear.weight": "x"}), True),
+        (lambda s: s["optimizer"].update(state=[]), True),
+        (lambda s: s.pop("identity"), True),
+        (lambda s: s.update(bad_images={1: 2}), False),  # no such image: none to look at
     ],
 )
-def test_a_checkpoint_with_foreign_fields_is_refused_in_one_line(tmp_path, image_folder, change, words):
+def test_a_checkpoint_with_foreign_fields_is_refused_in_one_line(tmp_path, image_folder, change, refused):
     train(tmp_path, "--data_path", str(image_folder))
-    state = checkpoints.load(tmp_path / "checkpoint.pth")
+    path = tmp_path / "checkpoint.pth"
+    state = checkpoints.load(path)
     change(state)
-    checkpoints.write(tmp_path / "checkpoint.pth", state)
+    checkpoints.write(path, state)
     (tmp_path / "checkpoint_previous.pth").unlink(missing_ok=True)
-    if words is None:
+    if not refused:
         assert train(tmp_path, "--data_path", str(image_folder), "--max_steps", "13")["step"] == 13
         return
-    with pytest.raises(UserError, match=re.escape(words)) as error:
+    with pytest.raises(UserError, match=str(path)) as error:
         train(tmp_path, "--data_path", str(image_folder))
     assert "\n" not in str(error.value)

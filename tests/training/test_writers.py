@@ -2,7 +2,6 @@
 
 import argparse
 import http.server
-import importlib.metadata
 import json
 import os
 import pty
@@ -10,8 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -81,29 +78,15 @@ def test_the_same_numbers_in_one_run_across_a_continuation(tmp_path, image_folde
     assert set(events.Tags()["scalars"]) == numbers and all(name.encode() in kept[0] for name in numbers)
 
 
-def test_nothing_is_left_running(tmp_path):
+def test_only_numbers_are_written_and_nothing_is_left_running(tmp_path):
     pytest.importorskip("wandb")
     before = children_of(os.getpid())
     with writers.Writers(flags(tmp_path / "out"), 0) as opened:
         assert len(children_of(os.getpid())) > len(before)
         opened.write(RECORD)
     assert children_of(os.getpid()) == before
-
-
-def test_words_and_what_is_missing_are_no_numbers(tmp_path):
-    with writers.Writers(flags(tmp_path / "out"), 0) as opened:
-        opened.write(RECORD)
     (content,) = written(tmp_path / "out")
     assert b"1.0625" in content and b"learning" not in content and b"loss_one_code" not in content
-
-
-def test_without_an_account_the_numbers_are_kept(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("WANDB_MODE")
-    with writers.Writers(flags(tmp_path / "out"), 0) as opened:
-        opened.write(RECORD)
-    assert b"1.0625" in written(tmp_path / "out")[0]
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING: Weights" in line]
-    assert "did not start" in warning and "kept for `wandb sync`" in warning
 
 
 ASKING = """
@@ -135,10 +118,13 @@ def test_nobody_is_asked_for_an_account(tmp_path, monkeypatch):
     assert b"1.0625" in written(tmp_path / "out")[0]
 
 
-def test_a_server_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "server", [{}, {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}], ids=["no account", "no answer"]
+)
+def test_without_account_or_network_the_numbers_are_kept(tmp_path, monkeypatch, capsys, server):
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(writers, "START", 1)
     with writers.Writers(flags(tmp_path / "out"), 0) as opened:
         opened.write(RECORD)
@@ -183,25 +169,22 @@ def test_a_network_that_goes_away(tmp_path, monkeypatch, capsys):
         opened.write(RECORD)
         start = time.monotonic()
     assert time.monotonic() - start < 20
-    assert f"could not send everything (Timed out finishing run.): `wandb sync {tmp_path}" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("WARNING: Weights & Biases") == 1
     (kept,) = (tmp_path / "out").glob("wandb/run-*/run-*.wandb")
     assert b"1.0625" in kept.read_bytes()
 
 
-def test_an_id_that_is_none_is_replaced(tmp_path, monkeypatch):
-    path = tmp_path / "wandb_id.txt"
-    path.write_text("../../etc\n")
-    made = writers._run_id(path)
-    assert made.isalnum() and writers._run_id(path) == made
-    path.unlink()
+def test_the_id_may_be_chosen(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "mine-1")
-    assert writers._run_id(path) == "mine-1" and path.read_text() == "mine-1\n"
+    pytest.importorskip("wandb")
+    with writers.Writers(flags(tmp_path / "out"), 0):
+        assert (tmp_path / "out" / "wandb_id.txt").read_text() == "mine-1\n"
 
 
-@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"^--{package} needs the {package} package: pip install {package}$"):
+@pytest.mark.parametrize(("package", "module"), writers.MODULES.items())
+def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, package, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"--{package} .*pip install -U {package}"):
         train(tmp_path / "out", f"--{package}")
     assert not (tmp_path / "out").exists()
 
@@ -212,12 +195,12 @@ def test_a_folder_named_wandb_is_no_package(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match="--wandb needs the wandb package"):
+    with pytest.raises(UserError, match="--wandb"):
         writers.check_writers(flags(tmp_path / "out"))
 
 
 def test_a_project_that_cannot_be(tmp_path):
-    with pytest.raises(UserError, match="--wandb_project 'a/b' must be 1 to 128 characters without"):
+    with pytest.raises(UserError, match="--wandb_project 'a/b'"):
         train(tmp_path, "--wandb", "--wandb_project", "a/b")
 
 
@@ -231,30 +214,3 @@ def test_only_the_first_process_writes(tmp_path):
     run_in_processes(tmp_path, _write, str(tmp_path / "out"))
     (content,) = written(tmp_path / "out")
     assert b"1.0625" in content
-
-
-def test_versions_that_are_too_old_are_refused(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for version, refused in (("0.27.2", True), ("0.29.0", False), ("0.100.1rc2", False), ("1.0", False)):
-        monkeypatch.setattr(importlib.metadata, "version", lambda package, version=version: version)
-        error = pytest.raises(UserError, match="0.29 or newer, not 0.27.2: pip install -U wandb")
-        with error if refused else nullcontext():
-            writers.check_writers(flags(tmp_path))
-
-
-def test_a_package_that_was_installed_under_another_name_is_taken(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    asked = []
-
-    def version(package: str) -> str:
-        asked.append(package)
-        raise importlib.metadata.PackageNotFoundError(package)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    writers.check_writers(flags(tmp_path))
-    assert asked == ["wandb"]
-
-
-def test_the_oldest_versions_are_those_of_pyproject():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {name: [f"{name}>={version}"] for name, version in writers.OLDEST.items()}.items() <= extras.items()

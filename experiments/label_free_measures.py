@@ -74,21 +74,21 @@ def clusters(x: Tensor, k: int | None = None, seed: int = 0) -> tuple[Tensor, Te
     k = min(max(2, math.isqrt(len(x))) if k is None else k, len(x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct rows than clusters: a collapse, which is what is measured
-        found = KMeans(k, n_init=1, random_state=seed).fit(unit)
-    return torch.from_numpy(found.labels_).long(), torch.from_numpy(found.cluster_centers_)
+        fitted = KMeans(k, n_init=1, random_state=seed).fit(unit)
+    return torch.from_numpy(fitted.labels_).long(), torch.from_numpy(fitted.cluster_centers_)
 
 
-def cluster_agreement(x: Tensor, y: Tensor, found: tuple[Tensor, Tensor] | None = None) -> tuple[float, float]:
+def cluster_agreement(x: Tensor, y: Tensor, groups: tuple[Tensor, Tensor] | None = None) -> tuple[float, float]:
     """Return how often the second view of an image falls into the cluster of its first, and that agreement's AMI.
 
-    The clusters are `clusters` of the first view, or `found` by it; the second view goes to the nearest of their
+    The clusters are `clusters` of the first view, or `groups` made of it; the second view goes to the nearest of their
     centers. The adjusted mutual information is 0 by chance. Shape: (n, d) twice.
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
     if not (x.isfinite().all() and y.isfinite().all()) or len(x) < 4:
         return math.nan, math.nan
-    labels, centers = found or clusters(x)
+    labels, centers = groups or clusters(x)
     if len(labels.unique()) < 2:
         return 1.0, 0.0
     others = torch.cdist(F.normalize(y.double(), dim=1), centers).argmin(1)
@@ -152,8 +152,8 @@ def of_views(x: Tensor, y: Tensor) -> dict[str, float]:
     """Return every measure of two views' features or embeddings; NaN if an entry is not finite. Shape: (n, d) twice."""
     if not (x.isfinite().all() and y.isfinite().all()):
         return dict.fromkeys(MEASURES, math.nan)
-    alpha, found, dimension = alpha_req(x), clusters(x), intrinsic_dimension(x)
-    learnable, (agreement, ami) = learnability(x, found[0]), cluster_agreement(x, y, found)
+    alpha, groups, dimension = alpha_req(x), clusters(x), intrinsic_dimension(x)
+    learnable, (agreement, ami) = learnability(x, groups[0]), cluster_agreement(x, y, groups)
     values = (
         collapse.rankme(x), collapse.dimensions(collapse.covariance_spectrum(x)), collapse.feature_std(x),
         lidar(torch.stack([x, y], 1)), alpha, abs(alpha - 1), learnable, dimension, clid(learnable, dimension),
@@ -171,11 +171,11 @@ def label_free(
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
-    found = {f"features_{name}": value for name, value in of_views(features_a, features_b).items()}
-    found |= {f"embedding_{name}": value for name, value in of_views(embedding_a, embedding_b).items()}
+    measures = {f"features_{name}": value for name, value in of_views(features_a, features_b).items()}
+    measures |= {f"embedding_{name}": value for name, value in of_views(embedding_a, embedding_b).items()}
     agreement, chance, score = collapse.code_agreement(codes_a, codes_b)
     used, perplexity = collapse.code_usage(codes_a)
-    return found | {
+    return measures | {
         "retrieval_chance": 1 / len(features_a),
         "codes_agreement": agreement,
         "codes_agreement_chance": chance,

@@ -1,53 +1,14 @@
-"""Image files that lie inside others (tar shards, parquet, Arrow): what their data sets share. Names and labels."""
+"""Names and labels of images that come with a text each: in lists, tar shards, parquet, saved copies."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from PIL import Image
 
-from cplearn.data.datasets import ImageDataset, check_listed, image_size, read_image, say
+from cplearn.data.datasets import check_listed
+from cplearn.data.scan import say
 from cplearn.errors import UserError
 from cplearn.text import few, printable
-
-MOST_BYTES = 2**30  # of an encoded image: above the pixels that may be decoded (`datasets.MAX_PIXELS`)
-
-
-def checked(content: bytes | None) -> bytes:
-    """Return an image's bytes. Raises ValueError if there are none, or more than can be an image's."""
-    if not content:
-        raise ValueError("the row holds no bytes")
-    check_size(len(content))
-    return content
-
-
-def check_size(size: int) -> None:
-    """Raise ValueError for more bytes than can be an image's."""
-    if size > MOST_BYTES:
-        raise ValueError(f"{size:,} bytes are more than the {MOST_BYTES:,} allowed")
-
-
-class EncodedImages(ImageDataset):
-    """Images as bytes inside other files. A kind of them adds `content`."""
-
-    where: str
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def content(self, i: int) -> bytes:
-        """Return the file of an image as it was stored. Raises what went wrong; `read` turns it into a `LocalError`."""
-        raise NotImplementedError
-
-    def full_name(self, i: int) -> str:
-        """Return what names an image in a message."""
-        return f"{self.where}/{self.names[i]}"
-
-    def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
-        return read_image(self.full_name(i), reduction, lambda: self.content(i)), int(self.labels[i])
-
-    def size_of(self, i: int) -> tuple[int, int]:
-        return image_size(self.full_name(i), lambda: self.content(i))
 
 
 class Names(Sequence):
@@ -81,9 +42,6 @@ def check_unique(names: Sequence[str], where: str, fix: str) -> None:
         raise UserError(f"{printable(where)} names {len(twice)} images more than once ({few(twice)}): {fix}")
 
 
-# --- labels ------------------------------------------------------------------------------------------------
-
-
 def number_labels(
     texts: Sequence[str | None], where: str, class_list: list[str] | None = None, classes: list[str] | None = None
 ) -> tuple[list[str] | None, np.ndarray, np.ndarray]:
@@ -95,23 +53,23 @@ def number_labels(
     classes that are not there.
     """
     texts = [None if text in ("", "-1") else text for text in texts]
-    found = set(texts)
+    labels = set(texts)
     if class_list:
-        check_listed(class_list, found, where)
-    elif None in found:
-        if found != {None}:
+        check_listed(class_list, labels, where)
+    elif None in labels:
+        if labels != {None}:
             missing = sum(text is None for text in texts)
             say(f"{printable(where)}: {missing:,} of {len(texts):,} images have no label, so no label is used")
         return None, np.full(len(texts), -1), np.arange(len(texts))
-    classes = class_list or classes or _in_order(found)
+    classes = class_list or classes or _in_order(labels)
     place = {name: k for k, name in enumerate(classes if len(classes) > 1 or class_list else [])}
-    labels = np.array([place.get(text, -1) for text in texts], np.int64)
-    keep = np.flatnonzero(labels >= 0) if class_list else np.arange(len(texts))
-    return classes if place else None, labels[keep], keep
+    numbers = np.array([place.get(text, -1) for text in texts], np.int64)
+    keep = np.flatnonzero(numbers >= 0) if class_list else np.arange(len(texts))
+    return classes if place else None, numbers[keep], keep
 
 
-def _in_order(found: set[str]) -> list[str]:
+def _in_order(labels: set[str]) -> list[str]:
     try:
-        return sorted(found, key=lambda text: (int(text), text))
+        return sorted(labels, key=lambda text: (int(text), text))
     except ValueError:
-        return sorted(found)
+        return sorted(labels)

@@ -2,6 +2,7 @@
 
 import math
 
+import label_free_measures as label_free
 import numpy as np
 import pytest
 import scipy.linalg
@@ -10,7 +11,7 @@ from helpers import randn
 from sklearn.metrics import adjusted_mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 
-from cplearn.metrics import collapse, label_free
+from cplearn.metrics import collapse
 
 
 def views(n=40, d=6, noise=0.3):

@@ -1,0 +1,240 @@
+"""Images as Hugging Face stores them: parquet files, and copies that `save_to_disk` wrote. The `datasets` package reads
+both. Nothing here reaches the network, and no column is decoded: image files go through `read_image` as all others.
+
+To be imported only where such images are named: it takes seconds. Raises `UserError` where the package is missing.
+"""
+
+import glob
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from cplearn.data.datasets import ImageFiles, check_bytes, file_stamp, open_regular
+from cplearn.data.labels import Names, number_labels
+from cplearn.data.scan import say
+from cplearn.errors import UserError, WriteError
+from cplearn.text import few, printable
+
+try:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+except ImportError:
+    raise UserError("parquet files and saved copies need the datasets package: pip install datasets") from None
+
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said in one line
+
+USUAL = ("image", "img")  # columns of images, where several could be meant
+SMALL = 2**22  # bytes of parquet files up to which they are read as they are, in any order
+
+
+class Rows(ImageFiles):
+    """Rows of a table of `datasets`, whose column of images is not decoded."""
+
+    data = None  # the table
+    column: str  # of images
+
+    def image_of(self, row: int) -> dict | bytes | None:
+        return self.data[row][self.column]
+
+    def open(self, i: int) -> BinaryIO:
+        image = self.image_of(int(self.rows[i]))
+        content = image["bytes"] if isinstance(image, dict) else image
+        if not content:
+            raise ValueError("the row holds no bytes")
+        check_bytes(len(content))
+        return BytesIO(content)
+
+
+class Parquet(Rows):
+    """The images of parquet files: files by name, images by row.
+
+    An image is read with its whole row group, until `allow_any_order` has copied them all.
+    """
+
+    def __init__(self, root: Path, files: list[str], class_list: list[str] | None = None):
+        """Raises `UserError` for files that are damaged, or have no column of images."""
+        self.root, self.files, self.where = root, sorted(files), str(root)
+        self._stamps, names, texts, groups, damaged, kinds = [], [], [], [], [], []
+        for k, one in enumerate(self.files):
+            try:
+                with open_regular(root / one) as file:
+                    self._stamps.append(file_stamp(one, file))
+                    table = parquet.ParquetFile(file)
+                    features = _features(table.schema_arrow)
+                    images = [name for name, kind in features.items() if _may_hold_images(kind)]
+                    usual = [name for name in USUAL if name in images] or images[: len(images) == 1]
+                    columns = image, label, _ = columns_of(features, usual, f"{root}/{one}")
+                    rows = table.read(columns=[f"{image}.path"] + [label] * (label is not None), use_threads=False)
+                    texts += label_texts(rows, columns, f"{root}/{one}")
+                    names += [f"{one}#{row}{path}" for row, path in enumerate(_paths(rows, image))]
+                    groups += [(k, g, table.metadata.row_group(g).num_rows) for g in range(table.num_row_groups)]
+                    kinds.append(columns)
+            except UserError:
+                raise
+            except Exception:  # whatever Arrow makes of a damaged file
+                damaged.append(one)
+        if damaged:
+            raise UserError(
+                f"{printable(root)} has {len(damaged)} parquet files that cannot be read: {few(damaged)}; "
+                "get them again, or move them away"
+            )
+        if odd := [one for one, columns in zip(self.files, kinds, strict=True) if columns != kinds[0]]:
+            raise UserError(f"{printable(root)}: {few(odd)} has other columns or classes than {printable(files[0])}")
+        if not names:
+            raise UserError(f"{printable(root)}: its {len(files)} parquet files have no rows")
+        self.column, _, classes = kinds[0]
+        self.classes, self.labels, self.rows = number_labels(texts, self.where, class_list, classes)
+        self.names = Names([names[i] for i in self.rows])
+        self.groups = np.array(groups)[:, :2]  # file, and which of its row groups
+        self.starts = np.cumsum([0, *(size for _, _, size in groups)])
+        self._kept = (-1, None)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": (-1, None)}
+
+    def stamps(self) -> list:
+        return [*self._stamps, len(self)]
+
+    def image_of(self, row: int) -> dict | bytes | None:
+        if self.data is not None:
+            return super().image_of(row)
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        if self._kept[0] != group:  # the last one is kept, for images that are read in order
+            k, g = self.groups[group].tolist()
+            with open_regular(self.root / self.files[k]) as file:
+                table = parquet.ParquetFile(file).read_row_group(g, columns=[self.column], use_threads=False)
+            self._kept = group, table.column(0)
+        return self._kept[1][row - int(self.starts[group])].as_py()
+
+    def allow_any_order(self, cache_folder: str) -> None:
+        """Let `datasets` copy the images out of their row groups, once, unless they are few.
+
+        Raises `UserError` for a damaged file, `WriteError` for a folder that cannot be written.
+        """
+        total = sum(size for _, size, _ in self._stamps)
+        if self.data is not None or total <= SMALL:
+            return
+        folder = str(Path(cache_folder).expanduser())
+        say(
+            f"Parquet is read by whole row groups: a copy of its {total / 1e9:.2f} GB is made once, in "
+            f"{printable(folder)} (--cache disk decodes the images instead)"
+        )
+        image = parquet.read_schema(self.root / self.files[0]).field(self.column)
+        try:
+            self.data = datasets.Dataset.from_parquet(
+                [glob.escape(os.path.abspath(self.root / one)) for one in self.files],  # it takes them for patterns
+                features=datasets.Features.from_arrow_schema(pyarrow.schema([image])),
+                columns=[self.column],
+                cache_dir=folder,
+            )
+        except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno:
+                raise WriteError(f"{printable(folder)} cannot take a copy: {cause.strerror}; see --cache_dir") from None
+            raise UserError(f"{self.where} cannot be copied ({_first_line(cause)}): get these files again") from None
+
+
+class SavedCopy(Rows):
+    """The images of one split that `save_to_disk` wrote, in the order of its rows."""
+
+    def __init__(self, path: str, names: tuple[str, ...], class_list: list[str] | None = None):
+        """Take the first of the splits `names` that is there; a copy without splits is for pre-training.
+
+        Raises `UserError` if there is none, or no column of images.
+        """
+        split, data = _split_of(path, names)
+        self.where = f"hf:{path}, {split} split"
+        images = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+        columns = self.column, _, classes = columns_of(data.features, images, self.where)
+        self.data = data.cast_column(self.column, datasets.Image(decode=False))
+        rows = data.select_columns([columns[1]]).with_format("arrow")[:] if columns[1] else data
+        texts = label_texts(rows, columns, self.where)
+        self.classes, self.labels, self.rows = number_labels(texts, self.where, class_list, classes)
+        self.names = Names(f"{split}#{row}" for row in self.rows)
+
+    def stamps(self) -> list:
+        return [self.data._fingerprint, len(self)]
+
+
+def _split_of(path: str, names: tuple[str, ...]):
+    """Return the name of a split and its rows."""
+    where, fix = f"--dataset hf:{printable(path)}", "name a folder that save_to_disk of the datasets package wrote"
+    if not os.path.isdir(path):
+        raise UserError(f"{where} is not a folder: {fix}")
+    try:
+        copy = datasets.load_from_disk(path)
+    except Exception as error:  # whatever Arrow or the package makes of a damaged copy
+        raise UserError(f"{where} cannot be read ({_first_line(error)}): {fix}") from None
+    if not isinstance(copy, datasets.DatasetDict):
+        if "train" not in names:
+            raise UserError(f"{where} has no splits: an evaluation needs train and validation")
+        return "train", copy
+    split = next((name for name in names if name in copy), None)
+    if split is None:
+        raise UserError(f"{where} has no {' or '.join(names)} split, but {few(list(copy))}")
+    return split, copy[split]
+
+
+# --- columns -------------------------------------------------------------------------------------------------------
+
+
+def _features(schema):
+    """Return the kind of each column; what `datasets` left in the schema counts if it can be understood."""
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except Exception:  # these words are anyone's
+        return datasets.Features.from_arrow_schema(schema.remove_metadata())
+
+
+def _may_hold_images(kind) -> bool:
+    """Return whether a column has bytes, alone or in a struct with the file's name."""
+    content = kind.get("bytes") if isinstance(kind, dict) else kind
+    return isinstance(content, datasets.Image) or getattr(content, "dtype", None) in ("binary", "large_binary")
+
+
+def columns_of(features, images: list[str], where: str) -> tuple[str, str | None, list[str] | None]:
+    """Return the first of the columns of images, that of labels (`label`, else the first one with class names, else
+    None), and the class names. Raises `UserError` for no column of images."""
+    if not images:
+        raise UserError(
+            f"{printable(where)} has no column that can only be the images (columns: {few(list(features))}): name it "
+            "image, bytes of image files or a struct with bytes and path"
+        )
+    classes = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    label = "label" if "label" in features else next(iter(classes), None)
+    return images[0], label, classes.get(label)
+
+
+def label_texts(table, columns: tuple[str, str | None, list[str] | None], where: str) -> list[str | None]:
+    """Return the labels as text: names, numbers where there are no names, None for null and -1.
+
+    Raises `UserError` for what is no label, and for one without a class name.
+    """
+    _, label, classes = columns
+    if label is None:
+        return [None] * table.num_rows
+    what, values = f"{printable(where)}: column {printable(label)}", table[label].to_pylist()
+    for value in values:
+        if value is not None and not isinstance(value, (int, str)):
+            raise UserError(f"{what} holds {type(value).__name__}, not whole numbers or names: rename it")
+        if classes and isinstance(value, int) and not -1 <= value < len(classes):
+            raise UserError(f"{what} holds {value}, but there are names for {len(classes)} classes")
+    if not classes:
+        return [None if value is None else str(value) for value in values]
+    return [classes[value] if isinstance(value, int) and value >= 0 else None for value in values]
+
+
+def _paths(table, image: str) -> list[str]:
+    """Return the file name that is stored beside each image, with a slash before it; "" for none."""
+    if image not in table.column_names:
+        return [""] * table.num_rows
+    return [f"/{row['path']}" if row and row["path"] else "" for row in table[image].to_pylist()]
+
+
+def _first_line(error: BaseException) -> str:
+    return printable((str(error).splitlines() or [type(error).__name__])[0][:200])
