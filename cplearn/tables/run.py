@@ -92,7 +92,7 @@ def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Ca
             for _, children in running.values():
                 children.wait()
     if signals.name:
-        raise Interrupted(f"{signals.name}: saved and stopped; the same command goes on")
+        raise Interrupted(f"{signals.name}: saved and stopped; the same command goes on", signals.name)
 
 
 def start_cell(cell: Cell, processes: int, slot: int, jobs: int) -> Children:
