@@ -102,9 +102,9 @@ def _run(cell: Cell, script: str, flags: list[str], place: Path, processes: int,
             told = True
         time.sleep(0.05)
     if end.code == Interrupted.exit_code:
-        raise Interrupted(end.line)
+        raise Interrupted(end.line, signals.name)
     if end.code and signals.name:
-        raise Interrupted(f"{signals.name}: stopped; the same command goes on")
+        raise Interrupted(f"{signals.name}: stopped; the same command goes on", signals.name)
     if end.code:
         raise PartError(cell.missing()[0], end.code, end.line)
 

@@ -1,5 +1,6 @@
 """Scripts as child processes. How they end is read from a file that each process leaves, never from what it prints."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -109,11 +110,11 @@ def run(parent: str, ends: str, script: str, *flags: str) -> None:
     if os.getppid() != int(parent):  # gone before that
         sys.exit(Interrupted.exit_code)
 
-    def report(code: int, line: str) -> None:
-        try:
-            write_text(Path(ends, f"{os.environ.get('RANK', '0')}.json"), json.dumps({"line": line}))
-        except ExpectedError as error:  # a full disk, which may be why the script ended
-            print(error, file=sys.stderr)
+    def report(error: BaseException | None) -> None:
+        if error:
+            content = json.dumps({"line": errors.exit_status(error)[1]})
+            with contextlib.suppress(ExpectedError):  # a full disk, which may be why the script ended
+                write_text(Path(ends, f"{os.environ.get('RANK', '0')}.json"), content)
 
     sys.argv = [f"{script.rpartition('.')[2]}.py", *flags]
     errors.run_script(lambda _: importlib.import_module(script).main(flags), report)

@@ -119,22 +119,19 @@ def write(grid: Grid, states: dict[str, CellState]) -> None:
         return
     trained, untrained = ([x for x in lines if x.random is random] for random in (False, True))
     name = stem(grid.settings.table)
-    heading = f"# {title(grid.settings.table)}" + _at_small_scale(grid)
+    small = " at small scale, not the paper's setting" * (grid.settings.scale == "small")
     notes = [
         setting([cell for cell in grid.cells if states[cell.name].complete]),
         *[f"Chosen: {CHOICES[grid.settings.table]}"] * (grid.settings.scale == "paper"),
         *[tuning.sentence(grid.folder)] * bool(grid.settings.tune),
         *findings(grid, trained, untrained, missing=sum(not states[cell.name].complete for cell in grid.cells)),
     ]
-    parts = [heading, markdown_table(grid.settings.table, trained, untrained), NOTE, "\n".join(f"- {x}" for x in notes)]
+    table = markdown_table(grid.settings.table, trained, untrained)
+    parts = [f"# {title(grid.settings.table)}{small}", table, NOTE, "\n".join(f"- {note}" for note in notes)]
     parts += paired.section(grid, states)
     write_text(grid.folder / f"{name}.md", "\n\n".join(parts) + "\n")
     _write_csv(grid, lines)
     draw(grid.folder / f"{name}.png", grid.settings, trained, untrained)
-
-
-def _at_small_scale(grid: Grid) -> str:
-    return " at small scale, not the paper's setting" * (grid.settings.scale == "small")
 
 
 def markdown_table(table: int | str, trained: list[Line], untrained: list[Line]) -> str:

@@ -1,11 +1,10 @@
 """Run the cells of a grid: side by side on this machine, or as SLURM jobs, one for each cell."""
 
-import contextlib
 import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from cplearn.errors import Interrupted
 from cplearn.host import usable_cores
@@ -67,27 +66,33 @@ def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Ca
     total, done, start = len(grid.cells), len(grid.cells) - len(todo), time.time()
     print(f"{done} of {total} cells are finished; {jobs} at a time", flush=True)
     running: dict[int, tuple[Cell, Children]] = {}  # by slot
-    with StopSignals() as signals, _ended_at_last(running):
+    with StopSignals() as signals:
         told = False
-        while running or (todo and not signals.name):
-            for slot in range(jobs):
-                if todo and slot not in running and not signals.name:
-                    cell = todo.pop(0)
-                    running[slot] = cell, start_cell(cell, grid.settings.ngpus, slot, jobs)
-            if signals.name and not told:
-                _stop(running)
-                told = True
-            for slot, (cell, children) in list(running.items()):
-                if (end := children.poll()) is not None:
+        try:
+            while running or (todo and not signals.name):
+                for slot in range(jobs):
+                    if todo and slot not in running and not signals.name:
+                        cell = todo.pop(0)
+                        running[slot] = cell, start_cell(cell, grid.settings.ngpus, slot, jobs)
+                if signals.name and not told:
+                    _stop(running)
+                    told = True
+                for slot, (cell, children) in list(running.items()):
+                    if (end := children.poll()) is None:
+                        continue
                     del running[slot]
                     done += end.code == 0
                     if end.code == 0 or not (signals.name or end.code == Interrupted.exit_code):
                         took = format_duration(time.time() - start)
                         print(f"{cell.name}: {end.line or 'done'}  ({done} of {total}, {took})", flush=True)
                         after_each()
-            time.sleep(0.1)
+                time.sleep(0.1)
+        finally:  # after an error nothing is left running
+            _stop(running)
+            for _, children in running.values():
+                children.wait()
     if signals.name:
-        raise Interrupted(f"{signals.name}: saved and stopped; the same command goes on")
+        raise Interrupted(f"{signals.name}: saved and stopped; the same command goes on", signals.name)
 
 
 def start_cell(cell: Cell, processes: int, slot: int, jobs: int) -> Children:
@@ -96,17 +101,6 @@ def start_cell(cell: Cell, processes: int, slot: int, jobs: int) -> Children:
     flags = [str(cell.folder), "--num_workers", str(loader_processes(jobs, processes))]
     with open(cell.folder / "cell.out", "ab") as out:
         return Children(CELL, flags, env=environment(slot, jobs, processes), out=out)
-
-
-@contextlib.contextmanager
-def _ended_at_last(running: dict[int, tuple[Cell, Children]]) -> Iterator[None]:
-    """Leave no cell running after an error."""
-    try:
-        yield
-    finally:
-        _stop(running)
-        for _, children in running.values():
-            children.wait()
 
 
 def _stop(running: dict[int, tuple[Cell, Children]]) -> None:

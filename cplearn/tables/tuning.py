@@ -6,7 +6,7 @@ A trial is a cell in output_dir/tuning that trains on a part of the training ima
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,10 +94,11 @@ class Outcome:
         return self.complete or bool(self.failure)
 
     def record(self) -> dict:
-        """Return what tuning.json has of it."""
+        """Return what tuning.json has of it; settings: the effective values of what its method's trials draw."""
+        parsed = vars(parse_flags("main_cplearn", self.cell.train))
         return {
             "trial": trial_of(self.cell),
-            "settings": settings_of(self.cell),
+            "settings": {flag: f"{parsed[flag[2:]]}" for flag in ("--lr", *RULE[self.cell.row.method])},
             "knn": self.knn,
             "verdict": self.verdict,
             "failure": self.failure,
@@ -187,12 +188,6 @@ def find_best(grid: Grid, images, jobs: int, submit: Callable | None) -> dict[st
 # --- what is kept of them ---------------------------------------------------------------------------------
 
 
-def random_knn(trials: Iterable[Cell]) -> float | None:
-    """Return the untrained network's 20-NN on the images held out, in percent."""
-    values = (read_measures(cell.results(random=True)).get("knn") for cell in trials)
-    return next((x for x in values if x is not None), None)
-
-
 def write(
     folder: Path, trials: Grid, found: Sequence[Outcome], best: dict[str, int], images: dict[str, int], others: int
 ) -> None:
@@ -210,7 +205,8 @@ def write(
         "train_images": images["train"],
         "held_out_images": images["val"],
     }
-    untrained = random_knn(trials.cells)
+    of_untrained = (read_measures(cell.results(random=True)).get("knn") for cell in trials.cells)
+    untrained = next((knn for knn in of_untrained if knn is not None), None)
     methods = {}
     for method, trial in best.items():
         tried = [x for x in found if x.cell.row.method == method]
@@ -219,12 +215,6 @@ def write(
     content = {"budget": budget, "random_init_knn": untrained, "methods": methods}
     write_text(folder / "tuning.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "tuning.md", _page(budget, untrained, methods))
-
-
-def settings_of(cell: Cell) -> dict[str, str]:
-    """Return the effective values of the flags that trials of the cell's method set."""
-    parsed = vars(parse_flags("main_cplearn", cell.train))
-    return {flag: f"{parsed[flag[2:]]}" for flag in ("--lr", *RULE[cell.row.method])}
 
 
 def _as_typed(settings: dict[str, str]) -> str:

@@ -258,10 +258,10 @@ def test_a_trial_whose_job_ended_without_a_word(folder):
     place = cell.folder / "slurm"
     place.mkdir(parents=True)
 
-    def failed(jobs, code, **failure) -> str:
+    def failed(jobs, ended, **failure) -> str:
         entries = [{"job": x, "cluster": "local", "script": "x", "processes": 1, "time": 0.0} for x in jobs]
         (place / "jobs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in entries))
-        end = {"code": code, "line": "broken", "rank": 0, "host": "n1", "restarts": 0, "time": 0.0}
+        end = {"code": ended, "line": "broken", "rank": 0, "host": "n1", "restarts": 0, "time": 0.0}
         (place / f"{jobs[-1]}_0_end.json").write_text(json.dumps(end))
         (cell.folder / "failed.json").write_text(json.dumps(failure))
         return tuning.failed_for_good(snapshot(Grid(grid.folder, grid.settings, [cell]))[cell.name])
