@@ -279,7 +279,7 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
         for k in sorted(tensors)
         if k in weights and _shape(weights[k]) != _shape(own[k])
     ]
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(map(str, weights.keys() - own.keys()))
     problems = [
         f"{len(names)} {label} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
         for label, names in (("keys missing", missing), ("unknown keys", unknown), ("other shapes", differ))
