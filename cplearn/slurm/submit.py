@@ -197,8 +197,8 @@ def _local_executor(request: JobRequest):
 
 def _python() -> str:
     """Return what submitit starts every process with: this code, whatever lies in the working folder."""
-    path = [str(ROOT), *(x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x)]
-    return shlex.join(["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={os.pathsep.join(path)}", sys.executable])
+    path = os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+    return shlex.join(["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={path}", sys.executable])
 
 
 def _gpus(resources: Resources) -> dict[str, int]:
