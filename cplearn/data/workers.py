@@ -182,8 +182,9 @@ class Loader:
             failed = error
         self.processes += [child for child in multiprocessing.active_children() if child not in before]
         if failed:
+            died = self.failure()
             self.stop()
-            raise LocalError(
+            raise died or LocalError(
                 f"--num_workers {self.num_workers}: they cannot be started ({failed}): fewer of them, or raise the "
                 "limits of open files and processes (ulimit -n, ulimit -u) and the size of /dev/shm"
             )
