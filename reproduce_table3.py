@@ -164,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_data(args)
     settings = choose_settings(args)
     check_output_dir(args.output_dir)
-    images = tuning_images(args, settings) if args.tune else None
     grid = build_grid(args, settings)
+    images = tuning_images(grid) if args.tune else None
     if args.dry_run:
         show_plan(args, grid, rest)
         return
@@ -223,13 +223,10 @@ def print_status(folder: Path) -> None:
 # --- tuning -----------------------------------------------------------------------------------------------
 
 
-def tuning_images(args: argparse.Namespace, settings: Settings):
+def tuning_images(grid: Grid):
     """Return the training images that are split for the trials. Raises `UserError` if that cannot be."""
     from cplearn.tables.split import open_training_images  # loads torch
 
-    timed = timed_epochs(Path(args.output_dir), args.minutes_per_cell)
-    untimed = 2 if args.minutes_per_cell else None
-    grid = build_grid(args, dataclasses.replace(settings, epochs=settings.epochs or timed or untimed))
     tuning.trial_grid(grid).check()
     return open_training_images(parse_flags("main_cplearn", grid.cells[0].train))
 

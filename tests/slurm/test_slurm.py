@@ -375,7 +375,7 @@ def test_a_grid_stands_in_line(tmp_path):
     """reproduce_table3.py: a job per cell, one after the other; told to stop, a cell saves, requeues and goes on."""
 
     def grid(*more: str) -> str:
-        cells = "--methods cplearn swav --out_dims 16 --epochs 8 --scale small --dataset digits --output_dir".split()
+        cells = "--methods cplearn swav --out_dims 16 --epochs 20 --scale small --dataset digits --output_dir".split()
         launch = "--launcher slurm --jobs 1 --ngpus 2 --cpu --cpus_per_task 1 --timeout 10 --train_flags".split()
         small = "--arch timm:test_resnet --image_size 16 --warmup_epochs 0"
         command = [str(ROOT / "reproduce_table3.py"), *cells, str(tmp_path), *launch, small, *more]
@@ -387,9 +387,10 @@ def test_a_grid_stands_in_line(tmp_path):
     (first, second), again = re.findall(r"(?m)^\S+: job (\d+)", grid()), grid()
     assert ask("squeue", "-h", "-j", second, "-o", "%E").strip().replace("(unfulfilled)", "") == f"afterany:{first}"
     assert "0 jobs submitted" in again and again.count("there already") == 2
+    assert re.search(r"swav_c16_s0 +\| +queued", grid("--status"))
     wait_for((out / "checkpoint_previous.pth").exists, f"the first epochs: {log(out, first)}")
-    assert show_job(first)["NumTasks"] == "1" and re.search(r"swav_c16_s0 +\| +queued", grid("--status"))
     subprocess.run(["scancel", "--signal=USR2", first], check=True)
+    assert show_job(first)["NumTasks"] == "1"
     wait_for(lambda: show_job(first).get("Restarts") == "1", "the requeue")
     for job, name in ((first, "cplearn_c16_s0"), (second, "swav_c16_s0")):
         assert wait_end(job, tmp_path / name)["JobState"] == "COMPLETED", log(tmp_path / name, job)

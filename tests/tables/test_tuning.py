@@ -87,8 +87,8 @@ def prepare(folder, tune=3, *more):
     args, rest = reproduce_table3.parse_args([*flags, *more])
     settings = reproduce_table3.choose_settings(args)
     (folder / "grid").mkdir(exist_ok=True)
-    images = reproduce_table3.tuning_images(args, settings)
-    return args, reproduce_table3.build_grid(args, settings), images, rest
+    grid = reproduce_table3.build_grid(args, settings)
+    return args, grid, reproduce_table3.tuning_images(grid), rest
 
 
 def finish(cell, knn, *, random=0.3) -> None:
