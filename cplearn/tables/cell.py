@@ -23,9 +23,9 @@ from cplearn import errors
 from cplearn.errors import ExpectedError, Interrupted, UserError
 from cplearn.files import read_json, read_text, reading, remove_quietly, write_text
 from cplearn.flags import ArgumentParser, nonnegative
+from cplearn.lock import in_use
 from cplearn.tables.child import Children
 from cplearn.tables.grid import Cell, not_among
-from cplearn.tables.status import in_use
 from cplearn.training.stop import StopSignals
 
 SAVING = 60.0  # seconds to wait for the processes of a cell that was killed, which may still be saving

@@ -1,14 +1,11 @@
 """The state of every cell at one moment (`snapshot`), and the lines of --status. Nothing here changes anything."""
 
-import contextlib
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cplearn.errors import UserError
 from cplearn.files import read_json
-from cplearn.host import process_start
+from cplearn.lock import in_use
 from cplearn.slurm.status import AT_WORK, FOLDER, LIVE, job_state, last_error, progress, submissions
 from cplearn.tables.grid import Cell, Grid
 from cplearn.text import format_table
@@ -82,18 +79,6 @@ def newest_job(cell: Cell) -> Job | None:
         for entry in entries[-1:]:
             jobs.append(Job(place / FOLDER, entry, job_state(place / FOLDER, entry), len(entries)))
     return next((job for job in jobs if job.live), jobs[0] if jobs else None)
-
-
-def in_use(folder: Path) -> bool:
-    """Return whether a living process holds the folder's lock: known on this host, by the lock's beat elsewhere."""
-    lock = read_json(folder / ".lock")
-    if not lock:
-        return False
-    if lock.get("host") == os.uname().nodename:
-        return lock.get("started") == process_start(lock.get("pid", 0))
-    with contextlib.suppress(OSError):
-        return time.time() - (folder / ".lock").stat().st_mtime < 60
-    return False
 
 
 def refuse_unfinished(what: str, left: list[str], total: int) -> None:
