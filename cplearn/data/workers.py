@@ -199,7 +199,8 @@ class Loader:
         ended = {process.pid: process.exitcode for process in self.processes if process.exitcode is not None}
         if not ended:
             return None
-        images = [printable(self.names[i]) for pid, i in self.reading.tolist() if pid in ended and i >= 0]
+        readers = [(pid, i) for pid, i in self.reading.tolist() if i >= 0 and (self.late or pid in ended)]
+        images = [printable(self.names[i]) for _, i in readers]
         at = f"while reading {', '.join(images[:5])}" if images else "between two images"
         what = ", ".join(f"loader process {pid} ended by {_cause(code)}" for pid, code in list(ended.items())[:5])
         if self.late:
