@@ -27,18 +27,18 @@ def link_imagenet100(imagenet: str, out: str, *, incomplete: bool = False) -> di
     The same call again only checks.
     """
     classes = read_class_list("imagenet100.txt")
-    found = {}
+    sources = {}
     for split, complete in IMAGENET100_IMAGES.items():
         folder = Path(imagenet, split)
         if not folder.is_dir():
             raise UserError(f"--imagenet {imagenet} has no {split} folder: it needs train/ and val/ with class folders")
-        found[split] = Folder(folder, classes)
-        if len(found[split]) != complete and not incomplete:
+        sources[split] = Folder(folder, classes)
+        if len(sources[split]) != complete and not incomplete:
             raise UserError(
-                f"{folder} has {len(found[split]):,} images of the 100 classes, the data set {complete:,}: "
+                f"{folder} has {len(sources[split]):,} images of the 100 classes, the data set {complete:,}: "
                 "complete it, or add --allow_incomplete"
             )
-    for split, data in found.items():
+    for split, data in sources.items():
         try:
             (Path(out) / split).mkdir(parents=True, exist_ok=True)
             for name in classes:
@@ -50,8 +50,8 @@ def link_imagenet100(imagenet: str, out: str, *, incomplete: bool = False) -> di
         extra = sorted({path.name for path in Path(out, split).iterdir()} - set(classes))
         if extra:
             raise UserError(f"--out {out} has other things in {split}: {', '.join(extra[:3])}; name an empty folder")
-    made = {split: Folder(Path(out, split)) for split in found}
-    assert all(fingerprint(made[split]) == fingerprint(found[split]) for split in found)
+    made = {split: Folder(Path(out, split)) for split in sources}
+    assert all(fingerprint(made[split]) == fingerprint(sources[split]) for split in sources)
     return made
 
 

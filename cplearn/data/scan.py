@@ -25,11 +25,11 @@ class Progress:
     """Says every `SAY_AFTER` seconds how far something is."""
 
     def __init__(self):
-        self.said = time.monotonic()
+        self.last = time.monotonic()
 
     def tell(self, line: Callable[[], str]) -> None:
-        if time.monotonic() - self.said >= SAY_AFTER:
-            self.said = time.monotonic()
+        if time.monotonic() - self.last >= SAY_AFTER:
+            self.last = time.monotonic()
             say(line())
 
 

@@ -238,10 +238,10 @@ def _visible(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of files and folders that lie in a folder; none if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
-            found = [(x.name, x.is_dir()) for x in entries if not x.name.startswith(".")]
+            is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
     except OSError:
         return [], []
-    return [name for name, is_folder in found if not is_folder], [name for name, is_folder in found if is_folder]
+    return [name for name in is_folder if not is_folder[name]], [name for name in is_folder if is_folder[name]]
 
 
 def _any_image(names: list[str]) -> bool:

@@ -76,11 +76,11 @@ def check_workers(num_workers: int, batch_bytes: int) -> None:
     free = free_shared_memory()
     batch = batch_bytes + 2**15  # each tensor and lock takes whole pages
     need = (AHEAD * num_workers + 2) * batch  # one is used, one is copied to the device
-    if free is not None and need > (mine := free // collectives.local_world_size()):
+    if free is not None and need > (share := free // collectives.local_world_size()):
         raise UserError(
-            f"--num_workers {num_workers} hands over batches in {need / 1e6:.1f} MB of shared memory, {mine / 1e6:.1f} "
-            f"MB of /dev/shm are free: enlarge it (docker run --shm-size=8g), --num_workers "
-            f"{max(0, (mine // batch - 2) // AHEAD)}, or a smaller --batch_size_per_gpu"
+            f"--num_workers {num_workers} hands over batches in {need / 1e6:.1f} MB of shared memory, "
+            f"{share / 1e6:.1f} MB of /dev/shm are free: enlarge it (docker run --shm-size=8g), --num_workers "
+            f"{max(0, (share // batch - 2) // AHEAD)}, or a smaller --batch_size_per_gpu"
         )
 
 
@@ -199,7 +199,8 @@ class Loader:
         ended = {process.pid: process.exitcode for process in self.processes if process.exitcode is not None}
         if not ended:
             return None
-        images = [printable(self.names[i]) for pid, i in self.reading.tolist() if pid in ended and i >= 0]
+        readers = [(pid, i) for pid, i in self.reading.tolist() if i >= 0 and (self.late or pid in ended)]
+        images = [printable(self.names[i]) for _, i in readers]
         at = f"while reading {', '.join(images[:5])}" if images else "between two images"
         what = ", ".join(f"loader process {pid} ended by {_cause(code)}" for pid, code in list(ended.items())[:5])
         if self.late:

@@ -63,13 +63,13 @@ def hang():
 
 
 @pytest.mark.parametrize(
-    ("act", "words"), [(die, "SIGKILL"), (end, "exit code 3"), (freeze, "4 seconds"), (hang, "4 seconds")]
+    ("act", "words"), [(die, "SIGKILL"), (end, "exit code 3"), (freeze, "6 seconds"), (hang, "6 seconds")]
 )
 @pytest.mark.parametrize("make", [small_loader, evaluation_loader])
 def test_a_worker_that_dies_or_hangs_is_reported_with_its_file(tmp_path, make, act, words):
     write_images(tmp_path, 12)
     loader = make(Trouble(tmp_path, act), 2)
-    with pytest.raises(WorkerError) as error, watched(loader, 4.0) as batches:
+    with pytest.raises(WorkerError) as error, watched(loader, 6.0) as batches:
         list(batches)
     line = str(error.value)
     assert error.value.exit_code == 5 and words in line and "005.jpg" in line and "\n" not in line
@@ -96,7 +96,7 @@ def test_other_errors_are_not_taken_for_a_workers(tmp_path):
 def test_a_cache_names_the_image_that_hangs(tmp_path):
     write_images(tmp_path, 6)
     with pytest.raises(WorkerError, match="005.jpg"):
-        open_pixels(Trouble(tmp_path, hang), [], CacheOptions("ram", "", 1, timeout=4.0))
+        open_pixels(Trouble(tmp_path, hang), [], CacheOptions("ram", "", 1, timeout=6.0))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -230,7 +230,7 @@ def test_a_soft_limit_is_raised_where_that_is_allowed(tmp_path):
 def start_without_room(data) -> None:
     """The check has passed, but others take the files meanwhile."""
     loader = small_loader(Folder(data), 4)
-    few_open_files(16, next, iter(loader))
+    few_open_files(6, next, iter(loader))
 
 
 def test_workers_that_cannot_all_start_leave_none_behind(tmp_path):
