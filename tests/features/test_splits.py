@@ -5,11 +5,8 @@ import copy
 import hashlib
 import json
 import shutil
-<<<<<<< HEAD
-from pathlib import Path
-=======
 import time
->>>>>>> lighter-data
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,26 +170,13 @@ def test_wrong_data_is_noticed_before_anything_is_extracted(run, tmp_path, image
 def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_path, monkeypatch):
     write_images(tmp_path / "data" / "val", 4)
     args = eval_knn.get_args_parser().parse_args(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
-<<<<<<< HEAD
-    args.num_workers = int(workers)
-    model = load_model(request_of(args, "digits"), torch.device("cpu"))
-=======
     args.num_workers, args.worker_timeout = 1, 6.0
-    model = load_model(args, torch.device("cpu"))
->>>>>>> lighter-data
+    model = load_model(request_of(args, "digits"), torch.device("cpu"))
     dataset = model.images("val")
     read = type(dataset).read
     monkeypatch.setattr(
         type(dataset), "read", lambda self, i, *more: time.sleep(1000) if i == 2 else read(self, i, *more)
     )
-    with pytest.raises(WorkerError, match="002.jpg"):
+    with pytest.raises(WorkerError, match="002.jpg") as error:
         extract_features(model, dataset, args, torch.device("cpu"))
-<<<<<<< HEAD
     assert error.value.exit_code == 5
-=======
-
-
-def test_images_larger_than_any_are_refused(run, tmp_path):
-    with pytest.raises(UserError, match="--image_size 20000 is more than any image may have"):
-        eval_knn.main(eval_flags(run, tmp_path, "--image_size", "20000"))
->>>>>>> lighter-data
