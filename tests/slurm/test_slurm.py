@@ -375,7 +375,7 @@ def test_a_grid_stands_in_line(tmp_path):
     """reproduce_table3.py: a job per cell, one after the other; told to stop, a cell saves, requeues and goes on."""
 
     def grid(*more: str) -> str:
-        cells = "--methods cplearn swav --out_dims 16 --epochs 20 --scale small --dataset digits --output_dir".split()
+        cells = "--methods cplearn swav --out_dims 16 --epochs 8 --scale small --dataset digits --output_dir".split()
         launch = "--launcher slurm --jobs 1 --ngpus 2 --cpu --cpus_per_task 1 --timeout 10 --train_flags".split()
         small = "--arch timm:test_resnet --image_size 16 --warmup_epochs 0"
         command = [str(ROOT / "reproduce_table3.py"), *cells, str(tmp_path), *launch, small, *more]
@@ -393,7 +393,7 @@ def test_a_grid_stands_in_line(tmp_path):
     assert show_job(first)["NumTasks"] == "1"
     wait_for(lambda: show_job(first).get("Restarts") == "1", "the requeue")
     for job, name in ((first, "cplearn_c16_s0"), (second, "swav_c16_s0")):
-        assert wait_end(job, tmp_path / name)["JobState"] == "COMPLETED", log(tmp_path / name, job)
+        assert wait_end(job, tmp_path / name, 600)["JobState"] == "COMPLETED", log(tmp_path / name, job)
         results = [json.loads(x) for x in (tmp_path / name / "trained" / "results.jsonl").read_text().splitlines()]
         assert [x["script"] for x in results] == ["eval_knn", "eval_linear", "eval_cluster", "eval_collapse"]
     assert "SIGUSR2: stopped after step" in log(out, first) and "Resuming" in log(out, first)
