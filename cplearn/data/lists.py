@@ -5,11 +5,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cplearn.data.datasets import Folder
+from cplearn.data.datasets import MOST_BYTES, Folder, open_regular
 from cplearn.data.labels import Names, check_unique, number_labels
 from cplearn.data.scan import EXTENSIONS, Progress
 from cplearn.errors import UserError
-from cplearn.files import read_text
 from cplearn.text import few, printable
 
 SUFFIXES = (".txt", ".tsv", ".lst")
@@ -40,7 +39,8 @@ def read_list(path: Path) -> tuple[list[str], list[str] | None]:
     """
     where = f"the list {printable(path)}"
     try:
-        text = read_text(path)
+        with open_regular(path) as file:
+            text = file.read(MOST_BYTES).decode("utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror}): check path and rights") from None
     if "\0" in text:
