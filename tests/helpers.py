@@ -190,7 +190,8 @@ def _entry(rank: int, world: int, init_file: str, environment: dict, function, a
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     launch.init(f"file://{init_file}", "cpu")
     torch.save(function(rank, *args), f"{results}.{rank}")
-    torch.distributed.destroy_process_group()
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def run_in_processes(tmp_path: Path, function, *args, world: int = 2) -> list:
