@@ -203,7 +203,7 @@ def stress_disk(folder: Path, kills: int, rng: random.Random) -> tuple[tuple, li
         more = ("--num_workers", "0", "--saveckp_minutes", "0")
         finish(start(quiet, 1, *more), quiet)
         size = (quiet / "checkpoint.pth").stat().st_size
-        for free in (0, 0.5, 1.5, 2.5):  # checkpoints; the run holds three: the new one, the latest and the one before it
+        for free in (0, 0.5, 1.5, 2.5):  # checkpoints; a run holds three: new, latest, and the one before
             shutil.rmtree(out, ignore_errors=True)
             (small / "ballast").write_bytes(bytes(int(shutil.disk_usage(small).free - free * size)))
             codes += finish(start(out, 1, *more, output=folder / "output.txt"), folder / "run")
