@@ -144,15 +144,6 @@ def reading(path: str | Path, fix: str = "restore a copy, or move it away") -> I
         raise UserError(f"{path} is damaged ({type(error).__name__}: {reason}): {fix}") from None
 
 
-def is_own_table(path: Path, header: Sequence[str]) -> bool:
-    """Return whether a file is a table of `write_csv` with this header. A link is none."""
-    if path.is_symlink() or not path.is_file():  # a pipe would not answer
-        return False
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.readline(1000).strip() == ",".join(header).encode()
-    return False
-
-
 def remove_quietly(path: Path) -> None:
     """If it is there and can be removed; a disk that failed has been reported by then."""
     try:

@@ -33,8 +33,6 @@ METHODS = {
 }
 OUT_DIMS = {"paper": (128, 1024, 2048, 32768, 65536, 131072), "small": (16, 128, 1024, 4096, 16384)}
 
-SMALL_ARCH = "timm:resnet10t"  # of recipes/small_comparison.txt
-
 # Sizes that the paper does not name: those of the published ResNet-18 code.
 UNNAMED = {"barlow_twins": 2048, "swav": 3000}
 

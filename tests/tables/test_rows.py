@@ -7,8 +7,7 @@ from helpers import ROOT
 
 import main_cplearn
 from cplearn.errors import UserError
-from cplearn.flags import expand_recipes
-from cplearn.tables.rows import OF_SIZES, SMALL_ARCH, beta_of, paper_lines, rows
+from cplearn.tables.rows import OF_SIZES, beta_of, paper_lines, rows
 
 
 def test_lines_of_table_3():
@@ -104,8 +103,3 @@ def test_beta_of_table_7():
     assert [beta_of(c) for c in (10, 100, 128, 256, 2048, 16384, 131072)] == [
         "0.5", "0.5", "0.5", "0.25", "0.1", "0.05", "0.05",
     ]  # fmt: skip
-
-
-def test_the_network_of_the_small_scale_is_the_recipes():
-    flags = expand_recipes([f"@{ROOT}/recipes/small_comparison.txt"])
-    assert flags[flags.index("--arch") + 1] == SMALL_ARCH
