@@ -142,11 +142,12 @@ class Loader:
 
         Raises `LocalError` where processes cannot be started, `WorkerError` for one that died or hangs.
         """
-        self._start()
         done = threading.Event()
-        if timeout and self.processes:
+        if timeout and self.num_workers:
             threading.Thread(target=self._watch, args=(timeout, done), daemon=True).start()
         try:
+            self._awaited = -1  # a word of each process that an epoch begins, which one that is frozen does not give
+            self._start()
             for self._awaited in itertools.count():
                 batch = next(self._batches, None)
                 self._awaited = None
@@ -169,7 +170,7 @@ class Loader:
             still = before is not None and self._awaited == before
             ticks = ticks + 1 if still else 0
             before = self._awaited
-            if ticks == TICKS:
+            if ticks == TICKS and self.processes:
                 self.late = seconds
                 self._kill()
 
