@@ -32,7 +32,7 @@ def class_folders(source: Path) -> Iterator[tuple[str, str, list[Path]]]:
 
 
 def fashion(source: Path) -> Iterator[tuple[str, str, list[Image.Image]]]:
-    """Yield split, class and images of Fashion-MNIST in the order of its files, which `source`/FashionMNIST/raw holds."""
+    """Yield split, class and images of Fashion-MNIST (of `source`/FashionMNIST/raw), in order."""
     from torchvision.datasets import FashionMNIST
 
     for split, train in (("train", True), ("test", False)):
