@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, errors, random_streams
 from cplearn.data import augmentations, cachefile, datasets, loaders, workers
+from cplearn.data.identity import Identity
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import BatchNorm
 from cplearn.errors import LocalError, UserError
 from cplearn.features import cli
 from cplearn.features.splits import Features, Tokens, backbone_features, data_of, get_features, has_features
+from cplearn.files import reading
 from cplearn.load import Model
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, cosine, format_table, positive
@@ -76,11 +78,13 @@ class Probe:
             self.peak_lr = args.lr
             self.optimizer = torch.optim.Adam(self.classifier.parameters(), self.peak_lr)
         self.epoch, self.history = 0, []
+        self.images: Identity | None = None  # read in every epoch, for rank 0
 
     def state(self) -> dict:
         """Return everything that `load` takes."""
         states = {"classifier": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {**states, "epoch": self.epoch, "history": self.history}
+        images = {"images": self.images.state()} if self.images else {}
+        return {**states, **images, "epoch": self.epoch, "history": self.history}
 
     def load(self, state: dict) -> None:
         """Resume from a state."""
@@ -217,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     random_streams.seed_everything(random_streams.FOR_PROBE, args.seed)
     probe = Probe(val.features.shape[1], len(val.classes), args, device)
     flags = cli.effective_flags(args, model)
-    checkpoint = collectives.on_main(resume_file, flags, data, images)
+    checkpoint = collectives.on_main(find_state, probe, flags, data, images)
     if checkpoint.exists():
         probe.load(checkpoints.load(checkpoint))
         if collectives.is_main():
@@ -253,10 +257,27 @@ def fill_in_defaults(args: argparse.Namespace, model: Model | None) -> None:
         args.n_last_blocks = 4 if kept else 1
 
 
-def resume_file(flags: dict[str, object], data: list[Features], images: datasets.ImageDataset | None = None) -> Path:
+def find_state(
+    probe: Probe, flags: dict[str, object], data: list[Features], images: datasets.ImageDataset | None
+) -> Path:
+    """Return the file of this probe's state, for rank 0. That of a probe on images that have changed is removed."""
+    if images is None:
+        return state_file(flags, data)
+    probe.images = Identity.of(images).read_sample(images)
+    path = state_file(flags, data, probe.images)
+    if path.exists():
+        with reading(path, "remove it"):
+            before = Identity(**checkpoints.load(path)["images"])
+        if changed := probe.images.changes(before, images).text:
+            print(f"{changed}: the probe begins again", flush=True)
+            path.unlink()
+    return path
+
+
+def state_file(flags: dict[str, object], data: list[Features], images: Identity | None = None) -> Path:
     """Name a file for each set of flags, weights and images: no other probe's state is ever resumed.
 
-    `images`: those that are read in every epoch, known by the sizes and times of their files.
+    `images`: those that are read in every epoch.
     """
     key = {k: v for k, v in flags.items() if k not in OF_NO_PROBE} | {"processes": collectives.world_size()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
@@ -265,7 +286,7 @@ def resume_file(flags: dict[str, object], data: list[Features], images: datasets
         digest.update(split.labels.numpy().tobytes())
         digest.update(split.features.numpy().tobytes())
     if images is not None:
-        digest.update(json.dumps([images.stamps(), images.classes, [int(x) for x in images.labels]]).encode())
+        digest.update(images.sha256(times=False).encode())
     return Path(flags["output_dir"], f"linear_{digest.hexdigest()[:12]}.pth")
 
 

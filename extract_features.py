@@ -7,14 +7,13 @@ Killed, it goes on where it was: the same command again.
 """
 
 import argparse
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cplearn import errors
+from cplearn import checkpoints, errors
 from cplearn.data import datasets
 from cplearn.data.datasets import ImageDataset
+from cplearn.data.identity import Changes, Identity
 from cplearn.data.sources import open_images
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -53,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     collectives.on_main(files.check_out, out)
     collectives.on_main(check_output_dir, str(out.parent), "--out")
     model = cli.open_network(args, device)
-    dataset = open_images(args.images, "--images")
+    dataset = open_images(args.images, "--images", args.image_column)
     job = extract.Extraction(model, device, args.tokens, args.keep_aspect, head=out.suffix != ".npy")
     identity = job.identity(dataset, args.images)
     collectives.check_same(identity)
-    content = {"files_sha256": collectives.on_main(hash_of_files, dataset)}  # parts may go on with images repaired
-    if (identity | content).items() <= collectives.on_main(files.source_of, out).items():
+    content = Identity.of(dataset) if collectives.is_main() else None
+    exact = {"files_sha256": collectives.on_main(lambda: content.sha256(times=True))}
+    if (identity | exact).items() <= collectives.on_main(files.source_of, out).items():
         if collectives.is_main():
             print(f"{out} is there already, of the same weights and images: remove it to extract again")
         return
@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     collectives.on_main(check_output_dir, str(parts.folder), "--out")
     with FolderLock(parts.folder, "--out"):
         size = job.part_size(len(dataset), args.batch_size_per_gpu)
-        parts.images, parts.size = collectives.on_main(begin, parts, job, identity, dataset, size)
+        parts.images, parts.size = collectives.on_main(begin, parts, job, identity, content, dataset, size)
         unreadable = extract.extract(job, dataset, parts, args)
         if collectives.is_main():
-            source = job.source(identity | content, unreadable)
+            source = job.source(identity | exact, unreadable)
             count = files.assemble(out, parts, job.columns, dataset.names, source)
             parts.remove()
             print(summary(out, count, job, source))
@@ -77,14 +77,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts.folder.rmdir()
 
 
-def hash_of_files(dataset: ImageDataset) -> str:
-    """Return a hash of the names, sizes and times of the files, which tells them from others of the same names."""
-    return hashlib.sha256(json.dumps(dataset.stamps()).encode()).hexdigest()
+def begin(
+    parts: Parts, job: extract.Extraction, identity: dict, content: Identity, dataset: ImageDataset, size: int
+) -> tuple[int, int]:
+    """Start the parts, or go on with those that are there; return how many images are in all and in each.
 
-
-def begin(parts: Parts, job: extract.Extraction, identity: dict, dataset: ImageDataset, size: int) -> tuple[int, int]:
-    """Start the parts, or go on with those that are there; return how many images are in all and in each."""
+    Parts of images that have changed since are made again.
+    """
     parts.open(identity, len(dataset), size)
+    kept = parts.folder / "images.pth"
+    before = Identity(**checkpoints.load(kept)["images"]) if kept.exists() else None
+    changes = content.changes(before, dataset) if before else Changes("", range(len(dataset)))
+    if changes.text:
+        print(f"{changes.text}: what was extracted of them is made again", flush=True)
+    parts.forget(changes.images)
+    if before is None or changes.text or changes.copied:
+        checkpoints.save(kept, {"images": content.read_sample(dataset).state()})
     head = "" if job.method is None else f", embedding and code of {job.method.out_dim}"
     what = {"cls": "feature", "mean": "mean of the patch tokens", "patches": "patch tokens"}[job.tokens]
     print(f"Extracting {what}{head}: {datasets.summary(dataset)}", flush=True)

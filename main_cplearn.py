@@ -69,6 +69,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--dataset", default=None, help=f"One of {', '.join(datasets.DATASETS)}, or hf:PATH, a copy that the datasets package saved (default: folder with --data_path, else digits)")
     g.add_argument("--data_path", default=None, help="Folder of images, with or without train/ and class folders; a list of paths (.txt); tar shards or parquet, a file or a folder of them (docs/data.md); or the downloaded data set's folder")
     g.add_argument("--class_list", default=None, help="File of classes to use, e.g. the bundled imagenet100.txt")
+    g.add_argument("--image_column", default=None, help="Where a row of parquet or a sample of a tar has several images: the column's name, or the name's ending (left.jpg; all for all)")
     g.add_argument("--augmentation", default=None, help=f"One of {', '.join(augmentations.RECIPES)} (default: by data set)")
     g.add_argument("--image_size", type=positive(int), default=None, help="Global crop in pixels (default: 224, or 32 for the small data sets)")
     g.add_argument("--local_image_size", type=positive(int), default=None, help="Local crop in pixels (default: 96 at 224, in proportion otherwise)")
@@ -235,7 +236,7 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
 
 def find_images(args: argparse.Namespace) -> tuple[datasets.ImageDataset, list[augmentations.View]]:
     """Return the data set and the views to cut from its images."""
-    dataset = sources.build_dataset(args.dataset, args.data_path, "train", args.class_list)
+    dataset = sources.build_dataset(args.dataset, args.data_path, "train", args.class_list, args.image_column)
     if args.knn_freq and not dataset.classes:
         raise UserError(f"--knn_freq {args.knn_freq} needs labels, but these images have none")
     return dataset, augmentations.views_of(args)

@@ -125,7 +125,7 @@ def open_model(args: argparse.Namespace, device: torch.device, **more: object) -
 def open_data(args: argparse.Namespace, model: Model) -> tuple[datasets.ImageDataset, int]:
     """Return the images, a sample where there are more than --max_images, and how many there are in all."""
     if args.images:
-        dataset = sources.open_images(args.images)
+        dataset = sources.open_images(args.images, image_column=model.image_column)
     elif args.split:
         dataset = model.images(args.split)
     else:

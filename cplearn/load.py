@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, random_streams
 from cplearn.data import augmentations, color, datasets, sources
+from cplearn.data.identity import Identity
 from cplearn.errors import UserError
 from cplearn.files import reading
 from cplearn.methods import build_method
@@ -42,6 +43,7 @@ class ModelRequest:
     dataset: str | None = None
     data_path: str | None = None
     class_list: str | None = None
+    image_column: str | None = None
     random_init: bool = False  # the network before training, without the file's weights
     seed: int = 0  # of weights that the file does not determine
     unnamed_dataset: str = "folder"  # what weights are taken to be of where neither flags nor file say it
@@ -58,27 +60,30 @@ class Model:
     dataset: str
     data_path: str | None
     class_list: str | None
+    image_column: str | None
     weights: str  # path of the file
     weights_sha256: str
     random_init: bool  # not the file's weights, but those that such a model starts from
     epoch: int | None = None  # epochs that the weights were trained for, if the file says so
     method: nn.Module | None = None
     method_name: str | None = None
+    trained_on: str | None = None  # hash of the images that a run of ours was trained on
     network: str | None = None  # teacher or student, where the method has two
 
     def flags(self) -> dict[str, object]:
         """Return the flags as the file completes them."""
-        names = ("arch", "patch_size", "image_size", "dataset", "data_path", "class_list")
+        names = ("arch", "patch_size", "image_size", "dataset", "data_path", "class_list", "image_column")
         return {**{name: getattr(self, name) for name in names}, "method": self.method_name}
 
     def source(self) -> dict[str, object]:
         """Return what a result has to name of its weights."""
         named = {name: getattr(self, name) for name in ("weights", "weights_sha256", "epoch", "random_init")}
-        return named | ({"network": self.network} if self.network else {})
+        others = {"network": self.network, "trained_on": self.trained_on}
+        return named | {name: value for name, value in others.items() if value}
 
     def images(self, split: str):
         """Return the data set of a split. Raises `UserError` if it is not there."""
-        return sources.build_dataset(self.dataset, self.data_path, split, self.class_list)
+        return sources.build_dataset(self.dataset, self.data_path, split, self.class_list, self.image_column)
 
 
 def load_model(request: ModelRequest, device: torch.device, file: WeightsFile | None = None) -> Model:
@@ -109,6 +114,7 @@ def _run_model(request: ModelRequest, file: WeightsFile) -> Model:
     dataset = dataset or "folder"
     if class_list is None and dataset == run.dataset:
         class_list = run.class_list
+    image_column = request.image_column or getattr(run, "image_column", None)
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, run.seed)  # --random_init: where the run started from
     method, network = build_method(run), request.checkpoint_key or "teacher"
     if not request.random_init:
@@ -122,14 +128,23 @@ def _run_model(request: ModelRequest, file: WeightsFile) -> Model:
         dataset=dataset,
         data_path=data_path,
         class_list=class_list,
+        image_column=image_column,
         weights=file.path,
         weights_sha256=file.sha256,
         random_init=request.random_init,
         epoch=file.state["epoch"],
         method=method,
         method_name=run.method,
+        trained_on=_images_of(file),
         network=network if hasattr(method, "network") else None,
     )
+
+
+def _images_of(file: WeightsFile) -> str | None:
+    """Return the hash of the images that a run was trained on, None of an older checkpoint."""
+    with reading(file.path, "give a checkpoint that main_cplearn.py wrote"):
+        kept = file.state.get("images")
+        return Identity(**kept).sha256(times=False) if kept else None
 
 
 # What an evaluation takes from the flags that a checkpoint records; a method checks its own.
@@ -178,6 +193,7 @@ def _bare_model(request: ModelRequest, file: WeightsFile) -> Model:
         dataset=dataset,
         data_path=request.data_path,
         class_list=request.class_list,
+        image_column=request.image_column,
         weights=file.path,
         weights_sha256=file.sha256,
         random_init=request.random_init,

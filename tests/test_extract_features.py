@@ -67,7 +67,7 @@ def test_features_are_those_of_the_evaluations_in_every_format(run, tmp_path, im
     assert np.array_equal(found["embedding"], model.method.embed(expected.features).numpy())
     assert found["names"].tolist() == expected.names and len(expected.names) == 12
     source = found["source"]
-    of_images = ("data", "data_hash", "dataset", "data_path", "class_list")
+    of_images = ("data", "data_hash", "images_sha256", "dataset", "data_path", "class_list")
     of_weights = {name: value for name, value in expected.source.items() if name not in of_images}
     assert of_weights.items() <= source.items() and source["data"] == str(images)
     assert source["image_size"] == 32 and source["out_dim"] == 40 and source["unreadable"] == {}

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,33 +18,44 @@ FOLDER = "~/.cache/cplearn"  # unless --cache_dir names another
 HEAD = 4096  # bytes of the file before what it holds: a key, and how long it is
 
 
-def make_once(path: Path, key: str, expected: int, what: str, write: Callable[[BinaryIO], None], other: str) -> None:
-    """Have `write` fill a new file unless one with this key is there; others who want it wait.
+def make_once(
+    path: Path,
+    key: str,
+    expected: int,
+    what: str,
+    write: Callable[[BinaryIO], None],
+    sound: Callable[[Path], bool],
+    other: str,
+) -> None:
+    """Have `write` fill a new file unless one with this key is there and `sound`; others who want it wait.
 
     `expected` bytes must be free; `what` names them in a message and `other` what could be done without the file.
     Raises `UserError` for too little room, `WriteError` for a folder that cannot be written.
     """
-    partial = path.with_suffix(".partial")
     try:
+        if _is_whole(path, key) and sound(path):  # also in a folder that nobody may write
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with Lock(path.with_suffix(".lock")):
-            if _is_whole(path, key):
+            if _is_whole(path, key) and sound(path):
                 return
-            remove_quietly(partial)  # of a process that was killed
+            for partial in path.parent.glob(f"{path.stem}.*.partial"):  # of a process that was killed
+                remove_quietly(partial)
             free = shutil.disk_usage(path.parent).free
             if expected > 0.95 * free:
                 raise UserError(
                     f"{what} take about {expected / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB left: "
                     f"make room, choose another --cache_dir, or {other}"
                 )
+            number, partial = tempfile.mkstemp(".partial", f"{path.stem}.", path.parent)  # a name of its own, no link
             try:
-                with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+                with open(number, "r+b") as file:
                     write(file)
                     write_head(file, key)
                     os.fsync(file.fileno())
                 os.replace(partial, path)
             finally:
-                remove_quietly(partial)
+                remove_quietly(Path(partial))
     except OSError as error:
         raise WriteError(f"{what}: {path} could not be written: {error.strerror}; see --cache_dir") from None
 

@@ -31,6 +31,7 @@ DATASETS = ("folder", "cifar10", "cifar100", "svhn", "digits")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit for warning of a decompression bomb: 256 MiB in RGB
 
+SAMPLE = 1000  # images that stand for all
 MOST_BYTES = 2**30  # of an encoded image: above the pixels that may be decoded
 
 IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
@@ -45,6 +46,7 @@ class ImageDataset(Dataset):
 
     classes: list[str] | None
     where: str
+    left_out = ""  # a word on images there that are not read
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.read(i)
@@ -63,9 +65,21 @@ class ImageDataset(Dataset):
     def allow_any_order(self, cache_folder: str) -> None:
         """Prepare, before images are read in any order, what can be read fast in its own only."""
 
-    def stamps(self) -> list:
-        """Return what tells the images from others: names, and sizes and times of their files."""
-        return [str(name) for name in self.names]
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Return name, bytes and time of change (ns) of each file that the images lie in; [] for those in memory."""
+        return []
+
+    def file_of(self) -> np.ndarray:
+        """Return which of these files each image lies in. Shape: int (n,)."""
+        return np.zeros(len(self), int)
+
+    def sample(self) -> np.ndarray:
+        """Return some images that can be read fast, spread over all. Shape: int (at most SAMPLE,)."""
+        return np.unique(np.linspace(0, len(self) - 1, min(len(self), SAMPLE)).astype(int))
+
+    def encoded(self, i: int) -> bytes:
+        """Return the content of an image as it is stored. Raises what reading it raises."""
+        return self.read(i)[0].tobytes()
 
 
 class Digits(ImageDataset):
@@ -103,6 +117,10 @@ class ImageFiles(ImageDataset):
         """Open the file of an image as it was stored. Raises what went wrong; `read` turns it into an `ImageError`."""
         raise NotImplementedError
 
+    def encoded(self, i: int) -> bytes:
+        with self.open(i) as file:
+            return file.read(MOST_BYTES)
+
     def full_name(self, i: int) -> str:
         """Return what names an image in a message."""
         return f"{self.where}/{self.names[i]}"
@@ -124,7 +142,7 @@ class Folder(ImageFiles):
         if class_list is not None:
             check_listed(class_list, {name for name in class_list if os.path.isdir(root / name)}, root)
         self.root, self.where = root, str(root)
-        names = scan(root, class_list or [""])
+        names, self.left_out = scan(root, class_list or [""])
         if not names:
             raise UserError(f"{printable(root)} holds no images ({', '.join(sorted(EXTENSIONS))}): check the path")
         tops = [name.partition("/")[0] for name in names]
@@ -143,11 +161,14 @@ class Folder(ImageFiles):
     def full_name(self, i: int) -> str:
         return str(self.root / str(self.names[i]))
 
-    def stamps(self) -> list:
-        return [(str(name), *_size_and_time(self.root / str(name))) for name in self.names]
+    def stamps(self) -> list[tuple[str, int, int]]:
+        return [(str(name), *_size_and_time(f"{self.root}/{name}")) for name in self.names]
+
+    def file_of(self) -> np.ndarray:
+        return np.arange(len(self))
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
+def _size_and_time(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError:  # a link that leads nowhere, or just removed
@@ -334,4 +355,4 @@ def fingerprint(dataset: Dataset) -> str:
 
 def summary(dataset: Dataset) -> str:
     classes = f"{len(dataset.classes)} classes" if dataset.classes else "no classes"
-    return f"{len(dataset):,} images, {classes}, {printable(dataset.where)}"
+    return f"{len(dataset):,} images{dataset.left_out}, {classes}, {printable(dataset.where)}"

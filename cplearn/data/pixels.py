@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +24,8 @@ from cplearn.data import workers
 from cplearn.data.augmentations import View, reduction, to_pixels
 from cplearn.data.cachefile import HEAD, Filling, make_once, write_head
 from cplearn.data.datasets import MAX_PIXELS, ImageDataset
+from cplearn.data.identity import Identity
+from cplearn.data.scan import Progress, say
 from cplearn.data.workers import Loader
 from cplearn.distributed import collectives
 from cplearn.errors import LocalError, UserError
@@ -29,7 +33,8 @@ from cplearn.host import available_memory, system_id
 
 KINDS = ("none", "ram", "disk")
 SMALL = 2 * 2**30  # bytes of pixels up to which they are kept in memory by default
-FORMAT = 1
+FORMAT = 2
+BLOCK = 1024  # images that share a checksum
 
 
 class Pixels(Dataset):
@@ -171,20 +176,42 @@ def _on_disk(plain: Pixels, options: CacheOptions, expected: int) -> CachedPixel
     key = content_key(plain)
     path = Path(options.folder).expanduser() / f"pixels_{key[:20]}.bin"
     what = f"--cache disk: {len(plain):,} images"
-    make_once(path, key, expected, what, lambda file: _write(file, plain, options), "--cache none")
+    sound = partial(is_sound, images=len(plain))
+    make_once(path, key, expected, what, lambda file: _write(file, plain, options), sound, "--cache none")
     return CachedPixels(plain.dataset, plain.views, "disk", str(path))
 
 
 def content_key(plain: Pixels) -> str:
     """Return a hash of what the pixels are made from: files with their sizes and times, what the views need, Pillow."""
     needs = [(view.size, view.pad, view.scale, view.ratio) for view in plain.views]
-    content = [FORMAT, PIL.__version__, needs, plain.dataset.where, plain.dataset.stamps()]
+    images = Identity.of(plain.dataset).sha256(times=True)
+    content = [FORMAT, PIL.__version__, needs, plain.dataset.where, images]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def is_sound(path: Path, images: int) -> bool:
+    """Return whether index and pixels of a file are as they were written, by their checksums; say so if not."""
+    data = np.memmap(path, np.uint8, mode="r")
+    progress, count, blocks = Progress(), HEAD + 24 * images, -(-images // BLOCK)
+    try:
+        index, sums = data[HEAD:count], data[len(data) - 8 * (blocks + 1) :].view(np.int64).tolist()
+        good = zlib.crc32(index) == sums[-1]
+        offsets = index.view(np.int64).reshape(images, 3)[::BLOCK, 0] if good else []
+        pixels = data[count : len(data) - 8 * (blocks + 1)]
+        for k, start in enumerate(offsets):
+            end = offsets[k + 1] if k + 1 < blocks else len(pixels)
+            good = good and zlib.crc32(pixels[start:end]) == sums[k]
+            progress.tell(lambda start=start: f"Checking {path}: {start / 1e9:.1f} of {len(pixels) / 1e9:.1f} GB")
+    except (ValueError, IndexError):  # too short for its index
+        good = False
+    if not good:
+        say(f"WARNING: {path} is damaged: its images are decoded again")
+    return good
+
+
 def _write(file: IO, plain: Pixels, options: CacheOptions) -> None:
-    """Decode all images in parallel and write index and pixels; room for the head is before them."""
-    index = np.zeros((len(plain), 3), np.int64)
+    """Decode all images in parallel; write index, pixels and checksums. Room for the head is before them."""
+    index, sums = np.zeros((len(plain), 3), np.int64), np.zeros(-(-len(plain) // BLOCK) + 1, np.int64)
     arrays = _Arrays(plain)  # which go through pipes
     loader = Loader(arrays, plain.dataset.names, num_workers=options.num_workers, batch_size=16, collate_fn=list)
     filling = Filling("Decoding images once", "decoded into the cache", len(plain), options.stop)
@@ -193,13 +220,17 @@ def _write(file: IO, plain: Pixels, options: CacheOptions) -> None:
     with workers.watched(loader, options.timeout) as batches:
         for batch in batches:
             for array in batch:
+                index[done, 0] = place
                 if array is not None:
-                    index[done] = place, *array.shape[:2]
+                    index[done, 1:] = array.shape[:2]
                     file.write(array)
                     place += array.size
+                    sums[done // BLOCK] = zlib.crc32(array, sums[done // BLOCK])
                 done += 1
             filling.reached(done)
     loader.stop()
+    sums[-1] = zlib.crc32(index)
+    file.write(sums)
     file.seek(HEAD)
     file.write(index)
     file.flush()

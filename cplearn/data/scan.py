@@ -4,6 +4,7 @@ import errno
 import heapq
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from cplearn.errors import UserError
 from cplearn.text import few, printable
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+# Images that are not read here, to be counted.
+OTHERS = {".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".heic", ".heif", ".tga", ".svg", ".eps", ".exr", ".dng", ".psd"}
 SAY_AFTER = 5.0  # seconds between two lines on a scan that takes long
 
 
@@ -34,17 +37,28 @@ class Progress:
 
 
 def has_image_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return suffix_of(name) in EXTENSIONS
 
 
-def scan(root: Path, tops: list[str]) -> list[str]:
-    """Return the images in these folders of `root` ("" for itself), however deep: sorted paths relative to `root`.
+def suffix_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def left_out(suffixes: Counter[str]) -> str:
+    """Return a word on images that are not read for their suffix, "" for none."""
+    there = sorted(OTHERS & suffixes.keys())
+    return f", {sum(suffixes[x] for x in there):,} left out ({', '.join(there)})" if there else ""
+
+
+def scan(root: Path, tops: list[str]) -> tuple[list[str], str]:
+    """Return the images in these folders of `root` ("" for itself), however deep: sorted paths relative to `root`; and
+    a word on those that were left out.
 
     Each folder counts once, by its own name rather than a link's, so links may lead anywhere: they wait until no real
     folder is left, in order. Hidden files and folders are left out (._x.jpg, .ipynb_checkpoints). Raises `UserError`
     that names folders that cannot be read.
     """
-    images, unreadable, seen, twice = [], [], set(), 0
+    images, others, unreadable, seen, twice = [], Counter(), [], set(), 0
     folders = [(top, os.path.realpath(root / top)) for top in tops]  # paths relative to root, and real ones
     links: list[str] = []  # relative to root
     progress = Progress()
@@ -73,6 +87,8 @@ def scan(root: Path, tops: list[str]) -> list[str]:
                 folders.append((path, entry.path))
             elif has_image_suffix(path):
                 images.append(path)
+            else:
+                others[suffix_of(path)] += 1
         progress.tell(lambda: f"Still scanning {printable(root)}, {len(images):,} images")
     if unreadable:
         raise UserError(
@@ -81,7 +97,7 @@ def scan(root: Path, tops: list[str]) -> list[str]:
         )
     if twice:
         say(f"{printable(root)}: {twice} links to folders were left out, whose images count already")
-    return sorted(images)
+    return sorted(images), left_out(others)
 
 
 def _resolved(root: Path, link: str) -> tuple[str, str]:

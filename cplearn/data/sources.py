@@ -18,7 +18,7 @@ from cplearn.data.datasets import (
     read_class_list,
     torchvision_dataset,
 )
-from cplearn.data.scan import EXTENSIONS, has_image_suffix
+from cplearn.data.scan import EXTENSIONS, has_image_suffix, say
 from cplearn.errors import UserError
 from cplearn.random_streams import FOR_ORDER, random_stream
 from cplearn.text import few, printable
@@ -55,6 +55,15 @@ class Sample(ImageDataset):
     def read(self, i: int, reduction: Callable[[int, int], int] | None = None) -> tuple[Image.Image, int]:
         return self.dataset.read(int(self.rows[i]), reduction)
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        return self.dataset.stamps()
+
+    def file_of(self) -> np.ndarray:
+        return self.dataset.file_of()[self.rows]
+
+    def encoded(self, i: int) -> bytes:
+        return self.dataset.encoded(int(self.rows[i]))
+
 
 class Place(NamedTuple):
     """Where the images of a split lie."""
@@ -63,20 +72,23 @@ class Place(NamedTuple):
     root: Path  # a folder
     files: list[str]  # names in it, of a list, of shards or of parquet files
 
-    def open(self, class_list: list[str] | None = None) -> ImageDataset:
-        """Read names and labels. Raises `UserError` for what is damaged or holds no images."""
+    def open(self, class_list: list[str] | None = None, image_column: str | None = None) -> ImageDataset:
+        """Read names and labels; `image_column` names the images where a row or a sample has several.
+
+        Raises `UserError` for what is damaged or holds no images.
+        """
         if self.kind == "folder":
             return Folder(self.root, class_list)
         if self.kind == "list":
             return lists.Listed(self.root / self.files[0], class_list)
         if self.kind == "tar":
-            return tars.Tars(self.root, self.files, class_list)
+            return tars.Tars(self.root, self.files, class_list, image_column)
         from cplearn.data.huggingface import Parquet
 
-        return Parquet(self.root, self.files, class_list)
+        return Parquet(self.root, self.files, class_list, image_column)
 
 
-def open_images(path: str, flag: str = "--images") -> ImageDataset:
+def open_images(path: str, flag: str = "--images", image_column: str | None = None) -> ImageDataset:
     """Return the images at a path: a folder with its sub-folders (which name classes if all images lie in some), or of
     tar shards or parquet files; one of these files, a list of images, or one image file.
 
@@ -84,12 +96,12 @@ def open_images(path: str, flag: str = "--images") -> ImageDataset:
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return (_shards(Path(path)) or Place("folder", Path(path), [])).open()
+        return (_shards(Path(path)) or Place("folder", Path(path), [])).open(None, image_column)
     if not os.path.exists(path):
         raise UserError(f"{flag} {printable(path)} does not exist: give a folder of images, or one image")
     kind = kind_of(path)
     if kind and os.path.isfile(path):
-        return Place(kind, Path(path).parent, [os.path.basename(path)]).open()
+        return Place(kind, Path(path).parent, [os.path.basename(path)]).open(None, image_column)
     if not os.path.isfile(path) or not has_image_suffix(path):
         raise UserError(
             f"{flag} {printable(path)} is no image: give one of {', '.join(sorted(EXTENSIONS))}, a folder, a list "
@@ -98,8 +110,10 @@ def open_images(path: str, flag: str = "--images") -> ImageDataset:
     return OneImage(Path(path))
 
 
-def build_dataset(name: str, data_path: str | None, split: str, class_list: str | None = None) -> ImageDataset:
-    """Build a data set; `split` is train, val, or all of a set without splits.
+def build_dataset(
+    name: str, data_path: str | None, split: str, class_list: str | None = None, image_column: str | None = None
+) -> ImageDataset:
+    """Build a data set; `split` is train, val, or all of a set without splits, `image_column` as in `Place.open`.
 
     Raises `UserError` for an unknown name, and for images that are missing, incomplete or cannot be read.
     """
@@ -113,11 +127,11 @@ def build_dataset(name: str, data_path: str | None, split: str, class_list: str 
     if local_copy:
         from cplearn.data.huggingface import SavedCopy
 
-        return SavedCopy(name.removeprefix(PREFIX), SPLITS[split], chosen)
+        return SavedCopy(name.removeprefix(PREFIX), SPLITS[split], chosen, image_column)
     if data_path is None:
         raise UserError(f"--dataset {name} needs --data_path: the folder it lies in")
     if name == "folder" and kind_of(data_path) and os.path.exists(data_path) and not os.path.isdir(data_path):
-        return find_split(Path(data_path), split).open(chosen)
+        return find_split(Path(data_path), split).open(chosen, image_column)
     try:
         os.stat(os.path.join(data_path, "."))
         os.listdir(data_path)
@@ -127,7 +141,7 @@ def build_dataset(name: str, data_path: str | None, split: str, class_list: str 
         also = ", or name a list (.txt), tar or parquet file" if os.path.isfile(data_path) else ""
         raise UserError(line + also) from None
     if name == "folder":
-        return find_split(Path(data_path), split).open(chosen)
+        return find_split(Path(data_path), split).open(chosen, image_column)
     return torchvision_dataset(name, data_path, split)
 
 
@@ -229,9 +243,23 @@ def _shards(folder: Path, split: str | None = None) -> Place | None:
                 "train on it"
             )
         shards = own
+    tars_of = {os.path.splitext(name)[0] for name, kind in shards.items() if kind == "tar"}
+    if tars_of >= {os.path.splitext(name)[0] for name, kind in shards.items() if kind == "parquet"}:
+        shards = {name: kind for name, kind in shards.items() if kind == "tar" or not tars_of}  # img2dataset's layout
     if len(set(shards.values())) > 1:
         raise UserError(f"{printable(folder)} holds tar and parquet files: move one kind away")
+    _tell_missing(folder, list(shards))
     return Place(next(iter(shards.values())), folder, sorted(shards)) if shards else None
+
+
+def _tell_missing(folder: Path, shards: list[str]) -> None:
+    """Say how many files are missing of those that are counted in their names, as train-00000-of-00004.parquet."""
+    counted = [match for match in map(re.compile(r"(.*)-(\d+)-of-(\d+)(\..*)").fullmatch, shards) if match]
+    for kind in {(m[1], m[3], m[4]) for m in counted}:
+        there = len({m[2] for m in counted if (m[1], m[3], m[4]) == kind})
+        if there < int(kind[1]):
+            name = printable(f"{kind[0]}-*-of-{kind[1]}{kind[2]}")
+            say(f"WARNING: {printable(folder)} has {there} of the {int(kind[1])} files {name}")
 
 
 def _visible(folder: Path) -> tuple[list[str], list[str]]:
@@ -249,4 +277,4 @@ def _any_image(names: list[str]) -> bool:
 
 
 def _words(name: str) -> set[str]:
-    return set(re.split(r"[-_.]", name.lower()))
+    return {word.rstrip("0123456789") for word in re.split(r"[-_.]", name.lower())}

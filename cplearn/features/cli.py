@@ -17,8 +17,8 @@ from cplearn.load import Model, ModelRequest, WeightsFile, load_model
 from cplearn.text import printable
 
 # What is fixed once features are kept.
-OF_FEATURES = ("random_init", "arch", "patch_size", "image_size", "dataset", "data_path", "class_list", "dump_features",
-               "checkpoint_key")  # fmt: skip
+OF_FEATURES = ("random_init", "arch", "patch_size", "image_size", "dataset", "data_path", "class_list", "image_column",
+               "dump_features", "checkpoint_key")  # fmt: skip
 
 
 def add_weights_flags(parser: argparse.ArgumentParser):
@@ -38,6 +38,7 @@ def add_weights_flags(parser: argparse.ArgumentParser):
 def add_loader_flags(group, *, batch_size: int = 128) -> None:
     """Add the flags of a loader of images to a group."""
     # fmt: off
+    group.add_argument("--image_column", default=None, help="Where a row of parquet or a sample of a tar has several images: the column's name, or the name's ending (left.jpg)")
     group.add_argument("--batch_size_per_gpu", type=positive(int), default=batch_size, help="Images per process and step")
     group.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
     group.add_argument("--worker_timeout", type=nonnegative(float), default=workers.WORKER_TIMEOUT, help="Seconds without a batch after which a loader process counts as hung; 0 for never")
@@ -181,7 +182,7 @@ def write_result(
         "script": script,
         **data.source,
         "split": split,
-        **({f"train_{name}": train.get(name) for name in ("data", "data_hash")} if train else {}),
+        **({f"train_{name}": train.get(name) for name in ("data", "data_hash", "images_sha256")} if train else {}),
         "seed": flags["seed"],
         "commit": git_commit(),
         "metrics": metrics,

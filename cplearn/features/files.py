@@ -76,6 +76,11 @@ class Parts:
         whole = {k for k in there if len(self._read(k, "samples")) == len(self.samples(k))}
         return [k for k in range(len(self)) if k not in whole]
 
+    def forget(self, images: Iterable[int]) -> None:
+        """Remove the parts that hold any of these images."""
+        for k in {i // self.size for i in images}:
+            remove_quietly(self._path(k))
+
     def write(self, k: int, rows: Rows) -> None:
         """Write a part, whole or not at all. Raises `WriteError`."""
         with written(self._path(k), on_disk=True) as f:
@@ -91,7 +96,7 @@ class Parts:
 
     def remove(self) -> None:
         """Remove everything that is ours, when the file is complete."""
-        for path in (*self.folder.glob("part_*.npz"), self.folder / "plan.json"):
+        for path in (*self.folder.glob("part_*.npz"), self.folder / "images.pth", self.folder / "plan.json"):
             remove_quietly(path)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cplearn import backbones, checkpoints, random_streams
 from cplearn.data import augmentations, color, datasets, loaders, workers
+from cplearn.data.identity import Identity
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import plain_average
 from cplearn.errors import UserError
@@ -98,7 +99,7 @@ def get_features(
 def _load_splits(folder: str, splits: tuple[str, ...], tokens: Tokens, labels_for: str | None) -> list[Features]:
     kept = [_load_features(folder, split, tokens) for split in splits]
     _check_classes([x.classes for x in kept], splits, labels_for)
-    sources = [{k: v for k, v in x.source.items() if k not in ("data", "data_hash")} for x in kept]
+    sources = [{k: v for k, v in x.source.items() if k not in ("data", "data_hash", "images_sha256")} for x in kept]
     other = sorted(k for x in sources for k in sources[0].keys() | x.keys() if x.get(k) != sources[0].get(k))
     if other:
         what = "data" if set(other) <= {"dataset", "data_path", "class_list"} else "weights"
@@ -214,8 +215,9 @@ def extract_features(
 
 
 def data_of(dataset: datasets.ImageDataset) -> dict[str, str]:
-    """Return what a result has to name of the images of a split."""
-    return {"data": dataset.where, "data_hash": datasets.fingerprint(dataset)}
+    """Return what a result has to name of the images of a split. Every rank must call it."""
+    content = collectives.on_main(lambda: Identity.of(dataset).read_sample(dataset).sha256(times=False))
+    return {"data": dataset.where, "data_hash": datasets.fingerprint(dataset), "images_sha256": content}
 
 
 def backbone_features(backbone: nn.Module, x: Tensor, tokens: Tokens = CLS) -> Tensor:

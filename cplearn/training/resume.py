@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from cplearn import checkpoints
+from cplearn.data.identity import Identity
 from cplearn.distributed import collectives
 from cplearn.errors import NonFiniteError, UserError
-from cplearn.files import reading
+from cplearn.files import read_text, reading
 from cplearn.host import git_commit
+from cplearn.text import from_printable
 from cplearn.training.run import Run
 
 # Flags that may differ between a run and its continuation, because they change nothing but how sums are rounded.
@@ -51,6 +53,7 @@ def _write(run: Run, progress: dict) -> None:
     state = {
         "args": vars(run.args),
         "identity": run.identity,
+        "images": run.content.state(),
         "commit": git_commit(),
         "epoch": epoch,  # whole ones
         "step": run.step,
@@ -80,10 +83,13 @@ def resume(run: Run, defaults: dict) -> None:
     """
     path = collectives.on_main(_choose_checkpoint, Path(run.args.output_dir))
     if path is None:
+        collectives.on_main(_identify, run)
         return
     with collectives.raise_on_all_ranks(), reading(path, "use another copy"):  # each rank reads it on its own
         state = checkpoints.load(path)
-        differ = _check_settings(run, state, defaults, path)
+    changed = collectives.on_main(_compare_images, run, state)
+    with collectives.raise_on_all_ranks(), reading(path, "use another copy"):
+        differ = _check_settings(run, state, defaults, path, changed)
         checkpoints.load_into(run.method, state["model"], path)
         checkpoints.load_optimizer(run.optimizer, state["optimizer"], path)
         _load_progress(run, state, differ)
@@ -127,16 +133,42 @@ def _choose_checkpoint(folder: Path) -> str | None:
     return str(path)
 
 
-def _check_settings(run: Run, state: dict, defaults: dict, path: str) -> dict[str, object]:
-    """Return the settings that differ, with the checkpoint's values. Raises `UserError` for those not forced."""
+def _identify(run: Run) -> None:
+    run.content.read_sample(run.images.dataset)
+
+
+def _compare_images(run: Run, state: dict) -> str:
+    """Return how the images differ from those that the run began with, "" if they do not."""
+    if "images" not in state:  # an older checkpoint
+        _identify(run)
+        return ""
+    bad = Path(run.args.output_dir, "bad_images.txt")  # has those that were met after the checkpoint, too
+    lines = read_text(bad).splitlines() if bad.exists() else []
+    repaired = {from_printable(line.partition("\t")[0]) for line in lines} | state["bad_images"].keys()
+    before = Identity(**state["images"])
+    changes = run.content.changes(before, run.images.dataset, repaired)
+    if changes.copied:
+        print(f"The images seem to be a copy: other times, but the same content in all {changes.copied:,} compared")
+    if not (changes.text or changes.copied):
+        run.content = before
+    _identify(run)
+    return changes.text
+
+
+def _check_settings(run: Run, state: dict, defaults: dict, path: str, changed: str) -> dict[str, object]:
+    """Return the settings that differ, with the checkpoint's values; `changed` says how the images do.
+
+    Raises `UserError` for those not forced.
+    """
     now, then = vars(run.args) | run.identity, defaults | state["args"] | state["identity"]
     names = (now.keys() | then.keys()) - MAY_CHANGE_ON_RESUME
-    differ = {k: then.get(k) for k in sorted(names) if now.get(k) != then.get(k)}
+    differ = {k: then.get(k) for k in sorted(names) if now.get(k) != then.get(k) or (k == "data" and changed)}
+    words = {k: f"{k} {then.get(k)} there, {now.get(k)} here" for k in differ} | {"data": f"data: {changed}"}
     refused = [k for k in differ if k not in run.args.resume_force]
     if refused:
         raise UserError(
             f"{path} belongs to another run: "
-            + ", ".join(f"{k} {differ[k]} there, {now.get(k)} here" for k in refused)
+            + ", ".join(words[k] for k in refused)
             + f"; use another --output_dir, the same settings, or --resume_force {' '.join(refused)}"
         )
     return differ

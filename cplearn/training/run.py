@@ -13,6 +13,7 @@ from torch import nn
 from cplearn import backbones, random_streams
 from cplearn.data import datasets, loaders, workers
 from cplearn.data.augmentations import View
+from cplearn.data.identity import Identity
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.lock import FolderLock
@@ -34,6 +35,7 @@ class Run:
 
     args: argparse.Namespace
     identity: dict[str, int | str]  # what else must not differ in a continuation
+    content: Identity | None  # of the images, for rank 0
     device: torch.device
     images: Pixels
     views: list[View]
@@ -134,6 +136,7 @@ def assemble(
     return Run(
         args=args,
         identity={"processes": processes, "data": data, "threads": threads},
+        content=Identity.of(dataset) if collectives.is_main() else None,
         device=device,
         images=images,
         views=views,

@@ -59,15 +59,16 @@ def value(data, i: int) -> int:
         ({"label": ["b", "a", "b"]}, None, ["a", "b"], [1, 0, 1]),
         ({"label": [-1, -1, -1]}, {"label": NAMES}, None, [-1] * 3),
         ({"label": pa.array([1, None, 0], pa.int64())}, {"label": NAMES}, None, [-1] * 3),
+        ({"label": [1, 0, 1]}, {"label": {"_type": "ClassLabel", "names": ["cat", "cat"]}}, ["0", "1"], [1, 0, 1]),
         ({"fine": [0, 1, 0], "coarse": [1, 1, 1]}, {"fine": NAMES, "coarse": NAMES}, ["owl", "elk"], [0, 1, 0]),
         ({"height": [1, 2, 3]}, None, None, [-1] * 3),
-        ({"mask": images([7, 8, 9]), "label": [1, 0, 0]}, None, ["0", "1"], [1, 0, 0]),
+        ({"raw": pa.array([b"7", b"8", b"9"]), "label": [1, 0, 0]}, None, ["0", "1"], [1, 0, 0]),
     ],
 )
 @pytest.mark.parametrize("image", ["image", "img", "pixels"])
 def test_columns_and_labels(columns, features, classes, labels, image, tmp_path):
-    """A column of no usual name has to be the only one, and may be bytes alone."""
-    if image == "pixels" and "mask" in columns:
+    """Structs go before other bytes, which may be images too where there are none."""
+    if image == "pixels" and "raw" in columns:
         return
     column = pa.array([png(1), png(2), png(3)]) if image == "pixels" else images([1, 2, 3])
     data = open_images(str(write(tmp_path / "x.parquet", {**columns, image: column}, features)))
@@ -81,11 +82,12 @@ def test_columns_and_labels(columns, features, classes, labels, image, tmp_path)
         ({"a": [1, 2], "b": ["x", "y"]}, None, "columns: a, b"),
         ({"image": ["a", "b"]}, None, "columns: image"),
         ({"image": pa.array([{"bytes": 1}] * 2)}, None, "columns: image"),
-        ({"a": images([1, 2]), "b": images([1, 2])}, None, "columns: a, b"),
+        ({"a": images([1, 2]), "image": images([1, 2])}, None, "(a, image): name one with --image_column"),
         ({"image": images([1, 2]), "label": [0, 2]}, {"label": NAMES}, "label holds 2"),
         ({"image": images([1, 2]), "label": [0.5, 1.0]}, None, "label holds float"),
         ({"image": images([1, 2]), "label": [[1], [2]]}, None, "label holds list"),
         ({"image": images([])}, None, "x.parquet"),
+        ({"image": images([None, None], ["/a.png", "/b.png"])}, None, "holds paths of images"),
     ],
 )
 def test_tables_that_cannot_be_used(columns, features, named, tmp_path):

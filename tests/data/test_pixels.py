@@ -87,6 +87,46 @@ def test_a_cache_on_disk_is_found_again_until_something_changes(tmp_path, monkey
     assert torch.equal(open_pixels(Folder(dataset.root), VIEWS, options("disk", tmp_path / "cache"))[0], changed[0])
 
 
+def flip(path, offset):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 255]))
+
+
+@pytest.mark.parametrize("offset", [pixels_module.HEAD + 3, pixels_module.HEAD + 24 * 6 + 1000, -20, -1])
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, capsys, offset):
+    """In its index, its pixels (of several blocks), or its checksums."""
+    monkeypatch.setattr(pixels_module, "BLOCK", 2)
+    dataset = photos(tmp_path / "photos")
+    path = open_pixels(dataset, VIEWS, options("disk", tmp_path / "cache")).path
+    content = Path(path).read_bytes()
+    flip(path, offset % len(content))
+    again = open_pixels(dataset, VIEWS, options("disk", tmp_path / "cache"))
+    assert again.path == path and Path(path).read_bytes() == content and "is damaged" in capsys.readouterr().out
+
+
+def test_a_whole_cache_is_used_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """No lock is made, which a read-only folder would refuse (but not to root, as whom these tests may run)."""
+    dataset = photos(tmp_path / "photos")
+    path = open_pixels(dataset, VIEWS, options("disk", tmp_path / "cache")).path
+    monkeypatch.setattr(cachefile, "Lock", None)
+    assert open_pixels(dataset, VIEWS, options("disk", tmp_path / "cache")).path == path
+
+
+def test_a_cache_is_not_written_through_a_link(tmp_path):
+    dataset = photos(tmp_path / "photos")
+    name = Path(open_pixels(dataset, VIEWS, options("disk", tmp_path / "other")).path).name
+    (tmp_path / "cache").mkdir()
+    victim = tmp_path / "thesis.txt"
+    victim.write_text("mine")
+    for link in (name, name.replace(".bin", ".partial"), name.replace(".bin", ".lock")):
+        (tmp_path / "cache" / link).symlink_to(victim)
+    open_pixels(dataset, VIEWS, options("disk", tmp_path / "cache"))
+    assert victim.read_text() == "mine" and not (tmp_path / "cache" / name).is_symlink()
+
+
 def test_what_is_small_is_cached_by_default(tmp_path, monkeypatch):
     write_images(tmp_path / "images", 12)
     assert open_pixels(Folder(tmp_path / "images"), VIEWS, options(None)).kind == "ram"
@@ -172,11 +212,11 @@ def test_who_waits_for_a_file_that_is_given_up_makes_it(tmp_path):
         file.write(b"x" * 10_000)
 
     def wanted(write):
-        cachefile.make_once(path, "key", 1, "pixels", write, "do without")
+        cachefile.make_once(path, "key", 1, "pixels", write, lambda path: True, "do without")
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(wanted, fail)
-        while not path.with_suffix(".partial").exists():
+        while not list(tmp_path.glob("*.partial")):
             time.sleep(0.01)
         others = [pool.submit(wanted, fill) for _ in range(2)]
         time.sleep(0.1)

@@ -169,6 +169,8 @@ def touch(root: Path, *names: str) -> Path:
         ([".hidden.tar", "0.tar", ".cache/x", "sizes.json"], ("tar", ".", ["0.tar"]), None),
         (["a/x.jpg", "b/x.jpg", "train.tar", "backup.tar"], ("folder", ".", []), None),
         (["_index/x.txt", "0.tar"], ("tar", ".", ["0.tar"]), None),
+        (["0.tar", "0.parquet", "0_stats.json"], ("tar", ".", ["0.tar"]), None),
+        (["train2017.tar", "val2017.tar"], ("tar", ".", ["train2017.tar"]), ("tar", ".", ["val2017.tar"])),
         (["x.jpg", "train-old.parquet"], ("folder", ".", []), None),
         (["trained.tar", "retrain.tar"], ("tar", ".", ["retrain.tar", "trained.tar"]), None),
     ],
@@ -191,7 +193,7 @@ def test_folders_that_mean_nothing(tmp_path):
     touch(tmp_path / "test_only", "test-0.tar")
     with pytest.raises(UserError, match="has no train split, but test-0.tar: name one file to train on it"):
         find_split(tmp_path / "test_only", "train")
-    touch(tmp_path / "both", "0.tar", "0.parquet")
+    touch(tmp_path / "both", "0.tar", "1.parquet")
     with pytest.raises(UserError, match="holds tar and parquet files: move one kind away"):
         find_split(tmp_path / "both", "train")
     touch(tmp_path, "photo.jpg", "archive.zip")

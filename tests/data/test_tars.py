@@ -5,6 +5,7 @@ import os
 import pickle
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -243,5 +244,5 @@ def test_offsets_are_those_of_tarfile(tmp_path):
         tar.add(tmp_path / "images", "images")
     with tarfile.open(tmp_path / "x.tar") as tar, open(tmp_path / "x.tar", "rb", buffering=0) as file:
         expected = [(m.name, tar.extractfile(m).read()) for m in tar if m.isfile()]
-        found = [(x.name, os.pread(file.fileno(), x.size, x.offset)) for x in scan_shard(file)]
+        found = [(x.name, os.pread(file.fileno(), x.size, x.offset)) for x in scan_shard(file, Counter())]
     assert found == expected and len(found) == 6

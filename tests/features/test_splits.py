@@ -45,7 +45,8 @@ def test_a_model_says_what_the_file_completed_and_leaves_the_flags_alone(run, tm
     model = load_model(request_of(args, "digits"), torch.device("cpu"))
     assert args == before and model.network is None and model.epoch == 2 and not model.backbone.training
     assert model.flags() == {"arch": "resnet8_w8", "patch_size": 16, "image_size": 16, "dataset": "folder",
-                             "data_path": str(image_folder), "class_list": None, "method": "cplearn"}  # fmt: skip
+                             "data_path": str(image_folder), "class_list": None, "image_column": None,
+                             "method": "cplearn"}  # fmt: skip
     assert model.weights_sha256 == hashlib.sha256((run / "checkpoint.pth").read_bytes()).hexdigest()
     reads, load = [], checkpoints.load_file_and_hash
     monkeypatch.setattr(checkpoints, "load_file_and_hash", lambda *a: reads.append(a) or load(*a))

@@ -120,7 +120,7 @@ def test_changed_images_are_refused_on_resume(tmp_path, image_folder):
     common = ("--data_path", str(tmp_path / "data"), "--epochs", "2")
     train(tmp_path / "out", *common, "--max_steps", "3")
     (tmp_path / "data/train/ant/000.jpg").rename(tmp_path / "data/train/ant/999.jpg")
-    with pytest.raises(UserError, match="data 48 images .* there, 48 images .* here"):
+    with pytest.raises(UserError, match="data: images gone: 1, new: 1 .the first: ant/999.jpg"):
         train(tmp_path / "out", *common)
 
 
