@@ -169,7 +169,20 @@ def _load(file: BinaryIO, path: str | Path, classes: Sequence[type]) -> dict:
     state = _load_torch(file, path, classes) if of_torch else _load_safetensors(file, path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
+    if (odd := next(_odd_tensors(state), None)) is not None:
+        raise UserError(f"{path} is refused: it holds {odd}, which no weights are; save it as dense real numbers")
     return state
+
+
+def _odd_tensors(x: object) -> Iterator[str]:
+    """Yield what is odd about tensors in plain containers."""
+    if isinstance(x, dict | list | tuple):
+        for value in x.values() if isinstance(x, dict) else x:
+            yield from _odd_tensors(value)
+    elif isinstance(x, Tensor):
+        kinds = {"sparse": x.layout != torch.strided, "quantized": x.is_quantized, "complex": x.is_complex(),
+                 "without numbers (meta)": x.is_meta}  # fmt: skip
+        yield from (f"tensors that are {kind}" for kind, true in kinds.items() if true)
 
 
 def _load_torch(file: BinaryIO, path: str | Path, classes: Sequence[type]) -> object:
@@ -216,7 +229,7 @@ def safetensors_data_hash(content: bytes) -> str:
 def is_ours(state: dict) -> bool:
     """Return whether this is a run's checkpoint. Raises `UserError` for our files that hold no model."""
     ours = state.get("format") == FORMAT
-    if ours and "model" not in state:
+    if ours and not isinstance(state.get("model"), dict):
         raise UserError("this file holds kept features or a linear probe, not a model: give a checkpoint.pth")
     return ours
 
@@ -267,7 +280,9 @@ def backbone_weights(state: dict, key: str = "teacher") -> dict[str, Tensor]:
 
 def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teacher") -> None:
     """Load the backbone's weights of any file `backbone_weights` knows, resampled for its image size if need be."""
-    load_into(backbone, backbones.resample_positions(backbone, backbone_weights(state, key)), what)
+    with reading(what, "use another copy"):
+        weights = backbones.resample_positions(backbone, backbone_weights(state, key))
+    load_into(backbone, weights, what)
 
 
 def load_into(module: nn.Module, weights: dict, what: str) -> None:
@@ -287,10 +302,14 @@ def load_into(module: nn.Module, weights: dict, what: str) -> None:
     ]
     if problems:
         raise UserError(f"{what} does not fit this model: {'; '.join(problems)}; check --arch and the sizes")
-    wrong = next((k for k in tensors if not weights[k].isfinite().all()), None)
+    _check_finite({k: weights[k] for k in tensors}, what)
+    module.load_state_dict(weights, strict=True)
+
+
+def _check_finite(weights: dict[str, Tensor], what: str | Path) -> None:
+    wrong = next((k for k, x in weights.items() if not x.isfinite().all()), None)
     if wrong is not None:
         raise UserError(f"{what} holds infinite numbers or NaN, in {wrong}: its training diverged, use an earlier one")
-    module.load_state_dict(weights, strict=True)
 
 
 def _shape(x: object) -> str:
@@ -319,6 +338,7 @@ def convert_dino(source: str | Path, target: str | Path, key: str = "teacher") -
     weights = backbone_weights(state, key)
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{source} holds no weights of a {key}: is it a checkpoint of DINO's main_dino.py?")
+    _check_finite(weights, source)
     write(target, {"state_dict": {k: v.clone() for k, v in weights.items()}})
     return len(weights)
 

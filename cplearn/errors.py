@@ -86,7 +86,9 @@ watch = None  # the `cplearn.distributed.alive.Watch` of this process, if there 
 def exit_status(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the line to show. Code 1 is a bug, of which the traceback says more."""
     if isinstance(error, ExpectedError):
-        return error.exit_code, str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it
+        line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback before it, and the type
+        line = line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+        return error.exit_code, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # no terminal's codes
     if isinstance(error, KeyboardInterrupt):
         return 130, "Ctrl-C"
     if isinstance(error, SystemExit):

@@ -284,6 +284,28 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     assert not unpacked
 
 
+@pytest.mark.parametrize(
+    ("odd", "word"),
+    [
+        (torch.ones(2, 2, dtype=torch.complex64), "complex"),
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.eye(2).to_sparse_csr(), "sparse"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
+        (torch.ones(2, device="meta"), "meta"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(odd, word, tmp_path):
+    torch.save({"student": [{"w": torch.ones(2), "odd": odd}]}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=f"c.pth is refused: it holds tensors that are .*{word}"):
+        checkpoints.load_file(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("model", [None, [], 3])
+def test_a_run_without_weights_is_refused(model):
+    with pytest.raises(UserError, match="not a model"):
+        checkpoints.is_ours({"format": checkpoints.FORMAT, "model": model})
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value):
     module = torch.nn.Linear(3, 2)

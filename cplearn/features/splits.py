@@ -170,6 +170,8 @@ def _check_rows(kept: Features) -> None:
     for rows in (kept.labels,) if kept.codes is None else (kept.labels, kept.codes):
         if rows.dtype != torch.int64 or rows.shape != (n,):
             raise ValueError(f"labels or codes are not {n} whole numbers")
+    if not ((kept.labels >= -1) & (kept.labels < len(kept.classes or ()))).all():
+        raise ValueError(f"labels are not below {len(kept.classes or ())}")
     if kept.codes is not None and not ((kept.codes >= 0) & (kept.codes < kept.out_dim)).all():
         raise ValueError(f"codes are not below {kept.out_dim}")
 

@@ -13,7 +13,7 @@ from cplearn.distributed import collectives
 from cplearn.errors import NonFiniteError, UserError
 from cplearn.files import read_text, reading
 from cplearn.host import git_commit
-from cplearn.text import from_printable
+from cplearn.text import from_printable, printable
 from cplearn.training.run import Run
 
 # Flags that may differ between a run and its continuation, because they change nothing but how sums are rounded.
@@ -103,6 +103,8 @@ def _load_progress(run: Run, state: dict, differ: dict) -> None:
     if "precision" not in differ:
         run.scaler.load_state_dict(state["scaler"])
     run.step = run.saved_step = int(state["step"])
+    if not 0 <= run.step or not 0 <= state["epoch"]:
+        raise ValueError(f"step {run.step} of epoch {state['epoch']}")
     progress = state["progress"]
     same_steps = state["steps_per_epoch"] == run.steps_per_epoch
     if same_steps and not {"processes", "batch_size_per_gpu", "data", "seed"} & differ.keys():
@@ -149,7 +151,7 @@ def _compare_images(run: Run, state: dict) -> str:
     changes = run.content.changes(before, run.images.dataset, repaired)
     if changes.copied:
         print(f"The images seem to be a copy: other times, but the same content in all {changes.copied:,} compared")
-    if not (changes.text or changes.copied):
+    if run.content.files.equal(before.files):
         run.content = before
     _identify(run)
     return changes.text
@@ -191,7 +193,7 @@ def _announce(run: Run, path: str, differ: dict[str, object], state: dict) -> No
             "end with other bits than an undisturbed run"
         )
     if differ:
-        print(f"WARNING: forced although different: {', '.join(f'{k} was {v}' for k, v in differ.items())}")
+        print(f"WARNING: forced although different: {', '.join(f'{k} was {printable(v)}' for k, v in differ.items())}")
     log = Path(run.args.output_dir, "log.txt")
     size = log.stat().st_size if log.exists() else 0
     if size > log_bytes and run.step < run.last_step:

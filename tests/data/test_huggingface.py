@@ -230,6 +230,49 @@ def test_two_processes_that_want_the_copy_at_once_make_one(tmp_path):
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
 
 
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_of_several_columns_of_images_only_the_named_is_read(kind, tmp_path):
+    """The other holds addresses, a pipe and bytes that are no image; each is left alone."""
+    os.mkfifo(tmp_path / "pipe")
+    other = [{"bytes": None, "path": "http://127.0.0.1:9/x.png"}, {"bytes": None, "path": str(tmp_path / "pipe")},
+             {"bytes": b"no image", "path": "x"}]  # fmt: skip
+    rows = {"photo": images([1, 2, 3]), "mask": pa.array(other, STRUCT)}
+    if kind == "parquet":
+        name, path = "folder", str(write(tmp_path / "x.parquet", rows))
+    else:
+        struct = {"bytes": hf.Value("binary"), "path": hf.Value("string")}  # of which save_to_disk opens nothing
+        data = hf.Dataset.from_dict({k: v.to_pylist() for k, v in rows.items()},
+                                    features=hf.Features({"photo": hf.Image(), "mask": struct}))  # fmt: skip
+        data.save_to_disk(str(tmp_path / "copy"))
+        words = tmp_path / "copy" / "dataset_info.json"
+        words.write_text(
+            json.dumps({**json.loads(words.read_text()), "features": {x: {"_type": "Image"} for x in rows}})
+        )
+        name, path = f"hf:{tmp_path}/copy", None
+    with pytest.raises(UserError, match=r"\(photo, mask\): name one with --image_column"):
+        build_dataset(name, path, "train")
+    data = build_dataset(name, path, "train", image_column="photo")
+    assert [value(data, i) for i in range(3)] == [1, 2, 3] and len(data.encoded(1)) == len(png(2))
+    with pytest.raises(UserError, match="no column of images --image_column depth, but photo, mask"):
+        build_dataset(name, path, "train", image_column="depth")
+
+
+def test_a_damaged_copy_is_named_and_not_the_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "SMALL", 0)
+    data = open_images(str(write(tmp_path / "x.parquet", {"image": images([5, 6, 7])})))
+    data.allow_any_order(str(tmp_path / "cache"))
+    (arrow,) = (tmp_path / "cache").rglob("*.arrow")
+    content = arrow.read_bytes()
+    assert content.count(png(6)) == 1
+    with open(arrow, "r+b") as file:  # in place: the copy is mapped
+        file.seek(content.index(png(6)))
+        file.write(bytes(len(png(6))))
+    assert value(data, 0) == 5
+    with pytest.raises(UserError, match=f"{tmp_path}/cache holds a damaged copy of .*x.parquet#1"):
+        data[1]
+    assert value(data, 2) == 7
+
+
 OFFLINE = """
 import socket, sys
 

@@ -19,8 +19,8 @@ import eval_knn
 import main_cplearn
 import reproduce_table3
 import run_with_submitit
+from cplearn.data import datasets, sources
 from cplearn.data import pixels as pixels_module
-from cplearn.data import sources
 from cplearn.data.datasets import Folder, fingerprint
 from cplearn.data.sources import build_dataset, find_split, open_images
 from cplearn.errors import UserError
@@ -187,6 +187,20 @@ def test_what_a_folder_holds(names, train, val, tmp_path):
             assert find_split(tmp_path, split) == (kind, tmp_path / folder, files) and sources.has_split(
                 str(tmp_path), split
             )
+
+
+def test_shards_that_are_missing_are_said(tmp_path, capsys):
+    touch(tmp_path, "train-00000-of-00004.parquet", "val-00000-of-00001.parquet")
+    find_split(tmp_path, "val")
+    assert not capsys.readouterr().out
+    find_split(tmp_path, "train")
+    assert "has 1 of the 4 files train-*-of-00004.parquet" in capsys.readouterr().out
+
+
+def test_images_of_other_kinds_are_counted(tmp_path):
+    write_images(tmp_path / "a", 2)
+    touch(tmp_path / "a", "x.avif", "y.jfif", "z.JFIF", "notes.txt")
+    assert datasets.summary(open_images(str(tmp_path))).startswith("2 images, 3 left out (.avif, .jfif), no classes")
 
 
 def test_folders_that_mean_nothing(tmp_path):

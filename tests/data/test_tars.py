@@ -14,7 +14,7 @@ from helpers import write_images
 from PIL import Image
 
 from cplearn.data import scan
-from cplearn.data.datasets import ImageError
+from cplearn.data.datasets import ImageError, summary
 from cplearn.data.sources import build_dataset, open_images
 from cplearn.data.tars import scan_shard
 from cplearn.errors import UserError
@@ -246,3 +246,49 @@ def test_offsets_are_those_of_tarfile(tmp_path):
         expected = [(m.name, tar.extractfile(m).read()) for m in tar if m.isfile()]
         found = [(x.name, os.pread(file.fileno(), x.size, x.offset)) for x in scan_shard(file, Counter())]
     assert found == expected and len(found) == 6
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda whole: whole + whole,  # cat a.tar b.tar: all tools see the first alone
+        lambda whole: whole + b"x",
+        lambda whole: nested_headers(500) + whole,
+        lambda whole: pax_header(b"size=100000000000000000000\n") + whole,
+    ],
+)
+def test_shards_of_which_a_part_would_be_missed(spoil, tmp_path):
+    whole = write_tar(tmp_path / "x.tar", {f"{k}.jpg": jpeg(k) for k in range(5)}).read_bytes()
+    (tmp_path / "x.tar").write_bytes(spoil(whole))
+    refused(tmp_path / "x.tar")
+
+
+def pax_header(record: bytes) -> bytes:
+    member = tarfile.TarInfo("p")
+    body = b"%d %s" % (len(record) + 3, record)
+    member.type, member.size = tarfile.XHDTYPE, len(body)
+    return member.tobuf() + body.ljust(512, b"\0")
+
+
+def nested_headers(count: int) -> bytes:
+    return pax_header(b"path=abcdefghijk\n") * count
+
+
+def test_several_images_in_a_sample(tmp_path):
+    """As left and right cameras and masks in WebDataset: one of them is named, or all are taken."""
+    samples = {f"{k:02}.{name}": jpeg(k) for k in range(20) for name in ("left.jpg", "right.jpg", "mask.png")}
+    path = write_tar(tmp_path / "x.tar", samples | {f"{k:02}.cls": b"%d" % (k % 2) for k in range(20)})
+    with pytest.raises(UserError, match=r"20 samples with 20 left.jpg, 20 right.jpg, 20 mask.png: .* --image_column"):
+        open_images(str(path))
+    data = open_images(str(path), image_column="right.jpg")
+    assert list(data.names) == [f"x.tar/{k:02}.right.jpg" for k in range(20)] and list(data.labels) == [0, 1] * 10
+    assert data.encoded(3) == jpeg(3) and len(open_images(str(path), image_column="all")) == 60
+    with pytest.raises(UserError, match="--image_column depth.png"):
+        open_images(str(path), image_column="depth.png")
+    frames = write_tar(tmp_path / "y.tar", {f"film.{k:04}.jpg": jpeg(k) for k in range(30)})
+    assert len(open_images(str(frames))) == 30  # a dot in a name is no sample of 30 images
+
+
+def test_other_images_are_counted(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(), "b.avif": b"x", "c.JFIF": b"x", "d.json": b"{}"})
+    assert summary(open_images(str(path))).startswith("1 images, 2 left out (.avif, .jfif), no classes")

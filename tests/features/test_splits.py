@@ -137,6 +137,7 @@ def test_kept_features_of_two_models_or_data_sets_do_not_mix(run, tmp_path, imag
         ("features", lambda x: x * float("nan")),
         ("labels", lambda x: x[:, None]),
         ("labels", lambda x: x.float()),
+        ("labels", lambda x: x + 1),
         ("labels", lambda x: None),
         ("codes", lambda x: x + 40),
         ("codes", lambda x: x[:-1]),
