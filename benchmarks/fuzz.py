@@ -1,6 +1,6 @@
 """What hostile files and wrong flags come to, tried at random (docs/promises.md).
 
-    python benchmarks/fuzz.py [--parts flags files images checkpoints] [--flags 1000] [--files 150] [--seed 0]
+    python benchmarks/fuzz.py [--parts flags files images checkpoints sources] [--flags 1000] [--files 150] [--seed 0]
 
     flags        each script as its real command, with one to three of its flags set to something that makes no sense:
                  empty, huge, not a number, not UTF-8, paths that are too long or hold something else
@@ -8,6 +8,7 @@
                  replaced by something else, or the bytes damaged; then the command that reads them
     images       files of every odd and damaged kind: read, or refused and replaced, as expected of the kind
     checkpoints  bit flips, cut files, pickles that would run code: loaded as saved, or refused in one line
+    sources      images, caches, features and weights that are damaged or changed under their names: fuzz_sources.py
 
 Held: the command works, or ends with a documented exit code and one line that begins with its name, within a minute.
 Broke: a traceback, a crash, a hang, another exit code, a file that was there and is changed, code that was run.
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import harness
 import hostile
 import stress
+from fuzz_sources import fuzz_sources
 from PIL import Image
 
 import reproduce_table3
@@ -341,7 +343,8 @@ def fuzz_images(place: Place, count: int, rng: random.Random) -> list[Result]:
     return results
 
 
-PARTS = {"flags": fuzz_flags, "files": fuzz_files, "images": fuzz_images, "checkpoints": fuzz_checkpoints}
+PARTS = {"flags": fuzz_flags, "files": fuzz_files, "images": fuzz_images, "checkpoints": fuzz_checkpoints,
+         "sources": fuzz_sources}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -352,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--files", type=positive(int), default=150, help="Files that lie")
     parser.add_argument("--images", type=positive(int), default=270, help="Images of odd and damaged kinds")
     parser.add_argument("--checkpoints", type=positive(int), default=1500, help="Damaged and hostile checkpoints")
+    parser.add_argument("--sources", type=positive(int), default=800, help="Images, caches, features and weights")
     parser.add_argument("--seed", type=nonnegative(int), default=0)
     args = parser.parse_args(argv)
     for name in (*SCRIPTS, *HEAVY):  # once, and not in each of a thousand processes

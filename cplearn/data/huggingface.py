@@ -164,6 +164,7 @@ class Parquet(Rows):
                 columns=[self.column],
                 cache_dir=folder,
             )
+            self.data.data.validate(full=True)
         except Exception as error:
             cause = error.__cause__ or error
             if isinstance(cause, OSError) and cause.errno:
@@ -188,6 +189,11 @@ class SavedCopy(Rows):
         self.data = data.select_columns([self.column])
         if isinstance(data.features[self.column], datasets.Image):
             self.data = self.data.cast_column(self.column, datasets.Image(decode=False))
+        used = data.select_columns([name for name in columns[:2] if name])
+        try:
+            used.data.validate(full=True)  # offsets of a damaged file would lead anywhere
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{printable(self.where)} is damaged ({_first_line(error)}): get it again") from None
         column = self.data.data.column(self.column)
         stored = pyarrow.compute.struct_field(column, "bytes") if pyarrow.types.is_struct(column.type) else column
         if len(data) and stored.null_count == len(data):

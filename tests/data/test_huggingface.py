@@ -311,13 +311,19 @@ def test_the_package_that_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "split"), [("nowhere", "train"), ("empty", "train"), ("cut", "train"), ("text", "train"), ("text", "val")]
+    ("path", "split"),
+    [("nowhere", "train"), ("empty", "train"), ("cut", "train"), ("lies", "train"), ("text", "train"), ("text", "val")],
 )
 def test_wrong_saved_copies_are_refused(path, split, tmp_path):
     hf.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "text"))
     hf.Dataset.from_dict({"image": [png(1)] * 50}).save_to_disk(str(tmp_path / "cut"))
     (arrow,) = (tmp_path / "cut").glob("*.arrow")
     os.truncate(arrow, 100)
+    hf.Dataset.from_dict({"image": [png(1)] * 50}).save_to_disk(str(tmp_path / "lies"))
+    (arrow,) = (tmp_path / "lies").glob("*.arrow")
+    offsets = np.arange(51, dtype=np.int32) * len(png(1))  # of the images: read unchecked, they end the process
+    assert arrow.read_bytes().count(offsets.tobytes()) == 1
+    arrow.write_bytes(arrow.read_bytes().replace(offsets.tobytes(), (offsets * 10**6).tobytes()))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as error:
         build_dataset(f"hf:{tmp_path}/{path}", None, split)
