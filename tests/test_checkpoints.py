@@ -300,10 +300,10 @@ def test_tensors_that_are_no_weights_are_refused(odd, word, tmp_path):
         checkpoints.load_file(tmp_path / "c.pth")
 
 
-@pytest.mark.parametrize("model", [None, [], 3])
-def test_a_run_without_weights_is_refused(model):
-    with pytest.raises(UserError, match="not a model"):
-        checkpoints.is_ours({"format": checkpoints.FORMAT, "model": model})
+@pytest.mark.parametrize("state", [{"format": checkpoints.FORMAT, "model": None}, {"model": None}, {"teacher": 3}, {}])
+def test_a_file_without_weights_is_refused(state):
+    with pytest.raises(UserError, match="x.pth"):
+        checkpoints.load_backbone(ResNet8(8), state, "x.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
