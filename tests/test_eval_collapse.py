@@ -109,6 +109,14 @@ def test_weights_without_a_head_are_drawn_by_their_features(run, tmp_path, image
     assert not list(tmp_path.glob("matrices_*embedding.csv"))
 
 
+def test_class_names_of_any_bytes_are_drawn(run, tmp_path, image_folder):
+    shutil.copytree(image_folder, tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "caf\udce9 $_{ \x1b[31m")
+    eval_collapse.main(eval_flags(run, tmp_path, "--data_path", str(tmp_path / "data")))
+    assert {"cosines.png", "tsne.png"} <= {path.name for path in tmp_path.glob("*.png")}
+
+
 def test_wide_tables_are_split_and_long_names_numbered():
     labels = ["a" * 40, *(f"net {k}" for k in range(9))]
     rows = [("embedding_off_diagonal_chance", *map(float, range(10)), "high; 1: collapse"), ("n", *range(10), "")]

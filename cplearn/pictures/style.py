@@ -8,6 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cplearn.files import write_bytes
+from cplearn.text import printable
 
 # Nine colors that also the color-blind tell apart (Paul Tol's "muted"), and black; ten more groups have other markers.
 COLORS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933", "#000000", "#DDCC77")
@@ -36,7 +37,7 @@ def style(network_label: str, i: int) -> dict[str, str]:
 
 def as_text(label: str) -> str:
     """Return a user's words for matplotlib, which takes $ for a formula and leaves out what begins with _."""
-    label = shortened(label, 60).replace("$", r"\$")
+    label = shortened(printable(label), 60).replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
 
 
