@@ -121,6 +121,7 @@ def write(grid: Grid, states: dict[str, CellState]) -> None:
     name = stem(grid.settings.table)
     small = " at small scale, not the paper's setting" * (grid.settings.scale == "small")
     notes = [
+        *other_images([cell for cell in grid.cells if states[cell.name].complete]),
         setting([cell for cell in grid.cells if states[cell.name].complete]),
         *[f"Chosen: {CHOICES[grid.settings.table]}"] * (grid.settings.scale == "paper"),
         *[tuning.sentence(grid.folder)] * bool(grid.settings.tune),
@@ -219,6 +220,16 @@ def setting(cells: list[Cell]) -> str:
         ):
             values.setdefault(name, []).append(str(value))
     return "Setting: " + "; ".join(f"{name} {', '.join(dict.fromkeys(x))}" for name, x in values.items()) + "."
+
+
+def other_images(cells: list[Cell]) -> list[str]:
+    """Return a warning if these cells were not trained and evaluated on the same images; [] if they were."""
+    records = [record for cell in cells for record in cell.results()]
+    trained = {record["trained_on"] for record in records if record.get("trained_on")}
+    evaluated = {(x["script"], x["images_sha256"]) for x in records if x.get("images_sha256")}
+    differ = ["trained"] * (len(trained) > 1) + ["evaluated"] * (len(evaluated) > len({name for name, _ in evaluated}))
+    how = f"these cells were {' and '.join(differ)} on different images"
+    return [f"**Not to be compared: {how}.** Run them again elsewhere."] if differ else []
 
 
 def findings(grid: Grid, trained: list[Line], untrained: list[Line], *, missing: int) -> list[str]:

@@ -169,3 +169,19 @@ def test_a_grid_is_saved_and_loaded(grid):
     assert grid.save() == grid == Grid.load(grid.folder)
     (first, *_) = json.loads((grid.folder / "grid.json").read_text())["cells"]
     assert list(first) == ["row", "seed", "name", "train", "evaluate"]
+
+
+def test_cells_of_other_images_are_not_compared(grid):
+    """The folder's images were replaced while the grid went on."""
+
+    def written(name: str, **source: str) -> str:
+        path = grid.folder / name / "trained" / "results.jsonl"
+        lines = [json.loads(line) | source for line in path.read_text().splitlines()]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        write(grid, snapshot(grid))
+        return (grid.folder / "table3.md").read_text()
+
+    assert "Not to be compared" not in written("swav_c128_s0", trained_on="a", images_sha256="b")
+    assert "Not to be compared" not in written("swav_c128_s1", trained_on="a", images_sha256="b")
+    assert "these cells were evaluated on different images" in written("cplearn_c128_s0", images_sha256="c")
+    assert "these cells were trained and evaluated on different" in written("cplearn_c128_s1", trained_on="d")
