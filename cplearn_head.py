@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.distributed.batch_norm import BatchNorm, over_views
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
 from cplearn.loss import DICTIONARIES
@@ -89,7 +89,13 @@ class CPLearnHead(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Embed backbone features. Shape: z (n, f) -> h (n, f_h), in (-1, 1) or of unit length."""
-        a = self.norm(self.linear(z))
+        return self._activate(self.norm(self.linear(z)))
+
+    def embed_views(self, features: list[Tensor]) -> list[Tensor]:
+        """Embed the features of each view; batch norm sees one at a time. Shape: V x (n, f) -> V x (n, f_h)."""
+        return [self._activate(a) for a in over_views((self.linear, self.norm), features)]
+
+    def _activate(self, a: Tensor) -> Tensor:
         return torch.tanh(a) if self.activation == "tanh" else F.normalize(a, dim=1)
 
     def logits(self, h: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ class CPLearnHead(nn.Module):
         Shape: as `loss`, and the detached mean assignment (c,), as in `cplearn_loss`.
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            h = [self(float32(z)) for z in features]
+            h = self.embed_views([float32(z) for z in features])
             if form == "plain":
                 return cplearn_loss([self.logits(x) for x in h], spec)
             scale = self.scale * self.kappa

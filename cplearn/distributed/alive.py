@@ -15,6 +15,7 @@ from cplearn.errors import PeerError
 from cplearn.host import process_start, system_id
 
 BEAT = 2.0  # seconds; a look at all ranks takes less than a millisecond
+GRACE = 30.0  # seconds without a store before a process gives up: its owner may be ending as this one does
 DONE = b"done"  # instead of a number: this process has finished its work
 
 
@@ -76,8 +77,9 @@ class Watch:
                 self.beats = self._look()
             if self.done:
                 self.store.set(str(self.rank), DONE)
-        except RuntimeError:  # its process has ended, which collectives notice by themselves
-            self.over.set()
+        except RuntimeError:  # its process has ended, which gloo's collectives notice by themselves, and NCCL's do not
+            if not self.over.wait(GRACE):
+                errors.end_at_once(PeerError(f"{self.names[0]} does not answer any more: look for its own message"))
 
     def _compare(self) -> None:
         before, still = self.beats, [0] * len(self.names)

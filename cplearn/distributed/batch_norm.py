@@ -1,12 +1,13 @@
 """Batch norm over the rows of all ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from cplearn.distributed.collectives import _SumOverRanks, world_size
+from cplearn.distributed.collectives import GatherOverRanks, world_size
 from cplearn.errors import UserError
 
 
@@ -83,20 +84,47 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * world_size()
+        return self._over_ranks(x, [d for d in range(x.dim()) if d != 1])
+
+    def views(self, x: Tensor) -> Tensor:
+        """Normalize each of some views, in one exchange between ranks. Shape: (V, n, features) -> the same."""
+        if not self.training or world_size() == 1:
+            return torch.stack([self(view) for view in x])
+        return self._over_ranks(x, [1])
+
+    def _over_ranks(self, x: Tensor, dims: list[int]) -> Tensor:
+        """Normalize over `dims` and all ranks; what is left of the other dimensions but features are views."""
         x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        # Two passes: the sum of squares around the global mean does not cancel as E[x^2] - E[x]^2 does.
-        mean = _SumOverRanks.apply(x32.sum(dims)) / count
-        centered = x32 - mean.view(shape)
-        var = _SumOverRanks.apply(centered.square().sum(dims)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(var * count / max(1, count - 1), share)
-        y = centered * torch.rsqrt(var + self.eps).view(shape)
+        var, mean = torch.var_mean(x32, dims, correction=0, keepdim=True)
+        means, variances = GatherOverRanks.apply(torch.stack([mean, var])).unbind(1)
+        # As Chan, Golub and LeVeque combine parts: E[x^2] - E[x]^2 would cancel.
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
+        self._remember(mean.detach(), var.detach(), x.numel() // mean.numel() * world_size())
+        y = (x32 - mean) * torch.rsqrt(var + self.eps)
         if self.affine:
+            shape = [1, -1] + [1] * (x.dim() - 2) if 1 not in dims else [1, 1, -1]
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(x.dtype)
+
+    def _remember(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics, by one view after the other."""
+        for m, v in zip(mean.view(-1, self.num_features), var.view(-1, self.num_features), strict=True):
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(m, share)
+            self.running_var.lerp_(v * count / max(1, count - 1), share)
+
+
+def over_views(layers: Iterable[nn.Module], features: list[Tensor]) -> list[Tensor]:
+    """Apply layers to the features of each view: batch norm sees one view at a time, and exchanges all at once.
+
+    Shape: V x (n, f) -> V x (n, g).
+    """
+    layers = list(layers)
+    if world_size() == 1:
+        return [reduce(lambda z, layer: layer(z), layers, z) for z in features]
+    x = torch.stack(features)
+    for layer in layers:
+        x = layer.views(x) if isinstance(layer, BatchNorm) else layer(x)
+    return list(x.unbind())

@@ -187,6 +187,22 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
+class GatherOverRanks(torch.autograd.Function):
+    """The tensors of all ranks, with the gradient of all ranks' losses. Shape: (...) on every rank -> (world, ...)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[rank()]
+
+
 def log_mean_over_ranks(local: Tensor) -> Tensor:
     """Return the log of the mean over ranks of exp(local): the global lambda = log p-bar from each rank's own.
 

@@ -5,6 +5,7 @@ Launcher variables are checked here, before anything else reads them.
 
 import json
 import os
+import re
 import time
 import uuid
 from datetime import timedelta
@@ -74,6 +75,12 @@ def choose_device(device: str, local_rank: int) -> torch.device:
         raise UserError(f"--device {device} is unknown: auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA driver")
+    if device == "auto" and not torch.cuda.is_available() and (driver := _nvidia_driver()):
+        raise UserError(
+            f"this machine has an NVIDIA GPU (driver {driver}), but torch {torch.__version__}, built for CUDA "
+            f"{torch.version.cuda}, cannot use it: install a newer driver or a torch for an older CUDA "
+            "(https://pytorch.org/get-started), or train slowly with --device cpu"
+        )
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     processes, gpus = max(local_world_size(), local_rank + 1), torch.cuda.device_count()
@@ -83,7 +90,19 @@ def choose_device(device: str, local_rank: int) -> torch.device:
         )
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)
+    torch.backends.cudnn.benchmark = True  # sizes do not change from step to step
     return place
+
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def _nvidia_driver() -> str:
+    """Return the version of the driver of an NVIDIA GPU of this machine; "" if there is none, or if it is hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not DRIVER.exists():
+        return ""
+    version = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text())
+    return version[0] if version else "unknown"
 
 
 # --- where the ranks meet ----------------------------------------------------------------------------------

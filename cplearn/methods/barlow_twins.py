@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.distributed.batch_norm import BatchNorm, over_views
 from cplearn.flags import positive
 from cplearn.methods.base import Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.precision import float32
@@ -96,7 +96,7 @@ class BarlowTwins(Method):
     def forward(self, views: list[Tensor]) -> StepOutput:
         features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            z = [self.norm(self.projector(float32(x))) for x in features]  # batch norm sees one view at a time
+            z = over_views([*self.projector, self.norm], [float32(x) for x in features])
             loss, terms = barlow_loss(z, self.lambd, self.N_GLOBAL)
             loss = self.scale_loss * loss
         return StepOutput(loss, {"loss": loss.detach(), **terms})

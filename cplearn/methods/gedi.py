@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.distributed.batch_norm import BatchNorm, over_views
 from cplearn.flags import positive
 from cplearn.loss.spec import LossSpec
 from cplearn.methods.base import LinearCodes, Method, ReferenceLosses, StepOutput, check_out_dim
@@ -65,7 +65,7 @@ class GEDI(Method):
     def forward(self, views: list[Tensor]) -> StepOutput:
         features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            logits = [self.projector(float32(z)) / self.TEMPERATURE for z in features]  # one view at a time
+            logits = [x / self.TEMPERATURE for x in over_views(self.projector, [float32(z) for z in features])]
             if self.reduction == "sum":
                 return StepOutput(*gedi_loss_as_published(logits, self.beta))
             return StepOutput(*cplearn_loss(logits, LossSpec(self.beta, "forward", n_global=self.N_GLOBAL)))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.distributed.batch_norm import BatchNorm, over_views
 from cplearn.flags import nonnegative, positive
 from cplearn.methods.base import FrozenCodes, LinearCodes, Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.precision import float32
@@ -43,7 +43,7 @@ def self_classifier_loss(
                 usage += p.mean(0) / n_global
                 entropy -= torch.dot(p.flatten(), rows.flatten()) / (n * n_global)
         rows = rows - collectives.logsumexp_over_ranks(rows) + math.log(population / c)
-        predictions.append(torch.logaddexp(rows, rows.new_tensor(math.log(eps))))
+        predictions.append(torch.logaddexp(rows, rows.new_full((), math.log(eps))))
     loss, pairs = 0.0, 0
     for a, target in enumerate(targets):
         for b, prediction in enumerate(predictions):
@@ -101,16 +101,18 @@ class SelfClassifier(Method):
         z = float32(features)
         return F.normalize(self.projector(z), dim=1) if self.frozen_head is None else self.frozen_head(z)
 
-    def logits(self, z: Tensor) -> Tensor:
-        """Compute cosines. Shape: (n, f) -> (n, c)."""
+    def logits(self, features: list[Tensor]) -> list[Tensor]:
+        """Compute the cosines of each view. Shape: V x (n, f) -> V x (n, c)."""
         if self.frozen_head is not None:
-            return self.frozen_head.logits(self.embed(z)) / self.frozen_head.scale
-        return self.embed(z) @ self.codebook().rows.T
+            head = self.frozen_head
+            return [head.logits(h) / head.scale for h in head.embed_views(features)]
+        codes = self.codebook().rows.T
+        return [F.normalize(z, dim=1) @ codes for z in over_views(self.projector, features)]
 
     def forward(self, views: list[Tensor]) -> StepOutput:
         features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            logits = [self.logits(z) for z in features]  # batch norm sees one view at a time
+            logits = self.logits([float32(z) for z in features])
             return StepOutput(*self_classifier_loss(logits, self.N_GLOBAL, self.row_temp, self.col_temp))
 
     def codebook(self) -> FrozenCodes | LinearCodes:

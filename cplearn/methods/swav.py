@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import BatchNorm
+from cplearn.distributed.batch_norm import BatchNorm, over_views
 from cplearn.flags import nonnegative, positive
 from cplearn.methods.base import LinearCodes, Method, ReferenceLosses, StepOutput, check_out_dim
 from cplearn.methods.soft_targets import loss_over_pairs
@@ -100,7 +100,7 @@ class SwAV(Method):
     def forward(self, views: list[Tensor]) -> StepOutput:
         features = self.features(views)
         with torch.autocast(features[0].device.type, enabled=False):  # head and loss in float32
-            x = [self.embed(z) for z in features]  # batch norm sees one view at a time
+            x = [F.normalize(z, dim=1) for z in over_views(self.projector, [float32(z) for z in features])]
             with torch.no_grad():
                 targets = [self.targets(a, x[a].detach()) for a in range(self.N_GLOBAL)]
                 if self.fill_queue:

@@ -1,6 +1,7 @@
 """The optimizer, and what is set or clipped at each step."""
 
 import argparse
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,37 @@ def build_optimizer(method: nn.Module, args: argparse.Namespace) -> torch.optim.
         "sgd": lambda: with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)),
         # Matrices are adapted at any weight decay, as in DINO; timm by itself would not without one. Its ratio has
         # |g| + decay |w| where DINO's has |g + decay w|.
-        "lars": lambda: Lars([{**g, "always_adapt": g["decay"]} for g in groups], lr=0.0, momentum=0.9),
+        "lars": lambda: with_momentum(
+            skipping_on_device(Lars)([{**g, "always_adapt": g["decay"]} for g in groups], lr=0.0, momentum=0.9)
+        ),
     }
     return kinds[args.optimizer]()
 
 
-def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+def skipping_on_device(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return an optimizer that undoes a step with infinities itself, as fused ones do: GradScaler asks the device else.
+
+    Its state has to be there from the start.
+    """
+
+    class Skipping(kind):
+        _step_supports_amp_scaling = True
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            now = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            now += [self.state[p]["momentum_buffer"] for p in now]
+            before = torch._foreach_clone(now) if hasattr(torch, "_foreach_clone") else [x.clone() for x in now]
+            super().step(closure)
+            skipped = getattr(self, "found_inf", None)  # set by GradScaler
+            if skipped is not None:
+                for x, kept in zip(now, before, strict=True):
+                    x.copy_(torch.where(skipped > 0, kept, x))
+
+    return Skipping
+
+
+def with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Start momentum from zero, to the same effect: torch's fused form leaves it uninitialized if step 0 is skipped."""
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -69,5 +95,23 @@ def clip_gradients(module: nn.Module, norms: Tensor, max_norm: float) -> Tensor:
     """
     if max_norm > 0:
         grads = [p.grad for p in module.parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        if norms.is_cuda:  # where a launch costs more than the passes
+            _multiply_at_once(grads, factors)
+        else:
+            torch._foreach_mul_(grads, factors.unbind())
     return norms.norm()
+
+
+def _multiply_at_once(tensors: list[Tensor], factors: Tensor) -> None:
+    """Multiply each tensor by its factor in a few kernels; `torch._foreach_mul_` takes one for each. Shape: (p,)."""
+    sizes = [x.numel() for x in tensors]
+    together = torch.cat([x.flatten() for x in tensors])
+    each = factors.repeat_interleave(_on_device(tuple(sizes), factors.device), output_size=sum(sizes))
+    parts = together.mul_(each).split(sizes)
+    torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])
+
+
+@lru_cache(maxsize=8)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers).to(device)

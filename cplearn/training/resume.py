@@ -36,7 +36,8 @@ def save(run: Run) -> None:
         if collectives.is_main():
             print(f"Nothing is saved at step {run.step}, which was skipped: checkpoint.pth is of step {run.saved_step}")
         return
-    if not all(t.isfinite().all() for t in [*run.method.parameters(), *run.method.buffers()]):
+    tensors = [*run.method.parameters(), *run.method.buffers()]
+    if not torch.stack([t.isfinite().all() for t in tensors]).all():  # asks the device once
         raise NonFiniteError(
             f"weights became infinite or NaN by step {run.step}: not saved, the checkpoint is from before. Try a lower "
             "--lr with --resume_force lr"

@@ -130,7 +130,8 @@ def assemble(
     memory = check_memory(method, args, views, device)
     method.to(device)
     if args.compile:
-        backbones.compile_backbone(method.backbone, device)
+        for network in dict.fromkeys((method.backbone, method.evaluated)):  # DINO's teacher, too
+            backbones.compile_backbone(network, device)
     processes, data, threads = collectives.world_size(), datasets.fingerprint(dataset), torch.get_num_threads()
     half = args.precision == "fp16"
     return Run(

@@ -44,10 +44,10 @@ def test_self_classifier_on_either_head():
     z = randn(6, 16)
     own, borrowed = make("self_classifier"), make("self_classifier", "--head", "cplearn")
     for method in (own, borrowed):
-        cosines = method.logits(z)
+        cosines = method.logits([z])[0]
         assert cosines.shape == (6, 30) and cosines.abs().max() <= 1 + 1e-9
         assert torch.equal(method.predict(z), cosines.argmax(1))
     codes = borrowed.frozen_head.dictionary.codes(dtype=torch.float64)
     h = borrowed.frozen_head(z)
-    assert torch.allclose(borrowed.logits(z), F.normalize(h, dim=1) @ F.normalize(codes, dim=1).T)
+    assert torch.allclose(borrowed.logits([z])[0], F.normalize(h, dim=1) @ F.normalize(codes, dim=1).T)
     assert not any("packed" in k for k in borrowed.state_dict())
