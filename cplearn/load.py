@@ -116,7 +116,8 @@ def _run_model(request: ModelRequest, file: WeightsFile) -> Model:
         class_list = run.class_list
     image_column = request.image_column or getattr(run, "image_column", None)
     random_streams.seed_everything(random_streams.FOR_WEIGHTS, run.seed)  # --random_init: where the run started from
-    method, network = build_method(run), request.checkpoint_key or "teacher"
+    with reading(file.path, "give a checkpoint that main_cplearn.py wrote"):
+        method, network = build_method(run), request.checkpoint_key or "teacher"
     if not request.random_init:
         checkpoints.load_into(method, file.state["model"], file.path)
     method.use(network)

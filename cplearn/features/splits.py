@@ -165,6 +165,8 @@ def _load_features(folder: str, split: str, tokens: Tokens) -> Features:
 def _check_rows(kept: Features) -> None:
     """Raise ValueError for what would give wrong numbers in silence: each column has n usable rows."""
     n = len(kept.names)
+    if not isinstance(kept.source, dict):
+        raise ValueError("they do not say what they are of")
     if kept.features.dtype != torch.float32 or kept.features.shape[:-1] != (n,) or not kept.features.isfinite().all():
         raise ValueError(f"features are not {n} rows of finite float32")
     for rows in (kept.labels,) if kept.codes is None else (kept.labels, kept.codes):

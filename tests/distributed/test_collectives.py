@@ -1,5 +1,7 @@
 """Two real gloo processes against one process with the concatenated batch."""
 
+import math
+
 import pytest
 import torch
 from helpers import run_in_processes
@@ -8,7 +10,7 @@ from torch import nn
 from cplearn import backbones
 from cplearn.backbones import ResNet8
 from cplearn.distributed import collectives
-from cplearn.distributed.batch_norm import BatchNorm, convert_batch_norm
+from cplearn.distributed.batch_norm import BatchNorm, convert_batch_norm, over_views, running_buffers
 from cplearn.errors import UserError
 from cplearn.loss.codes import Dictionary
 from cplearn.loss.spec import LossSpec
@@ -109,6 +111,12 @@ def half_batch(rank):
     (y * torch.arange(y.numel(), dtype=torch.float64).view_as(y) * (rank + 1)).sum().backward()
     out["norm"] = {"y": y.detach(), "x_grad": x.grad, "mean": norm.running_mean, "var": norm.running_var}
 
+    norm = BatchNorm(3).double()
+    x = views_of_rows()[:, rank * 3 : rank * 3 + 3].clone().requires_grad_()
+    y = over_views([norm], list(x))
+    (torch.stack(y) * weights_of(x.shape, rank)).sum().backward()
+    out["views"] = {"y": torch.stack(y).detach(), "x_grad": x.grad, "running": torch.stack(running_buffers(norm)[:2])}
+
     torch.manual_seed(0)
     timm_model = backbones.build_backbone("timm:resnet10t", patch_size=16, image_size=32)
     out["timm"] = timm_model(timm_images()[rank * 4 : rank * 4 + 4]).detach()
@@ -200,6 +208,27 @@ def test_batch_norm_equals_torch_on_the_whole_batch(two):
     for rank in range(2):
         close(two[rank]["norm"]["mean"], norm.running_mean)
         close(two[rank]["norm"]["var"], norm.running_var)
+
+
+def views_of_rows():
+    """Four views of six rows, far from zero: E[x^2] - E[x]^2 would lose half of the digits."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(4, 6, 3, dtype=torch.float64, generator=generator) + 1e6
+
+
+def weights_of(shape, rank):
+    return torch.arange(math.prod(shape), dtype=torch.float64).view(shape) * (rank + 1)
+
+
+def test_batch_norm_of_all_views_at_once_equals_torch_view_by_view(two):
+    norm, x = nn.BatchNorm1d(3).double(), views_of_rows().requires_grad_()
+    y = torch.stack([norm(view) for view in x])
+    (y * torch.cat([weights_of((4, 3, 3), r) for r in range(2)], dim=1)).sum().backward()
+    close = torch.testing.assert_close
+    close(torch.cat([two[r]["views"]["y"] for r in range(2)], dim=1), y.detach(), rtol=1e-8, atol=1e-9)
+    close(torch.cat([two[r]["views"]["x_grad"] for r in range(2)], dim=1), x.grad, rtol=1e-7, atol=1e-7)
+    for rank in range(2):
+        close(two[rank]["views"]["running"], torch.stack([norm.running_mean, norm.running_var]))
 
 
 def test_batch_norms_of_timm_models_share_their_statistics(two):

@@ -1,4 +1,4 @@
-"""Every step on a GPU that is not there (device.py), counted: python cases.py [CASE ...] prints a line of JSON for each.
+"""Every step on a GPU that is not there (device.py), counted: python cases.py [CASE ...] prints JSON for each.
 
 A case is `main_cplearn.train_one_epoch` itself with some flags, from the loader's views to the votes, or what
 evaluations do on the device.
@@ -13,50 +13,54 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from device import CUDA, Counts, Device, device
 
+import cplearn_head
 import eval_linear
 import main_cplearn
-from cplearn.data import color, datasets, loaders
+from cplearn.data import color
 from cplearn.data.pixels import Pixels
 from cplearn.features import extract, splits
 from cplearn.load import Model
 from cplearn.loss import codes, hadamard
 from cplearn.training.run import Run, assemble
 
-STEPS = 4  # the third to the fourth is counted: what is made once is there by then
+STEPS = 3  # the second to the third is counted: what is made once is there by then
 SMALL = ["--dataset", "digits", "--batch_size_per_gpu", "8", "--num_workers", "0", "--device", "cuda", "--print_freq",
          "1000", "--precision", "bf16", "--out_dim", "512", "--image_size", "32", "--epochs", "2"]  # fmt: skip
 VIT = [*SMALL, "--arch", "vit_tiny", "--patch_size", "8", "--local_image_size", "16", "--local_crops_number", "2"]
 RESNET = [*SMALL, "--arch", "resnet8_w16"]
+VIEWS = [*RESNET, "--local_image_size", "16", "--local_crops_number", "2"]
 FULL = ["--arch", "vit_small", "--augmentation", "dino", "--image_size", "224", "--patch_size", "16",
         "--local_image_size", "96", "--local_crops_number", "8", "--out_dim", "131072"]  # fmt: skip
 TRAININGS = {
     "ViT-S 2 + 8, 224 pixels, c = 131072": [*SMALL, *FULL],
     "ResNet-8, 32 pixels": [*SMALL, "--arch", "resnet8", "--augmentation", "cifar_strong"],
     "ResNet-18, 32 pixels": [*SMALL, "--arch", "resnet18", "--augmentation", "cifar_strong"],
-    "cplearn": VIT,
-    "cplearn, fp16": [*VIT, "--precision", "fp16"],
-    "cplearn, fp32": [*VIT, "--precision", "fp32"],
-    "cplearn, accum 2": [*VIT, "--accum", "2"],
+    "ViT-Ti 2 + 2, 32 pixels": VIT,
+    "cplearn": VIEWS,
+    "cplearn, fp16": [*VIEWS, "--precision", "fp16"],
+    "cplearn, fp32": [*VIEWS, "--precision", "fp32"],
+    "cplearn, accum 2": [*VIEWS, "--accum", "2"],
     "cplearn, grad_checkpointing": [*VIT, "--grad_checkpointing"],
-    "cplearn, Hadamard codes": [*VIT, "--dictionary", "hadamard"],
-    "cplearn, plain": [*VIT, "--loss_form", "plain"],
-    "cplearn, stored": [*VIT, "--loss_form", "stored"],
-    "cplearn, recomputed": [*VIT, "--loss_form", "recomputed"],
-    "cplearn, forward prior": [*VIT, "--prior", "forward"],
-    "cplearn, prior buffer": [*VIT, "--prior_buffer", "3"],
-    "cplearn, lars": [*VIT, "--optimizer", "lars"],
-    "dino": [*VIT, "--method", "dino"],
-    "swav": [*VIT, "--method", "swav", "--queue_length", "16", "--epoch_queue_starts", "0"],
-    "barlow_twins": [*VIT, "--method", "barlow_twins"],
-    "gedi": [*VIT, "--method", "gedi"],
+    "cplearn, Hadamard codes": [*VIEWS, "--dictionary", "hadamard"],
+    "cplearn, plain": [*VIEWS, "--loss_form", "plain"],
+    "cplearn, stored": [*VIEWS, "--loss_form", "stored"],
+    "cplearn, recomputed": [*VIEWS, "--loss_form", "recomputed"],
+    "cplearn, forward prior": [*VIEWS, "--prior", "forward"],
+    "cplearn, prior buffer": [*VIEWS, "--prior_buffer", "3"],
+    "cplearn, lars": [*VIEWS, "--optimizer", "lars"],
+    "dino": [*VIEWS, "--method", "dino"],
+    "swav": [*VIEWS, "--method", "swav", "--queue_length", "8", "--epoch_queue_starts", "0"],
+    "barlow_twins": [*VIEWS, "--method", "barlow_twins"],
+    "gedi": [*VIEWS, "--method", "gedi"],
     "gedi_gen": [*RESNET, "--method", "gedi_gen", "--sgld_buffer", "64", "--sgld_steps", "2"],
-    "self_classifier": [*VIT, "--method", "self_classifier"],
+    "self_classifier": [*VIEWS, "--method", "self_classifier"],
 }
 
 
@@ -73,9 +77,7 @@ def training(flags: list[str], gpu: Device) -> Counts:
     """Count a step of `train_one_epoch`, from the end of one to the end of the next."""
     run = begin(flags, gpu)
     run.last_step, seen = STEPS, []
-    # --- nothing is saved: that is another process's file
-    main_cplearn.save = lambda run: None
-    with gpu.counting() as counts:
+    with gpu.counting() as counts, mock.patch("main_cplearn.save"):
         run.profile = SimpleNamespace(step=lambda: seen.append(counts.copy()))
         main_cplearn.train_one_epoch(run)
     return seen[-1] - seen[-2]
@@ -84,10 +86,9 @@ def training(flags: list[str], gpu: Device) -> Counts:
 def evaluating(flags: list[str], gpu: Device) -> Counts:
     """Count extraction with the head: features, embeddings, codes and certainty of a batch."""
     run = begin(flags, gpu)
-    method = run.method.eval().requires_grad_(False)
-    args = run.args
-    model = Model(method.backbone, args.arch, args.patch_size, args.image_size, "digits", None, None, None, "", "", False,
-                  method=method, method_name=args.method)  # fmt: skip
+    method, args = run.method.eval().requires_grad_(False), run.args
+    model = Model(method.backbone, args.arch, args.patch_size, args.image_size, "digits", None, None, None, "none",
+                  "none", False, method=method, method_name=args.method)  # fmt: skip
     job = extract.Extraction(model, CUDA, "cls", False, head=True)
     pixels = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
     with gpu.counting() as counts:
@@ -105,7 +106,7 @@ def probing(flags: list[str], gpu: Device) -> Counts:
     with gpu.counting() as counts:
         before = counts.copy()
         run.monitor.begin(run.method, CUDA, 64)
-        record = {name: 1.0 for name in ("loss", "uniform", "aligned")}
+        record = {"epoch": 1, **{name: 1.0 for name in ("loss", "uniform", "aligned", "entropy")}}
         run.monitor.end_epoch(run.method, CUDA, 64, record, sound=True)
     return counts - before
 
@@ -116,7 +117,7 @@ def linear(flags: list[str], gpu: Device) -> Counts:
     args.lr, args.standardise = 0.01, True
     data = SimpleNamespace(features=torch.randn(128, 8), labels=torch.arange(128) % 10)
     probe = eval_linear.Probe(8, 10, args, CUDA)
-    with gpu.counting() as counts:
+    with gpu.counting() as counts, mock.patch("cplearn.checkpoints.save"):
         before = counts.copy()
         eval_linear.train_probe(probe, 1, eval_linear.cached_batches(args, data, CUDA), data, CUDA, Path(os.devnull))
     return counts - before
@@ -136,33 +137,24 @@ def from_a_file(flags: list[str], gpu: Device) -> Counts:
 def with_an_item(flags: list[str], gpu: Device) -> Counts:
     """A mutation: the votes read the loss."""
     vote = main_cplearn.vote
-    main_cplearn.vote = lambda run, loss, failures: (loss.item(), vote(run, loss, failures))[1]
-    try:
+    with mock.patch("main_cplearn.vote", lambda run, loss, failures: (loss.item(), vote(run, loss, failures))[1]):
         return training(flags, gpu)
-    finally:
-        main_cplearn.vote = vote
 
 
 def with_a_tensor_of_the_host(flags: list[str], gpu: Device) -> Counts:
-    """A mutation: the loss has a tensor that was made on the CPU."""
-    autocast = main_cplearn.autocast
-    from cplearn.methods.cplearn import CPLearn
-
-    forward = CPLearn.forward
-    CPLearn.forward = lambda self, images: (lambda out: out._replace(loss=out.loss * torch.ones(1)))(forward(self, images))
-    try:
-        return training(flags, gpu)
-    finally:
-        CPLearn.forward, main_cplearn.autocast = forward, autocast
+    """A mutation: the prior has a tensor that was made on the CPU."""
+    reverse = cplearn_head.PRIORS["reverse"]
+    with mock.patch.dict(cplearn_head.PRIORS, reverse=lambda log_mean: reverse(log_mean) * torch.ones(1)):
+        return training([*flags, "--loss_form", "plain"], gpu)
 
 
 OTHERS: dict[str, tuple[Callable, list[str]]] = {
     "features, codes and certainty": (evaluating, VIT),
     "the probe": (probing, VIT),
     "the linear probe": (linear, []),
-    "a state from a file": (from_a_file, VIT),
-    "mutation: .item() in the votes": (with_an_item, VIT),
-    "mutation: a tensor of the host": (with_a_tensor_of_the_host, VIT),
+    "a state from a file": (from_a_file, VIEWS),
+    "mutation: .item() in the votes": (with_an_item, VIEWS),
+    "mutation: a tensor of the host": (with_a_tensor_of_the_host, VIEWS),
 }
 CASES = {name: (training, flags) for name, flags in TRAININGS.items()} | OTHERS
 

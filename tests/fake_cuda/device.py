@@ -179,6 +179,13 @@ class Device(TorchFunctionMode):
         self.counts = None
 
 
+class _Generator(torch.Generator):
+    """One of the CPU, whatever is asked for."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
 @contextlib.contextmanager
 def device():
     """Let torch find one GPU, and give its tensors."""
@@ -193,6 +200,7 @@ def device():
         "torch.cuda.manual_seed": lambda seed: None,
         "torch.cuda.manual_seed_all": lambda seed: None,
         "torch.cuda.max_memory_allocated": lambda device=None: 0,
+        "torch.Generator": _Generator,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     }
     torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -143,6 +143,7 @@ def test_kept_features_of_two_models_or_data_sets_do_not_mix(run, tmp_path, imag
         ("codes", lambda x: x[:-1]),
         ("out_dim", lambda x: None),
         ("names", lambda x: None),
+        ("source", lambda x: 0.5),
     ],
 )
 def test_kept_features_that_would_give_wrong_numbers_are_refused(tmp_path, name, change):
