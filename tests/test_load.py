@@ -145,7 +145,7 @@ def without(state, *names):
         (lambda state: state | {"model": None}, "model"),
         (lambda state: state | {"args": "vit_tiny"}, ""),
         (lambda state: state | {"args": without(state["args"], "seed")}, "seed"),
-        (lambda state: state | {"args": without(state["args"], "embed_dim")}, "embed_dim"),
+        (lambda state: state | {"args": without(state["args"], "out_dim")}, "out_dim"),
         (lambda state: state | {"args": state["args"] | {"image_size": "32"}}, "image_size"),
     ],
 )

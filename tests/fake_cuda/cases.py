@@ -70,6 +70,7 @@ def begin(flags: list[str], gpu: Device) -> Run:
     dataset, views = main_cplearn.find_images(args)
     run = assemble(args, Pixels(dataset, views), CUDA, None, SimpleNamespace(name=None))
     run.method.begin()
+    run.method._queue_is_full = True  # SwAV's: until then it asks the device once a step
     return run
 
 
