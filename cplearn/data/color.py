@@ -4,6 +4,7 @@ The same transforms, in the same order and with the same numbers as image by ima
 a few images at a time, so that they stay in its cache; on a GPU all at once, so that there are few launches.
 """
 
+import importlib.util
 import math
 from functools import lru_cache
 from itertools import permutations
@@ -36,6 +37,13 @@ def color(
     hue_at = torch.where(jittered, (orders == HUE).long().argmax(1), 4)
     rows = (hue_at * len(ORDERS) + params["order"].long()).argsort(stable=True)
     target = torch.arange(len(pixels)).view(views, -1).T.flatten()
+    if pixels.is_cuda and _has_triton():
+        from cplearn.data import color_kernels
+
+        with torch.cuda.device(pixels.device):  # Triton launches on the current one
+            return color_kernels.color(
+                pixels, params, orders, target, noise_std, sigma_max, *_normalization(pixels.device)
+            )
     out = torch.empty(pixels.shape, device=pixels.device)
     scale, shift = _normalization(pixels.device)
     chunk = len(pixels) if pixels.is_cuda else max(1, CACHE // (4 * pixels[0].numel()))
@@ -50,6 +58,11 @@ def color(
             x += noise_std * random_normal(seeds, tuple(x.shape[1:]))
         out.index_copy_(0, where, x.mul_(scale).add_(shift))
     return out
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -179,11 +179,24 @@ class Device(TorchFunctionMode):
         self.counts = None
 
 
+_current: Device | None = None
+
+
 class _Generator(torch.Generator):
     """One of the CPU, whatever is asked for."""
 
     def __new__(cls, device=None):
         return super().__new__(cls)
+
+
+def _launch_nothing(kernel, *args, grid, warmup, **options) -> None:
+    """Count a kernel of Triton."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    if any(not x.is_cuda for x in tensors):
+        raise ValueError(f"a tensor of the host is given to {kernel.__name__}")
+    if _current.counts is not None:
+        _current.counts.kernels[kernel.__name__] += 1
+        _current.counts.bytes += sum(x.nbytes for x in tensors)
 
 
 @contextlib.contextmanager
@@ -201,10 +214,15 @@ def device():
         "torch.cuda.manual_seed_all": lambda seed: None,
         "torch.cuda.max_memory_allocated": lambda device=None: 0,
         "torch.Generator": _Generator,
+        "torch.cuda.device.__enter__": lambda self: None,
+        "torch.cuda.device.__exit__": lambda self, *error: False,
+        "triton.runtime.jit.JITFunction.run": _launch_nothing,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     }
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, answer))
-        yield stack.enter_context(Device())
+        global _current
+        _current = stack.enter_context(Device())
+        yield _current
