@@ -31,7 +31,8 @@ def build(folder: Path) -> dict[str, str]:
     command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", "-o", library, HERE / "runtime.c", "-I", headers]
     subprocess.run(command, check=True)
     where = f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"
-    return {**os.environ, "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": where, "OMP_NUM_THREADS": "1"}
+    found = {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": where, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    return os.environ | found
 
 
 def count(folder: Path, *names: str) -> dict[str, dict]:
