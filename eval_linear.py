@@ -29,6 +29,7 @@ from cplearn.features import cli
 from cplearn.features.splits import Features, Tokens, backbone_features, data_of, get_features, has_features
 from cplearn.files import reading
 from cplearn.load import Model
+from cplearn.precision import autocast
 from cplearn.text import printable
 from utils import ArgumentParser, bool_flag, cosine, format_table, positive
 
@@ -132,8 +133,9 @@ def augmented_batches(
                     raise LocalError(reason)  # a probe on other images than the user's would be another probe
                 with torch.no_grad():
                     (x,) = augmentations.color_views(batch.crops, batch.params, [view], device)
-                    x = backbone_features(model.backbone, x, tokens_of(args))
-                yield x, batch.labels.to(device)
+                    with autocast(device, args.precision or "fp32"):
+                        x = backbone_features(model.backbone, x, tokens_of(args))
+                yield x.float(), batch.labels.to(device)
 
     return batches
 

@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     collectives.on_main(check_output_dir, str(out.parent), "--out")
     model = cli.open_network(args, device)
     dataset = open_images(args.images, "--images", args.image_column)
-    job = extract.Extraction(model, device, args.tokens, args.keep_aspect, head=out.suffix != ".npy")
+    job = extract.Extraction(
+        model, device, args.tokens, args.keep_aspect, out.suffix != ".npy", args.precision or "fp32"
+    )
     identity = job.identity(dataset, args.images)
     collectives.check_same(identity)
     content = Identity.of(dataset) if collectives.is_main() else None

@@ -14,11 +14,12 @@ from cplearn.files import append_json_line, check_output_dir
 from cplearn.flags import check_unread_path, expand_paths, ignore_local_rank, nonnegative, positive, seed_below
 from cplearn.host import git_commit
 from cplearn.load import Model, ModelRequest, WeightsFile, load_model
+from cplearn.precision import DTYPES
 from cplearn.text import printable
 
 # What is fixed once features are kept.
 OF_FEATURES = ("random_init", "arch", "patch_size", "image_size", "dataset", "data_path", "class_list", "image_column",
-               "dump_features", "checkpoint_key")  # fmt: skip
+               "precision", "dump_features", "checkpoint_key")  # fmt: skip
 
 
 def add_weights_flags(parser: argparse.ArgumentParser):
@@ -39,6 +40,7 @@ def add_loader_flags(group, *, batch_size: int = 128) -> None:
     """Add the flags of a loader of images to a group."""
     # fmt: off
     group.add_argument("--image_column", default=None, help="Where a row of parquet or a sample of a tar has several images: the column's name, or the name's ending (left.jpg)")
+    group.add_argument("--precision", default=None, choices=tuple(DTYPES), help="Of the backbone (default: fp32; bf16 is faster on GPUs, and on CPUs that have it)")
     group.add_argument("--batch_size_per_gpu", type=positive(int), default=batch_size, help="Images per process and step")
     group.add_argument("--num_workers", type=nonnegative(int), default=None, help="Loader processes (default: 10, or fewer with fewer cores)")
     group.add_argument("--worker_timeout", type=nonnegative(float), default=workers.WORKER_TIMEOUT, help="Seconds without a batch after which a loader process counts as hung; 0 for never")

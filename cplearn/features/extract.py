@@ -19,6 +19,7 @@ from cplearn.errors import UserError
 from cplearn.features.files import SCRIPT, Parts, Rows
 from cplearn.host import git_commit
 from cplearn.load import Model
+from cplearn.precision import autocast
 
 TOKENS = ("cls", "mean", "patches")
 PART_IMAGES, PART_BYTES = 2048, 2**26  # of a part, at most: what a process holds, and what a kill loses
@@ -32,8 +33,11 @@ class Extraction:
     backbone's own feature always. Raises `UserError` if the network has no such tokens, or cannot take such images.
     """
 
-    def __init__(self, model: Model, device: torch.device, tokens: str, keep_aspect: bool, head: bool):
+    def __init__(
+        self, model: Model, device: torch.device, tokens: str, keep_aspect: bool, head: bool, precision: str = "fp32"
+    ):
         self.model, self.device, self.tokens, self.keep_aspect = model, device, tokens, keep_aspect
+        self.precision = precision
         self.method = model.method if head else None
         self.patch = backbones.patch_side(model.backbone, 1)
         if tokens != "cls" and not hasattr(model.backbone, "num_prefix_tokens"):
@@ -73,6 +77,20 @@ class Extraction:
         columns of patches; embedding (1, d); codes (1,).
         """
         x = color.network_input(pixels, self.device)
+        with autocast(self.device, self.precision):
+            own, taken = self._tokens_of(x)
+        if self.method is not None:
+            taken["embedding"] = self.method.embed(own)
+            taken["codes"] = self.method.assign(taken["embedding"])
+        columns = {name: rows.float() if rows.is_floating_point() else rows for name, rows in taken.items()}
+        columns = {name: rows.cpu().numpy() for name, rows in columns.items()}
+        images = [{name: rows[i : i + 1] for name, rows in columns.items()} for i in range(len(x))]
+        if self.ragged:
+            images = [rows | {"features": rows["features"][0]} for rows in images]
+        return images
+
+    def _tokens_of(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the backbone's own features, and the columns that are taken of it."""
         backbone, taken = self.model.backbone, {}
         if self.tokens == "cls":
             own = taken["features"] = backbone(x)
@@ -86,15 +104,7 @@ class Extraction:
             taken["features"] = patches.mean(1) if self.tokens == "mean" else patches
             if self.tokens == "patches":
                 taken["grid"] = torch.tensor([grid], dtype=torch.int32).expand(len(x), 2)
-        if self.method is not None:
-            taken["embedding"] = self.method.embed(own)
-            taken["codes"] = self.method.assign(taken["embedding"])
-        columns = {name: rows.float() if rows.is_floating_point() else rows for name, rows in taken.items()}
-        columns = {name: rows.cpu().numpy() for name, rows in columns.items()}
-        images = [{name: rows[i : i + 1] for name, rows in columns.items()} for i in range(len(x))]
-        if self.ragged:
-            images = [rows | {"features": rows["features"][0]} for rows in images]
-        return images
+        return own, taken
 
     def stack(self, rows: dict[int, Rows]) -> Rows:
         """Return the columns of a part, its images in order, as `Parts.write` takes them."""
@@ -118,6 +128,7 @@ class Extraction:
             "arch": self.model.arch,
             "head": self.model.method_name if self.method is not None else None,
             "image_size": size,
+            **({"precision": self.precision} if self.precision != "fp32" else {}),
             "keep_aspect": self.keep_aspect,
             "tokens": self.tokens,
             "transform": f"{view}, bicubic, RGB / 255, mean {color.MEAN}, std {color.STD}",

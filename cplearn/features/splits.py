@@ -15,6 +15,7 @@ from cplearn.distributed.batch_norm import plain_average
 from cplearn.errors import UserError
 from cplearn.files import reading
 from cplearn.load import Model
+from cplearn.precision import autocast
 from cplearn.text import few
 
 
@@ -194,7 +195,8 @@ def extract_features(
     with workers.watched(loader, args.worker_timeout) as batches:
         for pixels, _, _ in batches:
             x = color.network_input(pixels, device)
-            rows.append(backbone_features(model.backbone, x, tokens))
+            with autocast(device, args.precision or "fp32"):
+                rows.append(backbone_features(model.backbone, x, tokens))
             if model.method is not None and tokens.plain:
                 codes.append(model.method.predict(rows[-1]))
     if not rows:
@@ -209,6 +211,7 @@ def extract_features(
         arch=model.arch,
         source={
             **model.source(),
+            **({"precision": args.precision} if args.precision not in (None, "fp32") else {}),
             "image_size": model.image_size,
             "dataset": model.dataset,
             "data_path": model.data_path,

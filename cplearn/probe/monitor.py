@@ -40,8 +40,10 @@ class Monitor:
         steps_per_epoch: int,
         knn_freq: int = 0,
         best_by: str = "none",
+        precision: str = "fp32",
     ):
-        self.usage, self.probe, self.knn_freq = CodeUsage(), Probe(pixels, views, seed, steps_per_epoch), knn_freq
+        self.usage, self.knn_freq = CodeUsage(), knn_freq
+        self.probe = Probe(pixels, views, seed, steps_per_epoch, precision)
         self.alarms = 0  # in a row
         self.last: dict[str, str] = {}  # verdict, and when it was found
         self.start: dict[str, float] = {}  # of `AT_START`

@@ -20,6 +20,7 @@ from cplearn.errors import LocalError
 from cplearn.methods.base import Method, forward_by_size
 from cplearn.metrics import collapse
 from cplearn.metrics.knn import leave_one_out_knn
+from cplearn.precision import autocast
 
 
 class Probe:
@@ -32,8 +33,11 @@ class Probe:
     MOST, LEAST, COST, BYTES = 2000, 256, 0.015, 2**28
     SETTLED = 30  # steps before which batch norm's running statistics, and so the probe's numbers, mean little
 
-    def __init__(self, pixels: Pixels, views: list[augmentations.View], seed: int, steps_per_epoch: int):
+    def __init__(
+        self, pixels: Pixels, views: list[augmentations.View], seed: int, steps_per_epoch: int, precision: str = "fp32"
+    ):
         self.pixels, self.views, self.seed = pixels, views[: Method.N_GLOBAL], seed
+        self.precision = precision  # of the backbone
         size = self.views[0].size
         budget = self.COST * 3 * len(pixels) * sum(v.size**2 for v in views) / size**2  # of forward passes per epoch
         fit = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
@@ -86,9 +90,11 @@ class Probe:
             if norms and min(counts) > 1:  # as many batches on each rank, none of one image
                 with plain_average(norms):
                     for images in self._images(range(0, min(counts) - 1, batch), min(counts), batch, device):
-                        method.embed(method.evaluated(images[0]))
+                        with autocast(device, self.precision):
+                            features = method.evaluated(images[0])
+                        method.embed(features)
             batches = self._images(range(0, len(labels), batch), len(labels), batch, device)
-            parts = [_measure_batch(method, images) for images in batches]
+            parts = [_measure_batch(method, images, self.precision) for images in batches]
         method.train(training)
         parts = {name: [part[name] for part in parts] for name in parts[0]} | {"labels": [labels.to(device)]}
         prototypes = method.learned_codes() if collectives.is_main() else None
@@ -106,8 +112,9 @@ class Probe:
             yield augmentations.color_views([x[rows] for x in crops], params[rows], self.views, device)
 
 
-def _measure_batch(method: Method, images: list[Tensor]) -> dict[str, Tensor | None]:
-    features = forward_by_size(method.evaluated, images)
+def _measure_batch(method: Method, images: list[Tensor], precision: str) -> dict[str, Tensor | None]:
+    with autocast(images[0].device, precision):
+        features = forward_by_size(method.evaluated, images)
     with torch.autocast(images[0].device.type, enabled=False):
         embeddings = [method.embed(z) for z in features]
         codes = [method.assign(h) for h in embeddings]

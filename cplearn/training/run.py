@@ -150,7 +150,7 @@ def assemble(
         profile=StepProfile(args.profile, args.output_dir, device),
         last_step=min(args.epochs * len(loader), args.max_steps or math.inf),
         memory=memory,
-        monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq, args.best_by),
+        monitor=Monitor(images, views, args.seed, len(loader), args.knn_freq, args.best_by, args.precision),
         bad_steps=BadSteps(args.max_skipped_steps, args.output_dir, dataset.names),
         bad_images=BadImages(dataset, args.max_bad_images, args.output_dir),
         lock=lock,

@@ -183,3 +183,17 @@ def test_an_image_that_hangs_ends_an_evaluation_as_it_ends_a_training(run, tmp_p
     with pytest.raises(WorkerError, match="002.jpg") as error:
         extract_features(model, dataset, args, torch.device("cpu"))
     assert error.value.exit_code == 5
+
+
+def test_features_in_bf16_are_near_those_in_float32_and_say_so(run, tmp_path):
+    kept = {}
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        eval_knn.main(
+            eval_flags(run, tmp_path, "--nb_knn", "3", "--precision", precision, "--dump_features", str(folder))
+        )
+        kept[precision] = checkpoints.load(folder / "features_val_last1.pth")
+        assert last_result(tmp_path).get("precision", "fp32") == precision
+    exact, rounded = (kept[precision]["features"] for precision in ("fp32", "bf16"))
+    error = (rounded - exact).norm() / exact.norm()
+    assert 0 < error < 0.02 and rounded.dtype == torch.float32
