@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cplearn import backbones, checkpoints, errors, random_streams
+from cplearn import backbones, checkpoints, errors, random_streams, tensor_files
 from cplearn.data import augmentations, cachefile, datasets, sources, workers
 from cplearn.data.pixels import KINDS, CacheOptions, open_pixels
 from cplearn.distributed import collectives, launch
@@ -226,7 +226,7 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
     resume(run, vars(get_args_parser(args.method).parse_args([])))
     with collectives.raise_on_all_ranks():
         if args.init_from and not run.resumed:
-            state = checkpoints.load_file(args.init_from, checkpoints.DINO_CLASSES)
+            state = tensor_files.load_file(args.init_from, checkpoints.DINO_CLASSES)
             checkpoints.load_backbone(run.method.backbone, state, args.init_from)
     if not run.resumed:
         run.method.begin()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cplearn import errors
-from cplearn.data import datasets, sources
+from cplearn.data import datasets, images, sources
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
 from cplearn.features import cli
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Write page and sheet; return the numbers of the page on rank 0, {} elsewhere."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
-    queries = [datasets.read_image(Path(path)) for path in args.neighbours]
+    queries = [images.read_image(Path(path)) for path in args.neighbours]
     device = launch.init(args.dist_url, args.device)
     check_output_dir(args.output_dir)
     for name, mark in FILES.items():

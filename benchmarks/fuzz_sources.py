@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from cplearn import backbones, checkpoints
+from cplearn import backbones, checkpoints, tensor_files
 from cplearn.data.augmentations import build_views
 from cplearn.data.datasets import ImageDataset
 from cplearn.data.identity import Identity
@@ -137,7 +137,7 @@ def try_weights(kind: str, pictures: list[Path], out: Path, rng: random.Random) 
     if draw >= 0.8:
         hostile.damage(path, rng)
     backbone = backbones.build_backbone("resnet8_w8", patch_size=16, image_size=32)
-    checkpoints.load_backbone(backbone, checkpoints.load_file(path, checkpoints.DINO_CLASSES), str(path))
+    checkpoints.load_backbone(backbone, tensor_files.load_file(path, checkpoints.DINO_CLASSES), str(path))
     return "" if harness.same(backbone.state_dict(), good) else "other weights"
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cplearn import backbones, checkpoints, random_streams
-from cplearn.data import augmentations, color, datasets, sources
+from cplearn import backbones, checkpoints, random_streams, tensor_files
+from cplearn.data import augmentations, color, datasets, images, sources
 from cplearn.data.identity import Identity
 from cplearn.errors import UserError
 from cplearn.files import reading
@@ -28,7 +28,7 @@ class WeightsFile:
 
 def read_weights(path: str) -> WeightsFile:
     """Read a checkpoint of ours or of DINO, or backbone weights. Raises `UserError` if the file is not safe."""
-    return WeightsFile(path, *checkpoints.load_file_and_hash(path, checkpoints.DINO_CLASSES))
+    return WeightsFile(path, *tensor_files.load_file_and_hash(path, checkpoints.DINO_CLASSES))
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class EvalTransform:
         self.size = size
 
     def __call__(self, image: Image.Image) -> Tensor:
-        pixels = augmentations.eval_pixels(datasets.to_rgb(image), self.size)
+        pixels = augmentations.eval_pixels(images.to_rgb(image), self.size)
         return color.network_input(pixels[None], pixels.device)[0]
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
 """Which label-free measure follows k-NN? Over many runs, each as its difference to the untrained network.
 
-    python experiments/label_free.py measure output/beta_edge/n* output/tuned/* --out output/label_free.jsonl
+    python experiments/label_free.py measure output/runs/* output/tuned/* --out output/label_free.jsonl
     python experiments/label_free.py compare output/label_free.jsonl --json output/label_free.json
 
 `measure` takes the folders of runs (with --saveckp_freq, so that there is more than the end) and appends a line for

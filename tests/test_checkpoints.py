@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import fork_script, run_script
 
-from cplearn import checkpoints
+from cplearn import checkpoints, tensor_files
 from cplearn.backbones import ResNet8
 from cplearn.errors import ReadError, UserError, WriteError
 
@@ -53,7 +53,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, kind):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(UserError, match="is refused") as error:
-        checkpoints.load_file(path)
+        tensor_files.load_file(path)
     assert not witness.exists() and "\n" not in str(error.value)
 
 
@@ -73,7 +73,7 @@ def test_missing_and_foreign_files(tmp_path):
     (tmp_path / "text.pth").write_text("weights")
     for name in ("none.pth", "list.pth", "text.pth", "text.pth/c.pth", "."):
         with pytest.raises(UserError, match=str(tmp_path / name)):
-            checkpoints.load_file(tmp_path / name)
+            tensor_files.load_file(tmp_path / name)
     torch.save({"w": torch.zeros(1)}, tmp_path / "plain.pth")
     with pytest.raises(UserError, match="plain.pth"):
         checkpoints.load(tmp_path / "plain.pth")
@@ -106,7 +106,7 @@ def test_a_dino_checkpoint_with_its_namespace_loads_safely(tmp_path):
         "epoch": 3,
     }
     torch.save(state, tmp_path / "dino.pth")
-    found = checkpoints.backbone_weights(checkpoints.load_file(tmp_path / "dino.pth", checkpoints.DINO_CLASSES))
+    found = checkpoints.backbone_weights(tensor_files.load_file(tmp_path / "dino.pth", checkpoints.DINO_CLASSES))
     assert all(torch.equal(found[k], weights[k]) for k in weights)
 
 
@@ -250,12 +250,12 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
 LITTLE_MEMORY = """
 import resource, sys
 import torch
-from cplearn import checkpoints
+from cplearn import tensor_files
 from cplearn.errors import ReadError
 
 used = int(next(x for x in open("/proc/self/status") if x.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
-for function in (checkpoints.load_file, checkpoints.load_file_and_hash):
+for function in (tensor_files.load_file, tensor_files.load_file_and_hash):
     try:
         function(sys.argv[1])
     except ReadError as error:
@@ -280,7 +280,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     unpacked = []
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *args: unpacked.append(args))
     with pytest.raises(UserError, match="c.pth is refused"):
-        checkpoints.load_file(bomb)
+        tensor_files.load_file(bomb)
     assert not unpacked
 
 
@@ -297,7 +297,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
 def test_tensors_that_are_no_weights_are_refused(odd, word, tmp_path):
     torch.save({"student": [{"w": torch.ones(2), "odd": odd}]}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=f"c.pth is refused: it holds tensors that are .*{word}"):
-        checkpoints.load_file(tmp_path / "c.pth")
+        tensor_files.load_file(tmp_path / "c.pth")
 
 
 @pytest.mark.parametrize("state", [{"format": checkpoints.FORMAT, "model": None}, {"model": None}, {"teacher": 3}, {}])
@@ -360,14 +360,14 @@ def test_the_converter_lets_plain_data_through_and_nothing_else(tmp_path):
     }
     torch.save(state, tmp_path / "dino.pth")
     with pytest.raises(UserError, match="could run code"):
-        checkpoints.load_file(tmp_path / "dino.pth")
+        tensor_files.load_file(tmp_path / "dino.pth")
     convert = ["-m", "cplearn.checkpoints", str(tmp_path / "dino.pth")]
     done = fork_script(tmp_path / "said", *convert, str(tmp_path / "plain.pth"))
     assert done.returncode == 0 and f"{len(weights)} tensors of the teacher" in done.stdout, done.stderr
     student = fork_script(tmp_path / "said", *convert, str(tmp_path / "student.pth"), "--key", "student")
     assert student.returncode == 0, student.stderr
     for name, shift in (("plain", 0), ("student", 1)):
-        found = checkpoints.backbone_weights(checkpoints.load_file(tmp_path / f"{name}.pth"))
+        found = checkpoints.backbone_weights(tensor_files.load_file(tmp_path / f"{name}.pth"))
         assert found.keys() == weights.keys() and all(torch.equal(found[k], weights[k] + shift) for k in weights)
     again = fork_script(tmp_path / "said", *convert, str(tmp_path / "plain.pth"))
     assert again.returncode == 2 and "exists: choose another name" in again.stderr

@@ -9,7 +9,7 @@ from helpers import ROOT
 from torch.utils.data import DataLoader, Dataset
 
 from cplearn import errors
-from cplearn.data.datasets import ImageError
+from cplearn.data.images import ImageError
 
 
 def test_every_error_has_its_own_exit_code():

@@ -17,7 +17,7 @@ from PIL import Image
 
 import eval_knn
 import export
-from cplearn import checkpoints, load_backbone
+from cplearn import checkpoints, load_backbone, tensor_files
 from cplearn.errors import UserError, WriteError
 from cplearn.export import common, hf_folder, timm_folder
 from cplearn.load import EvalTransform, load_pretrained
@@ -98,7 +98,7 @@ def test_a_timm_network_with_batch_norm_keeps_its_keys(tmp_path, image_folder):
     export.main([str(tmp_path / "checkpoint.pth"), "--to", "timm"])
     config = json.loads((tmp_path / "checkpoint_timm" / "config.json").read_text())
     model = timm.create_model(config["architecture"], num_classes=0)
-    weights = checkpoints.load_file(tmp_path / "checkpoint_timm" / "model.safetensors")["state_dict"]
+    weights = tensor_files.load_file(tmp_path / "checkpoint_timm" / "model.safetensors")["state_dict"]
     model.load_state_dict(weights, strict=True)
     with torch.no_grad():
         ours = load_backbone(str(tmp_path / "checkpoint.pth")).model

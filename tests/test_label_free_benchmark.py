@@ -1,9 +1,8 @@
-"""`experiments/label_free.py compare` on runs whose answer is known, and the edge of `experiments/beta_edge.py`."""
+"""`experiments/label_free.py compare` on runs whose answer is known."""
 
 import json
 import math
 
-import beta_edge
 import label_free
 import numpy as np
 import pytest
@@ -80,15 +79,6 @@ def test_few_runs_are_refused(tmp_path):
         label_free.main(["compare", str(tmp_path / "m.jsonl")])
 
 
-def test_where_two_lines_meet():
-    x = np.array([0.05, 0.1, 0.3, 0.5, 0.7, 0.9])
-    y = 1 + 3 * np.minimum(x - 0.4, 0) - 0.5 * np.maximum(x - 0.4, 0)
-    assert beta_edge.bend(x, y) == pytest.approx((0.4, 3, -0.5), abs=0.01)
-
-
-@pytest.mark.parametrize(("n", "c"), beta_edge.BETAS)
+@pytest.mark.parametrize(("n", "c"), [(64, 4096), (64, 16384), (256, 4096)])
 def test_at_the_edge_aligned_costs_what_uniform_does(n, c):
-    beta = aligned_from(c, n)
-    assert beta * math.log(c) == pytest.approx(math.log(c / n))
-    betas = beta_edge.BETAS[n, c]
-    assert sum(b < beta for b in betas) >= 2 and sum(b > beta for b in betas) >= 3
+    assert aligned_from(c, n) * math.log(c) == pytest.approx(math.log(c / n))

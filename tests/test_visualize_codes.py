@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval_cluster
 import visualize_codes
-from cplearn import checkpoints
+from cplearn import checkpoints, tensor_files
 from cplearn.data.datasets import Folder
 from cplearn.errors import UserError
 from cplearn.load import EvalTransform, load_pretrained
@@ -37,7 +37,7 @@ def test_the_page_of_a_run(run, tmp_path, image_folder):
     assert numbers["trained"]["used"] == csv["codes"]["used_codes"] and "random init" in numbers
     assert f"The 4 most used of the {numbers['trained']['used']} codes that 12 images chose, out of 40" in page
     assert f"{image_folder / 'val'} (3 classes)" in page and "images: 12, all of them" in page and "epoch 2" in page
-    assert checkpoints.load_file_and_hash(run / "checkpoint.pth", [])[1] in page
+    assert tensor_files.load_file_and_hash(run / "checkpoint.pth", [])[1] in page
     model = load_pretrained(run / "checkpoint.pth")
     (i,) = (i for i, name in enumerate(Folder(image_folder / "val").names) if name == shown[0]["name"])
     with torch.no_grad():

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from cplearn.data.color import ORDERS, color
-from cplearn.data.datasets import MAX_PIXELS, ImageError
+from cplearn.data.images import MAX_PIXELS, ImageError
 from cplearn.errors import UserError
 from cplearn.host import physical_memory
 from cplearn.random_streams import FOR_VIEWS, random_bits, seed_of

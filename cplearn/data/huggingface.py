@@ -15,7 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from cplearn.data.datasets import SAMPLE, ImageError, ImageFiles, check_bytes, file_stamp, open_regular
+from cplearn.data.datasets import SAMPLE, ImageFiles
+from cplearn.data.images import ImageError, check_bytes, file_stamp, open_regular
 from cplearn.data.labels import Names, number_labels
 from cplearn.data.scan import say
 from cplearn.errors import UserError, WriteError

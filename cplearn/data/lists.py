@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cplearn.data.datasets import MOST_BYTES, Folder, open_regular
+from cplearn.data.datasets import Folder
+from cplearn.data.images import MOST_BYTES, open_regular
 from cplearn.data.labels import Names, check_unique, number_labels
 from cplearn.data.scan import EXTENSIONS, Progress
 from cplearn.errors import UserError

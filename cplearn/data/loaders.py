@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from cplearn.data import workers
 from cplearn.data.augmentations import COLOR, View, color_params, cut_views, draw, empty_views, eval_view
-from cplearn.data.datasets import ImageDataset, ImageError
+from cplearn.data.datasets import ImageDataset
+from cplearn.data.images import ImageError
 from cplearn.data.pixels import Pixels
 from cplearn.data.workers import Loader
 from cplearn.distributed import collectives

@@ -23,8 +23,9 @@ from torch.utils.data import Dataset
 from cplearn.data import workers
 from cplearn.data.augmentations import View, reduction, to_pixels
 from cplearn.data.cachefile import HEAD, Filling, make_once, write_head
-from cplearn.data.datasets import MAX_PIXELS, ImageDataset
+from cplearn.data.datasets import ImageDataset
 from cplearn.data.identity import Identity
+from cplearn.data.images import MAX_PIXELS
 from cplearn.data.scan import Progress, say
 from cplearn.data.workers import Loader
 from cplearn.distributed import collectives

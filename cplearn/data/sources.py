@@ -10,14 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cplearn.data import lists, tars
-from cplearn.data.datasets import (
-    DATASETS,
-    Digits,
-    Folder,
-    ImageDataset,
-    read_class_list,
-    torchvision_dataset,
-)
+from cplearn.data.datasets import DATASETS, Digits, Folder, ImageDataset, read_class_list, torchvision_dataset
 from cplearn.data.scan import EXTENSIONS, has_image_suffix, say
 from cplearn.errors import UserError
 from cplearn.random_streams import FOR_ORDER, random_stream

@@ -12,7 +12,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from cplearn.data.datasets import ImageFiles, check_bytes, file_stamp, open_regular
+from cplearn.data.datasets import ImageFiles
+from cplearn.data.images import check_bytes, file_stamp, open_regular
 from cplearn.data.labels import Names, check_unique, number_labels
 from cplearn.data.scan import EXTENSIONS, Progress, has_image_suffix, left_out, say
 from cplearn.errors import UserError

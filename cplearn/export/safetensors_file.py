@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cplearn import checkpoints
+from cplearn import tensor_files
 from cplearn.export import common
 from cplearn.load import Model, load_backbone
 
@@ -20,7 +20,7 @@ def write(model: Model, path: Path) -> None:
 
     weights = common.plain_weights(model.backbone)
     description = common.description(model, NAME)
-    description["data_sha256"] = checkpoints.safetensors_data_hash(save(weights))
+    description["data_sha256"] = tensor_files.safetensors_data_hash(save(weights))
     path.write_bytes(save(weights, common.metadata_of(description)))
 
 

@@ -48,13 +48,13 @@ def check_run(parsed: argparse.Namespace) -> None:
 
     The model is built without weights (torch's meta device), which takes neither time nor memory.
     """
-    from cplearn import checkpoints
+    from cplearn import checkpoints, tensor_files
     from cplearn.data import datasets, sources
 
     if parsed.class_list:
         datasets.read_class_list(parsed.class_list)
     weights = [x for x in paths_of(parsed, "pretrained_weights", "init_from") if os.path.exists(x)]
-    states = [checkpoints.load_file(x, checkpoints.DINO_CLASSES) for x in weights]
+    states = [tensor_files.load_file(x, checkpoints.DINO_CLASSES) for x in weights]
     if not hasattr(parsed, "method"):
         return  # an evaluation: its model is that of the weights
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cplearn.data.datasets import ImageError
+from cplearn.data.images import ImageError
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import running_buffers
 from cplearn.errors import NonFiniteError, UserError, WriteError

@@ -15,7 +15,8 @@ from PIL import Image
 import eval_knn
 import eval_linear
 from cplearn.data import datasets, scan
-from cplearn.data.datasets import Digits, Folder, ImageError, read_class_list
+from cplearn.data.datasets import Digits, Folder, read_class_list
+from cplearn.data.images import ImageError
 from cplearn.data.sources import build_dataset
 from cplearn.errors import UserError, exit_status
 from cplearn.text import from_printable, printable

@@ -14,7 +14,8 @@ from helpers import write_images
 from PIL import Image
 
 from cplearn.data import scan
-from cplearn.data.datasets import ImageError, summary
+from cplearn.data.datasets import summary
+from cplearn.data.images import ImageError
 from cplearn.data.sources import build_dataset, open_images
 from cplearn.data.tars import scan_shard
 from cplearn.errors import UserError

@@ -16,7 +16,7 @@ import eval_cluster
 import eval_knn
 import eval_linear
 import main_cplearn
-from cplearn import checkpoints, random_streams
+from cplearn import checkpoints, random_streams, tensor_files
 from cplearn.data.augmentations import eval_pixels
 from cplearn.data.color import network_input
 from cplearn.data.datasets import Folder
@@ -48,8 +48,8 @@ def test_a_model_says_what_the_file_completed_and_leaves_the_flags_alone(run, tm
                              "data_path": str(image_folder), "class_list": None, "image_column": None,
                              "method": "cplearn"}  # fmt: skip
     assert model.weights_sha256 == hashlib.sha256((run / "checkpoint.pth").read_bytes()).hexdigest()
-    reads, load = [], checkpoints.load_file_and_hash
-    monkeypatch.setattr(checkpoints, "load_file_and_hash", lambda *a: reads.append(a) or load(*a))
+    reads, load = [], tensor_files.load_file_and_hash
+    monkeypatch.setattr(tensor_files, "load_file_and_hash", lambda *a: reads.append(a) or load(*a))
     eval_linear.main(eval_flags(run, tmp_path, "--epochs", "1", "--augment", "false"))
     assert len(reads) == 1 and last_result(tmp_path)["weights_sha256"] == model.weights_sha256
 
