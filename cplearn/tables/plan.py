@@ -16,7 +16,7 @@ from cplearn.slurm.checks import parse_flags
 from cplearn.tables.child import Children
 from cplearn.tables.grid import Cell, Grid, Settings, is_random, not_among, script_of, without_folders
 from cplearn.tables.run import device_name, environment, gpus, loader_processes
-from cplearn.tables.status import CellState
+from cplearn.tables.status import snapshot
 from cplearn.text import format_table
 
 COPIES = 3  # of a checkpoint in a cell: the newest, the one before it, and the best
@@ -97,9 +97,8 @@ def _others(flags: list[str], count: int, env: dict[str, str]) -> Iterator[None]
     """Keep `count` trainings busy beside what is timed inside. One that cannot run leaves the GPU to the others."""
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place, str(k)) for k in range(count)]
-        others = [
-            Children("main_cplearn", [*flags, "--output_dir", str(x)], env=env, out=subprocess.DEVNULL) for x in folders
-        ]
+        commands = [[*flags, "--output_dir", str(x)] for x in folders]
+        others = [Children("main_cplearn", x, env=env, out=subprocess.DEVNULL) for x in commands]
         try:
             for folder, children in zip(folders, others, strict=True):
                 while not (folder / "args.json").exists() and children.poll() is None:  # written before the first step
@@ -138,14 +137,7 @@ def _steps_per_epoch(settings: Settings, timing: dict) -> int:
 
 
 def print_plan(
-    grid: Grid,
-    states: dict[str, CellState],
-    timings: dict[str, dict],
-    *,
-    jobs: int,
-    sharing: int = 1,
-    launcher: str,
-    price: float | None,
+    grid: Grid, timings: dict[str, dict], *, jobs: int, sharing: int = 1, launcher: str, price: float | None
 ) -> None:
     """Print what would run, and what it would cost.
 
@@ -154,10 +146,9 @@ def print_plan(
     settings = grid.settings
     unit = "CPU" if device_name() == "cpu" else "GPU"
     table, hours, disk, left_out = [], 0.0, 0.0, []
-    for cell in grid.cells:
-        timing = timings[cell.row.key]
-        reason = _left_out(settings, states[cell.name], timing)
-        if reason:
+    for state in snapshot(grid):
+        cell, timing = state.cell, timings[state.cell.row.key]
+        if reason := "done" if state.complete else _not_counted(settings, timing):
             left_out.append(cell.name)
             table.append((cell.name, *[None] * 6, reason))
             continue
@@ -191,13 +182,10 @@ def print_plan(
         print("WARNING: no GPU here, so these are hours of this CPU: type it where a GPU is")
 
 
-def _left_out(settings: Settings, state: CellState, timing: dict) -> str:
-    """Return why a cell costs nothing, or cannot be counted; "" if it can."""
-    if state.complete:
-        return "done"
-    if "error" in timing:
-        return timing["error"]
-    return "" if _steps_per_epoch(settings, timing) else f"fewer images than a batch of {settings.batch}"
+def _not_counted(settings: Settings, timing: dict) -> str:
+    """Return why a line's cost is not known, "" if it is."""
+    few = f"fewer images than a batch of {settings.batch}"
+    return timing.get("error") or ("" if _steps_per_epoch(settings, timing) else few)
 
 
 def _print_commands(cells: Sequence[Cell], launcher: str) -> None:

@@ -4,14 +4,14 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cplearn.errors import Interrupted
 from cplearn.host import usable_cores
 from cplearn.slurm.submit import JobRequest, Resources, submit
 from cplearn.tables.child import Children
-from cplearn.tables.grid import Cell, Grid
-from cplearn.tables.status import CellState
+from cplearn.tables.grid import Cell
+from cplearn.tables.status import State
 from cplearn.text import format_duration
 from cplearn.training.stop import StopSignals
 
@@ -60,10 +60,11 @@ def loader_processes(jobs: int, processes: int) -> int:
 # --- on this machine --------------------------------------------------------------------------------------
 
 
-def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Callable[[], None]) -> None:
-    """Run all cells that are not complete, and print what fails. Raises `Interrupted` after a signal."""
-    todo = [cell for cell in grid.cells if not states[cell.name].complete]
-    total, done, start = len(grid.cells), len(grid.cells) - len(todo), time.time()
+def run_here(states: Sequence[State], processes: int, jobs: int, after_each: Callable[[], None] = lambda: None) -> None:
+    """Run all cells that are not complete, each in so many processes, and print what fails. Raises `Interrupted`
+    after a signal."""
+    todo = [state.cell for state in states if not state.complete]
+    total, done, start = len(states), len(states) - len(todo), time.time()
     print(f"{done} of {total} cells are finished; {jobs} at a time", flush=True)
     running: dict[int, tuple[Cell, Children]] = {}  # by slot
     with StopSignals() as signals:
@@ -73,7 +74,7 @@ def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Ca
                 for slot in range(jobs):
                     if todo and slot not in running and not signals.name:
                         cell = todo.pop(0)
-                        running[slot] = cell, start_cell(cell, grid.settings.ngpus, slot, jobs)
+                        running[slot] = cell, _start(cell, processes, slot, jobs)
                 if signals.name and not told:
                     _stop(running)
                     told = True
@@ -95,7 +96,7 @@ def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Ca
         raise Interrupted(f"{signals.name}: saved and stopped; the same command goes on", signals.name)
 
 
-def start_cell(cell: Cell, processes: int, slot: int, jobs: int) -> Children:
+def _start(cell: Cell, processes: int, slot: int, jobs: int) -> Children:
     """Start the command of a cell, with the devices of its slot; it prints into cell.out. Raises `WriteError`."""
     cell.write(processes)
     flags = [str(cell.folder), "--num_workers", str(loader_processes(jobs, processes))]
@@ -112,24 +113,23 @@ def _stop(running: dict[int, tuple[Cell, Children]]) -> None:
 
 
 def run_on_slurm(
-    grid: Grid, states: dict[str, CellState], jobs: int, resources: Resources, dependency: str | None
+    states: Sequence[State], processes: int, jobs: int, resources: Resources, dependency: str | None
 ) -> None:
     """Submit a job for every cell that is not complete and has none.
 
     Each waits for the end of the one `jobs` before it, so that as many run at a time, and the first for `dependency`.
     Raises `UserError` with Slurm's reason; called again, it submits the others.
     """
-    todo = [cell for cell in grid.cells if not states[cell.name].complete]
-    live = [job for cell in todo if (job := states[cell.name].job) and job.live]
-    numbers = [job.number for job in sorted(live, key=lambda job: job.entry["time"])]
-    begun = len(numbers)
-    for cell in todo:
-        job = states[cell.name].job
-        if job and job.live:
-            print(f"{cell.name}: job {job.number} is there already")
+    todo = [state for state in states if not state.complete]
+    live = sorted((state for state in todo if state.live_job), key=lambda state: state.job.entry["time"])
+    numbers = [state.live_job for state in live]
+    for state in todo:
+        cell = state.cell
+        if state.live_job:
+            print(f"{cell.name}: job {state.live_job} is there already")
             continue
         after = f"afterany:{numbers[-jobs]}" if len(numbers) >= jobs else dependency
-        cell.write(grid.settings.ngpus)
+        cell.write(processes)
         numbers.append(submit(JobRequest(CELL, [str(cell.folder)], cell.folder, resources, cell.name, after, tasks=1)))
         print(f"{cell.name}: job {numbers[-1]}" + (f", after {after.rpartition(':')[2]}" if after else ""), flush=True)
-    print(f"{len(numbers) - begun} jobs submitted")
+    print(f"{len(numbers) - len(live)} jobs submitted")
