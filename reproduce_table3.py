@@ -29,7 +29,7 @@ from cplearn.tables.grid import Grid, Settings, timed_epochs
 from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import update
 from cplearn.tables.rows import NAMES, OF_SIZES, TABLES, stem
-from cplearn.tables.run import device_name, gpus, run_here, run_on_slurm
+from cplearn.tables.run import Share, device_name, gpus, run_here, run_on_slurm
 from cplearn.tables.status import State, refuse_unfinished, snapshot, status_lines
 from utils import (
     ArgumentParser,
@@ -171,9 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from cplearn.lock import FolderLock  # loads torch
 
+    share = Share(settings.ngpus, args.jobs, args.cells_per_gpu)
     submit = submitter(args, settings.ngpus, launcher) if launcher else None
     with FolderLock(args.output_dir):
-        best = tuning.find_best(grid, images, args.jobs, submit) if args.tune else {}
+        best = tuning.find_best(grid, images, share, submit) if args.tune else {}
         if best is None:
             return
         if best:
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if submit:
             submit(snapshot(grid))
             return
-        run_here(snapshot(grid), settings.ngpus, args.jobs, lambda: update(whole, snapshot(whole)))
+        run_here(snapshot(grid), share, lambda: update(whole, snapshot(whole)))
         states = snapshot(whole)
         update(whole, states)
     left = [x for x in states if x.cell in grid.cells and not x.complete]
@@ -197,7 +198,7 @@ def submitter(args: argparse.Namespace, ngpus: int, launcher: argparse.Namespace
     check_partition(resources)
 
     def submit(states: Sequence[State]) -> None:
-        run_on_slurm(states, ngpus, args.jobs, resources, launcher.dependency)
+        run_on_slurm(states, args.jobs, resources, launcher.dependency)
         print(f"State: reproduce_table3.py --output_dir {shlex.quote(args.output_dir)} --status")
 
     return submit
@@ -238,17 +239,17 @@ def show_plan(args: argparse.Namespace, grid: Grid, rest: list[str]) -> None:
     command = f"torchrun --nproc_per_node={grid.settings.ngpus} main_cplearn.py"
     if args.launcher == "slurm":
         command = f"run_with_submitit.py {shlex.join([*rest, '--ngpus', str(grid.settings.ngpus)])}"
-    how = {"jobs": args.jobs, "sharing": args.cells_per_gpu, "launcher": command, "price": args.price}
+    how = Share(grid.settings.ngpus, args.jobs, args.cells_per_gpu), command, args.price
     if args.tune:
         trials = tuning.trial_grid(grid)
         print(f"Timing a few steps of every method's trial 0 here ({device_name()}) ...")
-        sized = Grid.build(grid.folder, grid.settings, methods=trials.methods, out_dims=[args.tune_out_dim])
+        sized = Grid.build(grid.folder, grid.settings, grid.settings.rows(trials.methods, [args.tune_out_dim]))
         timings = tuning.timings(trials, time_lines(args, sized))
         print(f"\n{len(trials.cells)} trials, {args.tune} of each of {len(trials.methods)} methods, come first:")
-        print_plan(trials, timings, **how)
+        print_plan(trials, timings, *how)
         print("\nThen the table's cells, with the settings of the best trials (here: as they stand):")
     print(f"Timing a few steps of {len({x.row.key for x in grid.cells})} lines here ({device_name()}) ...")
-    print_plan(grid, time_lines(args, grid), **how)
+    print_plan(grid, time_lines(args, grid), *how)
 
 
 # --- before anything runs ---------------------------------------------------------------------------------
@@ -303,30 +304,27 @@ def build_grid(args: argparse.Namespace, settings: Settings, best: dict[str, int
 
     `best`: the number of the trial by method whose settings they have.
     """
-    lines = {"methods": args.methods, "out_dims": args.out_dims, "seeds": args.seeds}
+    lines = settings.rows(args.methods, args.out_dims)
     if best:
-        lines["tuned"] = trial_rule.tuned(best)
+        lines = [trial_rule.tuned(row, best[row.method]) for row in lines]
     folder = Path(args.output_dir)
     epochs = settings.epochs or timed_epochs(folder, args.minutes_per_cell)
     if args.minutes_per_cell and epochs is None:
-        untimed = Grid.build(folder, settings, **lines)
+        untimed = Grid.build(folder, settings, lines, args.seeds)
         untimed.check()
         print(f"Timing a few steps of every line, for --minutes_per_cell {args.minutes_per_cell:g} ...")
         epochs = epochs_within(settings, time_lines(args, untimed))
     if args.scale == "small" and epochs is None:
         raise UserError("--scale small needs a budget: --minutes_per_cell 10, or --epochs 12")
-    grid = Grid.build(folder, dataclasses.replace(settings, epochs=epochs), **lines)
+    grid = Grid.build(folder, dataclasses.replace(settings, epochs=epochs), lines, args.seeds)
     grid.check()
     return grid
 
 
 def time_lines(args: argparse.Namespace, grid: Grid) -> dict[str, dict]:
     """Time a few steps of every line here; with --launcher slurm one process stands for all."""
-    here = args.launcher == "local"
-    processes, jobs = (grid.settings.ngpus, args.jobs) if here else (1, 1)
-    sharing = args.cells_per_gpu if here else 1
-    steps, images = args.probe_steps, args.probe_images
-    return time_steps(grid, processes=processes, jobs=jobs, sharing=sharing, steps=steps, images=images)
+    here = Share(grid.settings.ngpus, args.jobs, args.cells_per_gpu) if args.launcher == "local" else Share(1, 1)
+    return time_steps(grid, here, args.probe_steps, args.probe_images)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import contextlib
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -122,6 +122,11 @@ class Settings:
         at small scale."""
         return 512 if self.table in OF_SIZES and self.scale == "paper" else 64
 
+    def rows(self, methods: Sequence[str] = (), out_dims: Sequence[int] = ()) -> list[Row]:
+        """Return the lines of these methods and sizes (none given: the table's). Raises `UserError` without any."""
+        data = self.dataset if self.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
+        return rows(self.table, self.scale, methods, out_dims, data)
+
     def common_flags(self) -> list[str]:
         """Return the flags of every pre-training."""
         data = {"--data_path": self.data_path, "--dataset": self.dataset}
@@ -131,12 +136,11 @@ class Settings:
 
     def cell(self, folder: Path, row: Row, name: str, seed: int, evaluations: Sequence[str]) -> Cell:
         """Return the cell that trains a line with a seed, and is evaluated so."""
-        epochs = ["--epochs", str(self.epochs)] if self.epochs else []
+        train = [*row.flags, *self.common_flags(), "--seed", str(seed)]
+        train += ["--epochs", str(self.epochs)] if self.epochs else []
         flags = self._evaluation_flags()
         evaluate = {x: flags[x.removeprefix("random ")] for x in evaluations}
-        return Cell(
-            row, seed, name, [*row.flags, *self.common_flags(), "--seed", str(seed), *epochs], evaluate, folder / name
-        )
+        return Cell(row, seed, name, train, evaluate, folder / name)
 
     def _evaluation_flags(self) -> dict[str, list[str]]:
         collapse = "--baseline false"
@@ -164,32 +168,13 @@ class Grid:
         return list(dict.fromkeys(cell.row.method for cell in self.cells))
 
     @classmethod
-    def build(
-        cls,
-        folder: Path,
-        settings: Settings,
-        *,
-        methods: Sequence[str] = (),
-        out_dims: Sequence[int] = (),
-        seeds: Sequence[int] = (0,),
-        tuned: Callable[[Row], list[str]] = lambda row: [],
-    ) -> "Grid":
-        """Return the grid of these methods and sizes (none given: the table's). Raises `UserError` if it is empty.
-
-        `tuned`: flags that are added to a row's.
-
-        Cells come seed after seed, so that a grid that is stopped early has every line once before any line twice.
-        """
-        data = settings.dataset if settings.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
-        lines = rows(settings.table, settings.scale, methods, out_dims, data)
+    def build(cls, folder: Path, settings: Settings, lines: Sequence[Row], seeds: Sequence[int] = (0,)) -> "Grid":
+        """Return the cells of these lines, seed after seed: a grid that is stopped early has every line once before
+        any line twice."""
         untrained = _untrained_evaluations(lines)
         evaluations = {row.key: ["knn", "linear", "cluster", "collapse", *untrained.get(row.key, ())] for row in lines}
-        lines = [replace(row, flags=[*row.flags, *tuned(row)]) for row in lines]
-        cells = [
-            settings.cell(folder, row, f"{row.key}_s{seed}", seed, evaluations[row.key])
-            for seed in seeds
-            for row in lines
-        ]
+        pairs = [(row, seed) for seed in seeds for row in lines]
+        cells = [settings.cell(folder, row, f"{row.key}_s{seed}", seed, evaluations[row.key]) for row, seed in pairs]
         return cls(folder, settings, cells)
 
     @classmethod

@@ -13,8 +13,8 @@ from cplearn.errors import CollapseError, NonFiniteError, UserError
 from cplearn.files import check_output_dir, read_json, write_text
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.grid import Cell, Grid, Settings, without_folders
-from cplearn.tables.rows import NAMES, OF_SIZES, rows
-from cplearn.tables.run import run_here
+from cplearn.tables.rows import NAMES, OF_SIZES
+from cplearn.tables.run import Share, run_here
 from cplearn.tables.status import State, refuse_unfinished, snapshot
 from cplearn.tables.trial_rule import HELD_OUT, RULE, SEED, tuned
 from cplearn.text import format_table
@@ -40,9 +40,9 @@ def trial_grid(grid: Grid) -> Grid:
     settings = replace(given, data_path=str(folder / "data"), dataset=None, epochs=given.tune_epochs or given.epochs)
     cells = []
     for trial in range(settings.tune):
-        for row in rows(settings.table, settings.scale, methods, [settings.tune_out_dim], "cifar10"):
-            name, flags = f"{row.method}_t{trial}", [*row.flags, *tuned({row.method: trial})(row)]
-            row = replace(row, key=name, label=f"trial {trial}", x=float(trial), flags=flags, paper={})
+        for row in settings.rows(methods, [settings.tune_out_dim]):
+            name = f"{row.method}_t{trial}"
+            row = replace(tuned(row, trial), key=name, label=f"trial {trial}", x=float(trial), paper={})
             evaluations = ["knn"] if cells else ["knn", "random knn"]  # one untrained network for all
             cells.append(settings.cell(folder, row, name, SEED, evaluations))
     return Grid(folder, settings, cells)
@@ -104,8 +104,8 @@ def choose(states: Sequence[State]) -> dict[str, int]:
     return {method: trial_of(state.cell) for method, state in best.items()}
 
 
-def find_best(grid: Grid, images, jobs: int, submit: Callable | None) -> dict[str, int] | None:
-    """Run the trials that are not over, `jobs` at a time, and return the best one of every method.
+def find_best(grid: Grid, images, share: Share, submit: Callable | None) -> dict[str, int] | None:
+    """Run the trials that are not over, and return the best one of every method.
 
     `images`: those that are split (`open_training_images`). With `submit` the trials are submitted instead, and None is
     returned as long as there are any. Raises `UserError` if some failed and must be tried again.
@@ -125,7 +125,7 @@ def find_best(grid: Grid, images, jobs: int, submit: Callable | None) -> dict[st
                 submit(todo)
                 print("The table's cells follow: the same command again, when these are finished")
                 return None
-            run_here(todo, trials.settings.ngpus, jobs)
+            run_here(todo, share)
             states = snapshot(trials)
         refuse_unfinished("trials", unfinished(states), len(states))
         best = choose(states)
@@ -141,8 +141,8 @@ def _refuse_other_winners(grid: Grid, best: dict[str, int]) -> None:
     settings would stand in one line."""
     others = []
     for cell in (x for x in grid.kept() if x.row.method in best and x.folder.exists()):
-        (row,) = rows(grid.settings.table, grid.settings.scale, [cell.row.method], [cell.row.out_dim], "cifar10")
-        if without_folders([*row.flags, *tuned(best)(row)]) != without_folders(cell.row.flags):
+        (row,) = grid.settings.rows([cell.row.method], [cell.row.out_dim])
+        if without_folders(tuned(row, best[row.method]).flags) != without_folders(cell.row.flags):
             others.append(cell)
     if others:
         method, n = others[0].row.method, grid.settings.tune

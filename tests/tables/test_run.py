@@ -10,7 +10,7 @@ import reproduce_table3
 from cplearn.errors import UserError
 from cplearn.slurm.submit import Resources
 from cplearn.tables import run
-from cplearn.tables.run import environment
+from cplearn.tables.run import Share
 from cplearn.tables.status import describe, snapshot
 
 
@@ -32,7 +32,7 @@ def gpus(monkeypatch):
 
 def test_every_slot_has_its_own_gpus(gpus):
     gpus("2", "3", "5", "7")
-    assert [environment(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2,3", "5,7"]
+    assert [Share(2, 2).environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2,3", "5,7"]
     settings, _ = settings_of("--jobs 2")
     assert settings.ngpus == 2 and "256" in settings.common_flags()  # of 512
 
@@ -41,7 +41,7 @@ def test_cells_share_gpus_in_turn(gpus):
     gpus("2", "5")
     settings, jobs = settings_of("--cells_per_gpu 3")
     assert (settings.ngpus, jobs) == (1, 6)
-    assert [environment(slot, 6, 1)["CUDA_VISIBLE_DEVICES"] for slot in range(6)] == ["2", "5"] * 3
+    assert [Share(1, 6).environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(6)] == ["2", "5"] * 3
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_one_job_per_cell_and_so_many_at_a_time(monkeypatch, tmp_path):
     requests = []
     monkeypatch.setattr(run, "submit", lambda request: requests.append(request) or str(100 + len(requests)))
     grid = grid_of(tmp_path, f"{CELLS} --seeds 0 1 2 3 --launcher slurm --ngpus 4")
-    run.run_on_slurm(snapshot(grid), 4, 2, resources_of(ngpus=4), "afterok:7")
+    run.run_on_slurm(snapshot(grid), 2, resources_of(ngpus=4), "afterok:7")
     assert [x.name for x in requests] == [cell.name for cell in grid.cells]
     assert [x.dependency for x in requests] == ["afterok:7", "afterok:7", "afterany:101", "afterany:102"]
     first = requests[0]
@@ -95,5 +95,5 @@ def test_a_job_of_an_earlier_version_counts(monkeypatch, tmp_path, place):
     entry = {"job": "7", "cluster": "slurm", "script": "main_cplearn", "processes": 1, "time": 0.0}
     (logs / "jobs.jsonl").write_text(json.dumps(entry) + "\n")
     states = snapshot(grid)
-    run.run_on_slurm(states, 1, 2, resources_of(), None)
+    run.run_on_slurm(states, 2, resources_of(), None)
     assert describe(states[0]) == ("queued", "job 7")

@@ -16,6 +16,7 @@ from cplearn.errors import UserError
 from cplearn.tables import trial_rule, tuning
 from cplearn.tables.grid import Grid
 from cplearn.tables.rows import rows
+from cplearn.tables.run import Share
 from cplearn.tables.status import State, snapshot
 
 SIZES = (16, 1024, 131072)
@@ -24,7 +25,7 @@ SIZES = (16, 1024, 131072)
 def drawn(method: str, trial: int, out_dim: int = 1024) -> dict:
     """Return the parsed flags of a trial at small scale."""
     (row,) = rows(3, "small", [method], [out_dim], "cifar10")
-    return vars(main_cplearn.parse_args([*row.flags, *trial_rule.tuned({method: trial})(row), "--data_path", "."]))
+    return vars(main_cplearn.parse_args([*trial_rule.tuned(row, trial).flags, "--data_path", "."]))
 
 
 # --- the rule ---------------------------------------------------------------------------------------------
@@ -88,11 +89,12 @@ def grid_in(folder, more: str = "--tune 3") -> Grid:
 
 
 def find_best(grid: Grid, submit=None) -> dict[str, int] | None:
-    return tuning.find_best(grid, reproduce_table3.tuning_images(grid), 1, submit)
+    return tuning.find_best(grid, reproduce_table3.tuning_images(grid), Share(1, 1), submit)
 
 
 def tuned_grid(grid: Grid, best: dict[str, int]) -> Grid:
-    return Grid.build(grid.folder, grid.settings, methods=grid.methods, out_dims=[16, 64], tuned=trial_rule.tuned(best))
+    lines = grid.settings.rows(grid.methods, [16, 64])
+    return Grid.build(grid.folder, grid.settings, [trial_rule.tuned(row, best[row.method]) for row in lines])
 
 
 def finish_trial(cell, knn) -> None:
