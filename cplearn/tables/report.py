@@ -116,25 +116,21 @@ def write(grid: Grid, states: Sequence[State]) -> None:
 
 def markdown_table(table: int | str, trained: list[Line], untrained: list[Line]) -> str:
     """Return the table as text: trained, untrained, random codes of every size, every image a code of its own."""
-
-    def measured(name: str) -> Callable[[Line], str]:
-        return lambda x: _mean_spread(x, name)
-
     columns = [  # heading, and what a line has there
         ("method", _name),
         ("", _label),
         ("n", lambda x: x.n),
-        ("NMI", measured("nmi")),
+        ("NMI", _measured("nmi")),
         ("collapse in the paper", lambda x: x.paper.get("collapse", ""))
         if table == 9
         else ("paper", lambda x: _paper(x, "nmi")),
-        ("shuffled", measured("nmi_shuffled")),
-        ("AMI", measured("ami")),
-        ("linear", measured("linear")),
+        ("shuffled", _measured("nmi_shuffled")),
+        ("AMI", _measured("ami")),
+        ("linear", _measured("linear")),
         ("paper", lambda x: _paper(x, "linear")),
-        ("20-NN", measured("knn")),
-        ("codes used", measured("used_codes")),
-        ("RankMe", measured("features_rank")),
+        ("20-NN", _measured("knn")),
+        ("codes used", _measured("used_codes")),
+        ("RankMe", _measured("features_rank")),
         ("verdict", lambda x: x.verdict),
         ("not above", lambda x: ", ".join(caveats(x, untrained)) if x.kind == "trained" else ""),
     ]
@@ -156,10 +152,10 @@ def _label(line: Line) -> str:
     return {"trained": line.row.label, "codes": f"c = {line.row.out_dim}", "features": ""}[line.kind]
 
 
-def _mean_spread(line: Line, name: str) -> str:
-    if name not in line.numbers:
-        return ""
-    return in_text(*line.numbers[name], line.n, ",.0f" if name == "used_codes" else ",.1f")
+def _measured(name: str) -> Callable[[Line], str]:
+    """Return what writes a measure's mean and spread of a line."""
+    form = ",.0f" if name == "used_codes" else ",.1f"
+    return lambda x: in_text(*x.numbers[name], x.n, form) if name in x.numbers else ""
 
 
 def _paper(line: Line, name: str) -> str:

@@ -171,8 +171,8 @@ def _of_resnets(table: int, scale: str, data: str, out_dims: Sequence[int]) -> l
         key, label, x, more = f"{method}_c{c}", f"c = {c}", len(lines), ""
         paper = _known(line, nmi="nmi_percent", linear="linear_acc_percent")
         if table == 2:
-            by_method = {"gedi": "--gedi_prior_reduction sum --beta 0.1", "self_classifier": "--head cplearn"}
-            more = "--beta 1" if method == "cplearn" else by_method.get(method, "")
+            gedi = "--gedi_prior_reduction sum --beta 0.1"
+            more = {"cplearn": "--beta 1", "gedi": gedi, "self_classifier": "--head cplearn"}.get(method, "")
         elif table == 9:
             key, label, x = f"beta{line['beta']}_c{c}", f"beta = {line['beta']}", float(line["beta"])
             more = f"--beta {line['beta']}"

@@ -157,12 +157,7 @@ def _refuse_other_winners(grid: Grid, best: dict[str, int]) -> None:
 
 
 def write(
-    folder: Path,
-    settings: Settings,
-    states: Sequence[State],
-    best: dict[str, int],
-    images: dict[str, int],
-    others: int,
+    folder: Path, settings: Settings, states: Sequence[State], best: dict[str, int], images: dict[str, int], others: int
 ) -> None:
     """Write tuning.json and tuning.md: every trial with its settings and its number, and the best ones.
 
