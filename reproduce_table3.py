@@ -29,8 +29,8 @@ from cplearn.tables.grid import Grid, Settings, timed_epochs
 from cplearn.tables.plan import epochs_within, print_plan, time_steps
 from cplearn.tables.report import update
 from cplearn.tables.rows import NAMES, OF_SIZES, TABLES, stem
-from cplearn.tables.run import device_name, gpus, run_here, run_on_slurm
-from cplearn.tables.status import CellState, refuse_unfinished, snapshot, status_lines
+from cplearn.tables.run import Share, device_name, gpus, run_here, run_on_slurm
+from cplearn.tables.status import State, refuse_unfinished, snapshot, status_lines
 from utils import (
     ArgumentParser,
     check_output_dir,
@@ -171,33 +171,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from cplearn.lock import FolderLock  # loads torch
 
-    submit = submitter(args, settings, launcher) if launcher else None
+    share = Share(settings.ngpus, args.jobs, args.cells_per_gpu)
+    submit = submitter(args, settings.ngpus, launcher) if launcher else None
     with FolderLock(args.output_dir):
-        best = tuning.find_best(grid, images, args.jobs, submit) if args.tune else {}
+        best = tuning.find_best(grid, images, share, submit) if args.tune else {}
         if best is None:
             return
         if best:
             grid = build_grid(args, grid.settings, best)
-        whole = grid.save(tuning.outdated(grid, best))  # with the cells of earlier commands
-        states = snapshot(whole)
+        whole = grid.save()  # with the cells of earlier commands
         if submit:
-            submit(grid, states)
+            submit(snapshot(grid))
             return
-        run_here(grid, states, args.jobs, lambda: update(whole, snapshot(whole)))
+        run_here(snapshot(grid), share, lambda: update(whole, snapshot(whole)))
         states = snapshot(whole)
         update(whole, states)
-    refuse_unfinished("cells", [cell.name for cell in grid.cells if not states[cell.name].complete], len(grid.cells))
+    left = [x for x in states if x.cell in grid.cells and not x.complete]
+    refuse_unfinished("cells", left, len(grid.cells))
     print(f"Done: {args.output_dir}/{stem(args.table)}.md, .csv, .png")
 
 
-def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.Namespace) -> Callable:
+def submitter(args: argparse.Namespace, ngpus: int, launcher: argparse.Namespace) -> Callable:
     """Return what submits the cells of a grid. Raises `UserError` if this cluster cannot run them."""
-    resources = dataclasses.replace(Resources.from_args(launcher), ngpus=settings.ngpus)
+    resources = dataclasses.replace(Resources.from_args(launcher), ngpus=ngpus)
     check_slurm(resources, "main_cplearn")
     check_partition(resources)
 
-    def submit(grid: Grid, states: dict[str, CellState]) -> None:
-        run_on_slurm(grid, states, args.jobs, resources, launcher.dependency)
+    def submit(states: Sequence[State]) -> None:
+        run_on_slurm(states, args.jobs, resources, launcher.dependency)
         print(f"State: reproduce_table3.py --output_dir {shlex.quote(args.output_dir)} --status")
 
     return submit
@@ -206,15 +207,14 @@ def submitter(args: argparse.Namespace, settings: Settings, launcher: argparse.N
 def print_status(folder: Path) -> None:
     """Print the state of every trial and cell, and the table so far."""
     if (folder / "tuning" / "grid.json").exists():
-        trials = Grid.load(folder / "tuning")
-        print("\n".join(["Trials:", *status_lines(trials, snapshot(trials))]))
+        print("\n".join(["Trials:", *status_lines(snapshot(Grid.load(folder / "tuning")))]))
         best = folder / "tuning.md"
         print("\n" + (best.read_text() if best.exists() else "No best trials yet: some are not finished") + "\n")
         if not (folder / "grid.json").exists():
             return
     grid = Grid.load(folder)
     states = snapshot(grid)
-    print("\n".join(status_lines(grid, states)))
+    print("\n".join(status_lines(states)))
     update(grid, states)
     table = folder / f"{stem(grid.settings.table)}.md"
     print("\n" + table.read_text() if table.exists() else "No cell is finished, so there is no table yet")
@@ -239,17 +239,17 @@ def show_plan(args: argparse.Namespace, grid: Grid, rest: list[str]) -> None:
     command = f"torchrun --nproc_per_node={grid.settings.ngpus} main_cplearn.py"
     if args.launcher == "slurm":
         command = f"run_with_submitit.py {shlex.join([*rest, '--ngpus', str(grid.settings.ngpus)])}"
-    how = {"jobs": args.jobs, "sharing": args.cells_per_gpu, "launcher": command, "price": args.price}
+    how = Share(grid.settings.ngpus, args.jobs, args.cells_per_gpu), command, args.price
     if args.tune:
         trials = tuning.trial_grid(grid)
         print(f"Timing a few steps of every method's trial 0 here ({device_name()}) ...")
-        sized = Grid.build(grid.folder, grid.settings, methods=trials.methods, out_dims=[args.tune_out_dim])
+        sized = Grid.build(grid.folder, grid.settings, grid.settings.rows(trials.methods, [args.tune_out_dim]))
         timings = tuning.timings(trials, time_lines(args, sized))
         print(f"\n{len(trials.cells)} trials, {args.tune} of each of {len(trials.methods)} methods, come first:")
-        print_plan(trials, snapshot(trials), timings, **how)
+        print_plan(trials, timings, *how)
         print("\nThen the table's cells, with the settings of the best trials (here: as they stand):")
     print(f"Timing a few steps of {len({x.row.key for x in grid.cells})} lines here ({device_name()}) ...")
-    print_plan(grid, snapshot(grid), time_lines(args, grid), **how)
+    print_plan(grid, time_lines(args, grid), *how)
 
 
 # --- before anything runs ---------------------------------------------------------------------------------
@@ -304,30 +304,27 @@ def build_grid(args: argparse.Namespace, settings: Settings, best: dict[str, int
 
     `best`: the number of the trial by method whose settings they have.
     """
-    lines = {"methods": args.methods, "out_dims": args.out_dims, "seeds": args.seeds}
+    lines = settings.rows(args.methods, args.out_dims)
     if best:
-        lines["tuned"] = trial_rule.tuned(best)
+        lines = [trial_rule.tuned(row, best[row.method]) for row in lines]
     folder = Path(args.output_dir)
     epochs = settings.epochs or timed_epochs(folder, args.minutes_per_cell)
     if args.minutes_per_cell and epochs is None:
-        untimed = Grid.build(folder, settings, **lines)
+        untimed = Grid.build(folder, settings, lines, args.seeds)
         untimed.check()
         print(f"Timing a few steps of every line, for --minutes_per_cell {args.minutes_per_cell:g} ...")
         epochs = epochs_within(settings, time_lines(args, untimed))
     if args.scale == "small" and epochs is None:
         raise UserError("--scale small needs a budget: --minutes_per_cell 10, or --epochs 12")
-    grid = Grid.build(folder, dataclasses.replace(settings, epochs=epochs), **lines)
+    grid = Grid.build(folder, dataclasses.replace(settings, epochs=epochs), lines, args.seeds)
     grid.check()
     return grid
 
 
 def time_lines(args: argparse.Namespace, grid: Grid) -> dict[str, dict]:
     """Time a few steps of every line here; with --launcher slurm one process stands for all."""
-    here = args.launcher == "local"
-    processes, jobs = (grid.settings.ngpus, args.jobs) if here else (1, 1)
-    sharing = args.cells_per_gpu if here else 1
-    steps, images = args.probe_steps, args.probe_images
-    return time_steps(grid, processes=processes, jobs=jobs, sharing=sharing, steps=steps, images=images)
+    here = Share(grid.settings.ngpus, args.jobs, args.cells_per_gpu) if args.launcher == "local" else Share(1, 1)
+    return time_steps(grid, here, args.probe_steps, args.probe_images)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from grids import wait_for
 from helpers import ROOT, write_images
 
 import reproduce_table3
@@ -95,6 +95,12 @@ def start(folder, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
+def end_of(process: subprocess.Popen, timeout: float = 400) -> tuple[int, str]:
+    """Return the exit code of a process, and what it printed."""
+    printed = process.communicate(timeout=timeout)[0]
+    return process.returncode, printed
+
+
 def scripts_with_results(folder: Path) -> list[tuple[str, bool]]:
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     return sorted((x["script"], x["random_init"]) for x in lines)
@@ -109,28 +115,21 @@ def test_a_killed_grid_goes_on(tmp_path):
     cells = [folder / f"{name}_c16_s0" for name in ("cplearn", "swav")]
 
     run = start(folder, *flags)
-    end = time.monotonic() + 120
-    while not all((cell / "log.txt").exists() for cell in cells):
-        assert time.monotonic() < end and run.poll() is None, run.communicate()[0]
-        time.sleep(0.05)
+    for cell in cells:
+        wait_for((cell / "log.txt").exists, run)
     run.kill()
     run.communicate()
     assert not any((cell / "trained" / "results.jsonl").exists() for cell in cells), "killed too late to tell"
 
     run = start(folder, *flags)
-    while not (cells[0] / "trained.json").exists():
-        assert time.monotonic() < end + 120 and run.poll() is None, run.communicate()[0]
-        time.sleep(0.05)
-    other = start(folder, *flags)  # a second one is refused
-    printed, code = other.communicate()[0], other.returncode
+    wait_for((cells[0] / "trained.json").exists, run)
+    code, printed = end_of(start(folder, *flags))  # a second one is refused
     assert code == 2 and "is in use by" in printed, printed
     run.send_signal(signal.SIGTERM)
-    printed, code = run.communicate(timeout=60)[0], run.returncode
+    code, printed = end_of(run, 60)
     assert code == 75, printed
-
-    run = start(folder, *flags)
-    printed = run.communicate(timeout=300)[0]
-    assert run.returncode == 0, printed
+    code, printed = end_of(start(folder, *flags))
+    assert code == 0, printed
     for cell in cells:
         assert scripts_with_results(cell / "trained") == [
             (f"eval_{x}", False) for x in ("cluster", "collapse", "knn", "linear")
@@ -151,12 +150,12 @@ def test_a_killed_grid_goes_on(tmp_path):
 
     assert "2 cells: 2 done" in start(folder, "--status").communicate()[0]
     # Other settings do not get mixed in.
-    other = start(folder, *flags[:-1], "--local_crops_number 0 --image_size 16 --warmup_epochs 0 --lr 0.1")
-    printed = other.communicate()[0]
-    assert other.returncode == 2 and "--warmup_epochs 0, now --local_crops_number 0" in printed, printed
-    other = start(folder, *flags, "--seeds", "1", "--ngpus", "2")
-    printed = other.communicate()[0]
-    assert other.returncode == 2 and "--ngpus 1, now 2" in printed, printed
+    for more, words in (
+        (["--train_flags", f"{flags[-1]} --lr 0.1"], "--warmup_epochs 0, now --local_crops_number 0"),
+        (["--seeds", "1", "--ngpus", "2"], "--ngpus 1, now 2"),
+    ):
+        code, printed = end_of(start(folder, *flags, *more))
+        assert code == 2 and words in printed, printed
 
 
 @pytest.mark.slow
@@ -171,21 +170,15 @@ def test_a_killed_tuning_goes_on(tmp_path):
     trials = [folder / "tuning" / f"cplearn_t{k}" for k in (0, 1)]
 
     run = start(folder, *flags)
-    end = time.monotonic() + 240
-    while not (trials[1] / "log.txt").exists():
-        assert time.monotonic() < end and run.poll() is None, run.communicate()[0]
-        time.sleep(0.05)
+    wait_for((trials[1] / "log.txt").exists, run)
     run.kill()
     run.communicate()
     assert not (trials[1] / "trained").exists() and not (folder / "grid.json").exists(), "killed too late to tell"
     printed = start(folder, "--status").communicate()[0]
-    assert re.search(r"cplearn_t0 \| +done", printed) and "2 cells: " in printed and "No best trials yet" in printed, (
-        printed
-    )
+    assert re.search(r"cplearn_t0 \| +done", printed) and "2 cells: " in printed and "No best trials yet" in printed
 
-    run = start(folder, *flags)
-    printed = run.communicate(timeout=400)[0]
-    assert run.returncode == 0, printed
+    code, printed = end_of(start(folder, *flags))
+    assert code == 0, printed
     assert "Tuning: 1 of 2 trials are over" in printed and "Done: " in printed
     assert scripts_with_results(trials[0] / "trained") == scripts_with_results(trials[1] / "trained")
     assert scripts_with_results(trials[0] / "random_init") == [("eval_knn", True)]
@@ -204,9 +197,8 @@ def test_a_killed_tuning_goes_on(tmp_path):
 def test_a_cell_that_fails_is_named(tmp_path):
     folder = tmp_path / "grid"
     flags = "--scale small --dataset digits --methods swav --out_dims 16 --epochs 2".split()
-    run = start(folder, *flags, "--train_flags", "--max_bad_images 0 --init_from /nowhere")
-    printed = run.communicate(timeout=120)[0]
-    assert run.returncode == 2 and "swav_c16_s0: train failed with exit code 2" in printed, printed
-    grid = Grid.load(folder)
-    lines = status_lines(grid, snapshot(grid))
+    train = "--max_bad_images 0 --init_from /nowhere"
+    code, printed = end_of(start(folder, *flags, "--train_flags", train))
+    assert code == 2 and "swav_c16_s0: train failed with exit code 2" in printed, printed
+    lines = status_lines(snapshot(Grid.load(folder)))
     assert re.search(r"swav_c16_s0 \| +failed \| train, exit code 2: .*/nowhere", lines[0]), lines

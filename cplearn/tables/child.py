@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from cplearn import errors
 from cplearn.errors import ExpectedError, Interrupted, PeerError
@@ -36,15 +36,8 @@ class Children:
     one of them fails, the others are stopped.
     """
 
-    def __init__(
-        self,
-        script: str,
-        flags: Sequence[str],
-        *,
-        processes: int = 1,
-        env: dict[str, str] | None = None,
-        out: BinaryIO | int | None = None,
-    ):
+    def __init__(self, script: str, flags: Sequence[str], *, processes: int = 1, env: dict | None = None, out=None):
+        """Start them. `out`: where they print, if not here."""
         self._place = tempfile.TemporaryDirectory()
         self._failed_at: float | None = None
         # -m would import a cplearn of the working folder.
@@ -58,15 +51,10 @@ class Children:
             env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
             numbers = [dict(zip(GROUP, map(str, (r, processes, r, processes)), strict=True)) for r in range(processes)]
         self._processes = [
-            subprocess.Popen(
-                command,
-                env=env | own,
-                stdout=out,
-                stderr=None if out is None else subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes through `stop`, once
-            )
+            subprocess.Popen(command, env=env | own, stdout=out, stderr=None if out is None else subprocess.STDOUT,
+                             start_new_session=True)  # Ctrl-C comes through `stop`, once
             for own in numbers
-        ]
+        ]  # fmt: skip
 
     def poll(self) -> End | None:
         """Return how the script ended, None while a process of it runs."""

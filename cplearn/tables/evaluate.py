@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cplearn.backbones import is_vit
 from cplearn.distributed import collectives, launch
-from cplearn.errors import UserError
 from cplearn.features.splits import has_features
 from cplearn.lock import FolderLock
 from cplearn.tables.cell import get_args_parser, machine_flags, read_cell
@@ -18,7 +17,7 @@ from cplearn.tables.grid import Cell, checkpoint_args, is_random, script_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the evaluations that have no result yet. Raises `UserError` if the checkpoint is another run's."""
+    """Run the evaluations that have no result yet."""
     args = get_args_parser().parse_args(argv)
     cell, _ = read_cell(args.folder)
     launch.init(args.dist_url, args.device or "auto")
@@ -26,8 +25,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = place / ".kept_features"
 
     def begin() -> list[str]:
-        if differs := cell.differs():
-            raise UserError(f"{cell.name}: its checkpoint has {differs}: move {cell.folder} away")
         shutil.rmtree(kept, ignore_errors=True)  # of a process that was killed
         return cell.missing()
 

@@ -7,8 +7,9 @@ import contextlib
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from cplearn.errors import UserError
@@ -75,16 +76,11 @@ class Cell:
 
         The folder may hold another run: copied there, or trained by hand with other flags.
         """
-        trained, cell = checkpoint_args(self.folder / "checkpoint.pth"), self.own_flags()
-        if "--epochs" in self.train:
-            last = max(i for i, flag in enumerate(self.train) if flag == "--epochs")
-            cell["epochs"] = int(self.train[last + 1])
-        wrong = [
-            f"--{name} {trained[name]}, not {value}"
-            for name, value in cell.items()
-            if trained.get(name, value) != value
-        ]
-        return ", ".join(wrong)
+        trained, own = checkpoint_args(self.folder / "checkpoint.pth"), self.own_flags()
+        if epochs := dict(pairwise(self.train)).get("--epochs"):  # the last one's
+            own["epochs"] = int(epochs)
+        wrong = {name: value for name, value in own.items() if trained.get(name, value) != value}
+        return ", ".join(f"--{name} {trained[name]}, not {value}" for name, value in wrong.items())
 
     def mark_trained(self) -> None:
         """Write trained.json, which names the weights. Whoever saw the training end well calls this."""
@@ -126,6 +122,11 @@ class Settings:
         at small scale."""
         return 512 if self.table in OF_SIZES and self.scale == "paper" else 64
 
+    def rows(self, methods: Sequence[str] = (), out_dims: Sequence[int] = ()) -> list[Row]:
+        """Return the lines of these methods and sizes (none given: the table's). Raises `UserError` without any."""
+        data = self.dataset if self.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
+        return rows(self.table, self.scale, methods, out_dims, data)
+
     def common_flags(self) -> list[str]:
         """Return the flags of every pre-training."""
         data = {"--data_path": self.data_path, "--dataset": self.dataset}
@@ -133,8 +134,15 @@ class Settings:
         batch = ["--batch_size_per_gpu", str(self.batch // self.ngpus)]
         return ["--saveckp_freq", "0", *batch, *given, *shlex.split(self.train_flags)]
 
-    def evaluation_flags(self) -> dict[str, list[str]]:
-        """Return the flags of every evaluation, by its name."""
+    def cell(self, folder: Path, row: Row, name: str, seed: int, evaluations: Sequence[str]) -> Cell:
+        """Return the cell that trains a line with a seed, and is evaluated so."""
+        train = [*row.flags, *self.common_flags(), "--seed", str(seed)]
+        train += ["--epochs", str(self.epochs)] if self.epochs else []
+        flags = self._evaluation_flags()
+        evaluate = {x: flags[x.removeprefix("random ")] for x in evaluations}
+        return Cell(row, seed, name, train, evaluate, folder / name)
+
+    def _evaluation_flags(self) -> dict[str, list[str]]:
         collapse = "--baseline false"
         if self.scale == "small":
             linear = "--augment false --optimizer adam --epochs 30"
@@ -160,35 +168,13 @@ class Grid:
         return list(dict.fromkeys(cell.row.method for cell in self.cells))
 
     @classmethod
-    def build(
-        cls,
-        folder: Path,
-        settings: Settings,
-        *,
-        methods: Sequence[str] = (),
-        out_dims: Sequence[int] = (),
-        seeds: Sequence[int] = (0,),
-        tuned: Callable[[Row], list[str]] = lambda row: [],
-    ) -> "Grid":
-        """Return the grid of these methods and sizes (none given: the table's). Raises `UserError` if it is empty.
-
-        `tuned`: flags that are added to a row's.
-
-        Cells come seed after seed, so that a grid that is stopped early has every line once before any line twice.
-        """
-        data = settings.dataset if settings.dataset in ("cifar10", "cifar100", "svhn") else "cifar10"
-        lines = rows(settings.table, settings.scale, methods, out_dims, data)
-        lines = [replace(row, flags=[*row.flags, *tuned(row)]) for row in lines]
+    def build(cls, folder: Path, settings: Settings, lines: Sequence[Row], seeds: Sequence[int] = (0,)) -> "Grid":
+        """Return the cells of these lines, seed after seed: a grid that is stopped early has every line once before
+        any line twice."""
         untrained = _untrained_evaluations(lines)
-        epochs = ["--epochs", str(settings.epochs)] if settings.epochs else []
-        cells = []
-        for seed in seeds:
-            for row in lines:
-                flags = settings.evaluation_flags()
-                flags |= {f"random {name}": flags[name] for name in untrained.get(row.key, ())}
-                train = [*row.flags, *settings.common_flags(), "--seed", str(seed), *epochs]
-                name = f"{row.key}_s{seed}"
-                cells.append(Cell(row, seed, name, train, flags, folder / name))
+        evaluations = {row.key: ["knn", "linear", "cluster", "collapse", *untrained.get(row.key, ())] for row in lines}
+        pairs = [(row, seed) for seed in seeds for row in lines]
+        cells = [settings.cell(folder, row, f"{row.key}_s{seed}", seed, evaluations[row.key]) for row, seed in pairs]
         return cls(folder, settings, cells)
 
     @classmethod
@@ -218,22 +204,17 @@ class Grid:
         if changed:
             raise UserError(f"{self.folder} holds a grid with {'; '.join(changed[:3])}: choose another --output_dir")
 
-    def save(self, forget: Collection[str] = ()) -> "Grid":
-        """Add the cells to those that the folder holds, but for the names in `forget`, and return them all.
+    def save(self) -> "Grid":
+        """Add the cells to those that the folder holds, and return them all.
 
-        Raises `UserError` if the folder's cells have other settings.
+        Raises `UserError` if the folder's cells have other settings, or one that was begun other flags.
         """
-        kept = {cell.name: cell for cell in self.kept() if cell.name not in forget}
-        self._refuse(
-            [
-                f"other flags for {cell.name}"
-                for cell in self.cells
-                if cell.name in kept and without_folders(kept[cell.name].train) != without_folders(cell.train)
-            ]
-        )
+        kept = {cell.name: cell for cell in self.kept()}
+        begun = [(cell, kept[cell.name]) for cell in self.cells if cell.name in kept and cell.folder.exists()]
+        changed = [cell.name for cell, old in begun if without_folders(old.train) != without_folders(cell.train)]
+        self._refuse([f"other flags for {name}" for name in changed])
         cells = [*(kept | {cell.name: cell for cell in self.cells}).values()]
-        listed = [cell.as_json() for cell in cells]
-        content = {"settings": asdict(self.settings), "commit": git_commit(), "cells": listed}
+        content = {"settings": asdict(self.settings), "commit": git_commit(), "cells": [x.as_json() for x in cells]}
         write_text(self.folder / "grid.json", json.dumps(content, indent=1) + "\n")
         return Grid(self.folder, self.settings, cells)
 
@@ -244,25 +225,24 @@ class Grid:
         cell, or two cells one and the same.
         """
         seen: dict[str, str] = {}
-        methods = set()
+        built = set()
         for cell in self.cells:
             try:
                 parsed = parse_flags("main_cplearn", cell.train)
-                if cell.row.method not in methods:
+                if cell.row.method not in built:
                     check_run(parsed)
             except UserError as error:
                 raise UserError(f"{cell.name}: {error}") from None
-            methods.add(cell.row.method)
+            built.add(cell.row.method)
             for name, value in cell.own_flags().items():
                 if getattr(parsed, name) != value:
                     raise UserError(f"{cell.name} would train with --{name} {getattr(parsed, name)}, not {value}")
-            flags = repr(sorted(vars(parsed).items()))
-            if flags in seen:
+            other = seen.setdefault(repr(sorted(vars(parsed).items())), cell.name)
+            if other != cell.name:
                 raise UserError(
-                    f"{cell.name} and {seen[flags]} would be the same training: take what sets them apart out of "
+                    f"{cell.name} and {other} would be the same training: take what sets them apart out of "
                     f"--train_flags '{self.settings.train_flags}'"
                 )
-            seen[flags] = cell.name
 
 
 def _untrained_evaluations(lines: Sequence[Row]) -> dict[str, list[str]]:
@@ -272,14 +252,9 @@ def _untrained_evaluations(lines: Sequence[Row]) -> dict[str, list[str]]:
     the same in every line.
     """
     ours_first = sorted(lines, key=lambda row: row.method != "cplearn")
-    found: dict[str, list[str]] = {}
-    sizes = set()
-    for row in ours_first:
-        if row.out_dim not in sizes:
-            sizes.add(row.out_dim)
-            found[row.key] = ["cluster"]
-    found[ours_first[0].key] = ["knn", "linear", "cluster"]
-    return found
+    of_sizes = {row.out_dim: row.key for row in reversed(ours_first)}  # the first line of each
+    features_too = {ours_first[0].key: ["random knn", "random linear", "random cluster"]}
+    return {key: ["random cluster"] for key in of_sizes.values()} | features_too
 
 
 def checkpoint_args(path: Path) -> dict:

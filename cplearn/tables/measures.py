@@ -21,10 +21,9 @@ COUNTS = ("used_codes", "features_rank")
 
 def read_measures(results: list[dict]) -> dict[str, float]:
     """Return the measures of one network from its results.jsonl. Only results of its newest weights count."""
-    newest = results[-1]["weights_sha256"] if results else None
     measures: dict[str, float] = {}
     for result in results:
-        if result["weights_sha256"] != newest:
+        if result["weights_sha256"] != results[-1]["weights_sha256"]:
             continue
         for name, (script, path) in MEASURES.items():
             if result["script"] == script:

@@ -5,10 +5,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cplearn.tables.grid import Grid
-from cplearn.tables.measures import read_measures
 from cplearn.tables.rows import NAMES, OF_SIZES
-from cplearn.tables.status import CellState
+from cplearn.tables.status import State
 from cplearn.text import format_table
 
 COMPARED = {"linear": "linear", "knn": "20-NN", "ami": "AMI"}  # measure: its name in the table
@@ -43,55 +41,52 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def differences(grid: Grid, states: dict[str, CellState]) -> list[Difference]:
+def differences(states: Sequence[State]) -> list[Difference]:
     """Return the differences of the complete cells, by size, method and measure; those of one seed are left out."""
-    values: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
-    for cell in grid.cells:
-        if states[cell.name].complete:
-            of_line = values.setdefault((cell.row.method, cell.row.out_dim), {})
-            of_line[cell.seed] = read_measures(cell.results())
-    found = []
-    for (method, c), other in sorted(values.items(), key=lambda x: x[0][1]):
-        ours = values.get((TO, c), {})
-        if method == TO:
-            continue
+    values: dict[tuple[int, str], dict[int, dict[str, float]]] = {}  # by size and method, then by seed
+    for state in states:
+        if state.complete:
+            row = state.cell.row
+            values.setdefault((row.out_dim, row.method), {})[state.cell.seed] = state.measures
+    findings = []
+    for (c, method), theirs in sorted(values.items(), key=lambda x: x[0][0]):
+        ours = values.get((c, TO), {})
+        both = sorted(theirs.keys() & ours.keys()) if method != TO else []
         for measure in COMPARED:
-            pairs = [
-                other[seed][measure] - ours[seed][measure]
-                for seed in sorted(other.keys() & ours.keys())
-                if measure in other[seed] and measure in ours[seed]
-            ]
-            if len(pairs) > 1:
-                found.append(Difference(method, c, measure, len(pairs), *t_interval(pairs)))
-    return found
+            pairs = [(theirs[seed].get(measure), ours[seed].get(measure)) for seed in both]
+            points = [a - b for a, b in pairs if a is not None and b is not None]
+            if len(points) > 1:
+                findings.append(Difference(method, c, measure, len(points), *t_interval(points)))
+    return findings
 
 
-def section(grid: Grid, states: dict[str, CellState]) -> list[str]:
+def section(table: int | str, states: Sequence[State]) -> list[str]:
     """Return the paragraphs on paired differences, [] if there are none: another table, or one seed."""
-    found = differences(grid, states) if grid.settings.table in OF_SIZES else []
-    if not found:
+    findings = differences(states) if table in OF_SIZES else []
+    if not findings:
         return []
-    rows = []
-    for method, c in dict.fromkeys((x.method, x.out_dim) for x in found):
-        mine = {x.measure: x for x in found if (x.method, x.out_dim) == (method, c)}
-        numbers = [_shown(mine.get(measure)) for measure in COMPARED]
-        rows.append([NAMES[method], f"c = {c}", max(x.n for x in mine.values()), *numbers])
-    rows.sort(key=lambda row: [*NAMES.values()].index(row[0]))
+    lines: dict[tuple[str, int], dict[str, Difference]] = {}
+    for x in sorted(findings, key=lambda x: [*NAMES].index(x.method)):
+        lines.setdefault((x.method, x.out_dim), {})[x.measure] = x
+    rows = [
+        [NAMES[method], f"c = {c}", max(x.n for x in line.values()), *(_shown(line.get(name)) for name in COMPARED)]
+        for (method, c), line in lines.items()
+    ]
     heading = f"## Differences to {NAMES[TO]}, paired by seed"
     note = (
         f"Points: the method minus {NAMES[TO]} at the same size, mean over the n seeds that both have, and Student's "
         f"{LEVEL:.0%} interval of it, each by itself. Of few seeds it is wide; equal in every seed, it is a point."
     )
-    return [heading, format_table(rows, ("method", "", "n", *COMPARED.values())), note, summary(found)]
+    return [heading, format_table(rows, ("method", "", "n", *COMPARED.values())), note, _summary(findings)]
 
 
-def summary(found: list[Difference]) -> str:
+def _summary(findings: list[Difference]) -> str:
     """Return how many differences were looked at, and which are clear."""
-    clear = [x for x in found if x.clear]
+    clear = [x for x in findings if x.clear]
     text = (
-        f"{len(found)} differences were looked at; if no method differed from {NAMES[TO]}, about "
-        f"{(1 - LEVEL) * len(found):.1f} of these intervals would still exclude 0. **Clear differences (the interval "
-        f"excludes 0): {len(clear)}.**"
+        f"{len(findings)} differences were looked at; if no method differed from {NAMES[TO]}, about "
+        f"{(1 - LEVEL) * len(findings):.1f} of these intervals would still exclude 0. **Clear differences (the "
+        f"interval excludes 0): {len(clear)}.**"
     )
     for measure, name in COMPARED.items():
         for word, sign in (("below", -1), ("above", 1)):

@@ -15,8 +15,8 @@ from cplearn.files import read_json, read_json_lines, read_text, reading, write_
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.child import Children
 from cplearn.tables.grid import Cell, Grid, Settings, is_random, not_among, script_of, without_folders
-from cplearn.tables.run import device_name, environment, gpus, loader_processes
-from cplearn.tables.status import CellState
+from cplearn.tables.run import Share, device_name, gpus
+from cplearn.tables.status import snapshot
 from cplearn.text import format_table
 
 COPIES = 3  # of a checkpoint in a cell: the newest, the one before it, and the best
@@ -24,12 +24,9 @@ COPIES = 3  # of a checkpoint in a cell: the newest, the one before it, and the 
 # --- timed steps ------------------------------------------------------------------------------------------
 
 
-def time_steps(
-    grid: Grid, *, processes: int, jobs: int, sharing: int = 1, steps: int | None = None, images: int | None = None
-) -> dict[str, dict]:
+def time_steps(grid: Grid, share: Share, steps: int | None = None, images: int | None = None) -> dict[str, dict]:
     """Return seconds per step of every line, its checkpoint's size and so on, measured by main_cplearn.py itself.
 
-    `processes` and `jobs`: how many share this machine; `sharing`: how many a GPU, on which as many train meanwhile.
     `images`: per process, instead of the whole batch. Kept in probe.json and taken from there the next time. A line
     that failed has `error`.
     """
@@ -42,10 +39,10 @@ def time_steps(
         more += ["--batch_size_per_gpu", str(images)] if images else []
         more += ["--epoch_queue_starts", "0"] * (row.method == "swav")  # the queue is part of most epochs
         flags = [*row.flags, *grid.settings.common_flags(), *more]
-        flags += not_among(flags, {"--num_workers": loader_processes(jobs, processes)})
-        shared = [f"shared by {sharing}"] * (sharing > 1)
-        name = shlex.join([device_name(), str(processes), *shared, *without_folders(flags), "--max_steps", str(steps)])
-        timing = timings[row.key] = kept.get(name) or _time_line(flags, steps, processes, jobs, sharing)
+        flags += not_among(flags, {"--num_workers": share.loader_processes()})
+        machine = [device_name(), str(share.processes), *[f"shared by {share.per_gpu}"] * (share.per_gpu > 1)]
+        name = shlex.join([*machine, *without_folders(flags), "--max_steps", str(steps)])
+        timing = timings[row.key] = kept.get(name) or _time_line(flags, steps, share)
         if "error" not in timing and name not in kept:
             kept[name] = timing
             write_text(kept_in, json.dumps(kept, indent=1) + "\n")
@@ -64,14 +61,14 @@ def read_timings(path: Path) -> dict[str, dict]:
         return {}
 
 
-def _time_line(flags: list[str], steps: int, processes: int, jobs: int, sharing: int) -> dict:
-    """Train for some steps, beside `sharing` - 1 others that train until these are done."""
-    env = environment(0, jobs, processes)
-    with tempfile.TemporaryDirectory() as place, _others(flags, sharing - 1, env):
+def _time_line(flags: list[str], steps: int, share: Share) -> dict:
+    """Train for some steps, beside others on its GPU that train until these are done."""
+    env = share.environment(0)
+    with tempfile.TemporaryDirectory() as place, _others(flags, share.per_gpu - 1, env):
         folder, printed = Path(place), Path(place, "printed.txt")
         command = [*flags, "--max_steps", str(steps), "--output_dir", place]
         with open(printed, "wb") as out:
-            end = Children("main_cplearn", command, processes=processes, env=env, out=out).wait()
+            end = Children("main_cplearn", command, processes=share.processes, env=env, out=out).wait()
         if end.code:
             return {"error": end.line}
         log, start = read_json_lines(folder / "log.txt")[-1], read_json(folder / "args.json")
@@ -82,7 +79,7 @@ def _time_line(flags: list[str], steps: int, processes: int, jobs: int, sharing:
             "step_seconds": (log["seconds"] - log["first_step_seconds"]) / (log["steps"] - 1),
             "data_wait": log["data_wait"],
             "images": start["args"]["batch_size_per_gpu"],
-            "processes": processes,
+            "processes": share.processes,
             "train_images": start["derived"]["train_images"],
             "views": 2 + start["args"]["local_crops_number"],
             "local": (start["args"]["local_image_size"] / start["args"]["image_size"]) ** 2,
@@ -97,9 +94,8 @@ def _others(flags: list[str], count: int, env: dict[str, str]) -> Iterator[None]
     """Keep `count` trainings busy beside what is timed inside. One that cannot run leaves the GPU to the others."""
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place, str(k)) for k in range(count)]
-        others = [
-            Children("main_cplearn", [*flags, "--output_dir", str(x)], env=env, out=subprocess.DEVNULL) for x in folders
-        ]
+        commands = [[*flags, "--output_dir", str(x)] for x in folders]
+        others = [Children("main_cplearn", x, env=env, out=subprocess.DEVNULL) for x in commands]
         try:
             for folder, children in zip(folders, others, strict=True):
                 while not (folder / "args.json").exists() and children.poll() is None:  # written before the first step
@@ -137,27 +133,14 @@ def _steps_per_epoch(settings: Settings, timing: dict) -> int:
 # --- the plan ---------------------------------------------------------------------------------------------
 
 
-def print_plan(
-    grid: Grid,
-    states: dict[str, CellState],
-    timings: dict[str, dict],
-    *,
-    jobs: int,
-    sharing: int = 1,
-    launcher: str,
-    price: float | None,
-) -> None:
-    """Print what would run, and what it would cost.
-
-    `sharing`: cells that share a GPU; `launcher`: the command before the flags of main_cplearn.py.
-    """
-    settings = grid.settings
+def print_plan(grid: Grid, timings: dict[str, dict], share: Share, launcher: str, price: float | None) -> None:
+    """Print what would run, and what it would cost. `launcher`: the command before the flags of main_cplearn.py."""
+    settings, sharing = grid.settings, share.per_gpu
     unit = "CPU" if device_name() == "cpu" else "GPU"
     table, hours, disk, left_out = [], 0.0, 0.0, []
-    for cell in grid.cells:
-        timing = timings[cell.row.key]
-        reason = _left_out(settings, states[cell.name], timing)
-        if reason:
+    for state in snapshot(grid):
+        cell, timing = state.cell, timings[state.cell.row.key]
+        if reason := "done" if state.complete else _not_counted(settings, timing):
             left_out.append(cell.name)
             table.append((cell.name, *[None] * 6, reason))
             continue
@@ -172,11 +155,11 @@ def print_plan(
               "GB a process", "")  # fmt: skip
     print("\n" + format_table(table, header) + "\n")
     _print_commands(grid.cells, launcher)
-    days = hours * sharing / settings.ngpus / jobs / 24
+    days = hours * sharing / settings.ngpus / share.jobs / 24
     cost = f", {price * hours:,.0f} euros at {price:g} for such an hour" if price else ""
     print(
         f"\n{len(table) - len(left_out)} cells, {_processes(settings.ngpus)} each, a batch of {settings.batch}: "
-        f"{hours:,.0f} {unit}-hours, {days:,.1f} days with {jobs} side by side, {disk:,.1f} GB of disk{cost}"
+        f"{hours:,.0f} {unit}-hours, {days:,.1f} days with {share.jobs} side by side, {disk:,.1f} GB of disk{cost}"
     )
     if left_out:
         print(f"Not counted: {', '.join(left_out)}")
@@ -191,13 +174,10 @@ def print_plan(
         print("WARNING: no GPU here, so these are hours of this CPU: type it where a GPU is")
 
 
-def _left_out(settings: Settings, state: CellState, timing: dict) -> str:
-    """Return why a cell costs nothing, or cannot be counted; "" if it can."""
-    if state.complete:
-        return "done"
-    if "error" in timing:
-        return timing["error"]
-    return "" if _steps_per_epoch(settings, timing) else f"fewer images than a batch of {settings.batch}"
+def _not_counted(settings: Settings, timing: dict) -> str:
+    """Return why a line's cost is not known, "" if it is."""
+    few = f"fewer images than a batch of {settings.batch}"
+    return timing.get("error") or ("" if _steps_per_epoch(settings, timing) else few)
 
 
 def _print_commands(cells: Sequence[Cell], launcher: str) -> None:

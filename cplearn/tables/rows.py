@@ -4,6 +4,7 @@ for each, and what the paper has there.
 Values are the paper's own, in paper_tables/; where it does not name a setting, CHOICES says whose is taken.
 """
 
+import contextlib
 import csv
 import math
 from collections.abc import Callable, Sequence
@@ -84,12 +85,12 @@ def rows(table: int | str, scale: str, methods: Sequence[str], out_dims: Sequenc
     """
     if table in OF_SIZES:
         lines = _by_size(table, scale, methods, out_dims)
-    elif table == 9:
-        if set(methods) - {"cplearn"} or len(out_dims) > 1:
-            raise UserError("--table 9 is of CPLearn at one size: leave out --methods, and name one --out_dims")
-        lines = _table9(scale, out_dims[0] if out_dims else 512)  # its beta = 1 has Table 2's value of c = f = 512
+    elif table == 9 and (set(methods) - {"cplearn"} or len(out_dims) > 1):
+        raise UserError("--table 9 is of CPLearn at one size: leave out --methods, and name one --out_dims")
+    elif table == 2 and data != "cifar10":
+        raise UserError(f"--table 2 is of CIFAR-10, not --dataset {data}")
     else:
-        lines = {1: _table1, 2: _table2, 4: _table4}[table](scale, data)
+        lines = _of_resnets(table, scale, data, out_dims)
         lines = [r for r in lines if (not methods or r.method in methods) and (not out_dims or r.out_dim in out_dims)]
     if not lines:
         given = " and ".join(f"{x}" for x in (list(methods), list(out_dims)) if x)
@@ -128,15 +129,13 @@ def _flags(scale: str, recipe: str, method: str, out_dim: int, more: str = "") -
     return [f"@{ROOT}/recipes/{name}.txt", *f"--method {method} --out_dim {out_dim} {last}".split()]
 
 
-def _percent(value: str, unit: float = 1.0) -> float | str:
-    try:
-        return round(unit * float(value), 3)
-    except ValueError:
-        return value
-
-
-def _method_of(name: str) -> str:
-    return next(method for method, theirs in NAMES.items() if theirs == name)
+def _known(line: dict[str, str], **columns: str) -> dict[str, float | str]:
+    """Return the paper's values that a line has, in percent; of a word the word."""
+    known: dict[str, float | str] = {name: line[column] for name, column in columns.items() if column in line}
+    for name, value in known.items():
+        with contextlib.suppress(ValueError):
+            known[name] = round((1 if columns[name].endswith("_percent") else 100) * float(value), 3)
+    return known
 
 
 def _by_size(table: int | str, scale: str, methods: Sequence[str], out_dims: Sequence[int]) -> list[Row]:
@@ -150,74 +149,47 @@ def _by_size(table: int | str, scale: str, methods: Sequence[str], out_dims: Seq
             raise UserError(f"--methods {method} is not in --table {table}: {', '.join(names)}")
         for c in sizes:
             there = paper.get((names.get(method), c), {})
-            columns = {"nmi": "nmi_percent", "linear": "linear_top1_percent"}
-            known = {name: _percent(there[column]) for name, column in columns.items() if column in there}
+            known = _known(there, nmi="nmi_percent", linear="linear_top1_percent")
             flags = [*_flags(scale, f"imagenet100_{method}", method, c), *more]
             lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", c, flags, known))
     return lines
 
 
-def _table1(scale: str, data: str) -> list[Row]:
-    classes, width = _classes_and_width(data)
-    sizes = UNNAMED | {"gedi": classes, "gedi_gen": classes, "c=k": classes, "c=f": width}
+def _of_resnets(table: int, scale: str, data: str, out_dims: Sequence[int]) -> list[Row]:
+    """Return the lines of the tables of small networks: ResNet-8 in Tables 1 and 4, ResNet-18 in 2 and 9."""
+    large = table in (2, 9)
+    classes, width = (100, 256) if data == "cifar100" else (10, 512 if large else 128)
+    sizes = UNNAMED | {"gedi": classes, "gedi_gen": classes, "c=k": classes, "c=f": width, "f": width}
+    methods = {name: method for method, name in NAMES.items()}
     lines = []
-    for line in paper_lines(1):
-        method = _method_of(line["method"])
-        c = sizes.get(line["c"] or method) or int(line["c"])
-        more = f"--beta {beta_of(c)}" if method in ("cplearn", "gedi", "gedi_gen") else ""
-        more += " --activation tanh" * (method == "cplearn")
-        lines.append(_resnet8(f"{method}_c{c}", method, c, f"c = {c}", more, line, scale, data, len(lines)))
-    return lines
-
-
-def _table4(scale: str, data: str) -> list[Row]:
-    lines = []
-    for line in paper_lines(4):
-        c = _classes_and_width(data)[1] if line["c"] == "f" else int(line["c"])
-        activation = {"L2-Norm": "l2", "Tanh": "tanh"}[line["activation"]]
-        more, label = f"--beta {beta_of(c)} --activation {activation}", f"c = {c}, {activation}"
-        lines.append(_resnet8(f"{activation}_c{c}", "cplearn", c, label, more, line, scale, data, len(lines)))
-    return lines
-
-
-def _classes_and_width(data: str) -> tuple[int, int]:
-    return (100, 256) if data == "cifar100" else (10, 128)
-
-
-def _resnet8(key: str, method: str, c: int, label: str, more: str, line, scale: str, data: str, x: float) -> Row:
-    if scale == "paper":  # Table 6, and the width f
-        more += {"svhn": " --epochs 20 --augmentation svhn", "cifar100": " --arch resnet8_w256"}.get(data, "")
-    paper = {"nmi": _percent(line[f"{data}_nmi"], 100), "linear": _percent(line[f"{data}_acc"], 100)}
-    return Row(key, method, c, label, x, _flags(scale, "cifar10_resnet8", method, c, more), paper)
-
-
-def _table2(scale: str, data: str) -> list[Row]:
-    if data != "cifar10":
-        raise UserError(f"--table 2 is of CIFAR-10, not --dataset {data}")
-    lines = []
-    for line in paper_lines(2):
-        method = _method_of(line["method"])
-        sizes = UNNAMED | {"gedi": 10, "c=f": 512}
-        c = sizes.get(line["c"] or method) or int(line["c"])
-        more = {
-            "cplearn": "--beta 1",
-            "gedi": "--gedi_prior_reduction sum --beta 0.1",
-            "self_classifier": "--head cplearn",
-        }.get(method, "")
-        flags = _flags(scale, "cifar10_resnet18", method, c, more)
-        flags += [f"@{ROOT}/recipes/published_head.txt"] * (method == "cplearn" and scale == "paper")
-        paper = {"nmi": _percent(line["nmi_percent"]), "linear": _percent(line["linear_acc_percent"])}
-        lines.append(Row(f"{method}_c{c}", method, c, f"c = {c}", len(lines), flags, paper))
-    return lines
-
-
-def _table9(scale: str, c: int) -> list[Row]:
-    lines = []
-    for line in paper_lines(9):
-        beta = line["beta"]
-        flags = _flags(scale, "cifar10_resnet18", "cplearn", c, f"--beta {beta}")
-        flags += [f"@{ROOT}/recipes/published_head.txt"] * (scale == "paper")
-        paper = {"linear": _percent(line["linear_acc_percent"])}
-        paper |= {"collapse": "yes" if line["cluster_collapse"] == "1" else "no"}
-        lines.append(Row(f"beta{beta}_c{c}", "cplearn", c, f"beta = {beta}", float(beta), flags, paper))
+    for line in paper_lines(table):
+        method = methods[line.get("method", NAMES["cplearn"])]
+        if table == 9:
+            c = out_dims[0] if out_dims else 512  # its beta = 1 has Table 2's value of c = f = 512
+        else:
+            c = sizes.get(line["c"] or method) or int(line["c"])
+        key, label, x, more = f"{method}_c{c}", f"c = {c}", len(lines), ""
+        paper = _known(line, nmi="nmi_percent", linear="linear_acc_percent")
+        if table == 2:
+            gedi = "--gedi_prior_reduction sum --beta 0.1"
+            more = {"cplearn": "--beta 1", "gedi": gedi, "self_classifier": "--head cplearn"}.get(method, "")
+        elif table == 9:
+            key, label, x = f"beta{line['beta']}_c{c}", f"beta = {line['beta']}", float(line["beta"])
+            more = f"--beta {line['beta']}"
+            paper["collapse"] = "yes" if line["cluster_collapse"] == "1" else "no"
+        else:
+            paper = _known(line, nmi=f"{data}_nmi", linear=f"{data}_acc")
+            if method in ("cplearn", "gedi", "gedi_gen"):
+                more = f"--beta {beta_of(c)}"
+            if method == "cplearn":
+                activation = {"L2-Norm": "l2", "Tanh": "tanh"}[line.get("activation", "Tanh")]
+                more += f" --activation {activation}"
+            if table == 4:
+                key, label = f"{activation}_c{c}", f"c = {c}, {activation}"
+            if scale == "paper":  # Table 6, and the width f
+                more += {"svhn": " --epochs 20 --augmentation svhn", "cifar100": " --arch resnet8_w256"}.get(data, "")
+        flags = _flags(scale, "cifar10_resnet18" if large else "cifar10_resnet8", method, c, more)
+        if large and method == "cplearn" and scale == "paper":
+            flags.append(f"@{ROOT}/recipes/published_head.txt")
+        lines.append(Row(key, method, c, label, x, flags, paper))
     return lines

@@ -4,14 +4,15 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from cplearn.errors import Interrupted
 from cplearn.host import usable_cores
 from cplearn.slurm.submit import JobRequest, Resources, submit
 from cplearn.tables.child import Children
-from cplearn.tables.grid import Cell, Grid
-from cplearn.tables.status import CellState
+from cplearn.tables.grid import Cell
+from cplearn.tables.status import State
 from cplearn.text import format_duration
 from cplearn.training.stop import StopSignals
 
@@ -37,43 +38,51 @@ def device_name() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 
-def environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
-    """Return the environment of one of `jobs` slots: its GPUs, and its share of the cores.
+class Share(NamedTuple):
+    """How cells share this machine."""
 
-    Slots of one process share GPUs where there are more of them than GPUs (--cells_per_gpu), dealt out in turn.
-    """
-    env = dict(os.environ)
-    if gpus():
-        first = slot % len(gpus()) if processes == 1 else slot * processes
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[first : first + processes])
-    if not gpus() or jobs > len(gpus()):
-        env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // (jobs * processes))))
-    return env
+    processes: int  # of every cell
+    jobs: int  # cells side by side
+    per_gpu: int = 1  # cells that share a GPU, on which as many train meanwhile
 
+    def environment(self, slot: int) -> dict[str, str]:
+        """Return the environment of one of `jobs` slots: its GPUs, and its share of the cores.
 
-def loader_processes(jobs: int, processes: int) -> int:
-    """Return --num_workers of each of so many processes: none beside CPUs that are all busy."""
-    cores = usable_cores() // (jobs * processes)
-    return min(10, cores) if gpus() else max(0, cores - 1)
+        Slots of one process share GPUs where there are more of them than GPUs (--cells_per_gpu), dealt out in turn.
+        """
+        env = dict(os.environ)
+        if gpus():
+            first = slot % len(gpus()) if self.processes == 1 else slot * self.processes
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[first : first + self.processes])
+        if not gpus() or self.jobs > len(gpus()):
+            env.setdefault("OMP_NUM_THREADS", str(max(1, self._cores())))
+        return env
+
+    def loader_processes(self) -> int:
+        """Return --num_workers of each process: none beside CPUs that are all busy."""
+        return min(10, self._cores()) if gpus() else max(0, self._cores() - 1)
+
+    def _cores(self) -> int:
+        return usable_cores() // (self.jobs * self.processes)
 
 
 # --- on this machine --------------------------------------------------------------------------------------
 
 
-def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Callable[[], None]) -> None:
+def run_here(states: Sequence[State], share: Share, after_each: Callable[[], None] = lambda: None) -> None:
     """Run all cells that are not complete, and print what fails. Raises `Interrupted` after a signal."""
-    todo = [cell for cell in grid.cells if not states[cell.name].complete]
-    total, done, start = len(grid.cells), len(grid.cells) - len(todo), time.time()
-    print(f"{done} of {total} cells are finished; {jobs} at a time", flush=True)
+    todo = [state.cell for state in states if not state.complete]
+    total, done, start = len(states), len(states) - len(todo), time.time()
+    print(f"{done} of {total} cells are finished; {share.jobs} at a time", flush=True)
     running: dict[int, tuple[Cell, Children]] = {}  # by slot
     with StopSignals() as signals:
         told = False
         try:
             while running or (todo and not signals.name):
-                for slot in range(jobs):
+                for slot in range(share.jobs):
                     if todo and slot not in running and not signals.name:
                         cell = todo.pop(0)
-                        running[slot] = cell, start_cell(cell, grid.settings.ngpus, slot, jobs)
+                        running[slot] = cell, _start(cell, share, slot)
                 if signals.name and not told:
                     _stop(running)
                     told = True
@@ -95,12 +104,12 @@ def run_here(grid: Grid, states: dict[str, CellState], jobs: int, after_each: Ca
         raise Interrupted(f"{signals.name}: saved and stopped; the same command goes on", signals.name)
 
 
-def start_cell(cell: Cell, processes: int, slot: int, jobs: int) -> Children:
+def _start(cell: Cell, share: Share, slot: int) -> Children:
     """Start the command of a cell, with the devices of its slot; it prints into cell.out. Raises `WriteError`."""
-    cell.write(processes)
-    flags = [str(cell.folder), "--num_workers", str(loader_processes(jobs, processes))]
+    cell.write(share.processes)
+    flags = [str(cell.folder), "--num_workers", str(share.loader_processes())]
     with open(cell.folder / "cell.out", "ab") as out:
-        return Children(CELL, flags, env=environment(slot, jobs, processes), out=out)
+        return Children(CELL, flags, env=share.environment(slot), out=out)
 
 
 def _stop(running: dict[int, tuple[Cell, Children]]) -> None:
@@ -111,25 +120,22 @@ def _stop(running: dict[int, tuple[Cell, Children]]) -> None:
 # --- on SLURM ---------------------------------------------------------------------------------------------
 
 
-def run_on_slurm(
-    grid: Grid, states: dict[str, CellState], jobs: int, resources: Resources, dependency: str | None
-) -> None:
+def run_on_slurm(states: Sequence[State], jobs: int, resources: Resources, dependency: str | None) -> None:
     """Submit a job for every cell that is not complete and has none.
 
     Each waits for the end of the one `jobs` before it, so that as many run at a time, and the first for `dependency`.
     Raises `UserError` with Slurm's reason; called again, it submits the others.
     """
-    todo = [cell for cell in grid.cells if not states[cell.name].complete]
-    live = [job for cell in todo if (job := states[cell.name].job) and job.live]
-    numbers = [job.number for job in sorted(live, key=lambda job: job.entry["time"])]
-    begun = len(numbers)
-    for cell in todo:
-        job = states[cell.name].job
-        if job and job.live:
-            print(f"{cell.name}: job {job.number} is there already")
+    todo = [state for state in states if not state.complete]
+    live = sorted((state for state in todo if state.live_job), key=lambda state: state.job.entry["time"])
+    numbers = [state.live_job for state in live]
+    for state in todo:
+        cell = state.cell
+        if state.live_job:
+            print(f"{cell.name}: job {state.live_job} is there already")
             continue
         after = f"afterany:{numbers[-jobs]}" if len(numbers) >= jobs else dependency
-        cell.write(grid.settings.ngpus)
+        cell.write(resources.ngpus)
         numbers.append(submit(JobRequest(CELL, [str(cell.folder)], cell.folder, resources, cell.name, after, tasks=1)))
         print(f"{cell.name}: job {numbers[-1]}" + (f", after {after.rpartition(':')[2]}" if after else ""), flush=True)
-    print(f"{len(numbers) - begun} jobs submitted")
+    print(f"{len(numbers) - len(live)} jobs submitted")

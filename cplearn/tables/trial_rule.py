@@ -6,6 +6,7 @@ points.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from cplearn.slurm.checks import parse_flags
 from cplearn.tables.rows import Row
@@ -83,14 +84,10 @@ def trial_flags(method: str, trial: int, out_dim: int, lr: float) -> list[str]:
     return flags
 
 
-def tuned(best: dict[str, int]) -> Callable[[Row], list[str]]:
-    """Return what is added to a row's flags where these trials are their methods' best."""
-
-    def flags(row: Row) -> list[str]:
-        lr = parse_flags("main_cplearn", [*row.flags, "--data_path", "."]).lr
-        return trial_flags(row.method, best[row.method], row.out_dim, lr)
-
-    return flags
+def tuned(row: Row, trial: int) -> Row:
+    """Return a row with the settings of its method's trial."""
+    lr = parse_flags("main_cplearn", [*row.flags, "--data_path", "."]).lr
+    return replace(row, flags=[*row.flags, *trial_flags(row.method, trial, row.out_dim, lr)])
 
 
 def own_settings() -> set[str]:

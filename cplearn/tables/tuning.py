@@ -5,19 +5,17 @@ A trial is a cell in output_dir/tuning that trains on a part of the training ima
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from cplearn.errors import CollapseError, NonFiniteError, UserError
-from cplearn.files import check_output_dir, read_json, read_json_lines, write_text
+from cplearn.files import check_output_dir, read_json, write_text
 from cplearn.slurm.checks import parse_flags
-from cplearn.tables.grid import Cell, Grid, without_folders
-from cplearn.tables.measures import read_measures
-from cplearn.tables.rows import NAMES, OF_SIZES, rows
-from cplearn.tables.run import run_here
-from cplearn.tables.status import CellState, refuse_unfinished, snapshot
+from cplearn.tables.grid import Cell, Grid, Settings, without_folders
+from cplearn.tables.rows import NAMES, OF_SIZES
+from cplearn.tables.run import Share, run_here
+from cplearn.tables.status import State, refuse_unfinished, snapshot
 from cplearn.tables.trial_rule import HELD_OUT, RULE, SEED, tuned
 from cplearn.text import format_table
 
@@ -39,20 +37,14 @@ def trial_grid(grid: Grid) -> Grid:
         what = f"--methods {without[0]}" if without else f"--table {given.table}"
         raise UserError(f"--tune has no rule for {what}: it is for --table 3 and falcon, and for {', '.join(RULE)}")
     folder = grid.folder / "tuning"
-    epochs = given.tune_epochs or given.epochs
-    settings = replace(given, data_path=str(folder / "data"), dataset=None, epochs=epochs)
-    knn = settings.evaluation_flags()["knn"]
+    settings = replace(given, data_path=str(folder / "data"), dataset=None, epochs=given.tune_epochs or given.epochs)
     cells = []
     for trial in range(settings.tune):
-        for row in rows(settings.table, settings.scale, methods, [settings.tune_out_dim], "cifar10"):
-            key = f"{row.method}_t{trial}"
-            flags = [*row.flags, *tuned({row.method: trial})(row)]
-            train = [*flags, *settings.common_flags(), "--seed", str(SEED)]
-            train += ["--epochs", str(epochs)] if epochs else []
-            evaluate = {"knn": knn} | ({} if cells else {"random knn": knn})  # one untrained network for all
-            label = f"trial {trial}"
-            trial_row = replace(row, key=key, label=label, x=float(trial), flags=flags, paper={})
-            cells.append(Cell(trial_row, SEED, key, train, evaluate, folder / key))
+        for row in settings.rows(methods, [settings.tune_out_dim]):
+            name = f"{row.method}_t{trial}"
+            row = replace(tuned(row, trial), key=name, label=f"trial {trial}", x=float(trial), paper={})
+            evaluations = ["knn"] if cells else ["knn", "random knn"]  # one untrained network for all
+            cells.append(settings.cell(folder, row, name, SEED, evaluations))
     return Grid(folder, settings, cells)
 
 
@@ -73,45 +65,12 @@ def timings(trials: Grid, by_line: dict[str, dict]) -> dict[str, dict]:
     return {cell.row.key: of_method[cell.row.method] for cell in trials.cells}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What is known of a trial."""
-
-    cell: Cell
-    complete: bool
-    knn: float | None  # percent, on the images held out; None without a number
-    failure: str  # why it counts as the worst, "" otherwise
-    verdict: str  # the collapse monitor's, after the last epoch
-    minutes: float  # of training, by the run's own clock, over its processes
-
-    @property
-    def score(self) -> float:
-        return -math.inf if self.knn is None else self.knn
-
-    @property
-    def over(self) -> bool:
-        """Whether it has a number, or will get none."""
-        return self.complete or bool(self.failure)
-
-    def record(self) -> dict:
-        """Return what tuning.json has of it; settings: the effective values of what its method's trials draw."""
-        parsed = vars(parse_flags("main_cplearn", self.cell.train))
-        return {
-            "trial": trial_of(self.cell),
-            "settings": {flag: f"{parsed[flag[2:]]}" for flag in ("--lr", *RULE[self.cell.row.method])},
-            "knn": self.knn,
-            "verdict": self.verdict,
-            "failure": self.failure,
-            "minutes": round(self.minutes, 2),
-        }
-
-
-def failed_for_good(state: CellState) -> str:
+def failed_for_good(state: State) -> str:
     """Return why a trial will get no number, "" if it has one or may still get one.
 
     Its loss became infinite, or it collapsed with --on_collapse stop (both happen again), or it failed twice.
     """
-    if state.complete or (state.job and state.job.live):
+    if state.complete or state.live_job:
         return ""
     code, line, times = (state.failure.get(x) for x in ("code", "line", "times"))
     if not state.failure and state.job and state.job.state != "COMPLETED":  # a job that could not even say so
@@ -121,39 +80,32 @@ def failed_for_good(state: CellState) -> str:
     return f"{line} ({times} times)" if times and times >= TRIES else ""
 
 
-def outcomes(trials: Grid, states: dict[str, CellState]) -> list[Outcome]:
-    """Return what is known of every trial."""
-    found = []
-    for cell in trials.cells:
-        state, log = states[cell.name], read_json_lines(cell.folder / "log.txt")
-        knn = read_measures(cell.results()).get("knn") if state.complete else None
-        minutes = trials.settings.ngpus * sum(line.get("seconds", 0) for line in log) / 60
-        verdict = str(log[-1].get("verdict", "")) if log else ""
-        found.append(Outcome(cell, state.complete, knn, failed_for_good(state), verdict, minutes))
-    return found
+def unfinished(states: Sequence[State]) -> list[State]:
+    """Return the trials that have no number, and may still get one."""
+    return [x for x in states if not x.complete and not failed_for_good(x)]
 
 
-def choose(found: Sequence[Outcome]) -> dict[str, int]:
+def choose(states: Sequence[State]) -> dict[str, int]:
     """Return the best trial of every method: the highest 20-NN on the images held out, of equal ones the first.
 
     Raises `UserError` if no trial of a method has a number.
     """
-    best: dict[str, Outcome] = {}
-    for outcome in sorted(found, key=lambda x: trial_of(x.cell)):
-        method = outcome.cell.row.method
-        if method not in best or outcome.score > best[method].score:
-            best[method] = outcome
-    lost = [method for method, outcome in best.items() if outcome.knn is None]
-    if lost:
-        raise UserError(
-            f"all trials of {lost[0]} failed, the first with: {best[lost[0]].failure or 'no number'}; more --tune "
-            "draws more of them, or leave it out of --methods"
-        )
-    return {method: trial_of(outcome.cell) for method, outcome in best.items()}
+    best: dict[str, State] = {}
+    for state in sorted(states, key=lambda x: trial_of(x.cell)):
+        method = state.cell.row.method
+        if method not in best or state.measures.get("knn", -1) > best[method].measures.get("knn", -1):
+            best[method] = state
+    for method, state in best.items():
+        if "knn" not in state.measures:
+            raise UserError(
+                f"all trials of {method} failed, the first with: {failed_for_good(state) or 'no number'}; more --tune "
+                "draws more of them, or leave it out of --methods"
+            )
+    return {method: trial_of(state.cell) for method, state in best.items()}
 
 
-def find_best(grid: Grid, images, jobs: int, submit: Callable | None) -> dict[str, int] | None:
-    """Run the trials that are not over, `jobs` at a time, and return the best one of every method.
+def find_best(grid: Grid, images, share: Share, submit: Callable | None) -> dict[str, int] | None:
+    """Run the trials that are not over, and return the best one of every method.
 
     `images`: those that are split (`open_training_images`). With `submit` the trials are submitted instead, and None is
     returned as long as there are any. Raises `UserError` if some failed and must be tried again.
@@ -167,54 +119,87 @@ def find_best(grid: Grid, images, jobs: int, submit: Callable | None) -> dict[st
         counts = write_split(images, trials.folder / "data")
         kept = len(trials.save().cells)
         states = snapshot(trials)
-        todo = [x.cell for x in outcomes(trials, states) if not x.over]
-        if todo:
-            print(f"Tuning: {len(trials.cells) - len(todo)} of {len(trials.cells)} trials are over, in {trials.folder}")
-            some = replace(trials, cells=todo)
+        if todo := unfinished(states):
+            print(f"Tuning: {len(states) - len(todo)} of {len(states)} trials are over, in {trials.folder}")
             if submit:
-                submit(some, states)
+                submit(todo)
                 print("The table's cells follow: the same command again, when these are finished")
                 return None
-            run_here(some, states, jobs, lambda: None)
-        found = outcomes(trials, snapshot(trials))
-        refuse_unfinished("trials", [x.cell.name for x in found if not x.over], len(trials.cells))
-        best = choose(found)
-        write(grid.folder, trials, found, best, counts, kept - len(trials.cells))
+            run_here(todo, share)
+            states = snapshot(trials)
+        refuse_unfinished("trials", unfinished(states), len(states))
+        best = choose(states)
+        write(grid.folder, trials.settings, states, best, counts, kept - len(states))
     shown = ", ".join(f"{NAMES[method]} {trial}" for method, trial in best.items())
     print(f"Tuning: the best trials are {shown} (tuning.md); now the table's cells", flush=True)
+    _refuse_other_winners(grid, best)
     return best
+
+
+def _refuse_other_winners(grid: Grid, best: dict[str, int]) -> None:
+    """Raise `UserError` if a cell of the folder was begun with other settings than these trials': results of two
+    settings would stand in one line."""
+    others = []
+    for cell in (x for x in grid.kept() if x.row.method in best and x.folder.exists()):
+        (row,) = grid.settings.rows([cell.row.method], [cell.row.out_dim])
+        if without_folders(tuned(row, best[row.method]).flags) != without_folders(cell.row.flags):
+            others.append(cell)
+    if others:
+        method, n = others[0].row.method, grid.settings.tune
+        raise UserError(
+            f"with --tune {n}, trial {best[method]} of {method} is the best, and {others[0].name} was trained with "
+            f"another's settings: take the --tune of before, choose another --output_dir, or move the {len(others)} "
+            f"cells of {', '.join(dict.fromkeys(x.row.method for x in others))} away"
+        )
 
 
 # --- what is kept of them ---------------------------------------------------------------------------------
 
 
 def write(
-    folder: Path, trials: Grid, found: Sequence[Outcome], best: dict[str, int], images: dict[str, int], others: int
+    folder: Path, settings: Settings, states: Sequence[State], best: dict[str, int], images: dict[str, int], others: int
 ) -> None:
     """Write tuning.json and tuning.md: every trial with its settings and its number, and the best ones.
 
     `others`: trials in the folder that do not count, because --tune was larger before.
     """
-    settings = trials.settings
     budget = {
         "trials": settings.tune,
         "out_dim": settings.tune_out_dim,
-        "epochs": parse_flags("main_cplearn", found[0].cell.train).epochs,
+        "epochs": parse_flags("main_cplearn", states[0].cell.train).epochs,
         "seed": SEED,
         "others": others,
         "train_images": images["train"],
         "held_out_images": images["val"],
     }
-    of_untrained = (read_measures(cell.results(random=True)).get("knn") for cell in trials.cells)
-    untrained = next((knn for knn in of_untrained if knn is not None), None)
+    untrained = next((x.untrained["knn"] for x in states if "knn" in x.untrained), None)
     methods = {}
     for method, trial in best.items():
-        tried = [x for x in found if x.cell.row.method == method]
-        minutes = round(sum(x.minutes for x in tried), 2)
-        methods[method] = {"best": trial, "minutes": minutes, "trials": [x.record() for x in tried]}
+        tried = [x for x in states if x.cell.row.method == method]
+        minutes = round(sum(_minutes(x, settings.ngpus) for x in tried), 2)
+        trials = [_record(x, settings.ngpus) for x in tried]
+        methods[method] = {"best": trial, "minutes": minutes, "trials": trials}
     content = {"budget": budget, "random_init_knn": untrained, "methods": methods}
     write_text(folder / "tuning.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "tuning.md", _page(budget, untrained, methods))
+
+
+def _record(state: State, processes: int) -> dict:
+    """Return what tuning.json has of a trial; settings: the effective values of what its method's trials draw."""
+    parsed = vars(parse_flags("main_cplearn", state.cell.train))
+    return {
+        "trial": trial_of(state.cell),
+        "settings": {flag: f"{parsed[flag[2:]]}" for flag in ("--lr", *RULE[state.cell.row.method])},
+        "knn": state.measures.get("knn"),  # percent, on the images held out
+        "verdict": state.verdict,
+        "failure": failed_for_good(state),
+        "minutes": round(_minutes(state, processes), 2),
+    }
+
+
+def _minutes(state: State, processes: int) -> float:
+    """Return minutes of training by the run's own clock, over its processes."""
+    return processes * sum(line.get("seconds", 0) for line in state.log) / 60
 
 
 def _as_typed(settings: dict[str, str]) -> str:
@@ -225,11 +210,10 @@ def _page(budget: dict, untrained: float | None, methods: dict[str, dict]) -> st
     table = []
     for method, x in methods.items():
         for t in x["trials"]:
-            flags = _as_typed(t["settings"])
-            mark = "best" if t["trial"] == x["best"] else ""
             number = "" if t["knn"] is None else f"{t['knn']:.1f}"
-            about = t["failure"] or t["verdict"]
-            table.append((NAMES[method], t["trial"], flags, number, mark, f"{t['minutes']:.1f}", about))
+            mark, about = "best" * (t["trial"] == x["best"]), t["failure"] or t["verdict"]
+            flags, minutes = _as_typed(t["settings"]), f"{t['minutes']:.1f}"
+            table.append((NAMES[method], t["trial"], flags, number, mark, minutes, about))
     header = ("method", "trial", "settings", "20-NN", "", "minutes of training", "verdict, or why it failed")
     start = "" if untrained is None else f"The untrained network's: **{untrained:.1f}**. "
     text = (
@@ -260,30 +244,3 @@ def sentence(folder: Path) -> str:
         f"Settings: the best of {budget['trials']} trials of every method, by 20-NN on training images held out, at "
         f"c = {budget['out_dim']} (tuning.md): {'; '.join(parts)}."
     )
-
-
-# --- the table's cells ------------------------------------------------------------------------------------
-
-
-def outdated(grid: Grid, best: dict[str, int]) -> set[str]:
-    """Return the names of the folder's cells that were planned with other settings than these trials', and not begun.
-
-    Raises `UserError` if one was begun: results of two settings would stand in one line.
-    """
-    names, begun = set(), []
-    for cell in grid.kept():
-        if cell.row.method not in best:
-            continue
-        (row,) = rows(grid.settings.table, grid.settings.scale, [cell.row.method], [cell.row.out_dim], "cifar10")
-        flags = [*row.flags, *tuned(best)(row)]
-        if without_folders(flags) != without_folders(cell.row.flags):
-            names.add(cell.name)
-            begun += [cell] if cell.folder.exists() else []
-    if begun:
-        method, n = begun[0].row.method, grid.settings.tune
-        raise UserError(
-            f"with --tune {n}, trial {best[method]} of {method} is the best, and {begun[0].name} was trained with "
-            f"another's settings: take the --tune of before, choose another --output_dir, or move the {len(begun)} "
-            f"cells of {', '.join(dict.fromkeys(x.row.method for x in begun))} away"
-        )
-    return names

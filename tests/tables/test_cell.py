@@ -2,57 +2,44 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
-from helpers import ROOT, children_of, fork_script, log_of, result, run_script, without_time
+from grids import finish, grid_of, start, wait_for
+from helpers import ROOT, children_of, fork_script, log_of, run_script, without_time
 
-import reproduce_table3
 from cplearn.errors import Interrupted, NonFiniteError, PeerError, UserError
 from cplearn.tables import cell as cell_command
 from cplearn.tables.child import Children
-from cplearn.tables.grid import Cell, Grid, is_random, script_of
-from cplearn.tables.status import snapshot, status_lines
+from cplearn.tables.grid import Cell, is_random, script_of
+from cplearn.tables.status import State, status_lines
 
-FLAGS = "--scale small --dataset digits --methods swav --out_dims 16 --ngpus 1 --epochs".split()
-SMALL = ["--train_flags", "--arch timm:test_resnet --local_crops_number 0 --image_size 16 --warmup_epochs 0"]
+FLAGS = "--dataset digits --methods swav --out_dims 16"
+TRAIN = "--arch timm:test_resnet --local_crops_number 0 --image_size 16 --warmup_epochs 0"
+SMALL = f"{FLAGS} --epochs 6 --train_flags '{TRAIN}'"
 
 
-def one_cell(folder, *flags: str) -> Cell:
+def one_cell(folder, flags: str = SMALL) -> Cell:
     """Begin the cell of a grid, and return it."""
-    args, _ = reproduce_table3.parse_args(["--output_dir", str(folder), *flags])
-    grid = reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args))
     folder.mkdir(exist_ok=True)
-    (cell,) = grid.save().cells
-    cell.write(grid.settings.ngpus)
-    return cell
+    grid = grid_of(folder, flags).save()
+    grid.cells[0].write(grid.settings.ngpus)
+    return grid.cells[0]
 
 
-def start(cell: Cell) -> subprocess.Popen:
-    """Type the command of a cell."""
-    command = [sys.executable, "-m", "cplearn.tables.cell", str(cell.folder), "--num_workers", "0"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(cell.folder / "cell.out", "ab") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end and process.poll() is None, process.args
-        time.sleep(0.02)
+def run_cell(cell: Cell) -> subprocess.Popen:
+    return start(cell.folder / "cell.out", "-m", "cplearn.tables.cell", str(cell.folder), "--num_workers", "0")
 
 
 def evaluated(cell: Cell) -> dict[tuple[str, bool], dict]:
     """Return the metrics of every evaluation; each has one line."""
     lines = [line for random in (False, True) for line in cell.results(random=random)]
-    found = {(line["script"], line["random_init"]): line["metrics"] for line in lines}
-    assert len(found) == len(lines)
-    return found
+    metrics = {(line["script"], line["random_init"]): line["metrics"] for line in lines}
+    assert len(metrics) == len(lines)
+    return metrics
 
 
 ALL = {("eval_cluster", False), ("eval_collapse", False), ("eval_knn", False), ("eval_linear", False),
@@ -62,11 +49,10 @@ ALL = {("eval_cluster", False), ("eval_collapse", False), ("eval_knn", False), (
 @pytest.mark.slow
 def test_a_killed_cell_goes_on(tmp_path):
     """kill -9 to the training, then to the cell, SIGTERM while it evaluates: like a cell that nobody disturbed."""
-    cell = one_cell(tmp_path / "a", *FLAGS, "6", *SMALL)
-    calm = one_cell(tmp_path / "b", *FLAGS, "6", *SMALL)
-    assert start(calm).wait(300) == 0
+    cell, calm = (one_cell(tmp_path / name) for name in "ab")
+    assert run_cell(calm).wait(300) == 0
 
-    run = start(cell)
+    run = run_cell(cell)
     wait_for((cell.folder / "checkpoint_previous.pth").exists, run)
     (training,) = children_of(run.pid)
     os.kill(training, signal.SIGKILL)
@@ -76,21 +62,21 @@ def test_a_killed_cell_goes_on(tmp_path):
     assert "SIGKILL" in failure["line"]
 
     epochs = len(log_of(cell.folder))
-    run = start(cell)
+    run = run_cell(cell)
     wait_for(lambda: len(log_of(cell.folder)) > epochs, run)
     (training,) = children_of(run.pid)
     run.kill()  # and nobody but the kernel tells the training
     run.wait()
-    run = start(cell)
+    run = run_cell(cell)
     wait_for((cell.folder / "trained" / "results.jsonl").exists, run)
     assert not os.path.exists(f"/proc/{training}") and not (cell.folder / "failed.json").exists()
     run.terminate()
     assert run.wait(60) == Interrupted.exit_code
     done = len(cell.results())
-    assert start(cell).wait(300) == 0
+    assert run_cell(cell).wait(300) == 0
     assert 0 < done < 4 and evaluated(cell) == evaluated(calm) and evaluated(cell).keys() == ALL
     assert without_time(log_of(cell.folder)) == without_time(log_of(calm.folder))
-    assert not list(cell.folder.rglob(".kept_features")) and snapshot(Grid.load(tmp_path / "a"))[cell.name].complete
+    assert not list(cell.folder.rglob(".kept_features")) and State(cell).complete
 
 
 @pytest.mark.slow
@@ -99,9 +85,9 @@ def test_a_killed_cell_goes_on(tmp_path):
 )
 def test_evaluations_in_one_process_are_those_of_the_scripts(tmp_path, arch, names):
     """To the digit; the linear probe of a ViT takes other tokens than the rest."""
-    flags = ["--train_flags", f"--arch {arch} --max_steps 2 --local_crops_number 0 --image_size 16 --patch_size 8"]
-    cell = one_cell(tmp_path / "grid", *FLAGS, "1", *flags)
-    assert start(cell).wait(300) == 0, (cell.folder / "cell.out").read_text()
+    train = f"--arch {arch} --max_steps 2 --local_crops_number 0 --image_size 16 --patch_size 8"
+    cell = one_cell(tmp_path / "grid", f"{FLAGS} --epochs 1 --train_flags '{train}'")
+    assert run_cell(cell).wait(300) == 0, (cell.folder / "cell.out").read_text()
     assert evaluated(cell).keys() == ALL
     for name in names:
         random, script = is_random(name), script_of(name)
@@ -118,35 +104,35 @@ def test_evaluations_in_one_process_are_those_of_the_scripts(tmp_path, arch, nam
 @pytest.mark.dist
 def test_a_cell_of_two_processes(tmp_path):
     """A signal lets both save, a kill of one ends the other; then it goes on to its end."""
-    cell = one_cell(tmp_path / "grid", *FLAGS, "6", *SMALL, "--ngpus", "2")
-    run = start(cell)
+    cell = one_cell(tmp_path / "grid", f"{SMALL} --ngpus 2")
+    run = run_cell(cell)
     wait_for((cell.folder / "checkpoint_previous.pth").exists, run)
     run.send_signal(signal.SIGUSR2)
     assert run.wait(60) == Interrupted.exit_code
     assert "cell.py: SIGUSR2: stopped after step" in (cell.folder / "cell.out").read_text().replace("_", "")
     epochs = len(log_of(cell.folder))
-    run = start(cell)
+    run = run_cell(cell)
     wait_for(lambda: len(log_of(cell.folder)) > epochs, run)
     os.kill(children_of(run.pid)[1], signal.SIGKILL)
     assert run.wait(60) == PeerError.exit_code and not children_of(run.pid)
-    assert start(cell).wait(300) == 0
+    assert run_cell(cell).wait(300) == 0
     assert evaluated(cell).keys() == ALL and "2 processes on 1 host" in (cell.folder / "cell.out").read_text()
 
 
 def test_what_fails_is_counted_with_its_own_code(tmp_path):
-    cell = one_cell(tmp_path / "grid", *FLAGS, "2", "--train_flags", "--lr 1e25 --max_skipped_steps 1 --clip_grad 0")
+    train = "--lr 1e25 --max_skipped_steps 1 --clip_grad 0"
+    cell = one_cell(tmp_path / "grid", f"{FLAGS} --epochs 2 --train_flags '{train}'")
     for times in (1, 2):
         with pytest.raises(cell_command.PartError) as error:
             cell_command.main([str(cell.folder), "--num_workers", "0"])
         assert error.value.exit_code == NonFiniteError.exit_code
         failure = json.loads((cell.folder / "failed.json").read_text())
         assert (failure["stage"], failure["code"], failure["times"]) == ("train", NonFiniteError.exit_code, times)
-    grid = Grid.load(tmp_path / "grid")
-    assert f"failed | train, exit code {NonFiniteError.exit_code}: " in status_lines(grid, snapshot(grid))[0]
+    assert f"failed | train, exit code {NonFiniteError.exit_code}: " in status_lines([State(cell)])[0]
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path, run):
-    cell = one_cell(tmp_path / "grid", *FLAGS, "2")
+    cell = one_cell(tmp_path / "grid", f"{FLAGS} --epochs 2")
     shutil.copy(run / "checkpoint.pth", cell.folder)
     cell.mark_trained()
     with pytest.raises(UserError, match="--method cplearn, not swav"):
@@ -155,11 +141,11 @@ def test_another_runs_checkpoint_is_refused(tmp_path, run):
 
 
 def test_a_folder_that_is_no_cell(tmp_path):
-    with pytest.raises(UserError, match="cell.json"):
-        cell_command.main([str(tmp_path)])
-    (tmp_path / "cell.json").write_text("{}")
-    with pytest.raises(UserError, match="cell.json"):
-        cell_command.main([str(tmp_path)])
+    for content in (None, "{}"):
+        if content:
+            (tmp_path / "cell.json").write_text(content)
+        with pytest.raises(UserError, match="cell.json"):
+            cell_command.main([str(tmp_path)])
 
 
 def test_a_childs_end_comes_from_its_file(tmp_path):
@@ -177,31 +163,26 @@ def test_a_childs_end_comes_from_its_file(tmp_path):
 @pytest.mark.slow
 def test_a_grid_of_an_earlier_version_goes_on(tmp_path):
     """It has no cell.json, and its recipes lie elsewhere. One cell was finished there, one killed in its training."""
-    folder, flags = tmp_path / "grid", [*FLAGS, "2", *SMALL, "--seeds", "0", "1"]
-    args, _ = reproduce_table3.parse_args(["--output_dir", str(folder), *flags])
+    folder, flags = tmp_path / "grid", SMALL.replace("--epochs 6", "--epochs 2 --seeds 0 1")
     folder.mkdir()
-    finished, killed = reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args)).save().cells
+    finished, killed = grid_of(folder, flags).save().cells
     content = json.loads((folder / "grid.json").read_text().replace(f"@{ROOT}", "@/elsewhere"))
     for name in ("tune", "tune_out_dim", "tune_epochs"):  # older still
         assert content["settings"].pop(name) is None
     assert [list(x) for x in content["cells"]] == [["row", "seed", "name", "train", "evaluate"]] * 2
     (folder / "grid.json").write_text(json.dumps(content, indent=1))
 
-    for place, random in (("trained", False), ("random_init", True)):
-        (finished.folder / place).mkdir(parents=True)
-        lines = [result(f"eval_{x}", {"knn20_top1": 0.5}, random=random)
-                 for x in ("knn", "linear", "cluster", "collapse")]  # fmt: skip
-        (finished.folder / place / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    metrics = {f"eval_{x}": {"knn20_top1": 0.5} for x in ("knn", "linear", "cluster", "collapse")}
+    finish(finished, metrics, metrics)
     (finished.folder / "trained.json").write_text('{"commit": "a4194c1b0a62"}\n')
     argv = [*killed.train, "--output_dir", str(killed.folder), "--num_workers", "0", "--max_steps", "30"]
     assert run_script("main_cplearn.py", *argv).returncode == 0
     before = {path: path.read_bytes() for path in finished.folder.rglob("*.json*")}
 
-    done = run_script("reproduce_table3.py", "--output_dir", str(folder), *flags)
+    done = run_script("reproduce_table3.py", "--output_dir", str(folder), "--scale", "small", *shlex.split(flags))
     assert done.returncode == 0 and "1 of 2 cells are finished" in done.stdout, done.stdout + done.stderr
     assert all(path.read_bytes() == content for path, content in before.items())
     assert "after epoch 1 and 8 of 22 steps" in (killed.folder / "cell.out").read_text()
-    assert {name for name, random in evaluated(killed)} == {name for name, _ in ALL} and not (
-        finished.folder / "cell.json"
-    ).exists()
+    assert {name for name, _ in evaluated(killed)} == {name for name, _ in ALL}
+    assert not (finished.folder / "cell.json").exists()
     assert "2 cells: 2 done" in run_script("reproduce_table3.py", "--output_dir", str(folder), "--status").stdout

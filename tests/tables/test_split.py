@@ -25,6 +25,10 @@ def cell_args(folder, *more):
     return main_cplearn.parse_args(["--data_path", str(folder), *more])
 
 
+def split(folder, place, *more) -> dict[str, int]:
+    return write_split(open_training_images(cell_args(folder, *more)), place)
+
+
 def test_a_fifth_of_every_class_by_a_fixed_seed():
     labels = np.array([0] * 50 + [1] * 12 + [2] * 3 + [3] * 2)[np.random.default_rng(0).permutation(67)]
     chosen = held_out(labels)
@@ -35,8 +39,7 @@ def test_a_fifth_of_every_class_by_a_fixed_seed():
 
 
 def test_both_lists_together_are_the_training_images(folder, tmp_path):
-    counts = write_split(open_training_images(cell_args(folder)), tmp_path / "lists")
-    assert counts == {"train": 15, "val": 4}
+    split(folder, tmp_path / "lists")
     # Read the way a trial reads them.
     parts = {x: sources.build_dataset("folder", str(tmp_path / "lists"), x) for x in ("train", "val")}
     names = {x: {(Path("/") / str(name)).resolve() for name in part.names} for x, part in parts.items()}
@@ -51,37 +54,35 @@ def test_both_lists_together_are_the_training_images(folder, tmp_path):
 
 
 def test_a_list_of_images_can_be_split_too(folder, tmp_path):
-    lines = [f"{path}\t{path.parent.name}" for path in sorted((folder / "train").rglob("*.jpg"))]
+    lines = [f"{path}\t{path.parent.name}\n" for path in sorted((folder / "train").rglob("*.jpg"))]
     (tmp_path / "listed").mkdir()
     for name in ("train", "val"):
-        (tmp_path / "listed" / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    write_split(open_training_images(cell_args(folder)), tmp_path / "a")
-    write_split(open_training_images(cell_args(tmp_path / "listed")), tmp_path / "b")
+        (tmp_path / "listed" / f"{name}.txt").write_text("".join(lines))
+    assert split(folder, tmp_path / "a") == split(tmp_path / "listed", tmp_path / "b") == {"train": 15, "val": 4}
     assert (tmp_path / "a" / "val.txt").read_text() == (tmp_path / "b" / "val.txt").read_text()
 
 
 def test_a_class_list_chooses_first(folder, tmp_path):
     (tmp_path / "classes.txt").write_text("dog\ncat\n")
-    args = cell_args(folder, "--class_list", str(tmp_path / "classes.txt"))
-    assert write_split(open_training_images(args), tmp_path / "lists") == {"train": 14, "val": 3}
-    read = sources.build_dataset("folder", str(tmp_path / "lists"), "val", args.class_list)
-    assert read.classes == ["dog", "cat"]
+    classes = str(tmp_path / "classes.txt")
+    assert split(folder, tmp_path / "lists", "--class_list", classes) == {"train": 14, "val": 3}
+    assert sources.build_dataset("folder", str(tmp_path / "lists"), "val", classes).classes == ["dog", "cat"]
 
 
 def test_other_images_are_not_mixed_in(folder, tmp_path):
-    write_split(open_training_images(cell_args(folder)), tmp_path / "lists")
-    write_split(open_training_images(cell_args(folder)), tmp_path / "lists")  # the same again
+    split(folder, tmp_path / "lists")
+    split(folder, tmp_path / "lists")  # the same again
     before = (tmp_path / "lists" / "train.txt").read_text()
     write_images(folder / "train" / "emu", 5, (8, 8))
     with pytest.raises(UserError, match="train.txt does not list the images of .*as they are now"):
-        write_split(open_training_images(cell_args(folder)), tmp_path / "lists")
+        split(folder, tmp_path / "lists")
     assert (tmp_path / "lists" / "train.txt").read_text() == before
 
 
 def test_names_in_other_encodings(folder, tmp_path):
     bad = bytes(folder / "train" / "cat") + b"/\xff\t.jpg"
     Path(str(folder / "train" / "cat" / "000.jpg")).rename(Path(bad.decode("utf-8", "surrogateescape")))
-    write_split(open_training_images(cell_args(folder)), tmp_path / "lists")
+    split(folder, tmp_path / "lists")
     parts = [sources.build_dataset("folder", str(tmp_path / "lists"), x) for x in ("train", "val")]
     assert sum("\udcff\t" in str(name) for part in parts for name in part.names) == 1
     (folder / "train" / "cat" / "001.jpg").rename(folder / "train" / "cat" / "a\nb.jpg")

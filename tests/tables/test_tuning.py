@@ -6,17 +6,18 @@ import shutil
 
 import numpy as np
 import pytest
+from grids import finish, grid_of
 from helpers import write_images
 from scipy.stats import qmc
 
 import main_cplearn
 import reproduce_table3
 from cplearn.errors import UserError
-from cplearn.slurm.submit import Resources
-from cplearn.tables import run, trial_rule, tuning
+from cplearn.tables import trial_rule, tuning
 from cplearn.tables.grid import Grid
 from cplearn.tables.rows import rows
-from cplearn.tables.status import snapshot
+from cplearn.tables.run import Share
+from cplearn.tables.status import State, snapshot
 
 SIZES = (16, 1024, 131072)
 
@@ -24,7 +25,7 @@ SIZES = (16, 1024, 131072)
 def drawn(method: str, trial: int, out_dim: int = 1024) -> dict:
     """Return the parsed flags of a trial at small scale."""
     (row,) = rows(3, "small", [method], [out_dim], "cifar10")
-    return vars(main_cplearn.parse_args([*row.flags, *trial_rule.tuned({method: trial})(row), "--data_path", "."]))
+    return vars(main_cplearn.parse_args([*trial_rule.tuned(row, trial).flags, "--data_path", "."]))
 
 
 # --- the rule ---------------------------------------------------------------------------------------------
@@ -80,46 +81,47 @@ def folder(tmp_path):
     return tmp_path
 
 
-def prepare(folder, tune=3, *more):
-    """Return the flags as parsed, the table's cells as they stand, and the training images."""
-    flags = ["--output_dir", str(folder / "grid"), "--data_path", str(folder / "data")]
-    flags += f"--scale small --methods cplearn dino --out_dims 16 64 --epochs 1 --ngpus 1 --tune {tune}".split()
-    args, rest = reproduce_table3.parse_args([*flags, *more])
-    settings = reproduce_table3.choose_settings(args)
+def grid_in(folder, more: str = "--tune 3") -> Grid:
+    """Return the table's cells as they stand, for --tune 3."""
     (folder / "grid").mkdir(exist_ok=True)
-    grid = reproduce_table3.build_grid(args, settings)
-    return args, grid, reproduce_table3.tuning_images(grid), rest
+    flags = f"--data_path {folder / 'data'} --methods cplearn dino --out_dims 16 64 --epochs 1 {more}"
+    return grid_of(folder / "grid", flags)
 
 
-def finish(cell, knn, *, random=0.3) -> None:
-    """Put the results of a trial where its stages would."""
-    for place, value in (("trained", knn), ("random_init", random)):
-        (cell.folder / place).mkdir(parents=True, exist_ok=True)
-        line = {"script": "eval_knn", "metrics": {"knn20_top1": value}, "weights_sha256": "a"}
-        (cell.folder / place / "results.jsonl").write_text(json.dumps(line) + "\n")
-    (cell.folder / "log.txt").write_text('{"seconds": 60.0, "verdict": "learning"}\n')
-    (cell.folder / "trained.json").write_text("{}")
+def find_best(grid: Grid, submit=None) -> dict[str, int] | None:
+    return tuning.find_best(grid, reproduce_table3.tuning_images(grid), Share(1, 1), submit)
 
 
-def fail(cell, code, times=1, line="out of memory") -> None:
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    content = {"stage": "train", "code": code, "line": line, "times": times}
-    (cell.folder / "failed.json").write_text(json.dumps(content))
+def tuned_grid(grid: Grid, best: dict[str, int]) -> Grid:
+    lines = grid.settings.rows(grid.methods, [16, 64])
+    return Grid.build(grid.folder, grid.settings, [trial_rule.tuned(row, best[row.method]) for row in lines])
+
+
+def finish_trial(cell, knn) -> None:
+    knn20 = {"eval_knn": {"knn20_top1": knn}}
+    finish(cell, knn20, {"eval_knn": {"knn20_top1": 0.3}}, seconds=60.0, verdict="learning")
 
 
 def finish_all(grid, numbers) -> Grid:
     """Finish the trials with these numbers by method."""
     trials = tuning.trial_grid(grid)
     for cell in trials.cells:
-        finish(cell, numbers[cell.row.method][tuning.trial_of(cell)])
+        finish_trial(cell, numbers[cell.row.method][tuning.trial_of(cell)])
     return trials
+
+
+def fail(cell, code, times=1, line="out of memory") -> None:
+    shutil.rmtree(cell.folder, ignore_errors=True)
+    cell.folder.mkdir()
+    content = {"stage": "train", "code": code, "line": line, "times": times}
+    (cell.folder / "failed.json").write_text(json.dumps(content))
 
 
 NUMBERS = {"cplearn": [0.40, 0.42, 0.42], "dino": [0.41, 0.40, 0.30]}
 
 
 def test_trials_are_alike_but_for_what_is_drawn(folder):
-    _, grid, _, _ = prepare(folder)
+    grid = grid_in(folder)
     trials = tuning.trial_grid(grid)
     assert [x.name for x in trials.cells] == ["cplearn_t0", "dino_t0", "cplearn_t1", "dino_t1", "cplearn_t2", "dino_t2"]
     parsed = [main_cplearn.parse_args(x.train) for x in trials.cells]
@@ -127,7 +129,7 @@ def test_trials_are_alike_but_for_what_is_drawn(folder):
         (1024, 1, 0, str(folder / "grid" / "tuning" / "data"))
     }
     assert [list(x.evaluate) for x in trials.cells] == [["knn", "random knn"]] + [["knn"]] * 5
-    _, more, _, _ = prepare(folder, 5, "--tune_epochs", "4")
+    more = grid_in(folder, "--tune 5 --tune_epochs 4")
     larger = tuning.trial_grid(more)
     assert len(larger.cells) == 10 and {main_cplearn.parse_args(x.train).epochs for x in larger.cells} == {4}
     assert {main_cplearn.parse_args(x.train).epochs for x in more.cells} == {1}
@@ -135,9 +137,9 @@ def test_trials_are_alike_but_for_what_is_drawn(folder):
 
 
 def test_the_best_trial_trains_the_cells(folder, capsys):
-    args, grid, images, _ = prepare(folder)
+    grid = grid_in(folder)
     finish_all(grid, NUMBERS)
-    best = tuning.find_best(grid, images, 1, None)
+    best = find_best(grid)
     assert best == {"cplearn": 1, "dino": 0}  # of equal ones the first
     kept = json.loads((folder / "grid" / "tuning.json").read_text())
     assert kept["budget"] == {
@@ -148,7 +150,7 @@ def test_the_best_trial_trains_the_cells(folder, capsys):
     page = (folder / "grid" / "tuning.md").read_text()
     assert "3 trials of every method at c = 1024, 1 epochs" in page and "untrained network's: **30.0**" in page
     assert "--lr 0.004 --beta 0.136 --n_ref 1" in page
-    tuned = reproduce_table3.build_grid(args, grid.settings, best)
+    tuned = tuned_grid(grid, best)
     for cell in tuned.cells:
         trained = main_cplearn.parse_args(cell.train)
         assert trained.out_dim == cell.row.out_dim and trained.data_path == str(folder / "data")
@@ -164,97 +166,82 @@ def test_the_best_trial_trains_the_cells(folder, capsys):
 
 
 def test_failed_trials_count_as_the_worst_or_are_tried_again(folder):
-    args, grid, images, _ = prepare(folder)
+    grid = grid_in(folder)
     trials = finish_all(grid, NUMBERS)
     by_name = {x.name: x for x in trials.cells}
-    for name in ("cplearn_t1", "cplearn_t2", "dino_t0"):
-        shutil.rmtree(by_name[name].folder)
     fail(by_name["cplearn_t1"], 3, line="the loss is not finite")  # happens again: once is enough
     fail(by_name["dino_t0"], 4, times=2)  # a full disk, twice
-    finish(by_name["cplearn_t2"], None)  # features that are not finite: no number
-    assert tuning.find_best(grid, images, 1, None) == {"cplearn": 0, "dino": 1}
+    finish_trial(by_name["cplearn_t2"], None)  # features that are not finite: no number
+    assert find_best(grid) == {"cplearn": 0, "dino": 1}
     page = (folder / "grid" / "tuning.md").read_text()
     assert "the loss is not finite" in page and "out of memory (2 times)" in page
 
     fail(by_name["dino_t0"], 4)  # once: again
-    states = snapshot(trials)
-    left = [x.cell.name for x in tuning.outcomes(trials, states) if not x.over]
-    assert left == ["dino_t0"]
+    assert [x.cell.name for x in tuning.unfinished(snapshot(trials))] == ["dino_t0"]
     for trial in range(3):
-        shutil.rmtree(by_name[f"dino_t{trial}"].folder)
         fail(by_name[f"dino_t{trial}"], 3)
     with pytest.raises(UserError, match="all trials of dino failed, the first with: out of memory"):
-        tuning.find_best(grid, images, 1, None)
+        find_best(grid)
 
 
 def test_another_winner_is_not_mixed_in(folder):
-    args, grid, images, _ = prepare(folder)
+    grid = grid_in(folder)
     finish_all(grid, NUMBERS)
-    best = tuning.find_best(grid, images, 1, None)
-    reproduce_table3.build_grid(args, grid.settings, best).save()
+    old = tuned_grid(grid, find_best(grid)).save()
 
-    args, grid, images, _ = prepare(folder, 4)  # one more trial, which is DINO's best now
+    grid = grid_in(folder, "--tune 4")  # one more trial, which is DINO's best now
     finish_all(grid, {"cplearn": [*NUMBERS["cplearn"], 0.1], "dino": [*NUMBERS["dino"], 0.5]})
-    assert tuning.find_best(grid, images, 1, None) == {"cplearn": 1, "dino": 3}
     best = {"cplearn": 1, "dino": 3}
-    tuned = reproduce_table3.build_grid(args, grid.settings, best)
-    names = tuning.outdated(tuned, best)
-    assert names == {"dino_c16_s0", "dino_c64_s0"}  # none of them was begun
-    begun = tuned.folder / "dino_c64_s0"
+    assert find_best(grid) == best  # no cell was begun
+    begun = grid.folder / "dino_c64_s0"
     begun.mkdir()
     with pytest.raises(UserError, match="with --tune 4, trial 3 of dino is the best, and dino_c64_s0 was trained with"):
-        tuning.outdated(tuned, best)
+        find_best(grid)
+    with pytest.raises(UserError, match="other flags for dino_c64_s0"):
+        tuned_grid(grid, best).save()
     begun.rmdir()
-    with pytest.raises(UserError, match="other flags for dino_c16_s0"):
-        tuned.save()
-    whole = tuned.save(names)
-    assert {x.name for x in whole.cells} == {x.name for x in tuned.cells} and whole.settings.tune == 4
-    assert tuning.outdated(whole, best) == set()
+    whole = tuned_grid(grid, best).save()
+    assert whole.cells == tuned_grid(grid, best).cells == Grid.load(grid.folder).cells and whole.settings.tune == 4
+    changed = [x.name for x, before in zip(whole.cells, old.cells, strict=True) if x != before]
+    assert changed == ["dino_c16_s0", "dino_c64_s0"]
+    begun.mkdir()
+    assert find_best(grid) == best
 
-    args, grid, images, _ = prepare(folder, 3)  # fewer again: the others are in the folder and do not count
-    assert tuning.find_best(grid, images, 1, None) == {"cplearn": 1, "dino": 0}
+    grid = grid_in(folder, "--tune 3")  # fewer again: the others are in the folder and do not count
+    begun.rmdir()
+    assert find_best(grid) == {"cplearn": 1, "dino": 0}
     assert "2 further trials, of a larger --tune" in (folder / "grid" / "tuning.md").read_text()
 
 
 def test_methods_that_are_added_get_the_budget_of_all(folder):
-    args, grid, images, _ = prepare(folder)
+    grid = grid_in(folder)
     finish_all(grid, NUMBERS)
-    best = tuning.find_best(grid, images, 1, None)
-    reproduce_table3.build_grid(args, grid.settings, best).save()
-    _, more, _, _ = prepare(folder, 3, "--methods", "swav")
+    tuned_grid(grid, find_best(grid)).save()
+    more = grid_in(folder, "--tune 3 --methods swav")
     assert tuning.trial_grid(more).methods == ["swav", "cplearn", "dino"]
     with pytest.raises(UserError, match="--tune 3, now None"):
-        args, _ = reproduce_table3.parse_args(
-            [*f"--output_dir {folder / 'grid'} --data_path {folder / 'data'}".split(), "--epochs", "1", "--ngpus", "1",
-             "--scale", "small", "--methods", "swav", "--out_dims", "16"])  # fmt: skip
-        reproduce_table3.build_grid(args, reproduce_table3.choose_settings(args)).save()
+        grid_in(folder, "--methods swav").save()
 
 
-def test_on_slurm_the_cells_follow_with_the_second_command(folder, monkeypatch, capsys):
-    requests = []
-    monkeypatch.setattr(run, "submit", lambda request: requests.append(request) or str(100 + len(requests)))
-    args, grid, images, rest = prepare(folder, 2, "--launcher", "slurm", "--jobs", "2", "--cpu")
-    resources = Resources.from_args(reproduce_table3.parse_launcher_flags(rest))
+def test_on_slurm_the_cells_follow_with_the_second_command(folder, capsys):
+    grid, submitted = grid_in(folder, "--tune 2"), []
 
-    def submit(some, states) -> None:
-        run.run_on_slurm(some, states, args.jobs, resources, None)
+    def submit(states) -> None:
+        submitted.append([x.cell.name for x in states])
 
-    assert tuning.find_best(grid, images, args.jobs, submit) is None
-    assert [x.name for x in requests] == ["cplearn_t0", "dino_t0", "cplearn_t1", "dino_t1"]
+    assert find_best(grid, submit) is None
+    assert submitted.pop() == ["cplearn_t0", "dino_t0", "cplearn_t1", "dino_t1"]
     assert "the same command again" in capsys.readouterr().out
     trials = finish_all(grid, NUMBERS)
     shutil.rmtree(trials.cells[1].folder)  # dino_t0 has nothing yet
-    count = len(requests)
-    assert tuning.find_best(grid, images, args.jobs, submit) is None
-    assert [x.name for x in requests[count:]] == ["dino_t0"]
-    finish(trials.cells[1], 0.5)
-    assert tuning.find_best(grid, images, args.jobs, submit) == {"cplearn": 1, "dino": 0}
+    assert find_best(grid, submit) is None and submitted.pop() == ["dino_t0"]
+    finish_trial(trials.cells[1], 0.5)
+    assert find_best(grid, submit) == {"cplearn": 1, "dino": 0} and not submitted
 
 
 def test_a_trial_whose_job_ended_without_a_word(folder):
     """Twice out of requeues, say: its cell could not leave failed.json."""
-    _, grid, _, _ = prepare(folder, 2)
-    cell = tuning.trial_grid(grid).cells[0]
+    cell = tuning.trial_grid(grid_in(folder, "--tune 2")).cells[0]
     place = cell.folder / "slurm"
     place.mkdir(parents=True)
 
@@ -264,7 +251,7 @@ def test_a_trial_whose_job_ended_without_a_word(folder):
         end = {"code": ended, "line": "broken", "rank": 0, "host": "n1", "restarts": 0, "time": 0.0}
         (place / f"{jobs[-1]}_0_end.json").write_text(json.dumps(end))
         (cell.folder / "failed.json").write_text(json.dumps(failure))
-        return tuning.failed_for_good(snapshot(Grid(grid.folder, grid.settings, [cell]))[cell.name])
+        return tuning.failed_for_good(State(cell))
 
     assert failed("7", 75) == ""
     assert failed("78", 75) == "INTERRUPTED (2 times)"
@@ -273,13 +260,7 @@ def test_a_trial_whose_job_ended_without_a_word(folder):
     assert failed("6", 0) == ""
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--methods self_classifier", "no rule for --methods self_classifier"),
-        ("--table 9 --methods cplearn --out_dims 16", "no rule for --table 9"),
-    ],
-)
-def test_what_has_no_rule(folder, flags, words):
-    with pytest.raises(UserError, match=words):
-        prepare(folder, 2, *flags.split())
+@pytest.mark.parametrize("flags", ["--methods self_classifier", "--table 9 --methods cplearn --out_dims 16"])
+def test_what_has_no_rule(folder, flags):
+    with pytest.raises(UserError, match=f"no rule for {' '.join(flags.split()[:2])}"):
+        tuning.trial_grid(grid_in(folder, f"--tune 2 {flags}"))
