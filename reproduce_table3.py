@@ -243,8 +243,8 @@ def show_plan(args: argparse.Namespace, grid: Grid, rest: list[str]) -> None:
     if args.tune:
         trials = tuning.trial_grid(grid)
         print(f"Timing a few steps of every method's trial 0 here ({device_name()}) ...")
-        sized = Grid.build(grid.folder, grid.settings, grid.settings.rows(trials.methods, [args.tune_out_dim]))
-        timings = tuning.timings(trials, time_lines(args, sized))
+        first = Grid(grid.folder, grid.settings, trials.cells[: len(trials.methods)])  # the split is not there yet
+        timings = tuning.timings(trials, time_lines(args, first))
         print(f"\n{len(trials.cells)} trials, {args.tune} of each of {len(trials.methods)} methods, come first:")
         print_plan(trials, timings, *how)
         print("\nThen the table's cells, with the settings of the best trials (here: as they stand):")

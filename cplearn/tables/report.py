@@ -181,8 +181,8 @@ def _as_csv(lines: Sequence[Line]) -> tuple[list[str], list[list]]:
 def setting(states: Sequence[State]) -> str:
     """Return what these cells were trained on, and with what."""
     values: dict[str, list] = {}
-    for cell in (x.cell for x in states):
-        run, last = read_json(cell.folder / "args.json"), cell.results()[-1]
+    for state in states:
+        cell, last, run = state.cell, state.results[-1], read_json(state.cell.folder / "args.json")
         if not {"args", "derived"} <= run.keys():
             values.setdefault("without args.json", []).append(cell.name)
             continue

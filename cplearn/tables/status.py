@@ -32,8 +32,8 @@ class State:
         self.differs = cell.differs()  # where the checkpoint is not of this cell: then nothing in its folder counts
         self.missing = ["train", *cell.evaluate] if self.differs else cell.missing()  # in the order in which it runs
         self.complete = not self.missing
-        self.measures = read_measures(cell.results()) if self.complete else {}
-        self.untrained = read_measures(cell.results(random=True)) if self.complete else {}  # network's measures
+        self.results, untrained = (cell.results(random=x) if self.complete else [] for x in (False, True))
+        self.measures, self.untrained = read_measures(self.results), read_measures(untrained)  # of both networks
         self.log = read_json_lines(cell.folder / "log.txt")
         self.verdict = str(self.log[-1].get("verdict", "")) if self.log else ""  # the monitor's, after the last epoch
         self.failure = read_json(cell.folder / "failed.json")

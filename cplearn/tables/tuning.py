@@ -53,16 +53,15 @@ def trial_of(cell: Cell) -> int:
     return int(cell.row.x)
 
 
-def timings(trials: Grid, by_line: dict[str, dict]) -> dict[str, dict]:
-    """Return what plan.time_steps returns for trials, from the timed steps of their methods as they stand.
+def timings(trials: Grid, of_first: dict[str, dict]) -> dict[str, dict]:
+    """Return what plan.time_steps returns for trials, from the timed steps of every method's trial 0 on all images.
 
     They train on a part of the images.
     """
-    of_method = {
-        key.rpartition("_c")[0]: timing | {"train_images": (n := timing.get("train_images", 0)) - n // HELD_OUT}
-        for key, timing in by_line.items()
+    on_part = {
+        key: x | {"train_images": (n := x.get("train_images", 0)) - n // HELD_OUT} for key, x in of_first.items()
     }
-    return {cell.row.key: of_method[cell.row.method] for cell in trials.cells}
+    return {cell.row.key: on_part[f"{cell.row.method}_t0"] for cell in trials.cells}
 
 
 def failed_for_good(state: State) -> str:

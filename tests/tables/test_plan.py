@@ -14,21 +14,31 @@ from cplearn.tables.plan import epochs_within
 PLAN = "--scale small --dataset digits --methods cplearn --out_dims 16 --epochs 7000 --dry_run --probe_steps 4"
 
 
-def test_the_plan_adds_up(tmp_path, capsys):
-    reproduce_table3.main(["--output_dir", str(tmp_path), *f"{PLAN} --price 2 --seeds 0 1".split()])
+@pytest.mark.parametrize(
+    ("flags", "cells", "sharing"),
+    [("--price 2 --seeds 0 1", 2, 1), pytest.param("--price 2 --cells_per_gpu 2", 1, 2, marks=pytest.mark.slow)],
+)
+def test_the_plan_adds_up(tmp_path, capsys, monkeypatch, flags, cells, sharing):
+    """Cells that share a GPU are timed beside others that really train; each has half of a GPU-hour then."""
+    if sharing > 1:
+        monkeypatch.setattr(reproduce_table3, "gpus", lambda: ["0"])  # the processes themselves take the CPU
+    before = children_of(os.getpid())
+    reproduce_table3.main(["--output_dir", str(tmp_path), *f"{PLAN} {flags}".split()])
     printed = capsys.readouterr().out
-    (probe,) = json.loads((tmp_path / "probe.json").read_text()).values()
-    assert probe["train_images"] == 1433 and probe["step_seconds"] > 0
+    ((name, probe),) = json.loads((tmp_path / "probe.json").read_text()).items()
+    assert ("shared by 2" in name) == (sharing == 2) and probe["train_images"] == 1433
     step = probe["step_seconds"]
     # Features are extracted once, as nothing is augmented, of the trained and the untrained network. Forward only, of
     # one view of the two.
-    hours = 2 * (7000 * (1433 // 64) * step + 2 * 1433 * step / 64 / 3 / 2) / 3600
-    found = re.search(r" ([\d,]+) CPU-hours.* ([\d,]+) euros at 2 for such", printed)
-    assert found and float(found[1].replace(",", "")) == round(hours) > 2, printed
-    assert float(found[2].replace(",", "")) == round(2 * hours)
-    assert printed.count("main_cplearn.py @") == 2 and "2 cells, 1 process each, a batch of 64: " in printed
+    hours = cells * (7000 * (1433 // 64) * step + 2 * 1433 * step / 64 / 3 / 2) / 3600 / sharing
+    shown = re.search(r" ([\d,]+) CPU-hours, [\d.,]+ days with (\d) side .* ([\d,]+) euros at 2 for such", printed)
+    assert shown and [int(x.replace(",", "")) for x in shown.groups()] == [round(hours), sharing, round(2 * hours)]
+    assert round(hours) > 1, printed
+    assert printed.count("main_cplearn.py @") == cells and "1 process each, a batch of 64: " in printed
     assert "eval_linear.py --pretrained_weights" in printed
+    assert bool(re.search(r"2 cells share a GPU, .* up to about [\d.]+ GB of it", printed)) == (sharing == 2)
     assert not (tmp_path / "grid.json").exists() and not list(tmp_path.glob("cplearn*"))
+    assert set(children_of(os.getpid())) <= set(before)
 
 
 def test_minutes_per_cell_give_the_slowest_line_its_time(tmp_path):
@@ -41,20 +51,3 @@ def test_minutes_per_cell_give_the_slowest_line_its_time(tmp_path):
     times["swav_c16"]["train_images"] = 40
     with pytest.raises(UserError, match="40 images are fewer than a batch of 64"):
         epochs_within(settings, times)
-
-
-@pytest.mark.slow
-def test_the_plan_of_cells_that_share_a_gpu(tmp_path, capsys, monkeypatch):
-    """Timed beside others that really train; each cell's share of a GPU-hour is half of what it takes."""
-    monkeypatch.setattr(reproduce_table3, "gpus", lambda: ["0"])  # the processes themselves take the CPU
-    before = children_of(os.getpid())
-    reproduce_table3.main(["--output_dir", str(tmp_path), *f"{PLAN} --cells_per_gpu 2".split()])
-    printed = capsys.readouterr().out
-    ((name, probe),) = json.loads((tmp_path / "probe.json").read_text()).items()
-    assert "shared by 2" in name
-    step = probe["step_seconds"]
-    hours = (7000 * (1433 // 64) * step + 2 * 1433 * step / 64 / 3 / 2) / 3600 / 2
-    found = re.search(r" ([\d,]+) CPU-hours, ([\d.]+) days with 2 side by side", printed)
-    assert found and float(found[1].replace(",", "")) == round(hours), printed
-    assert re.search(r"2 cells share a GPU, .* together they take up to about [\d.]+ GB of it", printed)
-    assert set(children_of(os.getpid())) <= set(before)

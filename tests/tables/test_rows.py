@@ -10,15 +10,32 @@ from cplearn.errors import UserError
 from cplearn.tables.rows import OF_SIZES, beta_of, paper_lines, rows
 
 
-def test_lines_of_table_3():
-    lines = rows(3, "paper", [], [], "cifar10")
-    assert len(lines) == 30 and len({x.key for x in lines}) == 30
-    assert {x.out_dim for x in lines} == {128, 1024, 2048, 32768, 65536, 131072}
-    by_key = {x.key: x for x in lines}
-    assert by_key["cplearn_c131072"].paper == {"nmi": 70.9, "linear": 78.0}
-    assert by_key["dino_c1024"].paper == {"nmi": 53.4, "linear": 73.6}
-    assert by_key["gedi_c128"].paper == {"nmi": 24.5, "linear": 71.8}
-    assert by_key["barlow_twins_c65536"].paper == {"nmi": "oom", "linear": "oom"}
+def line(table, key, data="cifar10"):
+    """Return the paper's values of a line, and its flags as parsed."""
+    (row,) = [x for x in rows(table, "paper", [], [], data) if x.key == key]
+    return row.paper, main_cplearn.parse_args([*row.flags, "--data_path", "."])
+
+
+@pytest.mark.parametrize(
+    ("table", "data", "key", "paper", "flags"),
+    [
+        (3, "cifar10", "cplearn_c131072", {"nmi": 70.9, "linear": 78.0}, {}),
+        (3, "cifar10", "dino_c1024", {"nmi": 53.4, "linear": 73.6}, {}),
+        (3, "cifar10", "gedi_c128", {"nmi": 24.5, "linear": 71.8}, {}),
+        (3, "cifar10", "barlow_twins_c65536", {"nmi": "oom", "linear": "oom"}, {}),
+        ("falcon", "cifar10", "cplearn_c50000", {"linear": 73.9}, {"epochs": 100, "arch": "vit_small"}),
+        ("falcon", "cifar10", "dino_c50000", {"linear": 67.5}, {"epochs": 100, "arch": "vit_small"}),
+        (1, "cifar10", "cplearn_c16384", {"nmi": 35.0, "linear": 67.0}, {"beta": 0.05}),  # Table 7
+        (1, "svhn", "self_classifier_c10", {"nmi": 7.0, "linear": 58.0}, {"epochs": 20}),
+        (1, "cifar100", "cplearn_c256", {"nmi": 33.0, "linear": 18.0}, {"arch": "resnet8_w256"}),  # c = f
+        (2, "cifar10", "cplearn_c512", {"nmi": 47.4, "linear": 91.6}, {"beta": 1}),
+        (4, "cifar10", "l2_c16384", {"nmi": 35.0, "linear": 68.0}, {"activation": "l2"}),
+        (9, "cifar10", "beta1.25_c512", {"linear": 10.0, "collapse": "yes"}, {"beta": 1.25}),
+    ],
+)
+def test_values_of_lines(table, data, key, paper, flags):
+    values, parsed = line(table, key, data)
+    assert values == paper and flags.items() <= vars(parsed).items()
 
 
 @pytest.mark.parametrize("scale", ("paper", "small"))
@@ -36,14 +53,12 @@ def test_every_line_can_be_trained(table, data, scale):
         assert (args.method, args.out_dim) == (line.method, line.out_dim)
 
 
-def test_lines_of_the_earlier_version():
-    lines = {x.key: x for x in rows("falcon", "paper", [], [], "cifar10")}
-    assert len(lines) == 20 and {x.method for x in lines.values()} == {"dino", "cplearn"}
-    assert lines["cplearn_c50000"].paper == {"linear": 73.9} and lines["dino_c50000"].paper == {"linear": 67.5}
-    for line in lines.values():
-        trained = main_cplearn.parse_args([*line.flags, "--data_path", "."])
-        assert (trained.epochs, trained.arch) == (100, "vit_small")
-        assert trained.class_list.endswith("imagenet100.txt")
+def test_sizes_and_methods():
+    lines = rows(3, "paper", [], [], "cifar10")
+    assert len(lines) == 30 and {x.out_dim for x in lines} == {128, 1024, 2048, 32768, 65536, 131072}
+    earlier = rows("falcon", "paper", [], [], "cifar10")
+    assert len(earlier) == 20 and {x.method for x in earlier} == {"dino", "cplearn"}
+    assert line("falcon", "dino_c50000")[1].class_list.endswith("imagenet100.txt")
     assert [x.key for x in rows("falcon", "paper", ["dino"], [77], "cifar10")] == ["dino_c77"]
     with pytest.raises(UserError, match="--methods swav"):
         rows("falcon", "paper", ["swav"], [], "cifar10")
@@ -72,23 +87,6 @@ def test_how_the_two_versions_disagree():
     assert [swav > ours for swav, ours in linear] == [True] * 5 + [False]
     best = {(x["method"], x["linear_top1_percent"]) for x in paper_lines(3) if x["linear_top1_percent"] >= "78.0"}
     assert {x for x in best if x[1] != "oom"} == {("SwAV", "78.0"), ("CPLearn", "78.0")}
-
-
-def test_values_of_the_small_tables():
-    def line(table, key, data="cifar10"):
-        (row,) = [x for x in rows(table, "paper", [], [], data) if x.key == key]
-        return row.paper, main_cplearn.parse_args([*row.flags, "--data_path", "."])
-
-    assert line(1, "cplearn_c16384")[0] == {"nmi": 35.0, "linear": 67.0}
-    assert line(1, "self_classifier_c10", "svhn")[0] == {"nmi": 7.0, "linear": 58.0}
-    assert line(1, "cplearn_c256", "cifar100")[0] == {"nmi": 33.0, "linear": 18.0}  # c = f
-    assert line(2, "cplearn_c512")[0] == {"nmi": 47.4, "linear": 91.6}
-    assert line(4, "l2_c16384")[0] == {"nmi": 35.0, "linear": 68.0}
-    assert line(9, "beta1.25_c512")[0] == {"linear": 10.0, "collapse": "yes"}
-    assert line(1, "cplearn_c128", "svhn")[1].epochs == 20
-    assert line(1, "cplearn_c16384")[1].beta == 0.05  # Table 7
-    assert line(4, "tanh_c10")[1].activation == "tanh"
-    assert line(9, "beta0.1_c512")[1].beta == 0.1
 
 
 def test_beta_of_table_7():

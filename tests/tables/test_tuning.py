@@ -19,8 +19,6 @@ from cplearn.tables.rows import rows
 from cplearn.tables.run import Share
 from cplearn.tables.status import State, snapshot
 
-SIZES = (16, 1024, 131072)
-
 
 def drawn(method: str, trial: int, out_dim: int = 1024) -> dict:
     """Return the parsed flags of a trial at small scale."""
@@ -31,34 +29,36 @@ def drawn(method: str, trial: int, out_dim: int = 1024) -> dict:
 # --- the rule ---------------------------------------------------------------------------------------------
 
 
+RANGES = {  # the ends of an interval, or all values
+    "cplearn": {"beta": (0.05, 1), "n_ref": {1, 4, 16, 64}},
+    "barlow_twins": {"lambd": (0.0005, 0.052), "projector_width": {512, 1024, 2048}},
+    "dino": {"teacher_temp": (0.02, 0.07), "momentum_teacher": (0.9, 0.999)},
+    "swav": {"epsilon": (0.02, 0.1), "queue_length": {0, 960, 3840}},
+    "gedi": {"beta": (0.0999, 1.005), "gedi_prior_reduction": {"mean", "sum"}},  # beta times log c
+}
+
+
 @pytest.mark.parametrize("method", trial_rule.RULE)
 def test_every_draw_is_in_its_range(method):
+    """Trials differ from each other, and from the recipe, in every setting; nothing else differs."""
     lr = drawn(method, 0)["lr"]
-    ranges = {
-        "cplearn": lambda x: 0.05 <= x["beta"] <= 1 and x["n_ref"] in (1, 4, 16, 64),
-        "barlow_twins": lambda x: 0.0005 < x["lambd"] < 0.052 and x["projector_width"] in (512, 1024, 2048),
-        "dino": lambda x: 0.02 <= x["teacher_temp"] <= 0.07 and 0.9 <= x["momentum_teacher"] <= 0.999,
-        "swav": lambda x: 0.02 <= x["epsilon"] <= 0.1 and x["queue_length"] in (0, 960, 3840),
-        "gedi": lambda x: (
-            0.0999 <= x["beta"] * math.log(x["out_dim"]) < 1.005 and x["gedi_prior_reduction"] in ("mean", "sum")
-        ),
-    }
-    draws = [drawn(method, trial, out_dim) for out_dim in SIZES for trial in range(1, 9)]
-    assert all(lr / 4 <= x["lr"] <= 4 * lr and ranges[method](x) for x in draws)
-    # Trials differ from each other, and from the recipe, in every setting; nothing else differs.
-    own = {"lr", *(flag[2:] for flag in trial_rule.RULE[method])}
-    for x in draws:
-        as_it_stands = drawn(method, 0, x["out_dim"])
-        assert {k for k, v in x.items() if v != as_it_stands[k]} <= own
-    for name in own:
-        assert len({x[name] for x in draws[:8]}) > 1
+    ranges = {"lr": (lr / 4, 4 * lr)} | RANGES[method]
+    draws = []
+    for out_dim in (16, 1024, 131072):
+        as_it_stands = drawn(method, 0, out_dim)
+        for x in (drawn(method, trial, out_dim) for trial in range(1, 9)):
+            assert {k for k, v in x.items() if v != as_it_stands[k]} <= ranges.keys()
+            draws.append(x | {"beta": x["beta"] * math.log(out_dim)} if method == "gedi" else x)
+    for name, values in ranges.items():
+        own = [x[name] for x in draws]
+        assert len(set(own[:8])) > 1, name
+        assert all(x in values if isinstance(values, set) else values[0] <= x <= values[1] for x in own), (name, own)
 
 
 def test_trial_0_is_the_recipe_and_draws_are_repeatable():
     assert trial_rule.trial_flags("dino", 0, 1024, 0.004) == []
-    assert trial_rule.trial_flags("dino", 3, 1024, 0.004) == (
-        "--lr 0.008 --teacher_temp 0.023 --momentum_teacher 0.98415".split()  # what has been measured was drawn so
-    )
+    drawn_before = "--lr 0.008 --teacher_temp 0.023 --momentum_teacher 0.98415"  # what has been measured
+    assert trial_rule.trial_flags("dino", 3, 1024, 0.004) == drawn_before.split()
     assert trial_rule.trial_flags("gedi", 1, 1024, 0.0004)[:2] == ["--lr", "0.0004"]  # the middle
 
 
