@@ -46,6 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.add_argument("--random_init", action="store_true", help="Draw the same network at random initialization: what a picture has to be compared with")
     g = parser.add_argument_group("images")
     g.add_argument("--images", default=None, help="A folder of images (with its sub-folders), or one image")
+    g.add_argument("--image_column", default=None, help="Where a row of parquet or a sample of a tar has several images: the column's name, or the name's ending (left.jpg)")
     g.add_argument("--sample", type=positive(int), default=None, help="Draw so many of them, chosen at random by --seed (default: all)")
     g.add_argument("--keep_aspect", action="store_true", help="Show the network whole images, --image_size being their shorter side (default: the square that evaluations cut)")
     g = parser.add_argument_group("pictures")
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     device = launch.init(args.dist_url, args.device)
     if not collectives.is_main():  # one process is enough for pictures
         return []
-    dataset = choose(sources.open_images(args.images), args)
+    dataset = choose(sources.open_images(args.images, image_column=args.image_column), args)
     model = cli.open_network(args, device)
     heads = check_network(model, args.keep_aspect, device)
     check_images(dataset, args.keep_aspect)
