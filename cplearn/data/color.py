@@ -4,7 +4,6 @@ The same transforms, in the same order and with the same numbers as image by ima
 a few images at a time, so that they stay in its cache; on a GPU all at once, so that there are few launches.
 """
 
-import importlib.util
 import math
 from functools import lru_cache
 from itertools import permutations
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cplearn.data.scan import say
 from cplearn.random_streams import random_normal
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, as in DINO
@@ -37,9 +37,7 @@ def color(
     hue_at = torch.where(jittered, (orders == HUE).long().argmax(1), 4)
     rows = (hue_at * len(ORDERS) + params["order"].long()).argsort(stable=True)
     target = torch.arange(len(pixels)).view(views, -1).T.flatten()
-    if pixels.is_cuda and _has_triton():
-        from cplearn.data import color_kernels
-
+    if pixels.is_cuda and (color_kernels := _kernels(pixels.device)):
         with torch.cuda.device(pixels.device):  # Triton launches on the current one
             return color_kernels.color(
                 pixels, params, orders, target, noise_std, sigma_max, *_normalization(pixels.device)
@@ -61,8 +59,19 @@ def color(
 
 
 @lru_cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _kernels(device: torch.device):
+    """Return the module of Triton's kernels; None where they cannot be compiled: that takes triton, a C compiler and
+    Python's headers."""
+    try:
+        from cplearn.data import color_kernels
+
+        with torch.cuda.device(device):
+            color_kernels.try_out(device)
+        return color_kernels
+    except Exception as error:  # of a compiler, a linker, a driver
+        reason = (str(error).splitlines() or [""])[0][:150]
+        say(f"WARNING: Triton does not work here ({type(error).__name__}: {reason}): colors take several times as long")
+        return None
 
 
 def to_float(pixels: Tensor) -> Tensor:

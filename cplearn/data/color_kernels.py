@@ -173,6 +173,16 @@ def color(
     return out
 
 
+def try_out(device: torch.device) -> None:
+    """Raise whatever keeps the kernels from being compiled and run."""
+    params = {
+        name: torch.zeros(1) for name in ("order", "brightness", "contrast", "saturation", "hue", "gray", "solarize")
+    }
+    params["sigma"] = torch.ones(1)
+    pixels, three = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device), torch.ones(3, device=device)
+    color(pixels, params, torch.zeros(1, 4), torch.zeros(1), 0.0, 1.0, three, three)
+
+
 def _blur(x: Tensor, rows: Tensor, sigma: Tensor, radius: int) -> None:
     """Blur these rows in place. Shape: x (n, 3, H, W), rows int (k,) and sigma (k,) on the CPU."""
     taps = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma[:, None]) ** 2)

@@ -1,5 +1,6 @@
 """The color half in Triton's kernels, in its interpreter, against the plain form."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -97,3 +98,13 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path, target):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["gray_sums", "0", "jitter", "0", "blur", "0", "finish", "0"], done.stdout
+
+
+def test_where_triton_does_not_work_colors_take_the_plain_path(monkeypatch, capsys):
+    """Without a C compiler, say: one line, and the same views."""
+    color_module._kernels.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    color_kernels.try_out(DEVICE)
+    monkeypatch.setattr(color_kernels, "color", lambda *args: 1 / 0)
+    assert color_module._kernels(DEVICE) is None and "ZeroDivisionError" in capsys.readouterr().out
+    color_module._kernels.cache_clear()
