@@ -62,7 +62,8 @@ def test_two_processes_freeze_and_thaw(tmp_path, image_folder, start):
     main_cplearn.main([*flags, "--output_dir", str(tmp_path / "one")])
     one, two = model_of(tmp_path / "one"), model_of(tmp_path / "two")
     for name, x in one.items():
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
+        # Of the bias before batch norm the gradient is rounding alone, of which Adam makes steps of full length.
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "head.linear.bias":
             torch.testing.assert_close(two[name], x, rtol=1e-3, atol=1e-4)
 
 
