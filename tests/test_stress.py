@@ -13,8 +13,8 @@ from helpers import ROOT
     ("command", "words", "count"),
     [
         (["stress.py", "--kills", "5", "--seed", "1"], ": 1 kills", 5),
-        (["fuzz.py", "--flags", "25", "--files", "13", "--images", "27", "--checkpoints", "150", "--seed", "1"],
-         "|   218 |  218 |     0 |", 1),
+        (["fuzz.py", "--flags", "25", "--files", "13", "--images", "27", "--checkpoints", "150", "--sources",
+          "40", "--seed", "1"], "|   258 |  258 |     0 |", 1),
     ],
 )  # fmt: skip
 def test_a_short_run_ends_well(command, words, count):
