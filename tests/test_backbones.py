@@ -111,11 +111,7 @@ def test_batch_norm_of_resnet18_has_torchs_names_and_values():
     import torchvision
 
     ours, peer = resnet18_cifar(), torchvision.models.resnet18()
-    peer.conv1, peer.maxpool, peer.fc = (
-        nn.Conv2d(3, 64, 3, padding=1, bias=False),
-        nn.Identity(),
-        nn.Identity(),
-    )
+    peer.conv1, peer.maxpool, peer.fc = (nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity())
     peer.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(x), peer(x), rtol=1e-4, atol=1e-5)

@@ -83,10 +83,7 @@ def test_local_crops_and_other_precisions(tmp_path, image_folder):
     for precision in ("fp32", "bf16"):
         record = train(tmp_path / precision, *common, "--precision", precision)
         assert record["step"] == 2 and record["train_loss"] > 0
-    assert json.loads((tmp_path / "fp32" / "args.json").read_text())["args"]["global_crops_scale"] == [
-        0.4,
-        1.0,
-    ]
+    assert json.loads((tmp_path / "fp32" / "args.json").read_text())["args"]["global_crops_scale"] == [0.4, 1.0]
 
 
 def test_optimizers_and_tensorboard(tmp_path, image_folder):
@@ -156,14 +153,7 @@ def test_two_processes_train_like_one(tmp_path, image_folder):
     one = fork_script(tmp_path / "said", *common, "--output_dir", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr[-2000:]
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        for name in (
-            "train_loss",
-            "train_invariance",
-            "train_prior",
-            "train_entropy",
-            "train_grad_norm",
-            "lr",
-        ):
+        for name in ("train_loss", "train_invariance", "train_prior", "train_entropy", "train_grad_norm", "lr"):
             assert a[name] == pytest.approx(b[name], rel=2e-4), name
     a, b = model_of(tmp_path / "one"), model_of(tmp_path / "two")
     for name in a:
