@@ -6,6 +6,7 @@ Nothing heavy is imported here: a spawned process imports this module to find th
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,12 +51,12 @@ def under_torchrun(out, *flags, processes=2):
     return out
 
 
-def wait_for(condition, seconds: float = 120, what: str = "it", alive=lambda: True):
+def wait_for(condition, what: str = "it", seconds: float = 240, *, alive=lambda: True, pause: float = 0.02):
     """Wait until a condition holds, while a process lives; return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert alive() and time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
+        time.sleep(pause)
     return value
 
 
@@ -175,6 +176,22 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 36), see
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:03}.jpg", quality=95)
+
+
+def write_splits(root: Path, **counts: int) -> Path:
+    """Write three classes of so many images each into every split."""
+    for split, count in counts.items():
+        for k, name in enumerate(("ant", "bee", "cat")):
+            write_images(root / split / name, count, seed=100 * k + len(split))
+    return root
+
+
+def copy_with_broken(images: Path, copy: Path, *names: str) -> str:
+    """Copy a folder of images, some of which cannot be read then; return the copy's path."""
+    shutil.copytree(images, copy)
+    for name in names:
+        (copy / "train" / name).write_bytes(b"\xff\xd8 broken")
+    return str(copy)
 
 
 def views_of(size, local_size=None, n_local=0, name="dino", global_scale=(0.4, 1), local_scale=(0.05, 0.4)):
