@@ -18,7 +18,7 @@ for folder in (TESTS, TESTS.parent / "benchmarks", TESTS.parent / "experiments",
 # For spawned processes.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS.parent), os.environ.get("PYTHONPATH", ""))))
 
-from helpers import train, write_images  # noqa: E402
+from helpers import train, write_splits  # noqa: E402
 
 # What Slurm installs. A test that is not marked `slurm` must pass on a machine that has none of it.
 SLURM = ("sacct", "sacctmgr", "salloc", "sattach", "sbatch", "sbcast", "scancel", "scontrol", "sdiag", "sinfo", "sprio",
@@ -55,11 +55,7 @@ def hide_slurm(request, monkeypatch, paths) -> None:
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """root/train and root/val with three classes, 16 and 4 images each. To be read only."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 16), ("val", 4)):
-        for k, name in enumerate(("ant", "bee", "cat")):
-            write_images(root / split / name, count, seed=100 * k + len(split))
-    return root
+    return write_splits(tmp_path_factory.mktemp("images"), train=16, val=4)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ Nothing heavy is imported here: a spawned process imports this module to find th
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,23 @@ def run_script(*command, **env):
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
     )  # fmt: skip
+
+
+def under_torchrun(out, *flags, processes=2):
+    """Run a small training to its end in several processes; return its folder."""
+    done = run_script("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                      "main_cplearn.py", *SMALL, *flags, "--output_dir", str(out))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def wait_for(condition, what: str = "it", seconds: float = 240, *, alive=lambda: True, pause: float = 0.02):
+    """Wait until a condition holds, while a process lives; return its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert alive() and time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(pause)
+    return value
 
 
 def eval_flags(run, tmp_path, *more):
@@ -142,10 +160,7 @@ def children_of(pid: int) -> list[int]:
 
 def interrupt(process, out, name, count, rank=None):
     """Send a signal to a run, or to this rank of one below torchrun, some time after two checkpoints."""
-    end = time.monotonic() + 120
-    while not (out / "checkpoint_previous.pth").exists():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+    wait_for((out / "checkpoint_previous.pth").exists, alive=lambda: process.poll() is None)
     time.sleep(0.02 * count)
     pid = process.pid if rank is None else children_of(process.pid)[rank]
     os.kill(pid, getattr(signal, name))
@@ -161,6 +176,30 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 36), see
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:03}.jpg", quality=95)
+
+
+def write_splits(root: Path, **counts: int) -> Path:
+    """Write three classes of so many images each into every split."""
+    for split, count in counts.items():
+        for k, name in enumerate(("ant", "bee", "cat")):
+            write_images(root / split / name, count, seed=100 * k + len(split))
+    return root
+
+
+def copy_with_broken(images: Path, copy: Path, *names: str) -> str:
+    """Copy a folder of images, some of which cannot be read then; return the copy's path."""
+    shutil.copytree(images, copy)
+    for name in names:
+        (copy / "train" / name).write_bytes(b"\xff\xd8 broken")
+    return str(copy)
+
+
+def views_of(size, local_size=None, n_local=0, name="dino", global_scale=(0.4, 1), local_scale=(0.05, 0.4)):
+    """Build the views of one augmentation; local crops have half the size if nothing else is said."""
+    from cplearn.data import augmentations
+
+    scales = {"global_scale": tuple(global_scale), "local_scale": tuple(local_scale)}
+    return augmentations.build_views(name, size=size, local_size=local_size or size // 2, n_local=n_local, **scales)
 
 
 # --- processes -----------------------------------------------------------------------------------------------
@@ -268,6 +307,10 @@ def make(method, *more):
 
     torch.manual_seed(0)
     return build_method(arguments(method, *more)).double()
+
+
+def logits_of(views=2, n=6, c=11, seed=0):
+    return [2 * randn(n, c, seed=100 * seed + v) for v in range(views)]
 
 
 def gradients(loss, *tensors):

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from helpers import eval_flags, last_result
+from helpers import copy_with_broken, eval_flags, last_result
 from PIL import Image
 from torchvision import transforms
 
@@ -58,12 +58,10 @@ def test_linear_probe_resumes_to_the_same_result(run, tmp_path, augment, monkeyp
 
 @pytest.mark.parametrize("augment", ["true", "false"])
 def test_a_probe_never_trains_on_other_images_than_asked_for(run, tmp_path, image_folder, augment):
-    shutil.copytree(image_folder, tmp_path / "data")
-    (tmp_path / "data/train/bee/004.jpg").write_bytes(b"")
+    data = copy_with_broken(image_folder, tmp_path / "data", "bee/004.jpg")
+    common = ("--epochs", "1", "--augment", augment, "--batch_size_per_gpu", "16", "--data_path", data)
     with pytest.raises(UserError, match="bee/004.jpg"):
-        eval_linear.main(eval_flags(run, tmp_path / "out", "--epochs", "1", "--augment", augment,
-                               "--batch_size_per_gpu", "16",
-                               "--data_path", str(tmp_path / "data")))  # fmt: skip
+        eval_linear.main(eval_flags(run, tmp_path / "out", *common))
 
 
 def test_a_finished_probe_is_not_taken_for_other_images_or_seeds(run, tmp_path, image_folder):
@@ -92,9 +90,7 @@ def test_vit_small_probe_takes_four_blocks(tmp_path, image_folder):
     common = ["--num_workers", "0", "--device", "cpu"]
     main_cplearn.main(["--data_path", str(image_folder), "--arch", "vit_small", "--image_size", "32", "--out_dim", "64",
                        "--batch_size_per_gpu", "8", "--max_steps", "1", "--output_dir", str(out), *common])  # fmt: skip
-    eval_linear.main(
-        ["--pretrained_weights", str(out / "checkpoint.pth"), "--epochs", "1", "--augment", "false", *common]
-    )
+    eval_linear.main(eval_flags(out, out, "--epochs", "1", "--augment", "false"))
     record = last_result(out)
     assert record["flags"]["n_last_blocks"] == 4 and record["flags"]["standardise"] is False
     state = checkpoints.load(next(out.glob("linear_*.pth")))

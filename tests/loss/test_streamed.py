@@ -24,6 +24,12 @@ def embeddings(views=2, n=6, width=32, dtype=torch.float64, seed=0):
     return [torch.randn(n, width, generator=generator, dtype=dtype).requires_grad_() for _ in range(views)]
 
 
+def gradients_close(loss, expected, h, rtol=1e-10, atol=1e-13):
+    for got, want in zip(torch.autograd.grad(loss, h), torch.autograd.grad(expected, h), strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
 def plain(h, dictionary, scale, beta, **options):
     """By definition, on the whole matrix of logits, in float64."""
     w = dictionary.codes(dtype=torch.float64)
@@ -38,14 +44,11 @@ def test_equals_the_plain_form(form, views, n_global, prior, kind):
     """Loss, terms, usage and gradient of every view; c is not a multiple of the block."""
     dictionary = DICTIONARIES[kind](1000, 32, seed=1)
     h = embeddings(views)
-    options = {"prior": prior, "n_global": n_global}
-    loss, terms, usage = streamed_loss(
-        h, dictionary, 1.3, LossSpec(0.4, **options), form=form, block=128 + (kind == "rademacher")
-    )
+    options, block = {"prior": prior, "n_global": n_global}, 128 + (kind == "rademacher")
+    loss, terms, usage = streamed_loss(h, dictionary, 1.3, LossSpec(0.4, **options), form=form, block=block)
     expected, expected_terms, expected_usage = plain(h, dictionary, 1.3, 0.4, **options)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for got, want in zip(torch.autograd.grad(loss, h), torch.autograd.grad(expected, h), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+    gradients_close(loss, expected, h)
     assert terms.keys() == expected_terms.keys()
     for name, value in terms.items():
         torch.testing.assert_close(value, expected_terms[name], rtol=1e-11, atol=1e-13)
@@ -71,8 +74,7 @@ def test_buffer_equals_the_plain_form(prior):
         loss, terms, usage = streamed_loss(h, dictionary, 1.3, LossSpec(0.4, prior=prior, buffer=buffer), block=77)
         expected, expected_terms, _ = plain(h, dictionary, 1.3, 0.4, prior=prior, buffer=buffer)
         torch.testing.assert_close(terms["prior"], expected_terms["prior"])
-        for got, want in zip(torch.autograd.grad(loss, h), torch.autograd.grad(expected, h), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-13)
+        gradients_close(loss, expected, h, rtol=1e-9)
         buffer.push(usage)
 
 
@@ -98,43 +100,42 @@ def test_saturated_logits(n, prior, form):
     expected, expected_terms, _ = plain(h, dictionary, 150 / 32, 0.25, prior=prior)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(terms["prior"], expected_terms["prior"].float(), rtol=1e-5, atol=1e-6)
-    for got, want in zip(torch.autograd.grad(loss, h), torch.autograd.grad(expected, h), strict=True):
-        assert got.isfinite().all()
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    gradients_close(loss, expected, h, rtol=1e-4, atol=1e-4)
 
 
 # --- as part of a training step -------------------------------------------------------------------------
 
 
 def test_half_precision_and_autocast_are_raised_to_float32():
-    dictionary = Dictionary(500, 32)
-    h = [x.detach().requires_grad_() for x in embeddings(dtype=torch.float32)]
-    exact = streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0]
+    dictionary, spec = Dictionary(500, 32), LossSpec(0.3)
+    h = embeddings(dtype=torch.float32)
+    exact = streamed_loss(h, dictionary, 1.0, spec)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0]
+        loss = streamed_loss(h, dictionary, 1.0, spec)[0]
         loss.backward()
     assert torch.equal(loss, exact) and loss.dtype == torch.float32
     half = [x.detach().bfloat16().requires_grad_() for x in h]
-    loss = streamed_loss(half, dictionary, 1.0, LossSpec(0.3))[0]
+    loss = streamed_loss(half, dictionary, 1.0, spec)[0]
     loss.backward()
     assert loss.dtype == torch.float32 and half[0].grad.dtype == torch.bfloat16
 
 
 def test_gradient_follows_what_is_done_with_the_loss():
     """Loss scaling, a sum with another loss, one view in two roles, a view without gradient."""
-    dictionary = Dictionary(500, 32)
-    h = embeddings()
-    g = torch.autograd.grad(streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0], h)
-    scaled = torch.autograd.grad(65536 * streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0] + h[0].sum(), h)
+    dictionary, h = Dictionary(500, 32), embeddings()
+
+    def loss_of(*views):
+        return streamed_loss(list(views), dictionary, 1.0, LossSpec(0.3))[0]
+
+    g = torch.autograd.grad(loss_of(*h), h)
+    scaled = torch.autograd.grad(65536 * loss_of(*h) + h[0].sum(), h)
     torch.testing.assert_close(scaled[0], 65536 * g[0] + 1)
     torch.testing.assert_close(scaled[1], 65536 * g[1])
-    (same,) = torch.autograd.grad(streamed_loss([h[0], h[0]], dictionary, 1.0, LossSpec(0.3))[0], [h[0]])
-    (want,) = torch.autograd.grad(plain([h[0], h[0]], dictionary, 1.0, 0.3)[0], [h[0]])
-    torch.testing.assert_close(same, want)
-    (one,) = torch.autograd.grad(streamed_loss([h[0], h[1].detach()], dictionary, 1.0, LossSpec(0.3))[0], [h[0]])
+    gradients_close(loss_of(h[0], h[0]), plain([h[0], h[0]], dictionary, 1.0, 0.3)[0], [h[0]])
+    (one,) = torch.autograd.grad(loss_of(h[0], h[1].detach()), [h[0]])
     torch.testing.assert_close(one, g[0])
     with torch.no_grad():
-        assert not streamed_loss(h, dictionary, 1.0, LossSpec(0.3))[0].requires_grad
+        assert not loss_of(*h).requires_grad
 
 
 def test_differentiable_once():
@@ -281,11 +282,8 @@ def test_recomputed_keeps_no_logits():
 
 
 def test_auto_is_by_size():
-    assert pick_form("auto", 128, 131072) == "stored"
-    assert pick_form("auto", 128, 10_000_000) == "recomputed"
-    assert pick_form("recomputed", 2, 2) == "recomputed"
-    with pytest.raises(UserError, match="'fast'"):
-        pick_form("fast", 2, 2)
+    sizes = [("auto", 128, 131072), ("auto", 128, 10_000_000), ("recomputed", 2, 2)]
+    assert [pick_form(*size) for size in sizes] == ["stored", "recomputed", "recomputed"]
 
 
 def test_blocks_of_hadamard_are_whole():
@@ -294,11 +292,12 @@ def test_blocks_of_hadamard_are_whole():
 
 
 def test_wrong_arguments():
-    h = embeddings()
     with pytest.raises(ValueError, match="got 1"):
-        streamed_loss(h[:1], Dictionary(50, 32), 1.0, LossSpec(0.3))
+        streamed_loss(embeddings(1), Dictionary(50, 32), 1.0, LossSpec(0.3))
     with pytest.raises(ValueError, match="prior 'kl'"):
-        streamed_loss(h, Dictionary(50, 32), 1.0, LossSpec(0.3, prior="kl"))
+        LossSpec(0.3, prior="kl")
+    with pytest.raises(UserError, match="'fast'"):
+        pick_form("fast", 2, 2)
 
 
 def test_checkpoints_do_not_grow_with_the_dictionary(tmp_path):
@@ -337,13 +336,11 @@ def test_the_error_of_tf32_products_is_that_of_docs_losses(monkeypatch):
 
 
 def test_tf32_is_switched_on_inside_and_off_again():
-    seen, before = [], torch.backends.cuda.matmul.fp32_precision
-    with tf32_products(True):
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
-        with tf32_products(False):  # leaves what the user chose
-            seen.append(torch.backends.cuda.matmul.fp32_precision)
-    seen.append(torch.backends.cuda.matmul.fp32_precision)
-    assert seen == ["tf32", "tf32", before]
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with tf32_products(True), tf32_products(False):  # the inner one leaves what the user chose
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == before
 
 
 def test_the_newer_switch_of_tf32_may_have_been_used():

@@ -3,17 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import logits_of
 
 from cplearn.backbones import ResNet8
 from cplearn.loss.spec import LossSpec
 from cplearn.methods.base import forward_by_size
 from cplearn.methods.cplearn import CPLearn, forward_prior_threshold, forward_prior_warning, reference_losses, regime
 from cplearn_head import cplearn_loss
-
-
-def logits_of(views=2, n=6, c=11, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [2 * torch.randn(n, c, generator=generator, dtype=torch.float64) for _ in range(views)]
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0, 2.0])

@@ -167,6 +167,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tmp_path, image_fold
         ("barlow_twins", ("--projector_width", "0")),
         ("barlow_twins", ("--lambd", "0")),
         ("gedi", ("--beta", "0")),
+        ("gedi_gen", ("--accum", "2")),
         ("gedi_gen", ("--gen_weight", "-1")),
         ("gedi_gen", ("--sgld_step_size", "-1")),
         ("gedi_gen", ("--gen_limit", "-5")),

@@ -3,6 +3,7 @@
 `make test-slurm` where sbatch works. The partition `preemptible`, below the default one, is used if it is there.
 """
 
+import functools
 import json
 import os
 import re
@@ -10,8 +11,9 @@ import shutil
 import subprocess
 import time
 
+import helpers
 import pytest
-from helpers import ROOT, log_of, run_script, same_state, without_time, write_images
+from helpers import ROOT, log_of, run_script, same_state, under_torchrun, without_time, write_splits
 
 import run_with_submitit
 from cplearn.errors import UserError
@@ -37,18 +39,14 @@ TRAIN = ["--arch", "resnet8_w8", "--image_size", "32", "--out_dim", "40", "--bat
          "--warmup_epochs", "0", "--saveckp_freq", "0", "--print_freq", "2"]  # fmt: skip
 
 
+wait_for = functools.partial(helpers.wait_for, pause=0.2)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, image_folder):
-    return under_torchrun(tmp_path_factory.mktemp("undisturbed"), image_folder)
-
-
-def under_torchrun(out, image_folder, *more):
     """The same run in four processes which nobody disturbs."""
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "main_cplearn.py", *TRAIN,
-                      "--data_path", str(image_folder), "--device", "cpu", "--num_workers", "0",
-                      "--output_dir", str(out), *more)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return out
+    flags = [*TRAIN, "--data_path", str(image_folder)]
+    return under_torchrun(tmp_path_factory.mktemp("undisturbed"), *flags, processes=4)
 
 
 @pytest.fixture(autouse=True)
@@ -62,14 +60,6 @@ def no_jobs_left():
 def submit(out, image_folder, *more) -> list[str]:
     argv = [*SIZE, *TRAIN, "--data_path", str(image_folder), "--output_dir", str(out), *more]
     return run_with_submitit.main([str(x) for x in argv])
-
-
-def wait_for(condition, what: str, seconds: float = 240):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.2)
-    return found
 
 
 def wait_end(job: str, out, seconds: float = 240) -> dict:
@@ -86,16 +76,28 @@ def log(out, job: str, rank: int = 0) -> str:
 
 
 def wait_step(out, job: str, epoch: int) -> None:
-    wait_for(lambda: re.search(rf"(?m)^epoch {epoch}/\d+  loss", log(out, job)), f"epoch {epoch}: {log(out, job)}")
+    wait_for(lambda: re.search(rf"(?m)^epoch {epoch}/\d+  loss", log(out, job)), f"epoch {epoch}")
 
 
 def the_line(out, job: str) -> str:
     return next(line for line in status(out) if line.split()[0] == job)
 
 
-def assert_as_undisturbed(out, undisturbed) -> None:
-    assert same_state(out, undisturbed)
-    assert without_time(log_of(out)) == without_time(log_of(undisturbed))
+def started(out, image_folder, *more) -> str:
+    """A job that has trained two epochs."""
+    (job,) = submit(out, image_folder, *more)
+    wait_step(out, job, 2)
+    return job
+
+
+def assert_completed(job: str, out, undisturbed=None, restarts: int | None = None) -> None:
+    """It ended well, after so many restarts, and left what the undisturbed run left."""
+    ended = wait_end(job, out)
+    assert ended["JobState"] == "COMPLETED" and ended["ExitCode"] == "0:0", log(out, job)
+    assert restarts is None or ended["Restarts"] == str(restarts), log(out, job)
+    if undisturbed is not None:
+        assert same_state(out, undisturbed)
+        assert without_time(log_of(out)) == without_time(log_of(undisturbed))
 
 
 def test_two_nodes_to_the_end_like_torchrun(tmp_path, image_folder, undisturbed):
@@ -111,21 +113,15 @@ def test_two_nodes_to_the_end_like_torchrun(tmp_path, image_folder, undisturbed)
     assert re.search(r"RUNNING +on \S+ for \S+  epoch \d+ of 12.*  ETA [\d.]+ (s|min)", the_line(tmp_path, job))
     with pytest.raises(UserError, match=rf"has job {job} \(main_cplearn\), which is RUNNING: scancel {job}, or"):
         submit(tmp_path, image_folder)
-    ended = wait_end(job, tmp_path)
-    assert ended["JobState"] == "COMPLETED" and ended["ExitCode"] == "0:0", log(tmp_path, job)
+    assert_completed(job, tmp_path, undisturbed)
     assert the_line(tmp_path, job).split() == f"{job} main_cplearn COMPLETED epoch 12 of 12".split()
     hosts = re.findall(r"(?m)^\| (\d) +\| +(\S+) \| +(\d) \|", log(tmp_path, job))
     assert [(rank, local) for rank, _, local in hosts] == [("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")]
     assert hosts[0][1] == hosts[1][1] != hosts[2][1] == hosts[3][1]
-    assert_as_undisturbed(tmp_path, undisturbed)
     assert not list(tmp_path.glob("slurm/*address"))
-    assert "Nothing left to do" in again(tmp_path, image_folder)
-
-
-def again(out, image_folder) -> str:
-    (job,) = submit(out, image_folder)
-    assert wait_end(job, out)["JobState"] == "COMPLETED"
-    return log(out, job)
+    (again,) = submit(tmp_path, image_folder)
+    assert_completed(again, tmp_path)
+    assert "Nothing left to do" in log(tmp_path, again)
 
 
 @pytest.mark.parametrize("how", ["USR2", "TERM", "scontrol requeue"])
@@ -142,12 +138,9 @@ def test_a_signal_in_mid_epoch_requeues_and_ends_like_an_undisturbed_run(tmp_pat
         wait_for(lambda words=f"requeued {sent} time": words in the_line(out, job), "the requeue")
         wait_for(lambda sent=sent: log(out, job).count("Resuming ") == sent, "the second start")
         saved = int(re.findall(r"saved after step (\d+)", log(out, job))[-1])
-    ended = wait_end(job, out)
-    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == str(sent), log(out, job)
-    text = log(out, job)
+    assert_completed(job, out, undisturbed, restarts=sent)
     assert saved > 24 and saved % 12, "the signal should come inside an epoch"  # or nothing is shown of mid-epoch
-    assert f"after epoch {saved // 12} and {saved % 12} of 12 steps" in text
-    assert_as_undisturbed(out, undisturbed)
+    assert f"after epoch {saved // 12} and {saved % 12} of 12 steps" in log(out, job)
     assert [path.name for path in out.parent.iterdir()] == [job]
 
 
@@ -162,7 +155,8 @@ def test_a_time_limit_requeues(tmp_path, image_folder):
     assert wait_end(job, out)["JobState"] == "CANCELLED"
     step = re.search(r"SIGTERM: stopped after step (\d+)", log(out, job))[1]
     assert int(step) > saved > 0
-    undisturbed = under_torchrun(tmp_path / "undisturbed", image_folder, *endless, "--max_steps", step)
+    flags = [*TRAIN, "--data_path", str(image_folder), *endless, "--max_steps", step]
+    undisturbed = under_torchrun(tmp_path / "undisturbed", *flags, processes=4)
     assert same_state(out, undisturbed)
     whole = log_of(out)  # a run cut by --max_steps also has a line of the epoch it was cut in
     assert without_time(whole) == without_time(log_of(undisturbed)[: len(whole)])
@@ -171,15 +165,12 @@ def test_a_time_limit_requeues(tmp_path, image_folder):
 def test_a_real_preemption(tmp_path, image_folder, undisturbed):
     if "preemptible" not in ask("sinfo", "-h", "-o", "%P"):
         pytest.skip("no partition called preemptible")
-    (job,) = submit(tmp_path, image_folder, "--partition", "preemptible")
-    wait_step(tmp_path, job, 2)
+    job = started(tmp_path, image_folder, "--partition", "preemptible")
     other = subprocess.run(["sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"],
                            capture_output=True, text=True).stdout.strip()  # fmt: skip
     wait_for(lambda: "PENDING" in the_line(tmp_path, job), "the preemption")
     wait_for(lambda: show_job(other)["JobState"] == "COMPLETED", "the other job")
-    ended = wait_end(job, tmp_path)
-    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
-    assert_as_undisturbed(tmp_path, undisturbed)
+    assert_completed(job, tmp_path, undisturbed, restarts=1)
 
 
 def returned(node: str) -> bool:
@@ -189,8 +180,7 @@ def returned(node: str) -> bool:
 
 
 def test_a_node_that_fails(tmp_path, image_folder, undisturbed):
-    (job,) = submit(tmp_path, image_folder)
-    wait_step(tmp_path, job, 2)
+    job = started(tmp_path, image_folder)
     node = ask("scontrol", "show", "hostnames", show_job(job)["NodeList"]).split()[1]
     down = subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], capture_output=True)
     if down.returncode:
@@ -199,8 +189,7 @@ def test_a_node_that_fails(tmp_path, image_folder, undisturbed):
         wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue")
     finally:
         wait_for(lambda: returned(node), "the node's return", 120)
-    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
-    assert_as_undisturbed(tmp_path, undisturbed)
+    assert_completed(job, tmp_path, undisturbed)
 
 
 def kill_a_rank(out, job: str) -> None:
@@ -213,10 +202,8 @@ def test_a_killed_process_requeues_what_was_saved(tmp_path, image_folder, undist
     (job,) = submit(tmp_path, image_folder)
     wait_step(tmp_path, job, 3)
     kill_a_rank(tmp_path, job)
-    ended = wait_end(job, tmp_path)
-    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log(tmp_path, job)
+    assert_completed(job, tmp_path, undisturbed, restarts=1)
     assert re.search(r"no last message of rank [\d, ]*3 of 4, .*; requeueing it, 1 of 20", log(tmp_path, job))
-    assert_as_undisturbed(tmp_path, undisturbed)
 
 
 def test_a_process_killed_before_anything_is_saved_fails(tmp_path, image_folder):
@@ -245,16 +232,14 @@ def test_a_crash_is_reported(tmp_path, image_folder):
 
 
 def test_the_limit_of_requeues(tmp_path, image_folder, undisturbed):
-    (job,) = submit(tmp_path, image_folder, "--max_requeues", "0")
-    wait_step(tmp_path, job, 2)
+    job = started(tmp_path, image_folder, "--max_requeues", "0")
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     ended = wait_end(job, tmp_path)
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "75:0"
     assert "not requeued: --max_requeues 0 is reached, submit again" in log(tmp_path, job)
     assert re.search(r"FAILED .*exit 75: SIGUSR2: stopped after step .*--max_requeues 0 is", the_line(tmp_path, job))
     (job,) = submit(tmp_path, image_folder)
-    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED"
-    assert_as_undisturbed(tmp_path, undisturbed)
+    assert_completed(job, tmp_path, undisturbed)
 
 
 def test_a_signal_while_ranks_wait_for_one_another_requeues(tmp_path, image_folder, undisturbed):
@@ -271,45 +256,36 @@ def test_a_signal_while_ranks_wait_for_one_another_requeues(tmp_path, image_fold
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     subprocess.run(["bash", "-c", loop.format("CONT")], check=True)
     wait_for(lambda: "requeued 1 time" in the_line(tmp_path, job), "the requeue", 30)
-    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
-    assert_as_undisturbed(tmp_path, undisturbed)
+    assert_completed(job, tmp_path, undisturbed)
 
 
 def test_a_folder_that_cannot_be_written_any_more(tmp_path, image_folder):
-    (job,) = submit(tmp_path / "out", image_folder)
-    wait_step(tmp_path / "out", job, 2)
+    job = started(tmp_path / "out", image_folder)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert wait_end(job, tmp_path / "elsewhere")["JobState"] == "FAILED"
     assert not (tmp_path / "out" / "slurm").exists()
 
 
 def test_a_cancelled_job_stays_cancelled_and_its_state_is_saved(tmp_path, image_folder, undisturbed):
-    (job,) = submit(tmp_path, image_folder)
-    wait_step(tmp_path, job, 2)
+    job = started(tmp_path, image_folder)
     subprocess.run(["scancel", job], check=True)
     assert wait_end(job, tmp_path)["JobState"] == "CANCELLED"
     assert "SIGTERM: stopped after step" in the_line(tmp_path, job)
     (job,) = submit(tmp_path, image_folder)
-    assert wait_end(job, tmp_path)["JobState"] == "COMPLETED"
-    assert_as_undisturbed(tmp_path, undisturbed)
+    assert_completed(job, tmp_path, undisturbed)
 
 
 def test_two_jobs_at_once_and_the_job_number_in_the_folder(tmp_path, image_folder, undisturbed):
     found = [submit(tmp_path / "%j", image_folder)[0] for _ in range(2)]
     for job in found:
-        assert wait_end(job, tmp_path / job)["JobState"] == "COMPLETED", log(tmp_path / job, job)
-        assert_as_undisturbed(tmp_path / job, undisturbed)
+        assert_completed(job, tmp_path / job, undisturbed)
     assert {path.name for path in tmp_path.iterdir()} == set(found)
 
 
 @pytest.fixture(scope="module")
 def more_images(tmp_path_factory):
     """As many as the linear probe's batch needs."""
-    root = tmp_path_factory.mktemp("more")
-    for split, count in (("train", 100), ("val", 10)):
-        for k, name in enumerate(("ant", "bee", "cat")):
-            write_images(root / split / name, count, seed=100 * k + len(split))
-    return root
+    return write_splits(tmp_path_factory.mktemp("more"), train=100, val=10)
 
 
 def test_evaluations_follow(tmp_path, more_images):
@@ -317,7 +293,7 @@ def test_evaluations_follow(tmp_path, more_images):
     jobs = submit(tmp_path, more_images, *more)
     assert len(jobs) == 5 and "PENDING     (Dependency)" in the_line(tmp_path, jobs[1])
     for job in jobs:
-        assert wait_end(job, tmp_path)["JobState"] == "COMPLETED", log(tmp_path, job)
+        assert_completed(job, tmp_path)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     scripts = ["eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "eval_collapse"]  # and random init
     assert [one["script"] for one in results] == scripts
@@ -331,8 +307,7 @@ def test_evaluations_follow(tmp_path, more_images):
 
 def test_an_evaluation_told_to_stop_starts_again(tmp_path, more_images, undisturbed):
     argv = ["--script", "eval_linear", "--pretrained_weights", undisturbed / "checkpoint.pth", "--output_dir", tmp_path]
-    argv += ["--data_path", more_images]
-    argv += ["--epochs", "3000", *SIZE[:1], "--ngpus", "2", "--cpus_per_task", "1", "--mem", "2G"]
+    argv += ["--data_path", more_images, "--epochs", "3000", "--cpu", "--ngpus", "2", *SIZE[5:9]]
     (job,) = run_with_submitit.main([str(x) for x in argv])
     wait_for(lambda: "epoch " in log(tmp_path, job), "the probe")
     subprocess.run(["scancel", "--signal=USR2", job], check=True)

@@ -1,5 +1,6 @@
 """Time limits of partitions; jobs of submitit's local executor."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,10 +8,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT, SMALL, log_of, run_script, same_state, without_time
+from helpers import ROOT, SMALL, log_of, run_script, same_state, under_torchrun, wait_for, without_time
 from submitit.core.utils import DelayedSubmission
 
 import run_with_submitit
@@ -46,21 +46,15 @@ def submit(out, *more) -> str:
 
 def wait_end(out, job: str) -> str:
     """The job's line in --status when it has ended."""
-    end = time.monotonic() + 300  # a minute where nobody else works
-    while "RUNNING" in (line := status(out)[-1]):
-        assert time.monotonic() < end, line + (out / f"slurm/{job}_0_log.out").read_text()
-        time.sleep(0.1)
-        reap(job)
+
+    def ended():
+        with contextlib.suppress(ChildProcessError):  # a child of this process, unless its launcher has returned
+            os.waitpid(int(job), os.WNOHANG)
+        return "RUNNING" not in (line := status(out)[-1]) and line
+
+    line = wait_for(ended, f"job {job}", 300)  # a minute where nobody else works
     assert line.split()[0] == job
     return line
-
-
-def reap(job: str) -> None:
-    """The job is a child of this process, unlike that of a launcher which has returned."""
-    try:
-        os.waitpid(int(job), os.WNOHANG)
-    except ChildProcessError:
-        pass
 
 
 @pytest.mark.slow
@@ -71,10 +65,7 @@ def test_a_local_job_trains_and_equals_torchrun(tmp_path, image_folder):
     with pytest.raises(UserError, match=rf"job {job} .*RUNNING.* kill {job}"):
         submit(tmp_path / "out", *data)
     assert wait_end(tmp_path / "out", job).split() == f"{job} main_cplearn COMPLETED epoch 2 of 2".split()
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
-                      *data, "--output_dir", str(tmp_path / "torchrun"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert same_state(tmp_path / "out", tmp_path / "torchrun")
+    assert same_state(tmp_path / "out", under_torchrun(tmp_path / "torchrun", *data))
     evaluated = ("--script", "eval_knn", "--pretrained_weights", str(tmp_path / "out/checkpoint.pth"))
     (job,) = run_with_submitit.main(["--local", "--cpu", "--ngpus", "1", "--cpus_per_task", "1", *evaluated])
     assert "COMPLETED" in wait_end(tmp_path / "out", job)
@@ -87,17 +78,14 @@ def test_a_local_job_is_stopped_and_told_to_go_on(tmp_path, image_folder):
     data = ("--data_path", str(image_folder), "--epochs", "15", "--batch_size_per_gpu", "2", "--saveckp_freq", "0")
     job = submit(tmp_path / "out", *data)
     log = tmp_path / f"out/slurm/{job}_0_log.out"
-    while not log.exists() or "epoch 2/15  loss" not in log.read_text():
-        time.sleep(0.05)
+    wait_for(lambda: log.exists() and "epoch 2/15  loss" in log.read_text())
     os.kill(int(job), signal.SIGTERM)
     line = wait_end(tmp_path / "out", job)
     assert "INTERRUPTED" in line and "exit 75 on rank" in line and "SIGTERM: stopped after step" in line
     job = submit(tmp_path / "out", *data)
     assert "COMPLETED" in wait_end(tmp_path / "out", job)
     assert "Resuming" in (tmp_path / f"out/slurm/{job}_0_log.out").read_text()
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_cplearn.py", *SMALL,
-                      *data, "--output_dir", str(tmp_path / "whole"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    under_torchrun(tmp_path / "whole", *data)
     assert same_state(tmp_path / "out", tmp_path / "whole")
     assert without_time(log_of(tmp_path / "out")) == without_time(log_of(tmp_path / "whole"))
 
@@ -137,13 +125,18 @@ def fill_with_other_modules(folder):
         (folder / f"{name}.py").write_text("raise RuntimeError('a module of another project')\n")
 
 
+def launch(folder, *more) -> str:
+    """A job of one process that run_with_submitit.py has submitted in a folder, as typed, and left running."""
+    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL, *more]
+    command += ["--output_dir", "out"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)  # until the pipe is closed
+    assert done.returncode == 0, done.stderr
+    return re.search(r"Submitted job (\d+)", done.stdout)[1]
+
+
 def test_a_job_uses_this_code_wherever_it_was_submitted(tmp_path, image_folder):
     fill_with_other_modules(tmp_path)
-    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
-    command += ["--data_path", str(image_folder), "--max_steps", "1", "--output_dir", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    job = re.search(r"Submitted job (\d+)", done.stdout)[1]
+    job = launch(tmp_path, "--data_path", str(image_folder), "--max_steps", "1")
     assert "COMPLETED" in wait_end(tmp_path / "out", job)
 
 
@@ -170,39 +163,10 @@ def test_a_process_of_a_job_that_older_code_has_queued(tmp_path):
 
 
 # Text that does something, or becomes something else, where it is not quoted; the last ones are refused.
-ACTIONS = [
-    "$({})",
-    "`{}`",
-    "; {}",
-    "' ; {} ; '",
-    '" ; {} ; "',
-    "| {}",
-    "& {} &",
-    "<({})",
-    "${{x:-$({})}}",
-    "'$({})'",
-    "#{}",
-]
-INERT = [
-    "a b",
-    " a ",
-    "",
-    "'",
-    '"',
-    "$HOME",
-    "~",
-    "*",
-    "[a]",
-    "{a,b}",
-    "!!",
-    " #",
-    "--wrap=x",
-    "=",
-    "%j",
-    "%t",
-    "é",
-    "\u202e",
-]
+ACTIONS = ["$({})", "`{}`", "; {}", "' ; {} ; '", '" ; {} ; "', "| {}", "& {} &", "<({})", "${{x:-$({})}}", "'$({})'",
+           "#{}"]  # fmt: skip
+INERT = ["a b", " a ", "", "'", '"', "$HOME", "~", "*", "[a]", "{a,b}", "!!", " #", "--wrap=x", "=", "%j", "%t", "é",
+         "\u202e"]  # fmt: skip
 REFUSED = ["\n{}\n", "\r{}", "\x00{}", "\x1b{}", "\u2028{}", "\\' ; {}", "\\\n{}", "\udc80"]
 
 
@@ -245,17 +209,9 @@ def test_a_line_end_in_a_flag_is_refused(tmp_path, flag):
 
 
 def test_a_local_job_does_not_hold_the_pipe_of_its_launcher_and_ends_with_its_controller(tmp_path, image_folder):
-    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--local", "--cpu", "--ngpus", "1", *SMALL]
-    command += ["--data_path", str(image_folder), "--epochs", "100000", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)  # until all have closed the pipe
-    job = re.search(r"Submitted job (\d+)", done.stdout)[1]
+    job = launch(tmp_path, "--data_path", str(image_folder), "--epochs", "100000")
     log = tmp_path / f"out/slurm/{job}_0_log.out"
-    end = time.monotonic() + 180
-    while not log.exists() or "epoch 2/" not in log.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: log.exists() and "epoch 2/" in log.read_text())
     os.kill(int(job), signal.SIGKILL)
-    while not (tmp_path / f"out/slurm/{job}_0_end.json").exists():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for((tmp_path / f"out/slurm/{job}_0_end.json").exists)
     assert "INTERRUPTED" in status(tmp_path / "out")[0]

@@ -1,12 +1,14 @@
 """Steps that are not finite, and images that cannot be read, in real runs."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from helpers import (
     SMALL,
     TORCHRUN,
+    copy_with_broken,
     fork_script,
     log_of,
     model_of,
@@ -58,13 +60,8 @@ def test_bad_steps_are_counted_in_a_row_and_reported(tmp_path):
     with pytest.raises(NonFiniteError, match=r"3 steps in a row were not finite \(loss\), the last 5: see .*bad_step"):
         step(5, True)
     report = json.loads((tmp_path / "bad_step.json").read_text())
-    assert report == {
-        "step": 5,
-        "in_a_row": 3,
-        "not_finite": ["loss"],
-        "loss_scale": 8.0,
-        "ranks": [{"terms": {"loss": "nan", "prior": 2.0}, "files": ["5.jpg"]}],
-    }
+    ranks = [{"terms": {"loss": "nan", "prior": 2.0}, "files": ["5.jpg"]}]
+    assert report == {"step": 5, "in_a_row": 3, "not_finite": ["loss"], "loss_scale": 8.0, "ranks": ranks}
 
 
 def test_an_overflow_in_half_precision_skips_a_step_and_is_counted(tmp_path, image_folder, monkeypatch):
@@ -135,7 +132,6 @@ def _train_with_a_bad_rank(rank, out, data, bad_rank):
 
 @pytest.mark.dist
 def test_one_rank_that_is_not_finite_makes_all_skip(tmp_path, image_folder):
-
     out = tmp_path / "out"
     both = run_in_processes(tmp_path, _train_with_a_bad_rank, str(out), str(image_folder), 1)
     assert both[0] == both[1] and both[0]["skipped"] == 0  # the second epoch's
@@ -144,12 +140,8 @@ def test_one_rank_that_is_not_finite_makes_all_skip(tmp_path, image_folder):
 
 
 def test_a_few_unreadable_images_are_replaced_listed_and_counted(tmp_path, image_folder, capsys):
-    import shutil
-
-    shutil.copytree(image_folder, tmp_path / "data")
-    for name in ("ant/000.jpg", "bee/003.jpg"):
-        (tmp_path / "data/train" / name).write_bytes(b"\xff\xd8 broken")
-    common = ("--data_path", str(tmp_path / "data"), "--epochs", "3", "--max_bad_images", "0.1")
+    data = copy_with_broken(image_folder, tmp_path / "data", "ant/000.jpg", "bee/003.jpg")
+    common = ("--data_path", data, "--epochs", "3", "--max_bad_images", "0.1")
     train(tmp_path / "whole", *common)
     said = capsys.readouterr()
     assert said.err.count("WARNING: replaced by another image: cannot read the image") == 2  # once each
@@ -168,13 +160,9 @@ def test_a_few_unreadable_images_are_replaced_listed_and_counted(tmp_path, image
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_too_many_unreadable_images_end_the_run_in_one_line(tmp_path, image_folder, workers):
-    import shutil
-
-    shutil.copytree(image_folder, tmp_path / "data")
-    (tmp_path / "data/train/ant/000.jpg").write_bytes(b"\xff\xd8 broken")
-    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL,
-                       "--data_path", str(tmp_path / "data"), "--epochs", "1",
-                      "--num_workers", workers, "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    data = copy_with_broken(image_folder, tmp_path / "data", "ant/000.jpg")
+    done = fork_script(tmp_path / "said", "main_cplearn.py", *SMALL, "--data_path", data, "--epochs", "1",
+                       "--num_workers", workers, "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode == UserError.exit_code
     warning, error = done.stderr.splitlines()
     assert warning.startswith("WARNING: replaced by another image: cannot read the image") and "000.jpg" in warning
@@ -182,16 +170,11 @@ def test_too_many_unreadable_images_end_the_run_in_one_line(tmp_path, image_fold
 
 
 def test_a_repaired_image_is_taken_off_the_list(tmp_path, image_folder):
-    import shutil
-
-    shutil.copytree(image_folder, tmp_path / "data")
-    image = tmp_path / "data/train/ant/000.jpg"
-    whole_image = image.read_bytes()
-    image.write_bytes(b"broken")
-    common = ("--data_path", str(tmp_path / "data"), "--max_bad_images", "0.1", "--epochs", "2")
+    data = copy_with_broken(image_folder, tmp_path / "data", "ant/000.jpg")
+    common = ("--data_path", data, "--max_bad_images", "0.1", "--epochs", "2")
     train(tmp_path / "out", *common, "--max_steps", "6")
     assert (tmp_path / "out/bad_images.txt").read_text().count("000.jpg") == 2  # its name and the reason
-    image.write_bytes(whole_image)
+    shutil.copy(image_folder / "train/ant/000.jpg", tmp_path / "data/train/ant/000.jpg")
     train(tmp_path / "out", *common)
     assert (tmp_path / "out/bad_images.txt").read_text() == ""
 
@@ -199,7 +182,6 @@ def test_a_repaired_image_is_taken_off_the_list(tmp_path, image_folder):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_an_unreadable_image_is_named_by_whichever_rank_meets_it(tmp_path):
-
     write_images(tmp_path / "data", 8)
     names = sorted((tmp_path / "data").iterdir())
     order = [i for batch in BatchSampler(8, 4, 0, rank=1, world_size=2) for _, i in batch]

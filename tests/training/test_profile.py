@@ -1,10 +1,10 @@
-"""What --profile counts; the trace of a real run is tested in tests/test_main_cplearn.py."""
+"""What --profile counts; the trace of a real run is tested in tests/training/test_report.py."""
 
 from types import SimpleNamespace
 
 import torch
 
-from cplearn.training.profile import StepProfile, largest_costs
+from cplearn.training.profile import largest_costs
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
@@ -14,14 +14,6 @@ def event(key, device, cpu=0.0, gpu=0.0, count=1, annotation=False):
         key=key, device_type=device, self_cpu_time_total=cpu, self_device_time_total=gpu, count=count,
         is_user_annotation=annotation,
     )  # fmt: skip
-
-
-def test_a_run_of_too_few_steps_says_so(tmp_path, capsys):
-    profile = StepProfile(True, str(tmp_path), torch.device("cpu"))
-    for _ in range(4):
-        profile.step()
-    profile.close()
-    assert "--profile: 4 steps are too few, the first 5 are not profiled" in capsys.readouterr().out
 
 
 def test_on_a_gpu_kernels_count_once():

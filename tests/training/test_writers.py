@@ -199,11 +199,6 @@ def test_a_folder_named_wandb_is_no_package(tmp_path, monkeypatch):
         writers.check_writers(flags(tmp_path / "out"))
 
 
-def test_a_project_that_cannot_be(tmp_path):
-    with pytest.raises(UserError, match="--wandb_project 'a/b'"):
-        train(tmp_path, "--wandb", "--wandb_project", "a/b")
-
-
 def _write(rank, out):
     with writers.Writers(flags(Path(out)), 0) as opened:
         opened.write(RECORD)
