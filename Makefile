@@ -60,7 +60,7 @@ bench: venv  ## Measure speed against named peers; PHOTOS=folder of full-size im
 	$(BIN)/python benchmarks/growth.py --json output/growth.json --figure output/growth.png
 	$(BIN)/python benchmarks/loss.py
 
-gpu: venv  ## Check and time this GPU: does it compute what it should, and how fast (8 minutes; 12 with several)
+gpu: venv  ## Check and time this GPU: does it compute what it should, and how fast (15 minutes; the same command goes on)
 	$(BIN)/python benchmarks/gpu.py --json output/gpu.json
 
 stress: venv  ## Inject faults, kill -9 to a full disk, hostile flags, files that lie (about 25 minutes)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from cplearn import backbones, checkpoints, errors, random_streams, tensor_files
+from cplearn.compiling import choose_compile
 from cplearn.data import augmentations, cachefile, datasets, sources, workers
 from cplearn.data.pixels import KINDS, CacheOptions, open_pixels
 from cplearn.distributed import collectives, launch
@@ -92,7 +93,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--use_fp16", type=bool_flag, default=None, help="DINO's flag: true means --precision fp16, false fp32")
     g.add_argument("--accum", type=positive(int), default=1, help="Take the batch through the backbone in N parts: the memory of one of them, a second forward pass; loss, prior and head still see the whole batch (batch norm inside the backbone sees a part)")
     g.add_argument("--grad_checkpointing", action="store_true", help="Keep only the inputs of a ViT's blocks, and compute the rest again in backward: same numbers, less memory, a third more work")
-    g.add_argument("--compile", action="store_true", help="torch.compile the backbone (a minute at the start; needs a C++ compiler)")
+    g.add_argument("--compile", nargs="?", const="true", default="auto", choices=("auto", "true", "false"), help="torch.compile the backbone: a minute at the start, needs a C++ compiler (auto: on GPUs)")
     # fmt: on
     add_run_flags(p)
     return p
@@ -195,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.batch_size_per_gpu * collectives.world_size() < 2:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
+    choose_compile(args, device)
     collectives.on_main(check_writers, args)
     collectives.on_main(check_output_dir, args.output_dir)
     with StopSignals() as signals, FolderLock(args.output_dir) as lock:

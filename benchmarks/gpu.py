@@ -1,15 +1,17 @@
-"""Does this GPU compute what it should, and how fast? One command of some minutes, a verdict for each part.
+"""Does this GPU compute what it should, and how fast? The first 15 minutes on a new machine, a verdict for each part.
 
-    python benchmarks/gpu.py [--json output/gpu.json] [--parts loss step ...]
+    python benchmarks/gpu.py [--json output/gpu.json] [--minutes 15] [--parts loss step ...]
     python benchmarks/gpu.py --device cpu --tiny        # the same code on a CPU: shows that it runs, not how fast
 
-Right:  loss (every form and dictionary against float64), colors, step (gradients by precision), overflow (fp16),
-        resume, methods (all seven train and evaluate), processes (two GPUs: gradients; one killed, one frozen)
-Fast:   ceilings (copy, products), forms (of the loss), steps (whole ones, against DINO's), data (cores that feed the
-        GPU), costs (where the time goes), beside (several trainings on one card)
+Right:  kernels (their tests, at full size), loss (every form and dictionary against float64), colors, step (gradients
+        by precision), overflow (fp16), resume, real (JPEG files, no wait for the device, memory), ranks (all GPUs:
+        stopped and resumed, compiled), methods (all seven train and evaluate), processes (two GPUs: gradients; one
+        killed, one frozen)
+Fast:   ceilings (copy, products), costs (where the time goes), steps (whole ones, against DINO's), forms (of the loss)
 
-Each part is a process of its own: one that crashes or hangs is a verdict too. The JSON file, and a Markdown file beside
-it, are written after every part. Exit code 0: all as expected; 1: something is not; 2: no GPU.
+Each part is a process of its own: one that crashes or hangs is a verdict too. After every part the JSON file, and a
+Markdown file beside it, are written; the same command goes on from there. Exit code 0: all as expected; 1: something is
+not; 2: no GPU; 3: no time was left to check whether all is right.
 """
 
 import argparse
@@ -35,9 +37,10 @@ from cplearn.host import git_commit
 from cplearn.text import format_table
 
 PARTS = (*gpu_right.PARTS, *gpu_fast.PARTS)
-# Minutes of each part at most, of eight in all; the measurements leave out what does not fit.
-MINUTES = {"loss": 1.5, "colors": 0.5, "step": 1, "overflow": 0.7, "resume": 0.7, "methods": 1.5, "processes": 4,
-           "ceilings": 0.5, "forms": 1.5, "steps": 2, "data": 0.5, "costs": 0.7, "beside": 1}  # fmt: skip
+# Minutes of each part at most; the measurements leave out what does not fit.
+MINUTES = {"kernels": 1.5, "loss": 1.5, "colors": 0.5, "step": 1, "overflow": 0.7, "resume": 0.7, "real": 1.5,
+           "ranks": 3, "methods": 1.5, "processes": 4, "ceilings": 0.5, "costs": 0.7, "steps": 3,
+           "forms": 2}  # fmt: skip
 GRACE = 150.0  # seconds after its end before a part counts as hung: compiling cannot be cut short
 
 
@@ -47,7 +50,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="Small enough for a CPU; times are not judged")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--json", default="output/gpu.json", help="Results; the same as Markdown beside it")
-    parser.add_argument("--minutes", type=positive(float), help="In all (default: 8; 12 for several GPUs)")
+    parser.add_argument("--minutes", type=positive(float), default=15, help="In all")
+    parser.add_argument("--again", action="store_true", help="Also repeat the parts that went well before")
     parser.add_argument("--part", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     return parser
@@ -65,19 +69,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     report = {"hardware": hardware(args.device), "tiny": args.tiny, "parts": {}}
     print("\n".join(f"{name}: {value}" for name, value in report["hardware"].items()) + "\n", flush=True)
-    several = args.device == "cuda" and torch.cuda.device_count() > 1
-    end = time.time() + 60 * (args.minutes or (12 if several else 8))
+    before = {} if args.again else parts_before(report, Path(args.json))
+    end = time.time() + 60 * args.minutes
     for name in args.parts:
         began = time.time()
-        report["parts"][name] = part = start_part(args, name, min(began + 60 * MINUTES[name], end))
-        part |= {"seconds": time.time() - began, "tiny": args.tiny}
+        part = before.get(name) or start_part(args, name, min(began + 60 * MINUTES[name], end))
+        report["parts"][name] = part | ({} if name in before else {"seconds": time.time() - began, "tiny": args.tiny})
         write(report, Path(args.json))
-        print("\n".join(part_lines(name, part)) + "\n", flush=True)
-    wrong = [name for name, part in report["parts"].items() if part["misses"]]
-    print("\n".join(verdict(name, part) for name, part in report["parts"].items()))
+        print("\n".join(part_lines(name, report["parts"][name])) + "\n", flush=True)
+    parts = report["parts"].items()
+    print("\n".join(verdict(name, part) for name, part in parts))
     print(f"\nWritten: {args.json}, {Path(args.json).with_suffix('.md')}")
-    if wrong:
+    if any(part["misses"] for _, part in parts):
         sys.exit(1)
+    if any(name in gpu_right.PARTS and not part["cells"] for name, part in parts):
+        sys.exit(3)
+
+
+def parts_before(report: dict, path: Path) -> dict[str, dict]:
+    """Return the parts that went well when this machine and this commit were measured before."""
+    kept = read_json(path)
+    same = ("device", "torch", "commit")
+    if (
+        any(kept.get("hardware", {}).get(key) != report["hardware"][key] for key in same)
+        or kept["tiny"] != report["tiny"]
+    ):
+        return {}
+    return {name: part for name, part in kept["parts"].items() if part["cells"] and not part["misses"]}
 
 
 def hardware(device: str) -> dict[str, str]:
@@ -87,6 +105,8 @@ def hardware(device: str) -> dict[str, str]:
         return facts | {"device": f"cpu, {torch.get_num_threads()} threads"}
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts |= {"device": f"{len(names)} x {names[0]}", "CUDA": str(torch.version.cuda)}
+    peers = sum(torch.cuda.can_device_access_peer(i, k) for i in range(len(names)) for k in range(i))
+    facts["pairs that reach each other's memory"] = f"{peers} of {len(names) * (len(names) - 1) // 2}"
     wanted = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
     try:
         command = ["nvidia-smi", "-i", "0", f"--query-gpu={wanted}", "--format=csv,noheader"]

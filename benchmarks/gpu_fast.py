@@ -5,23 +5,15 @@ before it, and the time at which it has to end: what does not fit is left out an
 """
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import loss as loss_benchmark
 import torch
-import torch.multiprocessing as mp
-from measure import CPU, Outcome, median_seconds, peak_memory, rows_of, seconds, start_memory, synchronize
-from random_jpegs import write_class
-from steps import TrainingStep, dino_step, flops_per_image, random_views
+from measure import Outcome, median_seconds, peak_memory, rows_of, seconds, start_memory, synchronize
+from steps import TrainingStep, dino_step, flops_per_image
 
-import main_cplearn
-from cplearn.data import augmentations, loaders
-from cplearn.data.pixels import Pixels
-from cplearn.host import usable_cores
 from cplearn.loss.streamed import pick_form
 from cplearn.precision import tf32_products
 from cplearn.training.profile import device_times, largest_costs
@@ -158,9 +150,9 @@ def _judge_auto(cells: list[dict]) -> tuple[list[str], int]:
 def whole_steps(device: torch.device, tiny: bool, before: Cells, until: float) -> Outcome:
     """Training steps of ViT-S/16 on images that are there already, against DINO's; the most wanted first."""
     settings = [(local, batch, precision, compiled)
-                for compiled in (False, True) for precision in ("bf16", "fp16") for batch in (64, 256)
-                for local in (8, 0)]  # fmt: skip
-    arch, c = ["--arch", "vit_small"], 65536
+                for precision in ("bf16", "fp16") for batch in (64, 256) for local in (8, 0)
+                for compiled in (False, True)]  # fmt: skip
+    arch, c = ["--arch", "vit_small"], 131072
     if tiny:
         settings, c = [(8, 4, "fp32", False), (0, 4, "fp32", False)], 512
         arch = [*TINY_VIT, "--local_image_size", "16"]
@@ -168,18 +160,11 @@ def whole_steps(device: torch.device, tiny: bool, before: Cells, until: float) -
     work = {x: sum(flops_per_image([*arch, "--local_crops_number", str(x)]).values()) for x in (8, 0)}
     cells, misses = [], []
     for local, batch, precision, compiled in settings:
-        flags = [
-            *arch,
-            "--local_crops_number",
-            str(local),
-            "--batch_size_per_gpu",
-            str(batch),
-            "--precision",
-            precision,
-        ]
+        flags = [*arch, "--local_crops_number", str(local), "--batch_size_per_gpu", str(batch)]
+        flags += ["--precision", precision, "--compile", str(compiled).lower()]
         size = {"views": f"2 + {local}", "batch": batch, "precision": precision, "compile": compiled,
                 "compiled": "yes" * compiled, "flops": work[local]}  # fmt: skip
-        build = {"CPLearn": partial(TrainingStep, [*flags, *["--compile"] * compiled], device)}
+        build = {"CPLearn": partial(TrainingStep, flags, device)}
         if not compiled:
             build["DINO"] = partial(_dino, flags, c, batch, local, device, precision, tiny)
         for name, make in build.items():
@@ -233,46 +218,12 @@ def _time_steps(make: Callable[[], Callable], batch: int, device: torch.device, 
         _empty_cache(device)
 
 
-# --- images ------------------------------------------------------------------------------------------------
-
-
-def data_path(device: torch.device, tiny: bool, before: Cells, until: float) -> Outcome:
-    """Images per second that one core cuts from JPEG files, and that the device colors; cores needed for the step."""
-    threads, cells = torch.get_num_threads(), []
-    cores = usable_cores() / max(1, torch.cuda.device_count())
-    with tempfile.TemporaryDirectory() as folder:
-        write_class(Path(folder, "class"), 0, 4 if tiny else 64, (60, 45) if tiny else (500, 375))
-        for local in (8, 0):
-            flags = ["--local_crops_number", str(local), "--image_size", "32" if tiny else "224", "--arch", "resnet8"]
-            dataset, views = main_cplearn.find_images(main_cplearn.parse_args([*flags, "--data_path", folder]))
-            source = loaders.ViewDataset(Pixels(dataset, views), views, seed=0)
-            items = [(0, i) for i in range(len(dataset))]
-            torch.set_num_threads(1)
-            cut = len(items) / median_seconds(partial(source.__getitems__, items), CPU, 3)
-            torch.set_num_threads(threads)
-            batch = source.__getitems__(items)
-            color = partial(augmentations.color_views, batch.crops, batch.params, views, device)
-            colored = len(items) / median_seconds(color, device, 5)
-            rates = [x["rate"] for x in before.get("steps", []) if x["views"] == f"2 + {local}" and "rate" in x]
-            step = max(rates, default=None)
-            cells.append({"views": f"2 + {local}", "cut": cut, "colored": colored, "step": step,
-                          "cores": step and step / cut})  # fmt: skip
-    known = [x for x in cells if x["step"]]
-    misses = [f"{x['views']}: {x['cores']:.1f} cores would feed this GPU, it has {cores:.0f}: --cache"
-              for x in known if x["cores"] > cores and not tiny]  # fmt: skip
-    says = ", ".join(f"{x['views']} takes {x['cores']:.1f} cores of {cores:.0f} per GPU" for x in known)
-    columns = {"views": ("views", ""), "cut on a core, images/s": ("cut", ".0f"),
-               "colored on the device, images/s": ("colored", ".0f"), "step, images/s": ("step", ".0f"),
-               "cores needed": ("cores", ".1f")}  # fmt: skip
-    return outcome(cells, columns, says or "no step to compare with was measured", misses)
-
-
 # --- where the time goes -----------------------------------------------------------------------------------
 
 
 def costs(device: torch.device, tiny: bool, before: Cells, until: float) -> Outcome:
     """The ten largest costs of two steps, launches of kernels, and the share of the time in which the GPU works."""
-    vit = ["--arch", "vit_small", "--out_dim", "65536", "--precision", "bf16"]
+    vit = ["--arch", "vit_small", "--out_dim", "131072", "--precision", "bf16"]
     resnet = ["--arch", "resnet8", "--image_size", "32", "--out_dim", "16384", "--precision", "bf16"]
     rows, cells, says, count = [], [], [], 2 if tiny else 10
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -298,52 +249,9 @@ def costs(device: torch.device, tiny: bool, before: Cells, until: float) -> Outc
     return Outcome(columns, rows, cells, "; ".join(says) or "shares of a CPU's time", [])
 
 
-# --- several at once ---------------------------------------------------------------------------------------
-
-
-def side_by_side(device: torch.device, tiny: bool, before: Cells, until: float) -> Outcome:
-    """Steps per second of several trainings of ResNet-8 (the paper's Table 1) on one card, all together."""
-    cells: list[dict] = []
-    for count in (1, 2) if tiny else (1, 2, 4, 8):
-        if time.time() > until:
-            break
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = (device.type, tiny, mp.get_context("spawn").Barrier(count), folder)
-            mp.start_processes(_steps_beside, arguments, nprocs=count, start_method="spawn")
-            rates = [float(path.read_text()) for path in Path(folder).iterdir()]
-        gain = sum(rates) / (cells[0]["together"] if cells else sum(rates))
-        cells.append({"at once": count, "each": statistics.mean(rates), "together": sum(rates), "gain": gain})
-    best = max(cells, key=lambda x: x["together"])
-    says = f"--cells_per_gpu {best['at once']} does {best['gain']:.2f} times the work of one at a time"
-    columns = {"trainings": ("at once", ""), "steps/s each": ("each", ".1f"), "steps/s together": ("together", ".1f"),
-               "gain": ("gain", ".2f")}  # fmt: skip
-    return outcome(cells, columns, says, [])
-
-
-def _steps_beside(rank: int, device: str, tiny: bool, barrier, folder: str) -> None:
-    flags = ["--arch", "resnet8", "--image_size", "32", "--out_dim", "16384", "--optimizer", "adam"]
-    if tiny:
-        flags = TINY_RESNET
-        torch.set_num_threads(1)
-    place = torch.device(device)
-    step = TrainingStep(flags, place, random_views(main_cplearn.parse_args(flags), place))
-    for _ in range(3):
-        step()
-    barrier.wait()
-    synchronize(place)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < (0.5 if tiny else 4):
-        step()
-        synchronize(place)
-        count += 1
-    Path(folder, str(rank)).write_text(str(count / (time.perf_counter() - start)))
-
-
 PARTS = {
     "ceilings": ceilings,
-    "forms": loss_forms,
-    "steps": whole_steps,
-    "data": data_path,
     "costs": costs,
-    "beside": side_by_side,
+    "steps": whole_steps,
+    "forms": loss_forms,
 }

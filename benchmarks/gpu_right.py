@@ -22,10 +22,12 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from measure import CPU, Outcome
+from random_jpegs import write_class
 from steps import TrainingStep, random_views
 from torch import Tensor
 
 import eval_knn
+import eval_linear
 import main_cplearn
 from cplearn import checkpoints
 from cplearn.data import color
@@ -37,6 +39,7 @@ from cplearn.loss.codes import Dictionary
 from cplearn.loss.spec import LossSpec
 from cplearn.loss.streamed import streamed_loss
 from cplearn.methods import METHODS
+from cplearn.training import memory
 from cplearn_head import CPLearnHead, cplearn_loss
 
 COLUMNS = ("check", "found", "bound", "within", "")
@@ -84,6 +87,15 @@ def left_out(what: str, why: str) -> Check:
 def yes(what: str, holds: bool, note: str = "") -> Check:
     """Return a check of something that holds or not: found counts what went wrong."""
     return Check(what, float(not holds), 0.0, note)
+
+
+def kernels(device: torch.device, tiny: bool) -> list[Check]:
+    """The tests that are marked `gpu`, of Triton's kernels at full size."""
+    if device.type == "cpu":
+        return [left_out("the tests marked gpu", "no GPU")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/loss", "tests/data", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [yes("the tests marked gpu", done.returncode == 0, (done.stdout.strip().splitlines() or ["no output"])[-1])]
 
 
 # --- the loss ----------------------------------------------------------------------------------------------
@@ -237,7 +249,7 @@ def gradient(
 ) -> Tensor:
     """Return the gradient of all weights in one vector, on the CPU in float64. Weights are the same on every device."""
     torch.backends.cudnn.allow_tf32 = tf32
-    step = TrainingStep(flags, device, [x.to(device) for x in images])
+    step = TrainingStep([*flags, "--compile", "false"], device, [x.to(device) for x in images])
     if double:
         step.method.double()
         step.images = [x.double() for x in images]
@@ -314,6 +326,44 @@ def _weights(folder: Path) -> Tensor:
     return torch.cat([x.double().flatten() for x in model.values() if isinstance(x, Tensor) and x.is_floating_point()])
 
 
+def real_steps(device: torch.device, tiny: bool) -> list[Check]:
+    """Steps on JPEG files with workers and pinned memory: the host never waits for the device; memory as forecast."""
+    flags = ["--batch_size_per_gpu", "64", "--out_dim", "131072"]
+    if tiny:
+        flags = ["--arch", "resnet8_w8", "--image_size", "32", "--batch_size_per_gpu", "4", "--out_dim", "64"]
+    batch, steps, schedules, last = int(flags[flags.index("--batch_size_per_gpu") + 1]), 4 if tiny else 20, [], []
+
+    def at_start_of_step(*given):
+        if len(schedules) == 2 and device.type == "cuda":  # what happens once is over
+            torch.cuda.set_sync_debug_mode("error")
+        schedules.append(given)
+        return set_schedules(*given)
+
+    def after_the_last(run):
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        last.append(run)
+        return count_last(run)
+
+    set_schedules, count_last = main_cplearn.set_schedules, main_cplearn.count_last
+    patched = (mock.patch.object(main_cplearn, "set_schedules", at_start_of_step),
+               mock.patch.object(main_cplearn, "count_last", after_the_last))  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, patched[0], patched[1]:
+        photos = Path(folder, "photos", "class")
+        write_class(photos, 0, batch, (60, 45) if tiny else (500, 375))
+        for i, photo in enumerate(sorted(photos.iterdir()) * (steps + 1)):
+            os.link(photo, photos / f"again_{i:05}.jpg")
+        record = train([*flags, "--data_path", str(photos.parent), "--num_workers", "2", "--max_steps", str(steps),
+                        "--print_freq", "1000", "--saveckp_minutes", "0", "--device", device.type], folder)  # fmt: skip
+    peak, forecast = memory.peak_memory(device), last[0].memory.total
+    note = f"{forecast / 1e9:.1f} GB forecast, {peak / 1e9:.1f} GB seen"
+    ratio = max(peak / forecast, forecast / peak)
+    return [
+        yes(f"{steps} finite steps without a wait", len(schedules) == steps and math.isfinite(record["train_loss"])),
+        left_out("memory", note) if tiny else Check("memory against its forecast, times", ratio, 1.5, note),
+    ]
+
+
 def all_methods(device: torch.device, tiny: bool) -> list[Check]:
     """Twenty steps of every method, and a k-NN evaluation of its checkpoint; the digits have ten classes."""
     checks, steps = [], "5" if tiny else "20"
@@ -333,6 +383,12 @@ def all_methods(device: torch.device, tiny: bool) -> list[Check]:
             checks.append(
                 yes(f"{method}: {steps} finite steps, then k-NN above chance", healthy and accuracy > 0.2, note)
             )
+        with contextlib.redirect_stdout(io.StringIO()):
+            out = Path(folder, "cplearn")
+            weights = ["--pretrained_weights", str(out / "checkpoint.pth"), "--output_dir", str(out)]
+            quick = ["--augment", "false", "--epochs", "20", "--num_workers", "0", "--device", device.type]
+            metrics = eval_linear.main([*weights, *quick])
+        checks.append(yes("linear probe above chance", metrics["linear_last_top1"] > 0.2))
     return checks
 
 
@@ -399,32 +455,66 @@ def _gradient_of_rank(rank: int, flags: list[str], device: str, ranks: list[dict
     leave_group()
 
 
+@contextlib.contextmanager
+def _torchrun(flags: list[str], processes: int, folder: Path) -> Iterator[subprocess.Popen]:
+    """Run main_cplearn.py under torchrun; at the end nothing of it is left. Its words go to FOLDER/output.txt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / "main_cplearn.py"), *flags, "--output_dir", str(folder)]  # fmt: skip
+    with open(folder / "output.txt", "ab") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield run
+    finally:
+        for pid in _children_of(run.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+
+
+def all_ranks(device: torch.device, tiny: bool) -> list[Check]:
+    """All GPUs together, as a run stands and compiled: stopped by SIGTERM, the same command takes it to its end."""
+    processes = torch.cuda.device_count() if device.type == "cuda" else 2
+    checks = []
+    for compiled in ("false", "true") if device.type == "cuda" else ("false",):
+        flags = [*run_flags(device, tiny), "--epochs", "100000", "--print_freq", "1", "--saveckp_minutes", "0.02",
+                 "--compile", compiled]  # fmt: skip
+        what = f"{processes} processes{', compiled' * (compiled == 'true')}"
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            with _torchrun(flags, processes, folder) as run:
+                _wait(lambda: (folder / "checkpoint.pth").exists() or run.poll() is not None, 240)  # noqa: B023
+                run.terminate()
+                _wait(lambda: run.poll() is not None, 60)  # noqa: B023
+                ended = run.poll() is not None
+            checks.append(yes(f"{what}: end by SIGTERM", ended and (folder / "checkpoint.pth").exists()))
+            if not checks[-1].right:
+                return [*checks, yes("words", False, (folder / "output.txt").read_text()[-200:])]
+            step = checkpoints.load(folder / "checkpoint.pth")["step"]
+            with _torchrun([*flags, "--max_steps", str(step + 20)], processes, folder) as run:
+                _wait(lambda: run.poll() is not None, 240)  # noqa: B023
+            reached = checkpoints.load(folder / "checkpoint.pth")["step"]
+            checks.append(yes(f"{what}: go on to the end", run.returncode == 0 and reached == step + 20,
+                              f"from step {step} to {reached}"))  # fmt: skip
+    return checks
+
+
 def _end_of_the_other(device: torch.device, tiny: bool, folder: Path, name: str, number: int, limit: float) -> Check:
     """Return how long a run under torchrun takes to end after one of its two ranks was killed or frozen."""
     patience = "0.2" if device.type == "cpu" else "0.5"  # minutes: NCCL takes some time to begin
     flags = [*run_flags(device, tiny), "--epochs", "100000", "--print_freq", "1", "--saveckp_minutes", "0.02",
-             "--peer_timeout", patience, "--output_dir", str(folder)]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "main_cplearn.py"), *flags]  # fmt: skip
-    output = folder / "output.txt"
-    with open(output, "wb") as file:
-        run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
+             "--peer_timeout", patience]  # fmt: skip
+    with _torchrun(flags, 2, folder) as run:
         _wait(lambda: (folder / "checkpoint_previous.pth").exists() or run.poll() is not None, 120)
         ranks = _children_of(run.pid)
         if len(ranks) != 2:
-            return yes(f"rank 1 {name}", False, f"the run did not begin: {output.read_text()[-200:]!r}")
+            words = (folder / "output.txt").read_text()[-200:]
+            return yes(f"rank 1 {name}", False, f"the run did not begin: {words!r}")
         os.kill(ranks[1], number)
         start = time.monotonic()
         _wait(lambda: run.poll() is not None, limit)
         ended, took = run.poll() is not None, time.monotonic() - start
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        for pid in _children_of(run.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        run.wait()
     whole = checkpoints.load(folder / "checkpoint.pth")["step"] > 0 if ended else False
     note = f"the run {'ended' if ended else 'had not ended'} {took:.1f} s later, its checkpoint is whole"
     return Check(f"rank 1 {name}: seconds until all have ended", took if ended and whole else math.inf, limit, note)
@@ -446,11 +536,14 @@ def _children_of(pid: int) -> list[int]:
 
 
 PARTS = {
+    "kernels": kernels,
     "loss": loss_forms,
     "colors": color_transforms,
     "step": one_step,
     "overflow": overflow,
     "resume": resuming,
+    "real": real_steps,
+    "ranks": all_ranks,
     "methods": all_methods,
     "processes": processes,
 }

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import main_cplearn
 from cplearn import backbones
+from cplearn.compiling import choose_compile, compile_backbone
 from cplearn.distributed import collectives
 from cplearn.loss.spec import LossSpec
 from cplearn.methods import build_method_for
@@ -38,8 +39,9 @@ class TrainingStep:
         self.images = random_views(self.args, device) if images is None else images
         torch.manual_seed(0)
         self.method = build_method_for(self.args, []).to(device)
+        choose_compile(self.args, device)
         if self.args.compile:
-            backbones.compile_backbone(self.method.backbone, device)
+            compile_backbone(self.method.backbone)
         self.method.begin()
         self.method.train()
         self.model = collectives.wrap(self.method, device)

@@ -1,12 +1,9 @@
 """Backbones by their names on the command line (--arch): ViT, ResNet-8 and -18, any timm model."""
 
 import difflib
-import importlib.util
 import itertools
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 
@@ -161,17 +158,6 @@ def checkpoint_blocks(backbone: nn.Module, arch: str) -> None:
     if has_batch_norm(backbone) or not (hasattr(backbone, "set_grad_checkpointing") and hasattr(backbone, "blocks")):
         raise UserError(f"--grad_checkpointing is for ViTs, not for --arch {arch}: use --accum N")
     backbone.set_grad_checkpointing()
-
-
-def compile_backbone(backbone: nn.Module, device: torch.device) -> None:
-    """Let torch compile the backbone at its first call. Raises `UserError` where there is no compiler."""
-    on_gpu = device.type == "cuda"
-    names = [os.environ.get("CC", "gcc"), "clang"] if on_gpu else [os.environ.get("CXX", "g++"), "clang++"]
-    if not any(shutil.which(name) for name in names):
-        raise UserError(f"--compile needs a C++ compiler ({' or '.join(names)}): install one, or leave --compile out")
-    if on_gpu and importlib.util.find_spec("triton") is None:
-        raise UserError("--compile on a GPU needs the triton package: install it, or leave --compile out")
-    backbone.compile(dynamic=False)
 
 
 SLOPE = 0.2  # of every LeakyReLU (paper, Table 5)

@@ -27,12 +27,15 @@ def test_this_gpu_is_right(tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_all_parts_on_a_cpu(tmp_path):
-    parts = [name for name in gpu.PARTS if name != "processes"]  # a minute and a half; tests/distributed has the like
+    # These take two minutes more; tests/distributed has the like.
+    parts = [name for name in gpu.PARTS if name not in ("processes", "ranks")]
     flags = ["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json"), "--parts", *parts]
     done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert list(report["parts"]) == parts
+    again = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and json.loads((tmp_path / "gpu.json").read_text()) == report  # nothing is repeated
     for name, part in report["parts"].items():
         assert part["cells"] and part["rows"] and not part["misses"], name
         assert f"\n{name}: {'as expected' if name in gpu_right.PARTS else 'ran'}" in done.stdout
@@ -49,6 +52,12 @@ def test_without_a_gpu_it_says_so_and_ends_with_2():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "torch sees no GPU here" in done.stderr
+
+
+def test_what_was_not_checked_for_lack_of_time_has_a_code_of_its_own(tmp_path):
+    flags = ["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json"), "--minutes", "1e-9", "--parts", "loss"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and "loss: left out: no time left" in done.stdout
 
 
 def test_a_wrong_loss_is_found(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn import random_streams
+from cplearn.compiling import eagerly
 from cplearn.data import augmentations
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
@@ -86,7 +87,7 @@ class Probe:
         training = method.training
         method.eval()
         norms = _norms_without_batch(method) if untrained else []
-        with statistics_kept(method) if norms else nullcontext():
+        with statistics_kept(method) if norms else nullcontext(), eagerly(method.evaluated):
             if norms and min(counts) > 1:  # as many batches on each rank, none of one image
                 with plain_average(norms):
                     for images in self._images(range(0, min(counts) - 1, batch), min(counts), batch, device):

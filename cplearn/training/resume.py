@@ -20,8 +20,8 @@ from cplearn.training.run import Run
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "num_workers", "cache", "cache_dir", "worker_timeout", "saveckp_freq", "saveckp_minutes",
     "print_freq", "max_steps", "max_bad_images", "max_skipped_steps", "knn_freq", "best_by", "on_collapse",
-    "resume_force", "tensorboard", "wandb", "wandb_project", "profile", "grad_checkpointing", "device", "dist_url",
-    "dist_timeout", "peer_timeout", "loss_form", "threads",
+    "resume_force", "tensorboard", "wandb", "wandb_project", "profile", "grad_checkpointing", "compile", "device",
+    "dist_url", "dist_timeout", "peer_timeout", "loss_form", "threads",
 }  # fmt: skip
 
 

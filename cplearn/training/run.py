@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from cplearn import backbones, random_streams
+from cplearn import random_streams
+from cplearn.compiling import compile_backbone
 from cplearn.data import datasets, loaders, workers
 from cplearn.data.augmentations import View
 from cplearn.data.identity import Identity
@@ -131,7 +132,7 @@ def assemble(
     method.to(device)
     if args.compile:
         for network in dict.fromkeys((method.backbone, method.evaluated)):  # DINO's teacher, too
-            backbones.compile_backbone(network, device)
+            compile_backbone(network)
     processes, data, threads = collectives.world_size(), datasets.fingerprint(dataset), torch.get_num_threads()
     half = args.precision == "fp16"
     return Run(

@@ -67,6 +67,7 @@ TRAININGS = {
 def begin(flags: list[str], gpu: Device) -> Run:
     """Build a run as main_cplearn.py does."""
     args = main_cplearn.parse_args([*flags, "--output_dir", tempfile.mkdtemp()])
+    args.compile = False  # kernels are counted as they stand in the code
     dataset, views = main_cplearn.find_images(args)
     run = assemble(args, Pixels(dataset, views), CUDA, None, SimpleNamespace(name=None))
     run.method.begin()

@@ -1,16 +1,15 @@
-"""Batches in parts, checkpointed blocks, a compiled backbone: the same numbers. Memory: counted, measured."""
+"""Batches in parts, checkpointed blocks: the same numbers. Memory: counted, measured."""
 
 import ctypes
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, make, model_of, randn, run_in_processes, same_state, train, views_of
+from helpers import SMALL, make, randn, run_in_processes, same_state, train, views_of
 
 import main_cplearn
 from cplearn import backbones
 from cplearn.distributed import collectives
-from cplearn.errors import UserError
 from cplearn.methods import METHODS, build_method
 from cplearn.methods.base import forward_by_size
 from cplearn.training import memory
@@ -88,23 +87,6 @@ def test_a_run_in_parts_is_saved_and_resumed(tmp_path, image_folder):
     train(tmp_path / "cut", *common, "--max_steps", "4")
     train(tmp_path / "cut", *common)
     assert same_state(tmp_path / "whole", tmp_path / "cut")
-
-
-@pytest.mark.slow
-def test_a_compiled_backbone_trains_and_its_checkpoint_is_an_ordinary_one(tmp_path, image_folder):
-    common = ("--data_path", str(image_folder), "--epochs", "1", "--image_size", "16", "--local_crops_number", "0")
-    plain = train(tmp_path / "plain", *common)
-    compiled = train(tmp_path / "compiled", *common, "--compile")
-    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
-    train(tmp_path / "compiled", *common, "--compile", "--epochs", "2", "--resume_force", "epochs", "compile")
-    assert model_of(tmp_path / "plain").keys() == model_of(tmp_path / "compiled").keys()
-
-
-def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match="--compile"):
-        train(tmp_path / "out", "--compile")
 
 
 # --- the estimate -------------------------------------------------------------------------------------------
