@@ -49,7 +49,7 @@ CARDS = {
     "v100": Card(125e12, 15.7e12, 0.9e12, 120e9, 10e9),  # no TF32: its float32 rate
 }
 LOSS_SHARE = 0.5  # of the TF32 rate that the loss's products reach, assumed
-COLOR_PASSES = 30  # over all float pixels of the views, about what the color half makes
+COLOR_PASSES = 8  # over all float pixels of the views: of `color_kernels.py`, with half of the views blurred
 
 
 class Step(NamedTuple):

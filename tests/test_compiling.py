@@ -41,7 +41,7 @@ def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cplearn", "dino"])
+@pytest.mark.parametrize("name", ["cplearn", "dino", "gedi_gen"])
 def test_loss_and_gradient_are_those_of_the_backbone_as_it_stands(name):
     """With global and local views, in float64."""
     method = make(name, *VIEWS, "--image_size", "32", "--drop_path_rate", "0")

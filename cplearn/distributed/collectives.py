@@ -137,16 +137,19 @@ def gather_equal_rows(x: Tensor) -> Tensor:
     return parts.unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
 
 
-def gather_rows(x: Tensor) -> Tensor:
+def gather_rows(x: Tensor, device: torch.device, chunk: int = 4096) -> Tensor:
     """Like `gather_equal_rows`, of ranks that may hold one row fewer than rank 0: undo range(rank, total, world_size).
 
-    Shape: (n_r, ...) -> (sum of n_r, ...), on the tensor's device.
+    They pass through the device `chunk` rows at a time, so that it need not hold all.
+    Shape: (n_r, ...), on the CPU or the device -> (sum of n_r, ...), on the CPU.
     """
-    counts = gather_objects(len(x))
-    most = max(counts)
-    if len(x) < most:
-        x = torch.cat([x, x.new_zeros((most - len(x), *x.shape[1:]))])
-    return gather_equal_rows(x)[: sum(counts)]
+    counts, rows = gather_objects(len(x)), []
+    for start in range(0, max(counts), chunk):
+        part, length = x[start : start + chunk].to(device), min(chunk, max(counts) - start)
+        if len(part) < length:
+            part = torch.cat([part, part.new_zeros((length - len(part), *part.shape[1:]))])
+        rows.append(gather_equal_rows(part).cpu())
+    return torch.cat(rows)[: sum(counts)] if rows else x.cpu()
 
 
 @torch.no_grad()

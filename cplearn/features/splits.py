@@ -196,15 +196,16 @@ def extract_features(
         for pixels, _, _ in batches:
             x = color.network_input(pixels, device)
             with autocast(device, args.precision or "fp32"):
-                rows.append(backbone_features(model.backbone, x, tokens))
+                features = backbone_features(model.backbone, x, tokens)
+            rows.append(features.float().cpu())
             if model.method is not None and tokens.plain:
-                codes.append(model.method.predict(rows[-1]))
+                codes.append(model.method.predict(features).cpu())
     if not rows:
         raise UserError(f"{len(dataset)} images are too few for {collectives.world_size()} processes")
     return Features(
-        features=collectives.gather_rows(torch.cat(rows)).float().cpu(),
+        features=collectives.gather_rows(torch.cat(rows), device),
         labels=torch.as_tensor(dataset.labels).long(),
-        codes=collectives.gather_rows(torch.cat(codes)).cpu() if codes else None,
+        codes=collectives.gather_rows(torch.cat(codes), device) if codes else None,
         names=[str(name) for name in dataset.names],
         classes=list(dataset.classes) if dataset.classes else None,
         out_dim=model.method.out_dim if codes else None,

@@ -99,12 +99,8 @@ class Probe:
         method.train(training)
         parts = {name: [part[name] for part in parts] for name in parts[0]} | {"labels": [labels.to(device)]}
         prototypes = method.learned_codes() if collectives.is_main() else None
-        return ProbeResult(
-            **{
-                name: None if x[0] is None else collectives.gather_rows(torch.cat(x)).cpu() for name, x in parts.items()
-            },
-            prototypes=None if prototypes is None else prototypes.cpu(),
-        )
+        rows = {k: None if x[0] is None else collectives.gather_rows(torch.cat(x), device) for k, x in parts.items()}
+        return ProbeResult(**rows, prototypes=None if prototypes is None else prototypes.cpu())
 
     def _images(self, starts: range, count: int, batch: int, device: torch.device) -> Iterator[list[Tensor]]:
         crops, params, _ = self._kept

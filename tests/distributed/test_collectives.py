@@ -20,6 +20,8 @@ from cplearn_head import cplearn_loss
 
 pytestmark = pytest.mark.dist
 
+CPU = torch.device("cpu")
+
 
 def make_method(prior, prior_group="global", form="auto", steps=0):
     torch.manual_seed(0)
@@ -123,8 +125,8 @@ def half_batch(rank):
     out["timm_running"] = torch.cat([b for name, b in timm_model.named_buffers() if "running" in name])
 
     rows = torch.arange(rank, 7, 2)[:, None] * torch.tensor([1.0, 10.0])
-    out["rows"] = collectives.gather_rows(rows)
-    out["six_rows"] = collectives.gather_rows(rows[:3])
+    out["rows"] = [collectives.gather_rows(rows, CPU, chunk) for chunk in (1, 2, 3, 4, 4096)]
+    out["six_rows"] = collectives.gather_rows(rows[:3], CPU)
     out["six_equal_rows"] = collectives.gather_equal_rows(rows[:3])
     return out
 
@@ -254,7 +256,7 @@ def test_a_converted_batch_norm_keeps_its_parameters_type_and_mode():
 def test_gather_rows_restores_the_order(two):
     expected = torch.arange(7)[:, None] * torch.tensor([1.0, 10.0])
     for rank in range(2):
-        assert torch.equal(two[rank]["rows"], expected)
+        assert all(torch.equal(rows, expected) for rows in two[rank]["rows"])
         assert torch.equal(two[rank]["six_rows"], expected[:6])
         assert torch.equal(two[rank]["six_equal_rows"], expected[:6])
 
@@ -263,9 +265,9 @@ def test_one_process_is_a_normal_case():
     x = torch.randn(5)
     assert collectives.world_size() == 1 and collectives.is_main()
     assert torch.equal(collectives.log_mean_over_ranks(x), x)
-    assert torch.equal(collectives.gather_rows(x), x) and torch.equal(collectives.gather_equal_rows(x), x)
+    assert torch.equal(collectives.gather_rows(x, CPU), x) and torch.equal(collectives.gather_equal_rows(x), x)
     module = nn.Linear(2, 2)
-    assert collectives.wrap(module, torch.device("cpu")) is module
+    assert collectives.wrap(module, CPU) is module
 
 
 def _fail_on_main(rank):
