@@ -29,7 +29,7 @@ from cplearn.methods import METHODS, method_class
 from cplearn.precision import autocast, choose_precision
 from cplearn.training.bad_batches import RunningStatistics, check_gradients
 from cplearn.training.meters import EpochState
-from cplearn.training.optimizer import clip_gradients, set_schedules
+from cplearn.training.optimizer import check_rate, clip_gradients, set_schedules
 from cplearn.training.report import EpochReport, announce, report_end, report_epoch
 from cplearn.training.resume import resume, save
 from cplearn.training.run import Run, assemble
@@ -60,7 +60,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     method_class(method).add_flags(p)
 
     g = p.add_argument_group("backbone")
-    g.add_argument("--arch", default="vit_small", help=f"One of {', '.join(backbones.ARCHS)}")
+    g.add_argument("--arch", type=backbones.arch_name, default="vit_small", help=f"One of {', '.join(backbones.ARCHS)}")
     g.add_argument("--patch_size", type=positive(int), default=16, help="ViT patch in pixels; smaller is slower and better")
     g.add_argument("--drop_path_rate", type=fraction_below_one, default=0.1, help="Stochastic depth of a ViT")
     g.add_argument("--init_from", default=None, help="Start from the backbone weights of this file (ours, DINO's, timm's)")
@@ -176,7 +176,10 @@ def train(run: Run) -> dict:
         record = train_one_epoch(run)
         if run.between_epochs:
             sound = run.bad_steps.in_a_row == 0
-            record |= run.monitor.end_epoch(run.method, run.device, args.batch_size_per_gpu, record, sound=sound)
+            last = run.step == args.epochs * run.steps_per_epoch
+            record |= run.monitor.end_epoch(
+                run.method, run.device, args.batch_size_per_gpu, record, sound=sound, last=last
+            )
         collectives.on_main(report_epoch, run, record)
         if run.between_epochs:
             run.epoch = EpochState()
@@ -197,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise UserError("--batch_size_per_gpu 1 in one process: batch norm needs at least 2 images in a batch")
     choose_precision(args, device)
     choose_compile(args, device)
+    check_rate(args)
     collectives.on_main(check_writers, args)
     collectives.on_main(check_output_dir, args.output_dir)
     with StopSignals() as signals, FolderLock(args.output_dir) as lock:
@@ -232,7 +236,7 @@ def build(args: argparse.Namespace, device: torch.device, lock: FolderLock, sign
             checkpoints.load_backbone(run.method.backbone, state, args.init_from)
     if not run.resumed:
         run.method.begin()
-    collectives.on_main(announce, run, launch.self_check(device))
+    collectives.on_main(announce, run, launch.self_check(device), vars(parse_args(["--method", args.method])))
     return run
 
 

@@ -67,15 +67,35 @@ class ViT(VisionTransformer):
         x = torch.cat([cls_token, x.flatten(1, 2)], dim=1)
         return self.pos_drop(x + positions)
 
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Return all tokens of the last n blocks, the CLS token first, each after the final LayerNorm, as DINO does.
+
+        timm's method of this name leaves out norm and CLS token; its `forward_intermediates` is here as it is there.
+        Shape: x (images, 3, H, W) -> n times (images, 1 + patches, f), last block last.
+        """
+        layers = super().get_intermediate_layers(x, n, return_prefix_tokens=True, norm=True)
+        return [torch.cat([prefix, patches], dim=1) for patches, prefix in layers]
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Return the attention of the last block, as DINO does: each token's (row's) shares in all tokens.
+
+        Shape: x (images, 3, H, W) -> (images, heads, 1 + patches, 1 + patches).
+        """
+        x, last = self._pos_embed(self.patch_embed(x)), self.blocks[-1]
+        for block in self.blocks[:-1]:
+            x = block(x)
+        q, k, _ = last.attn.qkv(last.norm1(x)).unflatten(2, (3, last.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q @ k.transpose(-2, -1) * last.attn.scale).softmax(dim=-1)
+
     def last_tokens(self, x: Tensor, n: int, average: bool = False) -> Tensor:
         """Return the CLS tokens of the last n blocks, each after the final LayerNorm (DINO's linear probe).
 
         `average`: and the mean of the last block's patch tokens, after the same LayerNorm (--avgpool_patchtokens).
         Shape: x (images, 3, H, W) -> (images, (n + average) * embed_dim), last block last, then the mean.
         """
-        layers = self.get_intermediate_layers(x, n, return_prefix_tokens=True, norm=True)
-        tokens = [prefix[:, 0] for _, prefix in layers]
-        return torch.cat([*tokens, layers[-1][0].mean(1)] if average else tokens, dim=1)
+        layers = self.get_intermediate_layers(x, n)
+        tokens = [layer[:, 0] for layer in layers]
+        return torch.cat([*tokens, layers[-1][:, 1:].mean(1)] if average else tokens, dim=1)
 
 
 def vit_tiny(patch_size: int = 16, *, image_size: int = 224, drop_path_rate: float = 0.0) -> ViT:

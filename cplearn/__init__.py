@@ -1,5 +1,11 @@
 """CPLearn's package. `from cplearn import load_backbone, load_pretrained` for a trained network in your own code."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cplearn.load import load_backbone, load_pretrained
+
+__version__ = "0.1.0"
 __all__ = ["load_backbone", "load_pretrained"]
 
 

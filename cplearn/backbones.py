@@ -23,6 +23,18 @@ def is_vit(arch: str) -> bool:
     return arch in VITS
 
 
+def arch_name(text: str) -> str:
+    """Return an --arch as it is kept: what only timm has, such as DINO's `resnet50` and `xcit_small_12_p16`, is timm's.
+
+    Other names come back as they are, also those that nobody knows.
+    """
+    if text in (*VITS, "resnet18") or text.startswith(("timm:", "resnet8")):
+        return text
+    import timm  # which takes more than a second
+
+    return next((f"timm:{x}" for x in (text, f"{text}_224") if "." not in text and timm.is_model(x)), text)
+
+
 def build_backbone(arch: str, *, patch_size: int, image_size: int, drop_path_rate: float = 0.0) -> nn.Module:
     """Build a randomly initialized backbone: images (n, 3, H, W) -> features (n, num_features).
 

@@ -11,6 +11,35 @@ from collections.abc import Callable, Sequence
 
 from cplearn.errors import UserError
 
+# What DINO, solo-learn, lightly and others call a flag. Of several, the first that a command has is meant.
+ELSEWHERE = {
+    **dict.fromkeys(("learning_rate", "base_lr", "max_lr"), ("lr",)),
+    **dict.fromkeys(("backbone", "model", "model_name", "network"), ("arch",)),
+    **dict.fromkeys(("batch_size", "batchsize", "bs"), ("batch_size_per_gpu",)),
+    **dict.fromkeys(("max_epochs", "num_epochs", "n_epochs"), ("epochs",)),
+    **dict.fromkeys(("train_dir", "data_dir", "data", "root", "image_path"), ("images", "data_path")),
+    **dict.fromkeys(("checkpoint", "ckpt", "weights", "pretrained"), ("pretrained_weights", "init_from")),
+    **dict.fromkeys(("save_dir", "output", "log_dir", "checkpoint_dir"), ("output_dir", "out")),
+    **dict.fromkeys(("num_prototypes", "nmb_prototypes", "n_prototypes", "num_codes"), ("out_dim",)),
+    **dict.fromkeys(("crop_size", "img_size", "input_size", "input_dim"), ("image_size",)),
+    **dict.fromkeys(("amp", "fp16", "bf16", "mixed_precision"), ("precision",)),
+    **dict.fromkeys(("accumulate_grad_batches", "grad_accum", "accumulation_steps"), ("accum",)),
+    **dict.fromkeys(("workers", "n_workers"), ("num_workers",)),
+    **dict.fromkeys(("use_cuda", "gpu", "accelerator"), ("device",)),
+    **dict.fromkeys(("gpus", "devices", "nproc_per_node"), ("ngpus", "device")),
+    **dict.fromkeys(("teacher_momentum", "base_tau_momentum"), ("momentum_teacher",)),
+    **dict.fromkeys(("k", "knn_k", "n_neighbors"), ("nb_knn",)),
+    "wd": ("weight_decay",),
+    "dump_path": ("output_dir",),
+    "max_time": ("timeout",),
+}
+NOT_NEEDED = {  # flags of DINO's evaluations, and what happens without
+    "num_labels": "classes are counted",
+    "evaluate": "a finished linear probe is evaluated when its command is typed again",
+    "val_freq": "accuracy is measured after every epoch",
+    "use_volta32": "run_with_submitit.py --constraint volta32 asks for such GPUs",
+}
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with printed defaults, one-line errors, no abbreviations, and `@file` arguments.
@@ -21,6 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
+        self.add_argument("--version", action=_Version, nargs=0, help="Print version and commit")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         try:
@@ -38,21 +68,25 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def refuse(self, unknown: Sequence[str]):
-        """Raise `UserError` for arguments that are not known, with the flag that may have been meant."""
-        flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), "")
-        guess = self._guess(flag.replace("-", "_").replace("_", "-", 2))
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{guess} (--help lists the flags)")
+        """Raise `UserError` for arguments that are not known, with the flags that may have been meant."""
+        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        guesses = [self._guess(flag.replace("-", "_").replace("_", "-", 2)) for flag in flags]
+        hint = " ".join(guess for guess in dict.fromkeys(guesses) if guess)
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint and f': {hint}'} (--help lists the flags)")
 
     def error(self, message: str):
         """Raise `UserError` with the message in one line."""
         raise UserError(message.replace("\n", "\\n").replace("\r", "\\r"))
 
     def _guess(self, flag: str) -> str:
-        """Return a question that names the flag that was meant, cut short or mistyped; "" if there is none like it."""
-        known = list(self._option_string_actions)
+        """Return a question that names the flag that was meant: another program's, cut short, mistyped; or ""."""
+        known, name = list(self._option_string_actions), flag.removeprefix("--")
+        if name in NOT_NEEDED:
+            return f"leave out {flag}: {NOT_NEEDED[name]}."
+        elsewhere = [f"--{x}" for x in ELSEWHERE.get(name, ()) if f"--{x}" in known]
         cut_short = [x for x in known if len(flag) > 4 and x.startswith(flag)]
-        near = cut_short or difflib.get_close_matches(flag, known, n=1)
-        return f": did you mean {near[0]}?" if near else ""
+        near = elsewhere or cut_short or difflib.get_close_matches(flag, known, n=1)
+        return f"did you mean {near[0]}?" if near else ""
 
 
 def expand_recipes(argv: Sequence[str]) -> list[str]:
@@ -81,6 +115,15 @@ def _words_of(argument: str, inside: tuple[str, ...]) -> list[str]:
         except ValueError as error:
             raise UserError(f"a recipe's line cannot be read ({error}): {line}") from None
     return [word for x in words for word in _words_of(x, (*inside, path))]
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        import cplearn
+        from cplearn.host import git_commit
+
+        print(f"cplearn {cplearn.__version__}, commit {git_commit()}")
+        parser.exit()
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -7,7 +7,10 @@ import os
 import resource
 import signal
 import subprocess
+import time
 from pathlib import Path
+
+import cplearn
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: scripts, recipes, tables of the paper
 
@@ -40,17 +43,40 @@ def process_start(pid: int) -> str | None:
 
 @functools.cache  # of the code that was loaded, whatever happens to the files later
 def git_commit() -> str:
-    """Return the commit of this checkout, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    """Return the commit of this checkout, with `-dirty` if files differ from it, or outside a checkout the version."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return f"v{cplearn.__version__}"
 
 
 def host_name() -> str:
     """Return this machine's name, or that of its node in SLURM."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def busy_cores(seconds: float = 0.2) -> float:
+    """Return how many of the cores of this process others use now; 0 where the system does not say (no /proc/stat).
+
+    It sleeps that long: what the cores do meanwhile is others' work, loader processes of this run included.
+    """
+    try:
+        before = _core_times()
+        time.sleep(seconds)
+        spent = [(b1 - b0, i1 - i0) for (b0, i0), (b1, i1) in zip(before, _core_times(), strict=True)]
+        return sum(busy / max(1, busy + idle) for busy, idle in spent)
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _core_times() -> list[tuple[int, int]]:
+    """Return for each core of this process its ticks with work and without since the system started."""
+    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
+    own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    ticks = [[int(x) for x in row[1:9]] for row in rows if row[0] in own]
+    return [(sum(x) - x[3] - x[4], x[3] + x[4]) for x in ticks]
 
 
 def machine_cores() -> int:

@@ -56,6 +56,11 @@ def test_other_backbones(arch, width):
     assert model.num_features == width and model(torch.randn(2, 3, 32, 32)).shape == (2, width)
 
 
+def test_dinos_names_of_other_networks_are_timms():
+    kept = [backbones.arch_name(x) for x in ("resnet50", "xcit_small_12_p16", "resnet18", "vit_small", "timm:x", "foo")]
+    assert kept == ["timm:resnet50", "timm:xcit_small_12_p16_224", "resnet18", "vit_small", "timm:x", "foo"]
+
+
 @pytest.mark.parametrize(
     ("arch", "size", "words"),
     [

@@ -24,8 +24,8 @@ def kl(p, q):
 
 def test_dictionary_is_neither_trained_nor_saved():
     head = CPLearnHead(8, 50, 16)
-    tensors = {k for k, v in head.state_dict().items() if isinstance(v, torch.Tensor)}
-    assert tensors == {
+    assert set(head.state_dict()) == {
+        "dictionary._extra_state",
         "linear.weight", "linear.bias", "norm.weight", "norm.bias",
         "norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
     }  # fmt: skip
@@ -45,6 +45,27 @@ def test_loading_with_another_dictionary_is_refused(other):
     state = CPLearnHead(8, 50, 16).state_dict()
     with pytest.raises(UserError, match="another dictionary"):
         CPLearnHead(**{"in_dim": 8, "out_dim": 50, "embed_dim": 16} | other).load_state_dict(state)
+
+
+def test_safetensors_keep_a_head_and_know_its_dictionary(tmp_path):
+    """Which trainers of others write and read: tensors alone, the description of the codes as bytes."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    head, path = torch.nn.Sequential(torch.nn.Linear(4, 8), CPLearnHead(8, 50, 16)), tmp_path / "model.safetensors"
+    safetensors.save_model(head, path)
+    twin = torch.nn.Sequential(torch.nn.Linear(4, 8), CPLearnHead(8, 50, 16))
+    safetensors.load_model(twin, path)
+    x = torch.randn(3, 4)
+    assert torch.equal(head.eval()(x), twin.eval()(x))
+    with pytest.raises(UserError, match="another dictionary.*seed"):
+        safetensors.load_model(torch.nn.Sequential(torch.nn.Linear(4, 8), CPLearnHead(8, 50, 16, seed=1)), path)
+
+
+def test_the_description_of_earlier_versions_is_read():
+    state = CPLearnHead(8, 50, 16).state_dict()
+    state["dictionary._extra_state"] = CPLearnHead(8, 50, 16).dictionary.description()
+    CPLearnHead(8, 50, 16).load_state_dict(state)
+    with pytest.raises(UserError, match="another dictionary"):
+        CPLearnHead(8, 50, 16, seed=1).load_state_dict(state)
 
 
 def test_head_parameter_count():

@@ -73,6 +73,12 @@ def test_flags_of_a_recipe_come_before_those_that_follow(tmp_path):
     ("flags", "words"),
     [
         (["--cou", "3"], "unrecognized arguments: --cou 3: did you mean --count? (--help"),  # no abbreviations
+        (
+            ["--learning_rate", "3", "--cuont=3"],
+            "unrecognized arguments: --learning_rate 3 --cuont=3: did you mean --lr? did you mean --count? (",
+        ),  # fmt: skip
+        (["--num_labels=3"], "unrecognized arguments: --num_labels=3: leave out --num_labels: classes are counted. ("),
+        (["--data_dir=x"], "unrecognized arguments: --data_dir=x (--help"),  # this parser has no --data_path
         (["--zzz", "a\nb"], "unrecognized arguments: --zzz a\\nb (--help lists the flags)"),  # like no flag: no guess
     ],
 )

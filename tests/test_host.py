@@ -150,3 +150,19 @@ def test_cores_of_one_of_four_processes(monkeypatch, limits, torchrun, cores):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none") if torchrun else None
     assert host.cores_of_process(4) == cores
+
+
+def test_busy_cores_are_those_of_other_programs():
+    """On one core of this machine, with a program that does nothing but compute."""
+    code = """
+import os
+from cplearn import host
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+child = os.fork()
+while not child:
+    pass
+print(host.busy_cores(0.3))
+os.kill(child, 9)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=host.ROOT)
+    assert 0.7 < float(said.stdout) < 1.3

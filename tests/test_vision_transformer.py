@@ -82,6 +82,8 @@ def test_a_dino_vit_small_loads_with_every_key_and_gives_its_features():
     with torch.no_grad():
         torch.testing.assert_close(model(x), cls[-1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model.last_tokens(x, 4), torch.cat(cls[-4:], 1), rtol=1e-4, atol=1e-4)
+        for found, expected in zip(model.get_intermediate_layers(x, 4), layers[-4:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         both = model.last_tokens(x, 1, average=True)
         torch.testing.assert_close(both, torch.cat([cls[-1], average], 1), rtol=1e-4, atol=1e-4)
 

@@ -163,8 +163,9 @@ def find_split(root: Path, split: str) -> Place:
     """Return where the images of a split lie; those of "all" at `root` itself.
 
     In this order: a folder `train`; a list `train.txt`; tar or parquet files with the word `train` in their names, also
-    in a folder `data`; for val accordingly, with `val`, `validation` or `test`. For pre-training otherwise all of
-    `root`, without the files named for another split. Raises `UserError` if an evaluation asks for what is not there.
+    in a folder `data`; for val accordingly, with `val`, `validation` or `test`, and what lies beside a `root` that is
+    called `train`. For pre-training otherwise all of `root`, without the files named for another split. Raises
+    `UserError` if an evaluation asks for what is not there.
     """
     if not root.is_dir():
         if split in ("train", "all"):
@@ -175,7 +176,7 @@ def find_split(root: Path, split: str) -> Place:
         )
     if split == "all":
         return _shards(root) or Place("folder", root, [])
-    if place := _named(root, split):
+    if place := _named(root, split) or (split == "val" and _beside(root)):
         return place
     if split == "train":
         return _shards(root, "") or Place("folder", root, [])
@@ -200,6 +201,11 @@ def _named(root: Path, split: str) -> Place | None:
     return None
 
 
+def _beside(root: Path) -> Place | None:
+    """Return the val folder beside a folder called train; None where there is none."""
+    return _named(root.parent, "val") if root.name == "train" and root.is_dir() else None
+
+
 def has_split(data_path: str, split: str) -> bool:
     """Return whether a --data_path has images of a split, by the names that lie there."""
     try:
@@ -212,7 +218,7 @@ def has_split(data_path: str, split: str) -> bool:
 def is_undivided(data_path: str) -> bool:
     """Return whether the images of a --data_path are one set: a file, or a folder in which no split has a name."""
     root = Path(data_path)
-    return root.is_file() or (root.is_dir() and not any(_named(root, split) for split in SPLITS))
+    return root.is_file() or (root.is_dir() and not (any(_named(root, x) for x in SPLITS) or _beside(root)))
 
 
 def _shards(folder: Path, split: str | None = None) -> Place | None:

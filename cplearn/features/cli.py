@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cplearn import backbones
 from cplearn.data import datasets, sources, workers
 from cplearn.distributed import collectives, launch
 from cplearn.errors import UserError
@@ -29,7 +30,7 @@ def add_weights_flags(parser: argparse.ArgumentParser):
     g = parser.add_argument_group("weights")
     g.add_argument("--pretrained_weights", default=None, help="Checkpoint of main_cplearn.py (which says the rest), or backbone weights of DINO or timm (then name --arch)")
     g.add_argument("--checkpoint_key", default=None, help="Network to use where there are two (DINO): teacher (default) or student")
-    g.add_argument("--arch", default=None, help="For weights that do not say (default: the checkpoint's)")
+    g.add_argument("--arch", type=backbones.arch_name, default=None, help="For weights that do not say (default: the checkpoint's)")
     g.add_argument("--patch_size", type=positive(int), default=None, help="For weights that do not say (default: the checkpoint's, or 16)")
     g.add_argument("--image_size", type=positive(int), default=None, help="Pixels (default: the checkpoint's; for weights that do not say 224, or the data set's own)")
     # fmt: on

@@ -6,6 +6,7 @@ multiplied with; nothing here keeps codes as floating-point numbers.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -129,11 +130,14 @@ class Dictionary(nn.Module):
             "checksum": self.checksum(),
         }
 
-    def get_extra_state(self) -> dict[str, str | int]:
-        return self.description()
+    def get_extra_state(self) -> Tensor:
+        """Return the description as bytes of JSON: safetensors and others that save weights take tensors only."""
+        return torch.tensor(list(json.dumps(self.description()).encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict[str, str | int]) -> None:
+    def set_extra_state(self, state: Tensor | dict[str, str | int]) -> None:
+        """Raise `UserError` for the description of another dictionary; a dict is one of an earlier version."""
         own = self.description()
+        state = json.loads(bytes(state.tolist())) if isinstance(state, Tensor) else state
         differ = sorted(k for k in own | state if own.get(k) != state.get(k))
         if differ:
             raise UserError(

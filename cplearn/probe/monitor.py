@@ -43,7 +43,7 @@ class Monitor:
         precision: str = "fp32",
     ):
         self.usage, self.knn_freq = CodeUsage(), knn_freq
-        self.probe = Probe(pixels, views, seed, steps_per_epoch, precision)
+        self.probe = Probe(pixels, views, seed, steps_per_epoch, precision, as_large_as_fits=knn_freq > 0)
         self.alarms = 0  # in a row
         self.last: dict[str, str] = {}  # verdict, and when it was found
         self.start: dict[str, float] = {}  # of `AT_START`
@@ -75,15 +75,17 @@ class Monitor:
         if usage is not None:
             self.usage.add(usage, images, skipped)
 
-    def end_epoch(self, method: Method, device: torch.device, batch: int, record: dict, *, sound: bool = True) -> dict:
+    def end_epoch(
+        self, method: Method, device: torch.device, batch: int, record: dict, *, sound: bool = True, last: bool = False
+    ) -> dict:
         """Return numbers and verdict for the log of an epoch that is whole. Every rank must call it.
 
-        In an epoch in which the probe is not measured the last verdict stands, and is shown with its epoch. The epoch
-        cannot be the best if its weights are not `sound`.
+        In an epoch in which the probe is not measured the last verdict stands, and is shown with its epoch; after the
+        `last` one it is measured. The epoch cannot be the best if its weights are not `sound`.
         """
         began, done = time.perf_counter(), record["epoch"] + 1
         usage = self._end_usage(record)
-        is_due = self.probe.due(done) or (self.knn_freq > 0 and done % self.knn_freq == 0)
+        is_due = self.probe.due(done, last=last) or (self.knn_freq > 0 and done % self.knn_freq == 0)
         probed = self.probe.measure(method, device, batch) if is_due else None
         # By one rank, so that all ranks agree.
         probe, judged = collectives.on_main(self._judge, method, usage, probed, done)
@@ -116,7 +118,11 @@ class Monitor:
         judged = verdict.judge(usage | settled | _named("start_", self.start), method.out_dim)
         if judged is None:
             return probe, {}
-        return probe, {"verdict": judged.name, "line": judged.line(method.REMEDIES), "epoch": str(done)}
+        return probe, {
+            "verdict": judged.name,
+            "line": judged.line(method.REMEDIES, method.warnings()),
+            "epoch": str(done),
+        }
 
     def _compare(self, numbers: dict, done: int, *, sound: bool) -> None:
         """Note whether an epoch is the best so far."""

@@ -27,30 +27,38 @@ from cplearn.precision import autocast
 class Probe:
     """A fixed set of training images in two fixed views, measured every `every` epochs.
 
-    It is as large as memory and `COST` allow, a forward pass being a third of a step's work per image and view. Where
-    `LEAST` images would cost more in every epoch, it is measured less often.
+    It is as large as memory and `COST` allow, a forward pass being a third of a step's work per image and view; for
+    --knn_freq, `as_large_as_fits`. Where it would cost more in every epoch, it is measured less often.
     """
 
     MOST, LEAST, COST, BYTES = 2000, 256, 0.015, 2**28
     SETTLED = 30  # steps before which batch norm's running statistics, and so the probe's numbers, mean little
 
     def __init__(
-        self, pixels: Pixels, views: list[augmentations.View], seed: int, steps_per_epoch: int, precision: str = "fp32"
+        self,
+        pixels: Pixels,
+        views: list[augmentations.View],
+        seed: int,
+        steps_per_epoch: int,
+        precision: str = "fp32",
+        *,
+        as_large_as_fits: bool = False,
     ):
         self.pixels, self.views, self.seed = pixels, views[: Method.N_GLOBAL], seed
         self.precision = precision  # of the backbone
         size = self.views[0].size
         budget = self.COST * 3 * len(pixels) * sum(v.size**2 for v in views) / size**2  # of forward passes per epoch
         fit = self.BYTES * collectives.world_size() // (2 * 3 * size**2)
-        count = min(self.MOST, len(pixels), fit, max(self.LEAST, int(budget / 2)))
+        affordable = self.MOST if as_large_as_fits else max(self.LEAST, int(budget / 2))
+        count = min(self.MOST, len(pixels), fit, affordable)
         self.every = max(1, math.ceil(2 * count / budget))
         self.first, self.steps_per_epoch = math.ceil(self.SETTLED / steps_per_epoch), steps_per_epoch
         order = random_streams.random_stream(random_streams.FOR_MONITOR, seed).permutation(len(pixels))
         self.samples = sorted(int(i) for i in order[:count])
         self._kept: tuple[list[Tensor], Tensor, Tensor] | None = None
 
-    def due(self, epochs_done: int) -> bool:
-        return epochs_done >= self.first and (epochs_done - self.first) % self.every == 0
+    def due(self, epochs_done: int, *, last: bool = False) -> bool:
+        return epochs_done >= self.first and (last or (epochs_done - self.first) % self.every == 0)
 
     def _read(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """Read this rank's images, once: crops, color parameters, labels. Those that cannot be read are left out."""

@@ -1,6 +1,7 @@
 """The verdict on a run: learning, collapsing, or neither, from its numbers beside their values at the start."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cplearn.metrics import collapse
@@ -41,12 +42,13 @@ class Verdict:
     name: str
     evidence: str
 
-    def line(self, remedies: dict[str, str]) -> str:
-        """Return the sentence to print; `remedies` are the method's own."""
+    def line(self, remedies: dict[str, str], warnings: Sequence[str] = ()) -> str:
+        """Return the sentence to print; `remedies` are the method's own, `warnings` what it said of its settings."""
         if self.name not in ALARMS:
             return f"{self.name}: {self.evidence}"
         kind = self.name if self.name == "stuck at uniform" else f"{self.name} collapse"
-        return f"{kind}: {self.evidence}. Try {(REMEDIES | remedies)[self.name]}"
+        first = f"First what the start-up warned of: {'; '.join(warnings)}. Then" if warnings else "Try"
+        return f"{kind}: {self.evidence}. {first} {(REMEDIES | remedies)[self.name]}"
 
 
 def judge(metrics: dict, out_dim: int) -> Verdict | None:
@@ -110,9 +112,16 @@ def _against_start(probe: dict, start: dict) -> Verdict:
         return Verdict(LOSING, f"{', '.join(lost)}; {score}")
     if not has_risen(probe, start):
         return Verdict(NO_BETTER, f"{score}; {words}")
-    if "knn20" in start and probe.get("knn20", math.inf) <= start["knn20"]:
-        return Verdict(NO_BETTER, f"20-NN by the labels {_number(probe, start, 'knn20', '.4f')}; {score}; {words}")
-    return Verdict(LEARNING, f"{score}; {words}")
+    if "knn20" not in probe or "knn20" not in start:
+        return Verdict(LEARNING, f"{score}; {words}; 20-NN by the labels was not measured (--knn_freq)")
+    knn = f"20-NN by the labels {_number(probe, start, 'knn20', '.4f')}, standard error {knn_error(probe, start):.4f}"
+    risen = probe["knn20"] > start["knn20"] + STANDARD_ERRORS * knn_error(probe, start)
+    return Verdict(LEARNING, f"{score}; {knn}; {words}") if risen else Verdict(NO_BETTER, f"{knn}; {score}; {words}")
+
+
+def knn_error(probe: dict, start: dict) -> float:
+    """Return the standard error of the difference of two accuracies, as if measured on different images."""
+    return math.sqrt(sum(x["knn20"] * (1 - x["knn20"]) for x in (probe, start)) / probe["images"])
 
 
 def has_risen(probe: dict, start: dict) -> bool:

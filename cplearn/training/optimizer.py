@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cplearn.distributed import collectives
+from cplearn.errors import UserError
 from cplearn.schedules import cosine, lr_at
 
 
@@ -62,6 +63,16 @@ def with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         for p in group["params"]:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
+
+
+def check_rate(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a peak learning rate below --min_lr: it would rise where it should fall."""
+    if actual_lr(args) < args.min_lr:
+        batch = args.batch_size_per_gpu * collectives.world_size()
+        raise UserError(
+            f"--lr {args.lr:g} is {actual_lr(args):.3g} at a batch of {batch}, below --min_lr {args.min_lr:g}: lower "
+            f"--min_lr, or take --lr {args.min_lr * 256 / batch:.3g} or more"
+        )
 
 
 def actual_lr(args: argparse.Namespace) -> float:

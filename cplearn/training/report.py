@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cplearn.backbones import is_vit
 from cplearn.data import datasets
 from cplearn.data.pixels import Pixels
 from cplearn.distributed import collectives
 from cplearn.files import append_json_line, write_text
-from cplearn.host import cores_of_process, git_commit
+from cplearn.host import busy_cores, cores_of_process, git_commit
 from cplearn.methods.base import StepOutput
 from cplearn.precision import slow_precision
 from cplearn.probe import verdict
@@ -23,12 +25,12 @@ from cplearn.training.meters import Progress
 from cplearn.training.optimizer import actual_lr
 from cplearn.training.run import Run
 
-TIMED_STEPS = 6  # after which a run says how long it will take; the first one is not counted
+TIMED_STEPS = 12  # after which a run says how long it will take, by the second half of them: the first are slower
 SLOW_EPOCH = 3600  # seconds, above which other settings are recommended for a CPU
 
 
-def announce(run: Run, lines: list[str]) -> None:
-    """Print processes, effective arguments, derived values and warnings; save them as args.json."""
+def announce(run: Run, lines: list[str], defaults: dict) -> None:
+    """Print processes, flags that are not the `defaults`, derived values and warnings; write args.json."""
     images, side = run.images, run.images.halved_from()
     lines = [
         *lines,
@@ -57,10 +59,18 @@ def announce(run: Run, lines: list[str]) -> None:
             "WARNING: no --data_path, so this trains on the handwritten digits bundled with scikit-learn. "
             "For your own images: --data_path FOLDER"
         )
-    print("Arguments: " + " ".join(f"--{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
+    print(f"Flags that are not as by default (all: args.json): {' '.join(changed_flags(vars(args), defaults))}")
     for name, value in derived.items():
         print(f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}")
     warnings = method.warnings()
+    if device.type == "cpu" and is_vit(args.arch) and args.image_size >= 128 and args.data_path:
+        size = f"{args.image_size} x {args.image_size} pixels"
+        warnings.append(f"{args.arch} on views of {size} takes a CPU days; @recipes/laptop.txt takes minutes")
+    if device.type == "cpu" and torch.get_num_threads() > 1 and (busy := busy_cores()) > 0.5:
+        warnings.append(
+            f"other programs keep {busy:.1f} cores busy: if they go on, OMP_NUM_THREADS=1 is 2 to 5 times as fast, for "
+            "threads of torch spin while they wait"
+        )
     if slow_precision(args.precision, device):
         warnings.append(f"this CPU only emulates {args.precision}: --precision fp32 is many times as fast")
     for warning in warnings:
@@ -69,6 +79,13 @@ def announce(run: Run, lines: list[str]) -> None:
     if run.step < run.last_step:
         write_text(Path(args.output_dir, "args.json"), content + "\n")
     sys.stdout.flush()
+
+
+def changed_flags(args: dict, defaults: dict) -> list[str]:
+    """Return the flags whose values are not the defaults, as they are typed."""
+    changed = {k: v for k, v in sorted(args.items()) if v not in (None, False, defaults.get(k))}
+    words = {k: [str(x) for x in v] if isinstance(v, (list, tuple)) else [str(v)] for k, v in changed.items()}
+    return [f"--{k} {shlex.join(v)}" for k, v in words.items()]
 
 
 class EpochReport:
@@ -92,16 +109,19 @@ class EpochReport:
         before, epoch.seconds = epoch.seconds, time.perf_counter() - self.start
         if run.step == self.first_step:
             self.first_step_seconds = epoch.seconds - before
+            self.half = 1, epoch.seconds  # steps and their seconds that do not count for the duration
         run.step += 1
         done = (run.step - 1) % run.steps_per_epoch + 1
         if done % run.args.print_freq == 0 or done == run.steps_per_epoch:
             values = epoch.meter.read() | run.monitor.usage.read()
             rate, wait = done * self.batch / epoch.seconds, epoch.waiting.seconds / epoch.seconds
             self.progress.show(done, values, lr, rate, wait)
-        if not run.is_timed and (run.step - self.first_step == TIMED_STEPS or done == run.steps_per_epoch):
-            counted = run.step - self.first_step - 1
-            all_but_first = epoch.seconds - self.seconds_before - self.first_step_seconds
-            self._tell_duration(all_but_first / counted if counted else self.first_step_seconds)
+        steps = run.step - self.first_step
+        if steps == TIMED_STEPS // 2:
+            self.half = steps, epoch.seconds
+        if not run.is_timed and (steps == TIMED_STEPS or done == run.steps_per_epoch):
+            counted, seconds = steps - self.half[0], epoch.seconds - self.half[1]
+            self._tell_duration(seconds / counted if counted else self.first_step_seconds)
 
     def _tell_duration(self, seconds: float) -> None:
         """Say how long an epoch and all of them take, from the seconds per step."""
@@ -109,9 +129,10 @@ class EpochReport:
         run.is_timed = True
         if not collectives.is_main():
             return
+        goal = f"{run.args.epochs} epochs" if run.args.max_steps is None else f"--max_steps {run.args.max_steps}"
         print(
             f"{seconds:.2g} s per step: an epoch takes about {format_duration(epoch)}, what is left of "
-            f"{run.args.epochs} epochs {format_duration(seconds * (run.last_step - run.step))}\n"
+            f"{goal} {format_duration(seconds * (run.last_step - run.step))}\n"
             f"{peak_memory(run.device) / 1e9:.1f} GB of memory at most so far",
             flush=True,
         )
@@ -184,7 +205,9 @@ def report_epoch(run: Run, record: dict) -> None:
         record |= ending
     if judged := record if "verdict" in record else ending:
         mark = "WARNING: " if judged["verdict"] in verdict.WARNINGS else ""
-        print(f"  {mark}{judged['verdict_line']}", flush=True)
+        stands = run.monitor.last and run.monitor.last["epoch"] != str(record["epoch"] + 1)
+        line = f"{judged['verdict']} (epoch {run.monitor.last['epoch']})" if stands else judged["verdict_line"]
+        print(f"  {mark}{line}", flush=True)
     if "probe_knn20" in record:
         start = f" ({record['start_knn20']:.4f} before the first step)" if "start_knn20" in record else ""
         print(f"  20-NN among the probe's images: {record['probe_knn20']:.4f}{start}", flush=True)
@@ -226,3 +249,17 @@ def report_end(run: Run, record: dict) -> None:
     best = run.monitor.best
     kept = f"; checkpoint_best.pth is of epoch {best['epoch']}, by {best['by']}" if best else ""
     print(f"Done: {folder}/checkpoint.pth{kept}" if record else nothing)
+    if run.step == run.args.epochs * run.steps_per_epoch:
+        print("Next:\n" + "\n".join(f"  {command}" for command in next_commands(run)))
+
+
+def next_commands(run: Run) -> list[str]:
+    """Return what to type after a run: evaluate it, look at it, take its features away."""
+    folder, data_path = run.args.output_dir, run.args.data_path
+    weights = f"--pretrained_weights {shlex.quote(f'{folder}/checkpoint.pth')}"
+    commands = [f"python eval_knn.py {weights}"] if run.images.dataset.classes else []
+    commands.append(f"python visualize_codes.py {weights}")
+    if run.args.dataset == "folder" and data_path:
+        out = shlex.quote(f"{folder}/features.npz")
+        commands.append(f"python extract_features.py {weights} --images {shlex.quote(data_path)} --out {out}")
+    return [*commands, f"python plot_runs.py {shlex.quote(folder)}"]

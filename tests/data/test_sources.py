@@ -189,6 +189,14 @@ def test_what_a_folder_holds(names, train, val, tmp_path):
             )
 
 
+def test_val_lies_beside_a_folder_called_train(image_folder):
+    train = image_folder / "train"
+    assert find_split(train, "val") == find_split(image_folder, "val") and find_split(train, "all").root == train
+    assert sources.has_split(str(train), "val") and not sources.is_undivided(str(train))
+    with pytest.raises(UserError, match="val"):
+        find_split(train / "ant", "val")
+
+
 def test_shards_that_are_missing_are_said(tmp_path, capsys):
     touch(tmp_path, "train-00000-of-00004.parquet", "val-00000-of-00001.parquet")
     find_split(tmp_path, "val")

@@ -163,7 +163,7 @@ def test_the_line_of_a_run_that_learns():
         "learning: another view finds its image at place 11.7 of 256 on average (at the start 36.8); two views of "
         "an image get the same code in 10.2% (0.7% by chance; at the start 3.1%); 171 different codes on 256 images "
         "(at the start 190); effective rank of the features 107 (at the start 120), of the embedding 57 (at the start "
-        "80)"
+        "80); 20-NN by the labels was not measured (--knn_freq)"
     )
 
 
@@ -184,13 +184,18 @@ LAPTOP = {"start_embedding_rank": 155.0, "probe_embedding_rank": 36.0, "start_em
         ),
         ({"probe_view_nearness": 0.228}, "no better than at the start", "at place 33.8 of 256"),  # 0.9 errors
         ({"probe_view_nearness": math.nan}, "no better than at the start", "at place nan of 256"),
-        (LABELS, "no better than at the start", "20-NN by the labels 0.5680 (at the start 0.5820); another"),
+        (
+            LABELS,
+            "no better than at the start",
+            "20-NN by the labels 0.5680 (at the start 0.5820), standard error 0.0437",
+        ),
         (FLOWERS, "no better than at the start", "of the embedding 54 (at the start 210)"),  # whatever its score
         (LAPTOP, "learning", ""),  # an embedding may lose what features may not
         (LAPTOP | {"start_features_rank": 155.0, "probe_features_rank": 36.0}, "losing dimensions", ""),
         ({"probe_within_code": None, "start_within_code": None}, "learning", ""),
         ({"start_knn20": 0.5}, "learning", ""),  # not measured in this epoch
-        ({"start_knn20": 0.5, "probe_knn20": 0.51}, "learning", ""),
+        ({"start_knn20": 0.5, "probe_knn20": 0.51}, "no better than at the start", "standard error 0.0442"),
+        ({"start_knn20": 0.5, "probe_knn20": 0.55}, "learning", "0.5500 (at the start 0.5000), standard error 0.0441"),
         ({"start_view_nearness_error": math.nan}, "no alarm", "171 different codes on 256 images"),  # no start
     ],
 )

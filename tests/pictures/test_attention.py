@@ -75,13 +75,15 @@ def test_attention_is_the_one_that_the_block_uses(name, shape):
 def test_attention_is_dinos():
     """DINO's get_last_selfattention: softmax of q k / sqrt(d) from the last block's normed input."""
     network, x = lively(NETWORKS["ours"]()), images()
-    tokens = network.get_intermediate_layers(x, [10], return_prefix_tokens=True)[0]
-    block = network.blocks[-1]
-    y = block.norm1(torch.cat([tokens[1], tokens[0]], dim=1))
+    block, found = network.blocks[-1], []
+    network.blocks[-2].register_forward_hook(lambda _, args, output: found.append(output))
+    network(x)
+    y = block.norm1(found[0])
     q, k, _ = block.attn.qkv(y).reshape(2, 17, 3, 3, 64).permute(2, 0, 3, 1, 4)
     expected = torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) / 64**0.5, dim=-1)
     seen = attention.last_block(network, x)
     assert torch.allclose(seen.attention.flatten(2), expected[:, :, 0, 1:], atol=1e-6)
+    assert torch.allclose(network.get_last_selfattention(x), expected, atol=1e-6)
 
 
 def test_a_network_with_its_attention_written_out_stays_so():

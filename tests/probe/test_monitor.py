@@ -230,9 +230,10 @@ def test_a_run_says_its_verdict_each_epoch(tmp_path, image_folder, capsys, early
     monkeypatch.setattr(Probe, "COST", 0.2)  # a look in every other epoch
     train(tmp_path, "--data_path", str(image_folder), "--epochs", "4")
     said, log = capsys.readouterr().out.splitlines(), log_of(tmp_path)
-    assert ["probe_images" in r for r in log] == [True, False, True, False]
-    assert all(any(r["verdict_line"] in x for x in said) for r in log)
+    assert ["probe_images" in r for r in log] == [True, False, True, True]  # and after the last
+    assert all(any(r["verdict_line"] in x for x in said) for r in log if "probe_images" in r)
     assert log[1]["verdict_line"] == log[0]["verdict_line"] + " (epoch 1)"
+    assert any(x.endswith(f"{log[1]['verdict']} (epoch 1)") for x in said)  # its numbers are not said again
     assert log[2]["verdict_line"] != log[0]["verdict_line"]
 
 

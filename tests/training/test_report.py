@@ -3,10 +3,11 @@
 import json
 import math
 import re
+import shlex
 
 import pytest
 import torch
-from helpers import train, views_of, write_images
+from helpers import run_script, train, views_of, write_images
 
 from cplearn.data.datasets import Folder
 from cplearn.data.pixels import CacheOptions, Pixels, open_pixels
@@ -87,3 +88,17 @@ def test_the_epoch_line_has_the_references_that_the_method_has(tmp_path, image_f
     assert json.loads((tmp_path / "zero" / "log.txt").read_text())["uniform_to_floor"] is None
     train(tmp_path / "b", "--data_path", str(image_folder), "--epochs", "1", "--prior", "forward")
     assert f"  (uniform {1.25 * log_c:.4f}, bound {log_c:.4f})  lr " in capsys.readouterr().out
+
+
+def test_the_start_names_what_was_changed_and_the_end_what_comes_next(tmp_path, image_folder, capsys, monkeypatch):
+    out = tmp_path / "the run"
+    train(out, "--data_path", str(image_folder / "train"), "--epochs", "1", "--seed", "3")
+    said = capsys.readouterr().out
+    (flags,) = (x for x in said.splitlines() if x.startswith("Flags that are not as by default"))
+    assert f"--data_path {image_folder}/train" in flags and "--seed 3" in flags and "--beta" not in flags
+    commands = [shlex.split(x) for x in said.partition("Next:\n")[2].splitlines() if x.startswith("  python ")]
+    assert [x[1] for x in commands] == ["eval_knn.py", "visualize_codes.py", "extract_features.py", "plot_runs.py"]
+    for command in commands:  # as typed; k-NN finds the val beside this train
+        ended = run_script(*command[1:])
+        assert ended.returncode == 0, ended.stderr
+    assert (out / "features.npz").is_file()
