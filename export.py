@@ -15,7 +15,7 @@ import torch
 
 from cplearn import errors
 from cplearn.errors import UserError
-from cplearn.export import common, head_folder, hf_folder, onnx_file, safetensors_file, timm_folder
+from cplearn.export import card, common, head_folder, hf_folder, onnx_file, safetensors_file, timm_folder
 from cplearn.features import cli
 from cplearn.text import printable
 from utils import ArgumentParser, expand_paths
@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         if not kind.SUFFIX:
             new.mkdir()
         kind.write(model, new, **options)
+        if not kind.SUFFIX:
+            card.write_card(new, model, kind.LIBRARY, kind.usage("FOLDER"))
+            common.mark_folder(new, common.description(model, kind.NAME))
         difference, notes = kind.verify(model, new, **options)
         common.move_into_place(new, target)
     size = f"{model.image_size} x {model.image_size} pixels"

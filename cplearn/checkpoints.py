@@ -176,7 +176,7 @@ def load_backbone(backbone: nn.Module, state: dict, what: str, key: str = "teach
 def load_into(module: nn.Module, weights: dict, what: str) -> None:
     """Load strictly. Raises `UserError` that names the keys and shapes that do not fit, or what is not finite."""
     own = module.state_dict()
-    tensors = [k for k, v in own.items() if isinstance(v, Tensor)]
+    tensors = [k for k in own if not k.endswith("_extra_state")]  # which its module compares itself
     differ = [
         f"{k} {_shape(weights[k])} instead of {_shape(own[k])}"
         for k in sorted(tensors)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import logits_of
 from scipy.linalg import hadamard
 
+from cplearn import checkpoints
 from cplearn.errors import UserError
 from cplearn.loss import DICTIONARIES
 from cplearn.loss.spec import LossSpec
@@ -64,6 +65,7 @@ def test_the_description_of_earlier_versions_is_read():
     state = CPLearnHead(8, 50, 16).state_dict()
     state["dictionary._extra_state"] = CPLearnHead(8, 50, 16).dictionary.description()
     CPLearnHead(8, 50, 16).load_state_dict(state)
+    checkpoints.load_into(CPLearnHead(8, 50, 16), state, "an earlier checkpoint")
     with pytest.raises(UserError, match="another dictionary"):
         CPLearnHead(8, 50, 16, seed=1).load_state_dict(state)
 

@@ -94,8 +94,13 @@ def test_timm_prepares_images_as_we_do(vit, size):
 
 
 def test_a_timm_network_with_batch_norm_keeps_its_keys(tmp_path, image_folder):
-    train(tmp_path, "--arch", "timm:resnet10t", "--data_path", str(image_folder), "--max_steps", "2")
+    train(tmp_path, "--arch", "timm:resnet10t", "--data_path", str(image_folder), "--epochs", "1")
+    knn = ["--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--device", "cpu", "--num_workers", "0"]
+    trained, untrained = (eval_knn.main([*knn, *more])["knn20_top1"] for more in ([], ["--random_init"]))
     export.main([str(tmp_path / "checkpoint.pth"), "--to", "timm"])
+    card = (tmp_path / "checkpoint_timm" / "README.md").read_text()
+    assert f"| 20-NN, top-1 | val |  {trained:.4f} |    {untrained:.4f} |" in card
+    assert f"- images: 48 of {image_folder.name}\n- epochs: 1\n- settings: `--out_dim 40`" in card
     config = json.loads((tmp_path / "checkpoint_timm" / "config.json").read_text())
     model = timm.create_model(config["architecture"], num_classes=0)
     weights = tensor_files.load_file(tmp_path / "checkpoint_timm" / "model.safetensors")["state_dict"]
@@ -103,7 +108,10 @@ def test_a_timm_network_with_batch_norm_keeps_its_keys(tmp_path, image_folder):
     with torch.no_grad():
         ours = load_backbone(str(tmp_path / "checkpoint.pth")).model
         assert apart(ours(pixels(2, 32)), model.eval()(pixels(2, 32))) < 1e-5
-    assert config["num_features"] == 512 and "img_size" not in config["model_args"]
+        assert config["num_features"] == 512 and "img_size" not in config["model_args"]
+        transformers = pytest.importorskip("transformers", minversion="5")
+        theirs = transformers.AutoModel.from_pretrained(tmp_path / "checkpoint_timm").eval()(pixels(2, 32))
+        assert apart(ours(pixels(2, 32)), theirs.pooler_output.flatten(1)) < 1e-5
 
 
 # --- Hugging Face ------------------------------------------------------------------------------------------

@@ -37,14 +37,13 @@ def check(model: Model) -> None:
 def write(model: Model, folder: Path) -> None:
     """Write head.safetensors (tensors), head.json (numbers) and codes.py (how to use both)."""
     head = model.method.head
-    described = common.description(model, NAME)
     (kind,) = (name for name, of in DICTIONARIES.items() if of is type(head.dictionary))
     weights = {k: x for k, x in common.plain_weights(head).items() if k.startswith(("linear.", "norm."))}
     weights.pop("norm.num_batches_tracked")
     if kind == "hadamard":
         weights["hadamard"] = hadamard(head.dictionary.embed_dim).to(torch.int8)
     about = {
-        **described,
+        **common.description(model, NAME),
         "in_dim": head.linear.in_features,
         "dictionary": kind,
         **head.dictionary.description(),
@@ -55,7 +54,6 @@ def write(model: Model, folder: Path) -> None:
     common.write_weights(folder / "head.safetensors", weights)
     common.write_json(folder / "head.json", about)
     (folder / "codes.py").write_bytes(SOURCE.read_bytes())
-    common.mark_folder(folder, described)
 
 
 @torch.inference_mode()

@@ -80,7 +80,6 @@ def write(model: Model, folder: Path) -> None:
     }
     common.write_json(folder / "config.json", config)
     common.write_json(folder / "preprocessor_config.json", preprocessing(model))
-    common.mark_folder(folder, common.description(model, NAME))
 
 
 def preprocessing(model: Model) -> dict[str, object]:

@@ -28,11 +28,11 @@ def architecture(model: Model) -> tuple[str, dict[str, object]]:
     import timm
 
     if model.arch.startswith("timm:"):
-        return model.arch.removeprefix("timm:").partition(".")[0], {**model.backbone.timm_options, "num_classes": 0}
+        return model.arch.removeprefix("timm:").partition(".")[0], model.backbone.timm_options
     names = [f"{model.arch}_patch{patch}_224" for patch in (model.patch_size, 16)]
     name = next(name for name in names if timm.is_model(name))  # patch 16 is there for each; the arguments say the rest
     sizes = {"patch_size": model.patch_size, "img_size": model.image_size, "dynamic_img_size": True}
-    return name, {**sizes, "num_classes": 0}
+    return name, sizes
 
 
 def write(model: Model, folder: Path) -> None:
@@ -59,7 +59,6 @@ def write(model: Model, folder: Path) -> None:
     if isinstance(pool := getattr(model.backbone, "global_pool", None), str) and pool:
         config["global_pool"] = pool
     common.write_json(folder / "config.json", config)
-    common.mark_folder(folder, common.description(model, NAME))
 
 
 def preprocessing(model: Model) -> dict[str, object]:
