@@ -191,7 +191,8 @@ def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) ->
                 raise UserError(
                     f"{len(failures)} of {len(dataset)} images cannot be read, more than --max_bad_images "
                     f"{args.max_bad_images:g} allows ({int(args.max_bad_images * len(dataset))}): repair them, or "
-                    f"allow more, and run again; the last: {list(failures.values())[-1]}"
+                    f"allow more with --max_bad_images {min(1, 2 * len(failures) / len(dataset)):.1g}, and run again; "
+                    f"the last: {list(failures.values())[-1]}"
                 )
     return {str(dataset.names[i]): reason for i, reason in sorted(failures.items())}
 

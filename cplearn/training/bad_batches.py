@@ -151,5 +151,6 @@ class BadImages:
             raise UserError(
                 f"{len(self.known)} of {len(self.dataset)} images cannot be read, more than --max_bad_images "
                 f"{self.limit:g} allows ({int(self.limit * len(self.dataset))}): repair those in {self.path}, "
-                f"or allow more; the last: {last}"
+                f"or allow more with --max_bad_images {min(1, 2 * len(self.known) / len(self.dataset)):.1g}; the last: "
+                f"{last}"
             )
