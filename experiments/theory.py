@@ -8,7 +8,7 @@ until a step changes the loss by less than 1e-12, or for 300 evaluations of loss
 took 8 minutes of a core that other programs used too.
 
 Rows: (f 64, c 256, n 512 / 256 / 64) x beta x dictionary x start; (384, 16384, 64), the sizes of recipes/one_gpu.txt, x
-n_ref x start; recipes/digits.txt and laptop.txt. Starts: `aligned` puts image i on code i (modulo c), `random` puts it
+n_ref x start; recipes/digits.txt and laptop.txt; (64, 64, n) with Hadamard codes, which is Theorem 1; (64, c, 2 c). Starts: `aligned` puts image i on code i (modulo c), `random` puts it
 anywhere, `alike` puts all images within 1 % of one direction. --only takes a part of a row's size and name, as the
 table has them, or a pattern with *.
 
@@ -99,6 +99,14 @@ LARGE = tuple(
 RECIPES = (
     Setting(512, 1024, 64, 0.25, "random", n_ref=4, recipe="digits"),
     Setting(512, 4096, 64, 0.25, "random", n_ref=4, recipe="laptop"),
+)
+THEOREM = tuple(  # what Theorem 1 is proven for: as many codes as dimensions, orthogonal
+    Setting(64, 64, n, 0.25, start, "hadamard") for n, start in product((512, 64, 16), STARTS)
+)
+MORE_CODES = tuple(
+    Setting(64, c, 2 * c, 0.25, start, dictionary)
+    for c, dictionary, start in product((128, 256, 1024), ("rademacher", "hadamard"), ("aligned", "random"))
+    if c != 256  # which is above
 )
 CURVES = tuple(
     Setting(64, 256, n, beta, start)
@@ -219,7 +227,7 @@ def expected_energy(setting: Setting) -> float | None:
 
 def chosen(pattern: str | None) -> list[Setting]:
     """Return the rows whose name, with their size in front, has the pattern. Raises `UserError` if none has."""
-    rows = [*SMALL, *LARGE, *RECIPES]
+    rows = [*SMALL, *LARGE, *RECIPES, *THEOREM, *MORE_CODES]
     matching = [row for row in rows if fnmatch.fnmatchcase(f"{row.size}, {row.name}", f"*{pattern or ''}*")]
     if not matching:
         raise UserError(f"--only {pattern!r} is part of no row's name, such as '{rows[0].size}, {rows[0].name}'")
