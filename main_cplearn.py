@@ -53,11 +53,15 @@ from utils import (
 
 def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     # fmt: off
-    p = ArgumentParser(prog="main_cplearn.py", description=__doc__)
+    common = "method out_dim beta n_ref arch patch_size init_from data_path dataset augmentation image_size local_crops_number batch_size_per_gpu epochs lr optimizer precision accum output_dir seed num_workers knn_freq device"
+    p = ArgumentParser(prog="main_cplearn.py", description=__doc__, common=common.split())
     ignore_local_rank(p)
     p.add_argument("--method", default="cplearn", help=f"What to train with: {', '.join(METHODS)}")
-    p.add_argument("--out_dim", type=positive(int), default=65536, help="Number of codes c (of outputs, where a method has none). CPLearn trains the same number of weights with any")
+    p.add_argument("--out_dim", type=positive(int), default=65536, help="Number of codes c (of outputs, where a method has none); CPLearn's trained weights stay as many")
+    shared = len(p._actions)
     method_class(method).add_flags(p)
+    if method != "cplearn":
+        p.common |= {action.dest for action in p._actions[shared:]}
 
     g = p.add_argument_group("backbone")
     g.add_argument("--arch", type=backbones.arch_name, default="vit_small", help=f"One of {', '.join(backbones.ARCHS)}")
@@ -91,7 +95,7 @@ def get_args_parser(method: str = "cplearn") -> argparse.ArgumentParser:
     g.add_argument("--clip_grad", type=nonnegative(float), default=3.0, help="Largest norm of each parameter's gradient; 0 for none")
     g.add_argument("--precision", default=None, choices=("fp32", "bf16", "fp16"), help="Of the backbone; head and loss are always fp32 (default: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs)")
     g.add_argument("--use_fp16", type=bool_flag, default=None, help="DINO's flag: true means --precision fp16, false fp32")
-    g.add_argument("--accum", type=positive(int), default=1, help="Take the batch through the backbone in N parts: the memory of one of them, a second forward pass; loss, prior and head still see the whole batch (batch norm inside the backbone sees a part)")
+    g.add_argument("--accum", type=positive(int), default=1, help="Split the batch into N parts to save memory, at one more forward pass (docs/speed.md)")
     g.add_argument("--grad_checkpointing", action="store_true", help="Keep only the inputs of a ViT's blocks, and compute the rest again in backward: same numbers, less memory, a third more work")
     g.add_argument("--compile", nargs="?", const="true", default="auto", choices=("auto", "true", "false"), help="torch.compile the backbone: a minute at the start, needs a C++ compiler (auto: on GPUs)")
     # fmt: on
@@ -175,11 +179,8 @@ def train(run: Run) -> dict:
     while run.step < run.last_step:
         record = train_one_epoch(run)
         if run.between_epochs:
-            sound = run.bad_steps.in_a_row == 0
-            last = run.step == args.epochs * run.steps_per_epoch
-            record |= run.monitor.end_epoch(
-                run.method, run.device, args.batch_size_per_gpu, record, sound=sound, last=last
-            )
+            ending = {"sound": run.bad_steps.in_a_row == 0, "last": run.step == args.epochs * run.steps_per_epoch}
+            record |= run.monitor.end_epoch(run.method, run.device, args.batch_size_per_gpu, record, **ending)
         collectives.on_main(report_epoch, run, record)
         if run.between_epochs:
             run.epoch = EpochState()
@@ -309,17 +310,14 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("saveckp_minutes", "worker_timeout", "dist_timeout", "peer_timeout"):
         if getattr(args, name) > 1e7:
             raise UserError(f"--{name} {getattr(args, name):g} must be at most 1e7: no clock counts further")
-    unknown = sorted(set(args.resume_force) - set(vars(args)) - {"processes", "data"})
-    if unknown:
+    if unknown := sorted(set(args.resume_force) - set(vars(args)) - {"processes", "data"}):
         raise UserError(f"--resume_force {' '.join(unknown)}: not the name of a flag (or processes, data)")
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
             raise UserError(f"--{name} {low:g} {high:g} must satisfy 0 < LOW <= HIGH <= 1")
     if args.local_crops_number and backbones.is_vit(args.arch) and args.local_image_size % args.patch_size:
-        raise UserError(
-            f"--local_image_size {args.local_image_size} is not a multiple of --patch_size {args.patch_size}"
-        )
+        raise UserError(f"--local_image_size {args.local_image_size} is no multiple of --patch_size {args.patch_size}")
     if not args.dist_url.startswith(("env://", "file://", "tcp://")):
         raise UserError(f"--dist_url {args.dist_url} is unknown: env:// (torchrun), tcp://HOST:PORT or file:///PATH")
     if args.batch_size_per_gpu % args.accum:

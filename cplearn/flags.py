@@ -44,13 +44,31 @@ NOT_NEEDED = {  # flags of DINO's evaluations, and what happens without
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with printed defaults, one-line errors, no abbreviations, and `@file` arguments.
 
-    A file holds one or more arguments per line and # comments; of a flag given twice the later value counts.
+    A file holds one or more arguments per line and # comments; of a flag given twice the later value counts. With
+    `common`, names of flags, --help shows these and --help_all every one.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, common: Sequence[str] = (), **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
+        self.common = set(common)
+        if common:
+            self.add_argument("--help_all", action=_HelpAll, nargs=0, help="Show every flag")
         self.add_argument("--version", action=_Version, nargs=0, help="Print version and commit")
+
+    def format_help(self) -> str:
+        """Return the help without a synopsis, which of sixty flags nobody reads, and of `common` flags alone if any."""
+        kept = [(action, action.help) for action in self._actions]
+        positional = [a.metavar or a.dest for a, _ in kept if not a.option_strings]
+        self.usage = " ".join(["python", self.prog, *positional, "[flags]"])
+        for action, _ in kept:
+            if self.common and action.option_strings and action.dest not in {*self.common, "help", "help_all"}:
+                action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in kept:
+                action.help = text
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         try:
@@ -115,6 +133,13 @@ def _words_of(argument: str, inside: tuple[str, ...]) -> list[str]:
         except ValueError as error:
             raise UserError(f"a recipe's line cannot be read ({error}): {line}") from None
     return [word for x in words for word in _words_of(x, (*inside, path))]
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.common = set()
+        parser.print_help()
+        parser.exit()
 
 
 class _Version(argparse.Action):

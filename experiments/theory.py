@@ -7,10 +7,10 @@ with no backbone, no data and no end of training between it and the answer. L-BF
 until a step changes the loss by less than 1e-12, or for 300 evaluations of loss and gradient. All rows and the figure
 took 8 minutes of a core that other programs used too.
 
-Rows: (f 64, c 256, n 512 / 256 / 64) x beta x dictionary x start; (384, 16384, 64), the sizes of recipes/one_gpu.txt, x
-n_ref x start; recipes/digits.txt and laptop.txt; (64, 64, n) with Hadamard codes, which is Theorem 1; (64, c, 2 c). Starts: `aligned` puts image i on code i (modulo c), `random` puts it
-anywhere, `alike` puts all images within 1 % of one direction. --only takes a part of a row's size and name, as the
-table has them, or a pattern with *.
+Rows: (f 64, c 256, n 512 / 256 / 64) x beta x dictionary x start; (384, 16384, 64), the sizes of recipes/one_gpu.txt,
+x n_ref x start; recipes/digits.txt and laptop.txt; (64, 64, n) with Hadamard codes, which is Theorem 1; (64, c, 2 c).
+Starts: `aligned` puts image i on code i (modulo c), `random` puts it anywhere, `alike` puts all images within 1 % of
+one direction. --only takes a part of a row's size and name, as the table has them, or a pattern with *.
 
     at start, loss      before and after the optimization (nats)
     bound               min(1, beta) max(0, log(c / n)), which no assignments can pass

@@ -88,6 +88,20 @@ def test_an_unknown_flag_is_one_line(flags, words):
     assert str(error.value).startswith(words) and "\n" not in str(error.value)
 
 
+def test_help_has_the_common_flags_and_help_all_every_one(capsys):
+    for flag, shown in (("--help", ["--count"]), ("--help_all", ["--count", "--rate"])):
+        short = ArgumentParser(prog="x.py", common=["count"])
+        short.add_argument("run", nargs="?")
+        for name in ("--count", "--rate"):
+            short.add_argument(name, help=f"What {name} means")
+        with pytest.raises(SystemExit):
+            short.parse_args([flag])
+        said = capsys.readouterr().out
+        assert said.startswith("usage: python x.py run [flags]\n") and "--help_all" in said
+        assert [name for name in ("--count", "--rate") if name in said] == shown
+    assert short.parse_args(["--rate", "3"]).rate == "3"
+
+
 def test_recipes_may_include_others_but_not_themselves(tmp_path):
     (tmp_path / "a.txt").write_text(f"--count 3\n@{tmp_path}/b.txt\n")
     (tmp_path / "b.txt").write_text("\ufeff--lr 0.5\n")  # as some editors begin a file

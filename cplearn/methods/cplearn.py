@@ -146,7 +146,7 @@ class CPLearn(Method):
         add("beta", type=nonnegative(float), help="Weight of the invariance term. Above 1 a run can fall to a few codes. Small for features, larger for clusters (docs/losses.md)")
         add("activation", choices=("tanh", "l2"), help="Last step of the projector. The paper uses tanh; see results/cifar10_logit_scale.md for a comparison")
         add("embed_dim", type=positive(int), help="Width f_h of the embedding and the codes (default: the backbone's width, as in the paper's equations; the published code uses 2048)")
-        add("n_ref", type=positive(float), help="Logit scale: sqrt(n_ref) * log((1 - eps (c-1)) / eps). 1 is the theory, 64 the published code. Change it if the start-up warns about the logits")
+        add("n_ref", type=positive(float), help="Sharpness of the assignments (docs/losses.md): 1 is the theory, 64 the published code; change it if the start-up warns of the logits")
         add("eps", type=positive(float), help="Probability left for every wrong code at perfect alignment; must be below 1 / out_dim")
         add("prior", choices=tuple(PRIORS), help="Direction of the prior term: reverse KL(mean p || uniform), or forward CE(uniform, mean p) as in the equations")
         add("prior_group", choices=("global", "local"), help="Images that the batch mean runs over: those of all processes, or (published code) of each one")
