@@ -93,7 +93,7 @@ def test_one_row_by_its_name(tmp_path, capsys):
 
 
 def test_which_rows_there_are():
-    assert len(theory.chosen(None)) == len(set(theory.chosen(None))) == 3 * 3 * 2 * 3 + 4 * 2 + 2
+    assert len(theory.chosen(None)) == len(set(theory.chosen(None))) == 54 + 8 + 2 + 9 + 8
     assert {(s.c, s.recipe) for s in theory.chosen("n_ref 4")} == {(16384, ""), (1024, "digits"), (4096, "laptop")}
     assert {s.start for s in theory.chosen("n 256*beta 2, hadamard")} == set(theory.STARTS)
 
@@ -102,3 +102,10 @@ def test_the_figure(tmp_path):
     found = {s: theory.minimize(s, calls=2) for s in theory.CURVES}
     theory.draw(found, tmp_path / "theory.png")
     assert Image.open(tmp_path / "theory.png").width > 800
+
+
+def test_at_c_equal_f_a_start_on_the_codes_is_the_minimum_unless_images_are_fewer():
+    """Theorem 1's own case, and the same with a quarter of the images."""
+    stays, leaves = (theory.minimize(Setting(64, 64, n, 0.25, "aligned", "hadamard")) for n in (64, 16))
+    assert stays["loss"] < 1e-4 and stays["alignment"] > 0.9999 and stays["off"] < 1e-6 and stays["used"] == 64
+    assert leaves["loss"] < leaves["at start"] - 0.5 and leaves["alignment"] < 0.5
