@@ -47,7 +47,7 @@ class Verdict:
         if self.name not in ALARMS:
             return f"{self.name}: {self.evidence}"
         kind = self.name if self.name == "stuck at uniform" else f"{self.name} collapse"
-        first = f"First what the start-up warned of: {'; '.join(warnings)}. Then" if warnings else "Try"
+        first = f"The start-up warned: {'; '.join(warnings)}. Mend that first, then try" if warnings else "Try"
         return f"{kind}: {self.evidence}. {first} {(REMEDIES | remedies)[self.name]}"
 
 

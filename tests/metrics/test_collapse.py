@@ -154,6 +154,9 @@ def test_alarms_name_the_collapse_its_evidence_beside_the_start_and_the_remedy(n
     assert found.name == name and number in found.evidence and name in verdict.ALARMS
     assert remedy in line and ("collapse" in line) == (name != "stuck at uniform")
     assert "--beta" not in found.line({})  # which other methods do not have
+    warned = found.line(CPLearn.REMEDIES, ["--beta 10 is above 1"])
+    first, then, advice = warned.partition("The start-up warned: --beta 10 is above 1. Mend that first, then try ")
+    assert then and remedy in advice and found.evidence in first
     alone = verdict.judge(without("start_") | changed, 1024)
     assert alone.name == name and "at the start" not in alone.evidence
 
