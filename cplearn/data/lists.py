@@ -1,5 +1,7 @@
 """Images that a text file names: one path per line, or a path, a tab and a label."""
 
+import csv
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +14,9 @@ from cplearn.data.scan import EXTENSIONS, Progress
 from cplearn.errors import UserError
 from cplearn.text import few, printable
 
-SUFFIXES = (".txt", ".tsv", ".lst")
+SUFFIXES = (".txt", ".tsv", ".lst", ".csv")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img_path")  # of a header
+LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
 
 # As many lists have it: a path that ends as images do, blanks, a number.
 _NUMBERED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(EXTENSIONS)))}))[ ]+(-?\d+)", re.IGNORECASE)
@@ -36,7 +40,8 @@ def read_list(path: Path) -> tuple[list[str], list[str] | None]:
     """Return the paths of a list and their labels, None if it has none.
 
     What follows the last tab of a line is its label. Without tabs, a number after blanks is, if every line ends in an
-    image's suffix, blanks and a number. Raises `UserError` for a file that is no such list.
+    image's suffix, blanks and a number. A .csv, and a .tsv with a header, has one of `PATH_COLUMNS` and perhaps one of
+    `LABEL_COLUMNS`. Raises `UserError` for a file that is no such list.
     """
     where = f"the list {printable(path)}"
     try:
@@ -46,6 +51,9 @@ def read_list(path: Path) -> tuple[list[str], list[str] | None]:
         raise UserError(f"{where} cannot be read ({error.strerror}): check path and rights") from None
     if "\0" in text:
         raise UserError(f"{where} holds NUL bytes: save it as plain text, in UTF-8")
+    first, comma = text.removeprefix("\ufeff").partition("\n")[0].lower(), path.suffix.lower() == ".csv"
+    if comma or (path.suffix.lower() == ".tsv" and set(first.split("\t")) & set(PATH_COLUMNS)):
+        return _read_table(text.removeprefix("\ufeff"), "," if comma else "\t", where)
     numbered = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
     lines = {number: line.removesuffix("\r") for number, line in numbered if line.strip()}
     if not lines:
@@ -61,6 +69,35 @@ def read_list(path: Path) -> tuple[list[str], list[str] | None]:
             "label, or none has a tab"
         )
     return [name for name, _, _ in parts.values()], [label.strip() for _, _, label in parts.values()]
+
+
+def names_images(path: Path) -> bool:
+    """Return whether a file found by its name is a list: a .csv may be anything, so its first row has to name a file."""
+    if path.suffix.lower() != ".csv":
+        return True
+    try:
+        return os.path.isfile(path.parent / read_list(path)[0][0])
+    except UserError:
+        return False
+
+
+def _read_table(text: str, delimiter: str, where: str) -> tuple[list[str], list[str] | None]:
+    """Return paths and labels (None without such a column) of a table with a header. Raises `UserError`."""
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{where} is no table that can be read ({error}): save it as CSV, in UTF-8") from None
+    header = [name.strip().lower() for name in header]
+    of = [next((header.index(x) for x in names if x in header), None) for names in (PATH_COLUMNS, LABEL_COLUMNS)]
+    rows = {number: row for number, row in enumerate(rows, 2) if row}
+    if of[0] is None or not rows:
+        found = f"has the columns {', '.join(map(printable, header[:8]))}" if rows else "has no rows"
+        raise UserError(f"{where} {found}: a header names path and label, as in path,label")
+    short = [str(number) for number, row in rows.items() if len(row) != len(header) or not row[of[0]].strip()]
+    if short:
+        raise UserError(f"{where}: {len(short)} rows are not as the header says ({few(short)}): mend them")
+    names, labels = ([row[k] for row in rows.values()] if k is not None else None for k in of)
+    return names, labels and [label.strip() for label in labels]
 
 
 def _check_files(root: Path, names: Sequence[str], path: Path) -> None:

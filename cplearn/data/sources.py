@@ -193,7 +193,7 @@ def _named(root: Path, split: str) -> Place | None:
             return _shards(root / name) or Place("folder", root / name, [])
     for name in SPLITS[split]:
         for suffix in lists.SUFFIXES:
-            if os.path.isfile(root / f"{name}{suffix}"):
+            if os.path.isfile(root / f"{name}{suffix}") and lists.names_images(root / f"{name}{suffix}"):
                 return Place("list", root, [f"{name}{suffix}"])
         for folder in (root, root / "data"):
             if place := _shards(folder, name):

@@ -52,6 +52,44 @@ def test_separators(text, names, labels, tmp_path):
     assert read_list(listed(tmp_path, text)) == (names, labels)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "names", "labels"),
+    [
+        ("a.csv", 'id,Path,label\r\n1,"a, b.jpg",owl\r\n2,c.jpg,"e ""k"""\r\n', ["a, b.jpg", "c.jpg"], ["owl", 'e "k"']),
+        ("a.csv", "\ufefffile_name\na.jpg\n\nb.jpg\n", ["a.jpg", "b.jpg"], None),
+        ("a.TSV", "target\timage\n7\ta b.jpg\n", ["a b.jpg"], ["7"]),
+        ("a.tsv", "a.jpg\t7\n", ["a.jpg"], ["7"]),  # no header
+    ],
+)  # fmt: skip
+def test_tables_with_a_header(name, text, names, labels, tmp_path):
+    assert read_list(listed(tmp_path, text, name)) == (names, labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.jpg,owl\nb.jpg,elk\n", "has the columns a.jpg, owl: a header names path and label"),
+        ("path,label\n", "has no rows"),
+        ("", "no table that can be read"),
+        ("path,label\na.jpg,1\nb.jpg\n,2\n", "2 rows are not as the header says (3, 4)"),
+        ('path,label\n"a.jpg,1\n', "no table that can be read (unexpected end of data)"),
+    ],
+)
+def test_tables_that_are_none_are_refused(text, words, tmp_path):
+    with pytest.raises(UserError) as error:
+        read_list(listed(tmp_path, text, "a.csv"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_csv_is_a_data_set(images):
+    path = listed(images, "label,path\n" + "".join(f"{k % 2},images/00{k}.jpg\n" for k in range(6)), "train.csv")
+    data = open_images(str(path))
+    assert data.classes == ["0", "1"] and list(data.labels) == [0, 1] * 3 and len(data[0][0].getbands()) == 3
+    assert build_dataset("folder", str(images), "train").names[5] == "images/005.jpg"  # by its name in the folder
+    listed(images, "image_id,label\n000,3\n", "train.csv")  # as competitions have them, beside the images
+    assert build_dataset("folder", str(images), "train").where == str(images)
+
+
 def test_labels_and_class_list(images):
     path = listed(images, "".join(f"images/00{k}.jpg\t{x}\n" for k, x in enumerate([10, 9, 10, 2, 9, 9])))
     data = open_images(str(path))
