@@ -55,7 +55,7 @@ def test_separators(text, names, labels, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "names", "labels"),
     [
-        ("a.csv", 'id,Path,label\r\n1,"a, b.jpg",owl\r\n2,c.jpg,"e ""k"""\r\n', ["a, b.jpg", "c.jpg"], ["owl", 'e "k"']),
+        ("a.csv", 'id,Path,label\r\n1,"a, b.jpg",owl\r\n2,c.jpg,"e""k"\r\n', ["a, b.jpg", "c.jpg"], ["owl", 'e"k']),
         ("a.csv", "\ufefffile_name\na.jpg\n\nb.jpg\n", ["a.jpg", "b.jpg"], None),
         ("a.TSV", "target\timage\n7\ta b.jpg\n", ["a b.jpg"], ["7"]),
         ("a.tsv", "a.jpg\t7\n", ["a.jpg"], ["7"]),  # no header
