@@ -72,7 +72,7 @@ def read_list(path: Path) -> tuple[list[str], list[str] | None]:
 
 
 def names_images(path: Path) -> bool:
-    """Return whether a file found by its name is a list: the first row of a .csv, which may be anything, names a file."""
+    """Return whether a file found by its name is a list. A .csv may be anything: its first row has to name a file."""
     if path.suffix.lower() != ".csv":
         return True
     try:
