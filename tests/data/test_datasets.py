@@ -32,9 +32,9 @@ def test_class_folders(image_folder):
 
 
 def test_a_root_without_splits_serves_pretraining_only(image_folder):
-    assert len(build_dataset("folder", str(image_folder / "train"), "train")) == 48
+    assert len(build_dataset("folder", str(image_folder / "train" / "ant"), "train")) == 16
     with pytest.raises(UserError, match="no val or test folder"):
-        build_dataset("folder", str(image_folder / "train"), "val")
+        build_dataset("folder", str(image_folder / "train" / "ant"), "val")
 
 
 def test_flat_and_nested_folders_have_no_classes(tmp_path):

@@ -28,6 +28,7 @@ from cplearn.data.pixels import Pixels
 from cplearn.features import extract, splits
 from cplearn.load import Model
 from cplearn.loss import codes, hadamard
+from cplearn.probe.probe import Probe
 from cplearn.training.run import Run, assemble
 
 STEPS = 3  # the second to the third is counted: what is made once is there by then
@@ -104,6 +105,7 @@ def evaluating(flags: list[str], gpu: Device) -> Counts:
 
 def probing(flags: list[str], gpu: Device) -> Counts:
     """Count the monitor's probe before training, the usage of codes in it, and after an epoch."""
+    Probe.MOST = Probe.LEAST  # images: as many batches as a run without --knn_freq has
     run = begin([*flags, "--knn_freq", "1"], gpu)
     with gpu.counting() as counts:
         before = counts.copy()

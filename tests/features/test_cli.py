@@ -73,7 +73,8 @@ def test_a_folder_without_val_is_told_of_the_train_split(run, tmp_path, image_fo
 
 
 def test_class_folders_without_splits_are_evaluated_whole(run, tmp_path, image_folder, capsys):
-    data, kept = image_folder / "train", tmp_path / "kept"
+    data, kept = tmp_path / "pictures", tmp_path / "kept"
+    data.symlink_to(image_folder / "train")  # beside which lies no val
     flags = eval_flags(run, tmp_path, "--data_path", str(data))
     rows = eval_cluster.main([*flags, "--kmeans_redo", "1", "--shuffles", "1", "--dump_features", str(kept)])
     assert rows["singletons"]["used_codes"] == 48 and last_result(tmp_path)["split"] == "all"
