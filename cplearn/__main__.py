@@ -11,9 +11,9 @@ def main() -> None:
     print(f"cplearn {cplearn.__version__}, commit {git_commit()}: each with --help\n")
     rows = []
     for path in sorted(ROOT.glob("*.py")):
-        said = ast.get_docstring(ast.parse(path.read_text())) or ""
-        if "__main__" in path.read_text():
-            rows.append((f"python {path.name}", said.splitlines()[0]))
+        text = path.read_text()
+        if "__main__" in text:
+            rows.append((f"python {path.name}", ast.get_docstring(ast.parse(text)).splitlines()[0]))
     print("\n".join(f"{command:<34}{said}" for command, said in rows) or "the scripts are in the checkout")
 
 

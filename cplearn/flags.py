@@ -11,27 +11,29 @@ from collections.abc import Callable, Sequence
 
 from cplearn.errors import UserError
 
-# What DINO, solo-learn, lightly and others call a flag. Of several, the first that a command has is meant.
+# Flags, and what DINO, solo-learn, lightly and others call them. Of several, the first that a command has is meant.
 ELSEWHERE = {
-    **dict.fromkeys(("learning_rate", "base_lr", "max_lr"), ("lr",)),
-    **dict.fromkeys(("backbone", "model", "model_name", "network"), ("arch",)),
-    **dict.fromkeys(("batch_size", "batchsize", "bs"), ("batch_size_per_gpu",)),
-    **dict.fromkeys(("max_epochs", "num_epochs", "n_epochs"), ("epochs",)),
-    **dict.fromkeys(("train_dir", "data_dir", "data", "root", "image_path"), ("images", "data_path")),
-    **dict.fromkeys(("checkpoint", "ckpt", "weights", "pretrained"), ("pretrained_weights", "init_from")),
-    **dict.fromkeys(("save_dir", "output", "log_dir", "checkpoint_dir"), ("output_dir", "out")),
-    **dict.fromkeys(("num_prototypes", "nmb_prototypes", "n_prototypes", "num_codes"), ("out_dim",)),
-    **dict.fromkeys(("crop_size", "img_size", "input_size", "input_dim"), ("image_size",)),
-    **dict.fromkeys(("amp", "fp16", "bf16", "mixed_precision"), ("precision",)),
-    **dict.fromkeys(("accumulate_grad_batches", "grad_accum", "accumulation_steps"), ("accum",)),
-    **dict.fromkeys(("workers", "n_workers"), ("num_workers",)),
-    **dict.fromkeys(("use_cuda", "gpu", "accelerator"), ("device",)),
-    **dict.fromkeys(("gpus", "devices", "nproc_per_node"), ("ngpus", "device")),
-    **dict.fromkeys(("teacher_momentum", "base_tau_momentum"), ("momentum_teacher",)),
-    **dict.fromkeys(("k", "knn_k", "n_neighbors"), ("nb_knn",)),
-    "wd": ("weight_decay",),
-    "dump_path": ("output_dir",),
-    "max_time": ("timeout",),
+    "lr": "learning_rate base_lr max_lr",
+    "arch": "backbone model model_name network",
+    "batch_size_per_gpu": "batch_size batchsize bs",
+    "epochs": "max_epochs num_epochs n_epochs",
+    "images": "train_dir data_dir data root image_path",
+    "data_path": "train_dir data_dir data root image_path",
+    "pretrained_weights": "checkpoint ckpt weights pretrained",
+    "init_from": "checkpoint ckpt weights pretrained",
+    "output_dir": "save_dir output log_dir checkpoint_dir dump_path",
+    "out": "save_dir output log_dir checkpoint_dir",
+    "out_dim": "num_prototypes nmb_prototypes n_prototypes num_codes",
+    "image_size": "crop_size img_size input_size input_dim",
+    "precision": "amp fp16 bf16 mixed_precision",
+    "accum": "accumulate_grad_batches grad_accum accumulation_steps",
+    "num_workers": "workers n_workers",
+    "ngpus": "gpus devices nproc_per_node",
+    "device": "use_cuda gpu accelerator gpus devices nproc_per_node",
+    "momentum_teacher": "teacher_momentum base_tau_momentum",
+    "nb_knn": "k knn_k n_neighbors",
+    "weight_decay": "wd",
+    "timeout": "max_time",
 }
 NOT_NEEDED = {  # flags of DINO's evaluations, and what happens without
     "num_labels": "classes are counted",
@@ -101,7 +103,7 @@ class ArgumentParser(argparse.ArgumentParser):
         known, name = list(self._option_string_actions), flag.removeprefix("--")
         if name in NOT_NEEDED:
             return f"leave out {flag}: {NOT_NEEDED[name]}."
-        elsewhere = [f"--{x}" for x in ELSEWHERE.get(name, ()) if f"--{x}" in known]
+        elsewhere = [f"--{own}" for own, others in ELSEWHERE.items() if name in others.split() and f"--{own}" in known]
         cut_short = [x for x in known if len(flag) > 4 and x.startswith(flag)]
         near = elsewhere or cut_short or difflib.get_close_matches(flag, known, n=1)
         return f"did you mean {near[0]}?" if near else ""

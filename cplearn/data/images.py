@@ -35,6 +35,14 @@ class ImageError(LocalError):
         self.path, self.reason = path, reason or line
 
 
+def too_many(bad: int, images: int, share: float, repair: str) -> str:
+    """Return why so many images that cannot be read end a run, and how to go on; `share` is --max_bad_images."""
+    return (
+        f"{bad} of {images} images cannot be read, more than --max_bad_images {share:g} allows "
+        f"({int(share * images)}): {repair}, or allow more with --max_bad_images {min(1, 2 * bad / images):.1g}"
+    )
+
+
 def open_regular(path: Path | str) -> BinaryIO:
     """Open a file to read. Raises OSError for what is none: a pipe would be waited for without end."""
     file = open(os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")

@@ -46,15 +46,15 @@ def read_list(path: Path) -> tuple[list[str], list[str] | None]:
     where = f"the list {printable(path)}"
     try:
         with open_regular(path) as file:
-            text = file.read(MOST_BYTES).decode("utf-8", "surrogateescape")
+            text = file.read(MOST_BYTES).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror}): check path and rights") from None
     if "\0" in text:
         raise UserError(f"{where} holds NUL bytes: save it as plain text, in UTF-8")
-    first, comma = text.removeprefix("\ufeff").partition("\n")[0].lower(), path.suffix.lower() == ".csv"
-    if comma or (path.suffix.lower() == ".tsv" and set(first.split("\t")) & set(PATH_COLUMNS)):
-        return _read_table(text.removeprefix("\ufeff"), "," if comma else "\t", where)
-    numbered = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
+    header = text.partition("\n")[0].lower().split("\t")
+    if path.suffix.lower() == ".csv" or (path.suffix.lower() == ".tsv" and set(header) & set(PATH_COLUMNS)):
+        return _read_table(text, "\t" if path.suffix.lower() == ".tsv" else ",", where)
+    numbered = enumerate(text.split("\n"), 1)
     lines = {number: line.removesuffix("\r") for number, line in numbered if line.strip()}
     if not lines:
         raise UserError(f"{where} is empty: write one path per line, or path, tab, label")
@@ -76,8 +76,10 @@ def names_images(path: Path) -> bool:
     if path.suffix.lower() != ".csv":
         return True
     try:
-        return os.path.isfile(path.parent / read_list(path)[0][0])
-    except UserError:
+        with open_regular(path) as file:  # of a million rows, two
+            head = b"".join(file.readline(2**16) for _ in range(2)).decode("utf-8", "surrogateescape")
+        return os.path.isfile(path.parent / _read_table(head.removeprefix("\ufeff"), ",", str(path))[0][0])
+    except (OSError, ValueError):  # a `UserError` is one, as is a NUL byte in a path
         return False
 
 

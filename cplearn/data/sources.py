@@ -176,7 +176,7 @@ def find_split(root: Path, split: str) -> Place:
         )
     if split == "all":
         return _shards(root) or Place("folder", root, [])
-    if place := _named(root, split) or (split == "val" and _beside(root)):
+    if place := _named(root, split):
         return place
     if split == "train":
         return _shards(root, "") or Place("folder", root, [])
@@ -187,7 +187,7 @@ def find_split(root: Path, split: str) -> Place:
 
 
 def _named(root: Path, split: str) -> Place | None:
-    """Return what bears the name of a split in a folder; None if nothing does."""
+    """Return what bears the name of a split in a folder, for val also beside one called train; None if nothing does."""
     for name in SPLITS[split]:
         if os.path.isdir(root / name):
             return _shards(root / name) or Place("folder", root / name, [])
@@ -198,12 +198,7 @@ def _named(root: Path, split: str) -> Place | None:
         for folder in (root, root / "data"):
             if place := _shards(folder, name):
                 return place
-    return None
-
-
-def _beside(root: Path) -> Place | None:
-    """Return the val folder beside a folder called train; None where there is none."""
-    return _named(root.parent, "val") if root.name == "train" and root.is_dir() else None
+    return _named(root.parent, split) if (split, root.name) == ("val", "train") else None
 
 
 def has_split(data_path: str, split: str) -> bool:
@@ -218,7 +213,7 @@ def has_split(data_path: str, split: str) -> bool:
 def is_undivided(data_path: str) -> bool:
     """Return whether the images of a --data_path are one set: a file, or a folder in which no split has a name."""
     root = Path(data_path)
-    return root.is_file() or (root.is_dir() and not (any(_named(root, x) for x in SPLITS) or _beside(root)))
+    return root.is_file() or (root.is_dir() and not any(_named(root, split) for split in SPLITS))
 
 
 def _shards(folder: Path, split: str | None = None) -> Place | None:

@@ -8,17 +8,7 @@ from cplearn.files import read_json, read_json_lines
 from cplearn.load import Model
 from cplearn.text import format_table
 
-SETTINGS = (
-    "out_dim",
-    "beta",
-    "n_ref",
-    "augmentation",
-    "local_crops_number",
-    "batch_size_per_gpu",
-    "optimizer",
-    "lr",
-    "seed",
-)
+SETTINGS = "out_dim beta n_ref augmentation local_crops_number batch_size_per_gpu optimizer lr seed".split()
 NUMBERS = {
     "eval_knn": ("knn20_top1", "20-NN, top-1"),
     "eval_linear": ("linear_last_top1", "linear probe, top-1"),
@@ -52,7 +42,7 @@ prepared and where the weights came from.
 
 def _facts(model: Model, beside: Path) -> list[tuple[str, object]]:
     """Return names and values of what is known of the training."""
-    saved = read_json(beside / "args.json")
+    saved = read_json(beside / "args.json") if model.method_name else {}  # those of others lie anywhere
     args, derived = saved.get("args", {}), saved.get("derived", {})
     images = f"{derived['train_images']:,} of " if "train_images" in derived else ""
     log = [r for r in read_json_lines(beside / "log.txt") if r.get("epoch") == (model.epoch or 0) - 1]
@@ -61,7 +51,7 @@ def _facts(model: Model, beside: Path) -> list[tuple[str, object]]:
         "images": f"{images}{Path(model.data_path).name}" if model.data_path else model.dataset,
         "epochs": model.epoch,
         "settings": " ".join(f"`--{name} {args[name]}`" for name in SETTINGS if args.get(name) is not None),
-        "verdict after the last epoch": log[-1].get("verdict_line") if log else None,
+        f"verdict after epoch {model.epoch}": log[-1].get("verdict_line") if log else None,
     }
     return [(name, value) for name, value in facts.items() if value]
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cplearn import backbones
 from cplearn.data import augmentations, color, datasets, loaders, workers
+from cplearn.data.images import too_many
 from cplearn.distributed import collectives
 from cplearn.errors import UserError
 from cplearn.features.files import SCRIPT, Parts, Rows
@@ -188,12 +189,8 @@ def extract(job: Extraction, dataset, parts: Parts, args: argparse.Namespace) ->
             others = [k for r, k in enumerate(missing[first : first + world]) if r != rank]
             bar.update(sum(len(parts.samples(k)) for k in others))
             if len(failures) > args.max_bad_images * len(dataset):
-                raise UserError(
-                    f"{len(failures)} of {len(dataset)} images cannot be read, more than --max_bad_images "
-                    f"{args.max_bad_images:g} allows ({int(args.max_bad_images * len(dataset))}): repair them, or "
-                    f"allow more with --max_bad_images {min(1, 2 * len(failures) / len(dataset)):.1g}, and run again; "
-                    f"the last: {list(failures.values())[-1]}"
-                )
+                said = too_many(len(failures), len(dataset), args.max_bad_images, "repair them")
+                raise UserError(f"{said}, and run again; the last: {list(failures.values())[-1]}")
     return {str(dataset.names[i]): reason for i, reason in sorted(failures.items())}
 
 

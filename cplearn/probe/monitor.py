@@ -94,14 +94,17 @@ class Monitor:
             self.alarms = self.alarms + 1 if judged["verdict"] in verdict.ALARMS else 0
         numbers = usage | probe
         if self.last:
-            since = "" if self.last["epoch"] == str(done) else f" (epoch {self.last['epoch']})"
-            numbers |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + since}
+            numbers |= {"verdict": self.last["verdict"], "verdict_line": self.last["line"] + self.since(done)}
         if probe:
             numbers |= _named("start_", self.start)
         self._compare(numbers, done, sound=sound)
         if self.best:
             numbers |= {"best_epoch": self.best["epoch"], f"best_{self.best['by']}": self.best["value"]}
         return numbers | {"monitor_seconds": time.perf_counter() - began}
+
+    def since(self, done: int) -> str:
+        """Return the epoch of the last verdict in words, "" if it is of this one or there is none."""
+        return f" (epoch {self.last['epoch']})" if self.last and self.last["epoch"] != str(done) else ""
 
     def _end_usage(self, record: dict) -> dict[str, float]:
         """Return the use of codes in an epoch, and begin to count the next; {} without any, or if no step was taken."""

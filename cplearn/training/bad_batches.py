@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cplearn.data.images import ImageError
+from cplearn.data.images import ImageError, too_many
 from cplearn.distributed import collectives
 from cplearn.distributed.batch_norm import running_buffers
 from cplearn.errors import NonFiniteError, UserError, WriteError
@@ -148,9 +148,5 @@ class BadImages:
         """Raise `UserError` on every rank if there are too many."""
         if self.too_many:
             last = next(reversed(self.known.values()))
-            raise UserError(
-                f"{len(self.known)} of {len(self.dataset)} images cannot be read, more than --max_bad_images "
-                f"{self.limit:g} allows ({int(self.limit * len(self.dataset))}): repair those in {self.path}, "
-                f"or allow more with --max_bad_images {min(1, 2 * len(self.known) / len(self.dataset)):.1g}; the last: "
-                f"{last}"
-            )
+            said = too_many(len(self.known), len(self.dataset), self.limit, f"repair those in {self.path}")
+            raise UserError(f"{said}; the last: {last}")

@@ -117,11 +117,11 @@ class EpochReport:
             rate, wait = done * self.batch / epoch.seconds, epoch.waiting.seconds / epoch.seconds
             self.progress.show(done, values, lr, rate, wait)
         steps = run.step - self.first_step
-        if steps == TIMED_STEPS // 2:
-            self.half = steps, epoch.seconds
         if not run.is_timed and (steps == TIMED_STEPS or done == run.steps_per_epoch):
             counted, seconds = steps - self.half[0], epoch.seconds - self.half[1]
             self._tell_duration(seconds / counted if counted else self.first_step_seconds)
+        if steps == TIMED_STEPS // 2:
+            self.half = steps, epoch.seconds
 
     def _tell_duration(self, seconds: float) -> None:
         """Say how long an epoch and all of them take, from the seconds per step."""
@@ -205,9 +205,8 @@ def report_epoch(run: Run, record: dict) -> None:
         record |= ending
     if judged := record if "verdict" in record else ending:
         mark = "WARNING: " if judged["verdict"] in verdict.WARNINGS else ""
-        stands = run.monitor.last and run.monitor.last["epoch"] != str(record["epoch"] + 1)
-        line = f"{judged['verdict']} (epoch {run.monitor.last['epoch']})" if stands else judged["verdict_line"]
-        print(f"  {mark}{line}", flush=True)
+        since = run.monitor.since(record["epoch"] + 1)  # its numbers were said then
+        print(f"  {mark}{judged['verdict'] + since if since else judged['verdict_line']}", flush=True)
     if "probe_knn20" in record:
         start = f" ({record['start_knn20']:.4f} before the first step)" if "start_knn20" in record else ""
         print(f"  20-NN among the probe's images: {record['probe_knn20']:.4f}{start}", flush=True)

@@ -102,3 +102,17 @@ def test_the_start_names_what_was_changed_and_the_end_what_comes_next(tmp_path, 
         ended = run_script(*command[1:])
         assert ended.returncode == 0, ended.stderr
     assert (out / "features.npz").is_file()
+
+
+def test_the_duration_of_a_short_epoch_leaves_out_its_first_step(tmp_path, image_folder, monkeypatch):
+    """Three steps per epoch, where the second half begins after three."""
+    told = []
+    monkeypatch.setattr(report, "TIMED_STEPS", 6)
+    monkeypatch.setattr(
+        report.EpochReport,
+        "_tell_duration",
+        lambda self, x: told.append((x, self.first_step_seconds, self.run.epoch.seconds)),
+    )
+    train(tmp_path, "--data_path", str(image_folder), "--epochs", "1")
+    ((seconds, first, epoch),) = told
+    assert seconds == pytest.approx((epoch - first) / 2)
